@@ -1,0 +1,89 @@
+"""Where mechedit keeps what is costly to make: converted models, sampled text, second moments.
+
+The folder is `MECHEDIT_CACHE` if set, else the platform's cache folder. Everything in it can be deleted at any time. Each
+entry appears whole or not at all: it is written beside its place and renamed, under a lock, so that two processes that
+need the same entry make it once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["atomic_write", "content_key", "file_hash", "once", "root"]
+
+
+def root() -> Path:
+    """The cache folder, which need not exist yet."""
+    import platformdirs
+
+    return Path(os.environ.get("MECHEDIT_CACHE") or platformdirs.user_cache_dir("mechedit")).expanduser()
+
+
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def content_key(*parts: Any) -> str:
+    """Twenty hexadecimal digits that change when any of `parts` (JSON values or dataclasses of them) changes."""
+    plain = [asdict(part) if is_dataclass(part) and not isinstance(part, type) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:20]
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; what the body writes there becomes `path` if it ends without an error.
+
+    Raises:
+        PermissionError: the folder cannot be written; raised before the body runs.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    except OSError as error:
+        raise PermissionError(
+            f"{path} cannot be written: {error.strerror or error}. Name a folder that you may write to."
+        ) from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp makes private files; results are shared like any other file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def once(folder: Path, build: Callable[[Path], None], is_whole: Callable[[Path], bool]) -> Path:
+    """`folder`, built by `build(temporary_folder)` unless `is_whole(folder)` already; one process builds, others wait."""
+    import filelock
+
+    if is_whole(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.with_name(folder.name + ".lock")):
+        if is_whole(folder):
+            return folder
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        try:
+            build(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder

@@ -1,0 +1,199 @@
+"""A fact, and where facts come from.
+
+A fact is a subject, a template with one `{}` for it, and what the model should say next. Files of facts are read in the
+forms in which they are published: COUNTERFACT (nested as released, or flat), zsRE in the form of MEND, and the known facts
+of causal tracing. `built_in()` is a set written for this project.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Fact", "FactError", "built_in", "from_prompt", "read"]
+
+
+class FactError(ValueError):
+    """A fact, or a file of facts, that cannot be used as it is."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """`template.format(subject)` is completed by `target_true`; an edit makes it `target_new`.
+
+    Targets are words without a leading space: the one that joins them to the prompt is put there once, when tokens are
+    made. `paraphrases`, `neighbours` and `generations` are whole prompts: other wordings of the same question, the same
+    question about subjects that share `target_true`, and openings for free text about the subject.
+
+    Raises:
+        FactError: an empty subject, a template without exactly one `{}`, or a target that is only white space.
+    """
+
+    subject: str
+    template: str
+    target_true: str | None = None
+    target_new: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    neighbours: tuple[str, ...] = ()
+    generations: tuple[str, ...] = ()
+    relation: str | None = None
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.subject.strip():
+            raise FactError(f"the subject must be a word or more; it is {self.subject!r}.")
+        if (slots := self.template.count("{}")) != 1:
+            raise FactError(f"a template must hold exactly one {{}} for the subject; {self.template!r} holds {slots}.")
+        object.__setattr__(self, "template", self.template.rstrip())
+        for name in ("target_true", "target_new"):
+            target = getattr(self, name)
+            if target is not None and not target.strip():
+                raise FactError(f"{name} must be a word or more; it is {target!r}.")
+            if target is not None:
+                object.__setattr__(self, name, target.strip())
+        if self.target_new is not None and self.target_new == self.target_true:
+            raise FactError(f"target_new equals target_true ({self.target_new!r}): there is nothing to edit.")
+
+    @property
+    def prompt(self) -> str:
+        """The template with the subject in its place."""
+        before, after = self.template.split("{}")
+        return before + self.subject + after
+
+    @property
+    def subject_start(self) -> int:
+        """The character of `prompt` at which the subject begins."""
+        return self.template.index("{}")
+
+
+def from_prompt(prompt: str, subject: str, *, target_true: str | None = None, target_new: str | None = None, occurrence: int | None = None) -> Fact:
+    """The fact of a whole prompt that contains its subject; `occurrence` (from 0) chooses among several.
+
+    Raises:
+        FactError: the subject is empty, not in the prompt, or there more than once without a choice.
+    """
+    if not subject.strip():
+        raise FactError(f"the subject must be a word or more; it is {subject!r}.")
+    subject = subject.strip()
+    starts = [at for at in range(len(prompt)) if prompt.startswith(subject, at)]
+    if not starts:
+        raise FactError(f"the subject {subject!r} is not in the prompt {prompt!r}; it must appear there letter for letter.")
+    if len(starts) > 1 and occurrence is None:
+        raise FactError(
+            f"the subject {subject!r} appears {len(starts)} times in the prompt {prompt!r}; "
+            f"choose one with occurrence=0 to {len(starts) - 1} (--occurrence on the command line)."
+        )
+    chosen = occurrence or 0
+    if not 0 <= chosen < len(starts):
+        raise FactError(f"occurrence must be from 0 to {len(starts) - 1}, as often as {subject!r} is in the prompt; found {chosen}.")
+    if "{}" in prompt:
+        raise FactError(f"a prompt may not contain {{}}, which marks the subject in a template: {prompt!r}.")
+    at = starts[chosen]
+    return Fact(subject, prompt[:at] + "{}" + prompt[at + len(subject) :], target_true, target_new)
+
+
+def built_in() -> tuple[Fact, ...]:
+    """The facts that ship with mechedit; the first is the Space Needle's."""
+    text = resources.files("mechedit").joinpath("data/facts.json").read_text(encoding="utf-8")
+    return tuple(_nested(record, index) for index, record in enumerate(json.loads(text)))
+
+
+def read(path: str | Path) -> tuple[Fact, ...]:
+    """The facts of a JSON file: nested or flat COUNTERFACT, zsRE as MEND has it, or known facts; the form is recognised.
+
+    zsRE records whose question does not contain the subject exactly once are left out, as a template cannot be made.
+
+    Raises:
+        FactError: the file is missing, no list of records, or a record lacks what its form needs; the record is named.
+    """
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FactError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise FactError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
+        raise FactError(f"{path} must hold a list of one or more records, each an object.")
+    make = _form(records[0], path)
+    facts = []
+    for index, record in enumerate(records):
+        try:
+            fact = make(record, index)
+        except FactError as error:
+            raise FactError(f"record {index} of {path}: {error}") from error
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise FactError(f"record {index} of {path} does not have the form of the first one: {type(error).__name__} {error}.") from error
+        if fact is not None:
+            facts.append(fact)
+    return tuple(facts)
+
+
+def _form(record: dict[str, Any], path: str | Path) -> Callable[[dict[str, Any], int], Fact | None]:
+    """The reader for records that look like this one."""
+    forms: list[tuple[str, Callable[[dict[str, Any], int], Fact | None]]] = [
+        ("requested_rewrite", _nested),
+        ("ground_truth", _flat),
+        ("loc_ans", _zsre),
+        ("attribute", _known),
+    ]
+    for key, make in forms:
+        if key in record:
+            return make
+    raise FactError(f"{path}: the form of the records is not known. A record must have one of {', '.join(key for key, _ in forms)}; the first has {', '.join(record)}.")
+
+
+def _nested(record: dict[str, Any], index: int) -> Fact:
+    rewrite = record["requested_rewrite"]
+    return Fact(
+        subject=rewrite["subject"],
+        template=rewrite["prompt"],
+        target_true=rewrite["target_true"]["str"],
+        target_new=rewrite["target_new"]["str"],
+        paraphrases=tuple(record.get("paraphrase_prompts", ())),
+        neighbours=tuple(record.get("neighborhood_prompts", ())),
+        generations=tuple(record.get("generation_prompts", ())),
+        relation=rewrite.get("relation_id"),
+        id=str(record.get("case_id", index)),
+    )
+
+
+def _flat(record: dict[str, Any], index: int) -> Fact:
+    whole = from_prompt(record["prompt"], record["subject"], occurrence=0)
+    return Fact(
+        subject=whole.subject,
+        template=whole.template,
+        target_true=record["ground_truth"],
+        target_new=record["target_new"],
+        paraphrases=(record["rephrase_prompt"],) if record.get("rephrase_prompt") else (),
+        neighbours=(record["locality_prompt"],) if record.get("locality_prompt") else (),
+        id=str(record.get("case_id", index)),
+    )
+
+
+def _zsre(record: dict[str, Any], index: int) -> Fact | None:
+    if record["src"].count(record["subject"]) != 1 or not record["subject"].strip() or record["alt"] == record["answers"][0]:
+        return None
+    whole = from_prompt(record["src"], record["subject"])
+    return Fact(
+        subject=whole.subject,
+        template=whole.template,
+        target_true=record["answers"][0],
+        target_new=record["alt"],
+        paraphrases=(record["rephrase"],),
+        neighbours=(record["loc"],),
+        id=str(record.get("case_id", index)),
+    )
+
+
+def _known(record: dict[str, Any], index: int) -> Fact:
+    return Fact(
+        subject=record["subject"],
+        template=record["template"],
+        target_true=record["attribute"],
+        relation=record.get("relation_id"),
+        id=str(record.get("known_id", index)),
+    )

@@ -1,0 +1,176 @@
+"""A fact becomes tokens: where its subject stands, which ids its targets have, and what looks wrong about them.
+
+Positions come from the fast tokenizer's character offsets on the whole text, so that subjects are found whatever the
+tokenizer merges. A target's ids are what follows the prompt's ids when prompt and target are encoded together; nothing is
+ever decoded and encoded again. Whether BOS stands first is said, not left to the tokenizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechedit.facts import Fact, FactError
+from mechedit.models import HookedModel, device_of
+
+__all__ = ["Audit", "Prompt", "audit", "continuation", "encode", "pad", "prepare", "resolve_bos", "subject_span", "text_tokens"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A fact's prompt as the model reads it. `subject` is the range [begin, end) of token positions, BOS counted."""
+
+    text: str
+    ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    subject: tuple[int, int]
+    prepend_bos: bool
+
+    @property
+    def last_subject(self) -> int:
+        """The position of the subject's last token."""
+        return self.subject[1] - 1
+
+
+def resolve_bos(model: HookedModel, prepend_bos: bool | None) -> bool:
+    """Whether BOS goes first: as asked, else as the model was made for."""
+    wanted = bool(model.cfg.default_prepend_bos) if prepend_bos is None else prepend_bos
+    if wanted and model.tokenizer.bos_token_id is None:
+        raise FactError(f"{model.cfg.model_name} has no beginning-of-sequence token; set prepend_bos to false.")
+    return wanted
+
+
+def encode(model: HookedModel, text: str, *, prepend_bos: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a text and the range of characters that each stands for (empty for BOS)."""
+    encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = list(encoded["input_ids"]), [(int(begin), int(end)) for begin, end in encoded["offset_mapping"]]
+    return ([model.tokenizer.bos_token_id, *ids], [(0, 0), *offsets]) if prepend_bos else (ids, offsets)
+
+
+def text_tokens(model: HookedModel, ids: list[int] | tuple[int, ...]) -> tuple[str, ...]:
+    """Each token as text, for people."""
+    return tuple(model.tokenizer.decode([each]) for each in ids)
+
+
+def subject_span(offsets: list[tuple[int, int]], begin: int, end: int) -> tuple[int, int]:
+    """The range of tokens that cover any of the characters [begin, end), white space before the subject aside."""
+    inside = [index for index, (first, last) in enumerate(offsets) if first < end and last > begin]
+    if not inside:
+        raise FactError(f"no token covers the subject at characters {begin} to {end}.")
+    return inside[0], inside[-1] + 1
+
+
+def prepare(model: HookedModel, fact: Fact, *, prepend_bos: bool | None = None) -> Prompt:
+    """The fact's prompt as tokens.
+
+    Raises:
+        FactError: the prompt is longer than the model's context.
+    """
+    bos = resolve_bos(model, prepend_bos)
+    ids, offsets = encode(model, fact.prompt, prepend_bos=bos)
+    check_length(model, len(ids))
+    begin = fact.subject_start
+    span = subject_span(offsets, begin, begin + len(fact.subject))
+    return Prompt(fact.prompt, tuple(ids), text_tokens(model, ids), span, bos)
+
+
+def check_length(model: HookedModel, length: int) -> None:
+    """Raise where a text of so many tokens does not fit the model's context."""
+    if length > (limit := int(model.cfg.n_ctx)):
+        raise FactError(f"a prompt must fit the context of {limit} tokens of {model.cfg.model_name}; it has {length}. Shorten it.")
+
+
+def continuation(model: HookedModel, prompt: str, target: str) -> list[int]:
+    """The ids of ` target` after `prompt`: what prompt and target encoded together have beyond the prompt's own ids.
+
+    Where the tokenizer merges across the seam, the target's ids are those it has after the longest shared part's end,
+    encoded on their own; `audit` says so.
+
+    Raises:
+        FactError: the target is empty, or gives no token.
+    """
+    if not target.strip():
+        raise FactError(f"a target must be a word or more; it is {target!r}.")
+    alone, _ = encode(model, prompt, prepend_bos=False)
+    both, _ = encode(model, prompt + joined(prompt, target), prepend_bos=False)
+    ids = both[len(alone) :] if both[: len(alone)] == alone else encode(model, joined(prompt, target), prepend_bos=False)[0]
+    if not ids:
+        raise FactError(f"the target {target!r} gives no token after {prompt!r}.")
+    return ids
+
+
+def joined(prompt: str, target: str) -> str:
+    """The target with the one space that joins it to the prompt, none where the prompt already ends in white space."""
+    return target.strip() if prompt[-1:].isspace() else " " + target.strip()
+
+
+def pad(model: HookedModel, rows: list[list[int]]) -> Int[Tensor, "rows pos"]:
+    """Rows of ids, filled on the right; under causal attention what is filled changes no position before it."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device_of(model))
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a fact is to a model's tokenizer, and what looks wrong about it."""
+
+    prompt: Prompt
+    target_true: tuple[tuple[int, str], ...]
+    target_new: tuple[tuple[int, str], ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        begin, end = self.prompt.subject
+        lines = [f"{index:3d}  {token_id:7d}  {token!r}{'  *' if begin <= index < end else ''}" for index, (token_id, token) in enumerate(zip(self.prompt.ids, self.prompt.tokens, strict=True))]
+        for name, target in (("true", self.target_true), ("new", self.target_new)):
+            if target:
+                lines.append(f"{name:>4}  " + ", ".join(f"{token_id} {token!r}" for token_id, token in target))
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def audit(model: HookedModel, fact: Fact, *, prepend_bos: bool | None = None) -> Audit:
+    """The fact's tokens, subject span and target ids, and notes on what may surprise. The model is not run."""
+    prompt = prepare(model, fact, prepend_bos=prepend_bos)
+    targets: dict[str, tuple[tuple[int, str], ...]] = {}
+    notes: list[str] = []
+    for name, target in (("target_true", fact.target_true), ("target_new", fact.target_new)):
+        ids = continuation(model, fact.prompt, target) if target else []
+        targets[name] = tuple(zip(ids, text_tokens(model, ids), strict=True))
+        if len(ids) > 1:
+            notes.append(f"{name} {target!r} is {len(ids)} tokens; a trace measures the first, an edit learns all.")
+        if model.tokenizer.unk_token_id is not None and model.tokenizer.unk_token_id in ids:
+            notes.append(f"{name} {target!r} has a token the vocabulary does not know.")
+        if target and not _seam_is_clean(model, fact.prompt, target):
+            notes.append(f"the tokenizer merges the end of the prompt with {name} {target!r}; the target is encoded on its own.")
+    if targets["target_true"] and targets["target_new"] and targets["target_true"][0] == targets["target_new"][0]:
+        notes.append("both targets begin with the same token; probabilities of their first tokens cannot tell them apart.")
+    notes += _subject_notes(model, fact, prompt)
+    return Audit(prompt, targets["target_true"], targets["target_new"], tuple(notes))
+
+
+def _seam_is_clean(model: HookedModel, prompt: str, target: str) -> bool:
+    alone, _ = encode(model, prompt, prepend_bos=False)
+    both, _ = encode(model, prompt + joined(prompt, target), prepend_bos=False)
+    return both[: len(alone)] == alone
+
+
+def _subject_notes(model: HookedModel, fact: Fact, prompt: Prompt) -> list[str]:
+    notes = []
+    _, offsets = encode(model, fact.prompt, prepend_bos=prompt.prepend_bos)
+    begin, end = fact.subject_start, fact.subject_start + len(fact.subject)
+    first, last = offsets[prompt.subject[0]], offsets[prompt.last_subject]
+    if fact.prompt[first[0] : begin].strip() or last[1] > end:
+        notes.append("a token holds a part of the subject together with other text; the whole token counts as subject.")
+    if fact.prompt.count(fact.subject) > 1:
+        notes.append(f"the subject appears {fact.prompt.count(fact.subject)} times; only the one in the template's {{}} counts.")
+    if prompt.subject[1] == len(prompt.ids):
+        notes.append("the subject ends the prompt: its last token is also the prompt's last.")
+    if fact.target_true and fact.target_true.lower() in fact.prompt.lower():
+        notes.append(f"the prompt contains the answer {fact.target_true!r}.")
+    for paraphrase in fact.paraphrases:
+        if fact.subject not in paraphrase:
+            notes.append(f"a paraphrase does not name the subject: {paraphrase!r}.")
+    return notes
