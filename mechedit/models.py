@@ -33,6 +33,7 @@ __all__ = [
     "KeyValues",
     "Listed",
     "ModelError",
+    "Stepper",
     "W_out",
     "b_out",
     "check_layer",
@@ -535,17 +536,51 @@ class Blocks:
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         handles = []
         device = device_of(self.model)
-        try:
-            for block in self.model.blocks:
-                handles.append(block.original_component.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True))
-            with torch.no_grad():
+        with _without_forward_hooks(self.model), torch.no_grad():
+            try:
+                for block in self.model.blocks:
+                    handles.append(block.original_component.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True))
                 past = DynamicCache()
                 if n_past:
                     self.model(torch.zeros(1, n_past, dtype=torch.long, device=device), past_key_values=past)
                     calls.clear()
                 self.model(torch.zeros(1, n_new, dtype=torch.long, device=device), past_key_values=past)
-        finally:
-            for handle in handles:
-                handle.remove()
+            finally:
+                for handle in handles:
+                    handle.remove()
         self._calls[n_past, n_new] = calls
         return calls
+
+
+class Stepper:
+    """Reads tokens a few at a time and remembers keys and values, for generation. Rows have no padding."""
+
+    def __init__(self, model: HookedModel) -> None:
+        self.model = model
+        self._past: Any = None
+
+    def next_logits(self, tokens: Int[Tensor, "rows new"]) -> Float[Tensor, "rows d_vocab"]:
+        """Logits of what follows after all tokens given so far."""
+        if hasattr(self.model, "original_model"):
+            from transformers import DynamicCache
+
+            self._past = self._past or DynamicCache()
+            return self.model(tokens, past_key_values=self._past)[:, -1]
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        self._past = self._past or TransformerLensKeyValueCache.init_cache(self.model.cfg, tokens.device, len(tokens))
+        return self.model(tokens, past_kv_cache=self._past, attention_mask=torch.ones_like(tokens))[:, -1]
+
+
+@contextmanager
+def _without_forward_hooks(model: HookedModel) -> Iterator[None]:
+    """Run the body as if no forward hook were there, and put each back."""
+    modules = {id(module): module for module in [*model.modules(), *model.hook_dict.values()]}.values()
+    kept = [(module, module._forward_hooks) for module in modules if module._forward_hooks]
+    try:
+        for module, hooks in kept:
+            module._forward_hooks = type(hooks)()
+        yield
+    finally:
+        for module, hooks in kept:
+            module._forward_hooks = hooks

@@ -70,7 +70,7 @@ class MomentSettings:
     """What text the second moment C is estimated on."""
 
     tokens: int = knob(0, "keys to average over; 0 means ten times d_mlp")
-    context: int = knob(128, "tokens in a text window, BOS included; each position of a window after BOS gives a key")
+    context: int = knob(64, "tokens in a text window, BOS included; each position of a window after BOS gives a key")
     seed: int = knob(0, "seed of the text, where it is sampled from the model itself")
     prepend_bos: bool | None = knob(None, "put the beginning-of-sequence token first; by default what the model was made for")
 

@@ -183,8 +183,9 @@ def _join(state: _Batch, runs: _Runs, cells: list[Cell], layer: int, position: i
 
 def _probability(blocks: Blocks, states: Float[Tensor, "rows d_model"], answer: int) -> Float[Tensor, " rows"]:
     """P(answer) for each final state, in float32."""
+    target = torch.tensor([answer], device=states.device)
     parts = []
-    for chunk in states.split(UNEMBED_ROWS):
-        logits = blocks.logits(chunk).float()
-        parts.append((logits[:, answer] - logits.logsumexp(-1)).exp())
+    for chunk in states.split(UNEMBED_ROWS):  # cross_entropy: logsumexp would take longer than the unembedding itself
+        loss = torch.nn.functional.cross_entropy(blocks.logits(chunk).float(), target.expand(len(chunk)), reduction="none")
+        parts.append((-loss).exp())
     return torch.cat(parts)

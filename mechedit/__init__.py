@@ -1,0 +1,58 @@
+"""mechedit: find where a transformer recalls a fact, and rewrite it there.
+
+The pipeline is models.load -> facts.Fact -> tracing.trace -> sites.early -> editors.rome.edit -> edits.apply. Each step is
+one module and may touch only what this table says; nothing is left changed except by `edits.apply` and `rank_one.write_`.
+
+| step               | forward | backward | weights           | disk  | randomness            |
+|--------------------|---------|----------|-------------------|-------|-----------------------|
+| models.load        | no      | no       | makes them        | cache | no                    |
+| prompts.audit      | no      | no       | no                | no    | no                    |
+| tracing.trace      | yes     | no       | no                | no    | own generator         |
+| moments.estimate   | yes     | no       | no                | cache | own generator         |
+| keys               | yes     | no       | no                | no    | own generator         |
+| values.optimise    | yes     | yes      | no                | no    | no                    |
+| rank_one.solve     | no      | no       | no                | no    | no                    |
+| rank_one.edited    | no      | no       | and puts them back| no    | no                    |
+| editors.rome.edit  | yes     | yes      | and puts them back| cache | own generator         |
+| edits.apply        | no      | no       | yes, until undone | no    | no                    |
+| scoring.score      | yes     | no       | no                | no    | no                    |
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_MODULES = (
+    "corruption",
+    "edits",
+    "editors",
+    "facts",
+    "figures",
+    "generation",
+    "interventions",
+    "keys",
+    "models",
+    "moments",
+    "prompts",
+    "rank_one",
+    "scoring",
+    "settings",
+    "sites",
+    "tracing",
+    "values",
+)
+
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"mechedit.{name}")
+    raise AttributeError(f"module 'mechedit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

@@ -1,0 +1,176 @@
+"""An edit as a result and as a file: what was changed, how it was found, what it did; saved, loaded, applied, undone.
+
+The file is one safetensors file of a few kilobytes: u and step of each rank-one change, and a JSON record with the fact, the
+settings, the prefixes, the model's weight hash, versions, and what was measured. Loading executes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechedit import files, models, rank_one
+from mechedit.files import FileError
+from mechedit.models import HookedModel
+from mechedit.rank_one import RankOneEdit
+
+__all__ = ["Applied", "Edit", "EditError", "apply", "edited", "load", "save"]
+
+
+class EditError(ValueError):
+    """An edit that is refused, or that does not belong to the model."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What an editor returns. `record` holds JSON values only.
+
+    `report` has `divisor` (u @ key), `update_norm` (Frobenius norm of the change of W_out), `relative_norm` (that over the
+    norm of W_out) and `cond_C`; `before` and `after` have the probabilities `p_new` and `p_true` of the whole targets.
+    """
+
+    method: str
+    changes: tuple[RankOneEdit, ...]
+    fact: dict[str, Any]
+    report: dict[str, float]
+    before: dict[str, float]
+    after: dict[str, float]
+    origin: dict[str, Any]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> int:
+        """The block of the first change."""
+        return self.changes[0].layer
+
+    def to_json(self) -> dict[str, Any]:
+        """What `mechedit edit --json` writes."""
+        return {
+            "model": self.origin["name"],
+            "method": self.method,
+            "prompt": self.fact["prompt"],
+            "subject": self.fact["subject"],
+            "target_new": self.fact["target_new"],
+            "target_true": self.fact["target_true"],
+            "layer": self.layer,
+            "before": self.before,
+            "after": self.after,
+            "edit": self.report,
+            "seconds": self.seconds,
+            "settings": self.settings,
+            "origin": self.origin,
+            "versions": self.versions,
+        }
+
+
+_RECORD = ("method", "fact", "report", "before", "after", "origin", "settings", "versions", "seconds", "details")
+
+
+def save(edit: Edit, path: str | Path) -> Path:
+    """Write an edit as one safetensors file, whole or not at all.
+
+    Raises:
+        PermissionError: the folder cannot be written.
+    """
+    tensors = {}
+    for index, change in enumerate(edit.changes):
+        tensors |= {f"{index}.u": change.u, f"{index}.step": change.step}
+    record = {name: getattr(edit, name) for name in _RECORD}
+    record["changes"] = [{"layer": change.layer, "divisor": change.divisor} for change in edit.changes]
+    return files.write(path, "edit", tensors, record)
+
+
+def load(path: str | Path) -> Edit:
+    """Read an edit that `save` wrote.
+
+    Raises:
+        FileError: the file is missing, truncated, something else, or holds what no edit can hold.
+    """
+    tensors, record = files.read(path, "edit")
+    try:
+        changes = tuple(
+            RankOneEdit(int(each["layer"]), tensors[f"{index}.u"], tensors[f"{index}.step"], float(each["divisor"]))
+            for index, each in enumerate(record["changes"])
+        )
+        edit = Edit(changes=changes, **{name: record[name] for name in _RECORD})
+        described = (edit.origin["weight_hash"], edit.fact["prompt"], edit.report["relative_norm"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileError(f"{path} is an edit whose record is not whole ({type(error).__name__} {error}).") from error
+    if not changes or any(change.u.ndim != 1 or change.step.ndim != 1 for change in changes) or None in described:
+        raise FileError(f"{path} is an edit without changes, or with changes that are no vectors.")
+    if any(not bool(torch.isfinite(part).all()) for change in changes for part in (change.u, change.step)):
+        raise FileError(f"{path} holds NaN or infinity; such an edit would destroy the model.")
+    return edit
+
+
+def check(model: HookedModel, edits: Sequence[Edit]) -> None:
+    """Raise unless every edit was made for exactly these weights, and fits them."""
+    weight_hash = models.weight_hash(model)
+    for edit in edits:
+        if edit.origin["weight_hash"] != weight_hash:
+            raise EditError(
+                f"this edit of {edit.fact['subject']!r} was made for {edit.origin['name']} with weights "
+                f"{edit.origin['weight_hash'][:12]}…, but {model.cfg.model_name} has weights {weight_hash[:12]}…. Load the model "
+                "it was made for, or pass force=True (--force) if you know that they agree where it matters."
+            )
+
+
+class Applied:
+    """Edits that are in a model. `undo()` puts back the exact original weights, bit for bit."""
+
+    def __init__(self, model: HookedModel, originals: dict[int, Tensor], written: dict[int, Tensor]) -> None:
+        self._model, self._originals, self._written = model, originals, written
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put the original weights back.
+
+        Raises:
+            EditError: the weights changed since; undo what came later first. Nothing is written then.
+        """
+        for layer, written in self._written.items():
+            if not torch.equal(models.W_out(self._model, layer), written):
+                raise EditError(f"W_out of block {layer} changed after this edit was applied; undo the later changes first.")
+        for layer, original in self._originals.items():
+            models.W_out(self._model, layer).copy_(original)
+        self._originals, self._written = {}, {}
+
+
+@torch.no_grad()
+def apply(model: HookedModel, *edits: Edit, force: bool = False) -> Applied:
+    """Write edits into the model, all or none; keep the result to undo them.
+
+    Raises:
+        EditError: an edit was made for other weights, and `force` is not given.
+        RankOneError: an edit does not fit the model's shapes.
+    """
+    if not force:
+        check(model, edits)
+    changes = [change for edit in edits for change in edit.changes]
+    originals = {change.layer: models.W_out(model, change.layer).detach().clone() for change in changes}
+    try:
+        for change in changes:
+            rank_one.write_(model, change)
+    except BaseException:
+        for layer, original in originals.items():
+            models.W_out(model, layer).copy_(original)
+        raise
+    return Applied(model, originals, {layer: models.W_out(model, layer).detach().clone() for layer in originals})
+
+
+@contextmanager
+def edited(model: HookedModel, *edits: Edit, force: bool = False) -> Iterator[None]:
+    """Run the body on the edited model, then put back the exact original weights."""
+    if not force:
+        check(model, edits)
+    with rank_one.edited(model, *(change for edit in edits for change in edit.changes)):
+        yield

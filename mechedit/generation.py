@@ -1,0 +1,78 @@
+"""Text from the model: seeded sampling for prefixes and second moments, greedy completion for people to read.
+
+Both step through the tokens with cached keys and values. Sampling inverts the distribution function with numbers from a
+generator of its own, so that a seed gives the same text whatever else was drawn, on any device and model class (rounding
+of the logits aside).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechedit.models import HookedModel, Stepper, device_of
+from mechedit.progress import Progress, silent
+from mechedit.prompts import encode, resolve_bos
+
+__all__ = ["complete", "sample"]
+
+DRAW_ROWS = 16  # a softmax over so few rows stays in memory that is reused
+
+
+@torch.no_grad()
+def sample(
+    model: HookedModel, rows: int, length: int, generator: torch.Generator, *, top_k: int | None = None, progress: Progress = silent
+) -> Int[Tensor, "rows length"]:
+    """`rows` texts of `length` tokens, sampled at temperature 1 after BOS, which is not part of them."""
+    stepper = Stepper(model)
+    device = device_of(model)
+    start = model.tokenizer.bos_token_id if model.tokenizer.bos_token_id is not None else model.tokenizer.eos_token_id
+    token = torch.full((rows, 1), start, device=device)
+    text = []
+    for done in range(length):
+        progress("sampling text", done, length)
+        logits = stepper.next_logits(token)
+        uniform = torch.rand(rows, 1, generator=generator).to(device)
+        parts = zip(logits.split(DRAW_ROWS), uniform.split(DRAW_ROWS), strict=True)
+        token = torch.cat([_draw(part.float(), numbers, top_k) for part, numbers in parts])
+        text.append(token)
+    progress("sampling text", length, length)
+    return torch.cat(text, dim=1)
+
+
+def _draw(logits: Float[Tensor, "rows d_vocab"], uniform: Float[Tensor, "rows 1"], top_k: int | None) -> Int[Tensor, "rows 1"]:
+    """One token a row: the first whose cumulative probability passes the uniform number."""
+    if top_k is not None:
+        values, tokens = logits.topk(top_k)
+        return tokens.gather(-1, _invert(values.softmax(-1), uniform)[0])
+    # Two stages, groups of tokens first: one cumulative sum over a large vocabulary would take longer than the model.
+    size = max(each for each in range(1, int(logits.shape[-1] ** 0.5) + 1) if logits.shape[-1] % each == 0)
+    p = logits.softmax(-1).unflatten(-1, (-1, size))
+    group, within = _invert(p.sum(-1), uniform)
+    token, _ = _invert(p.gather(1, group[..., None].expand(-1, -1, size))[:, 0], within)
+    return (group * size + token).clamp_(max=logits.shape[-1] - 1)
+
+
+def _invert(p: Float[Tensor, "rows choices"], uniform: Float[Tensor, "rows 1"]) -> tuple[Int[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
+    """The choice where the cumulative share of `p` passes the uniform number, and how far into that choice it lies."""
+    total = p.cumsum(-1)
+    target = uniform * total[:, -1:]
+    choice = torch.searchsorted(total, target).clamp_(max=p.shape[-1] - 1)
+    own = p.gather(-1, choice)
+    return choice, ((target - total.gather(-1, choice) + own) / own).clamp(0.0, 1.0)
+
+
+@torch.no_grad()
+def complete(model: HookedModel, prompt: str, tokens: int = 20, *, prepend_bos: bool | None = None) -> str:
+    """The greedy continuation of a prompt, up to `tokens` tokens or the end of the text."""
+    ids, _ = encode(model, prompt, prepend_bos=resolve_bos(model, prepend_bos))
+    stepper, device = Stepper(model), device_of(model)
+    token = torch.tensor([ids], device=device)
+    said: list[int] = []
+    for _ in range(tokens):
+        token = stepper.next_logits(token).argmax(-1, keepdim=True)
+        if int(token) == model.tokenizer.eos_token_id:
+            break
+        said.append(int(token))
+    return str(model.tokenizer.decode(said))
