@@ -18,7 +18,13 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_write", "content_key", "file_hash", "once", "root"]
+from mechedit.errors import MecheditError
+
+__all__ = ["WriteError", "atomic_write", "check_writable", "content_key", "file_hash", "once", "root"]
+
+
+class WriteError(MecheditError, OSError):
+    """A place that cannot be written."""
 
 
 def root() -> Path:
@@ -48,17 +54,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; what the body writes there becomes `path` if it ends without an error.
 
     Raises:
-        PermissionError: the folder cannot be written; raised before the body runs.
+        WriteError: the folder cannot be written; raised before the body runs.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    except OSError as error:
-        raise PermissionError(
-            f"{path} cannot be written: {error.strerror or error}. Name a folder that you may write to."
-        ) from error
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _beside(path)
     try:
         yield temporary
         mask = os.umask(0)
@@ -67,6 +65,30 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise where `path` could not be written, before anything expensive is computed for it.
+
+    Raises:
+        WriteError: its folder cannot be made or written, or `path` is a folder.
+    """
+    if path.is_dir():
+        raise WriteError(f"{path} is a folder; name a file in it.")
+    _beside(path).unlink()
+
+
+def _beside(path: Path) -> Path:
+    """A new empty file in the folder of `path`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    except OSError as error:
+        raise WriteError(
+            f"{path} cannot be written: {error.strerror or error}. Name a folder that you may write to."
+        ) from error
+    os.close(handle)
+    return Path(name)
 
 
 def once(folder: Path, build: Callable[[Path], None], is_whole: Callable[[Path], bool]) -> Path:

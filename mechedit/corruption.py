@@ -24,7 +24,9 @@ def generator(seed: int, *labels: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def gaussian(fact: Fact, *, draws: int, tokens: int, d_model: int, scale: float, seed: int) -> Float[Tensor, "draws subject d_model"]:
+def gaussian(
+    fact: Fact, *, draws: int, tokens: int, d_model: int, scale: float, seed: int
+) -> Float[Tensor, "draws subject d_model"]:
     """Noise for each draw and subject token, in float32 on the CPU; `scale` is its standard deviation."""
     stream = generator(seed, "noise", fact.prompt, fact.subject)
     return scale * torch.randn(draws, tokens, d_model, generator=stream)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mechedit import files, models, rank_one
+from mechedit.errors import MecheditError
 from mechedit.files import FileError
 from mechedit.models import HookedModel
 from mechedit.rank_one import RankOneEdit
@@ -23,7 +24,7 @@ from mechedit.rank_one import RankOneEdit
 __all__ = ["Applied", "Edit", "EditError", "apply", "edited", "load", "save"]
 
 
-class EditError(ValueError):
+class EditError(MecheditError, ValueError):
     """An edit that is refused, or that does not belong to the model."""
 
 
@@ -79,9 +80,9 @@ def save(edit: Edit, path: str | Path) -> Path:
     """Write an edit as one safetensors file, whole or not at all.
 
     Raises:
-        PermissionError: the folder cannot be written.
+        WriteError: the folder cannot be written.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for index, change in enumerate(edit.changes):
         tensors |= {f"{index}.u": change.u, f"{index}.step": change.step}
     record = {name: getattr(edit, name) for name in _RECORD}
@@ -139,7 +140,9 @@ class Applied:
         """
         for layer, written in self._written.items():
             if not torch.equal(models.W_out(self._model, layer), written):
-                raise EditError(f"W_out of block {layer} changed after this edit was applied; undo the later changes first.")
+                raise EditError(
+                    f"W_out of block {layer} changed after this edit was applied; undo the later changes first."
+                )
         for layer, original in self._originals.items():
             models.W_out(self._model, layer).copy_(original)
         self._originals, self._written = {}, {}

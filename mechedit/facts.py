@@ -14,10 +14,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from mechedit.errors import MecheditError
+
 __all__ = ["Fact", "FactError", "built_in", "from_prompt", "read"]
 
 
-class FactError(ValueError):
+class FactError(MecheditError, ValueError):
     """A fact, or a file of facts, that cannot be used as it is."""
 
 
@@ -70,7 +72,14 @@ class Fact:
         return self.template.index("{}")
 
 
-def from_prompt(prompt: str, subject: str, *, target_true: str | None = None, target_new: str | None = None, occurrence: int | None = None) -> Fact:
+def from_prompt(
+    prompt: str,
+    subject: str,
+    *,
+    target_true: str | None = None,
+    target_new: str | None = None,
+    occurrence: int | None = None,
+) -> Fact:
     """The fact of a whole prompt that contains its subject; `occurrence` (from 0) chooses among several.
 
     Raises:
@@ -81,7 +90,9 @@ def from_prompt(prompt: str, subject: str, *, target_true: str | None = None, ta
     subject = subject.strip()
     starts = [at for at in range(len(prompt)) if prompt.startswith(subject, at)]
     if not starts:
-        raise FactError(f"the subject {subject!r} is not in the prompt {prompt!r}; it must appear there letter for letter.")
+        raise FactError(
+            f"the subject {subject!r} is not in the prompt {prompt!r}; it must appear there letter for letter."
+        )
     if len(starts) > 1 and occurrence is None:
         raise FactError(
             f"the subject {subject!r} appears {len(starts)} times in the prompt {prompt!r}; "
@@ -89,7 +100,9 @@ def from_prompt(prompt: str, subject: str, *, target_true: str | None = None, ta
         )
     chosen = occurrence or 0
     if not 0 <= chosen < len(starts):
-        raise FactError(f"occurrence must be from 0 to {len(starts) - 1}, as often as {subject!r} is in the prompt; found {chosen}.")
+        raise FactError(
+            f"occurrence must be from 0 to {len(starts) - 1}, as often as {subject!r} is in the prompt; found {chosen}."
+        )
     if "{}" in prompt:
         raise FactError(f"a prompt may not contain {{}}, which marks the subject in a template: {prompt!r}.")
     at = starts[chosen]
@@ -105,7 +118,7 @@ def built_in() -> tuple[Fact, ...]:
 def read(path: str | Path) -> tuple[Fact, ...]:
     """The facts of a JSON file: nested or flat COUNTERFACT, zsRE as MEND has it, or known facts; the form is recognised.
 
-    zsRE records whose question does not contain the subject exactly once are left out, as a template cannot be made.
+    zsRE records are left out where the question does not contain the subject exactly once or nothing new is to be said.
 
     Raises:
         FactError: the file is missing, no list of records, or a record lacks what its form needs; the record is named.
@@ -126,7 +139,9 @@ def read(path: str | Path) -> tuple[Fact, ...]:
         except FactError as error:
             raise FactError(f"record {index} of {path}: {error}") from error
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise FactError(f"record {index} of {path} does not have the form of the first one: {type(error).__name__} {error}.") from error
+            raise FactError(
+                f"record {index} of {path} does not have the form of the first one: {type(error).__name__} {error}."
+            ) from error
         if fact is not None:
             facts.append(fact)
     return tuple(facts)
@@ -143,7 +158,9 @@ def _form(record: dict[str, Any], path: str | Path) -> Callable[[dict[str, Any],
     for key, make in forms:
         if key in record:
             return make
-    raise FactError(f"{path}: the form of the records is not known. A record must have one of {', '.join(key for key, _ in forms)}; the first has {', '.join(record)}.")
+    raise FactError(
+        f"{path}: the form of the records is not known. A record must have one of {', '.join(key for key, _ in forms)}; the first has {', '.join(record)}."
+    )
 
 
 def _nested(record: dict[str, Any], index: int) -> Fact:
@@ -175,7 +192,8 @@ def _flat(record: dict[str, Any], index: int) -> Fact:
 
 
 def _zsre(record: dict[str, Any], index: int) -> Fact | None:
-    if record["src"].count(record["subject"]) != 1 or not record["subject"].strip() or record["alt"] == record["answers"][0]:
+    usable = record["subject"].strip() and record["src"].count(record["subject"]) == 1
+    if not usable or not record["alt"].strip() or record["alt"] == record["answers"][0]:
         return None
     whole = from_prompt(record["src"], record["subject"])
     return Fact(

@@ -22,7 +22,13 @@ DRAW_ROWS = 16  # a softmax over so few rows stays in memory that is reused
 
 @torch.no_grad()
 def sample(
-    model: HookedModel, rows: int, length: int, generator: torch.Generator, *, top_k: int | None = None, progress: Progress = silent
+    model: HookedModel,
+    rows: int,
+    length: int,
+    generator: torch.Generator,
+    *,
+    top_k: int | None = None,
+    progress: Progress = silent,
 ) -> Int[Tensor, "rows length"]:
     """`rows` texts of `length` tokens, sampled at temperature 1 after BOS, which is not part of them."""
     stepper = Stepper(model)
@@ -41,7 +47,9 @@ def sample(
     return torch.cat(text, dim=1)
 
 
-def _draw(logits: Float[Tensor, "rows d_vocab"], uniform: Float[Tensor, "rows 1"], top_k: int | None) -> Int[Tensor, "rows 1"]:
+def _draw(
+    logits: Float[Tensor, "rows d_vocab"], uniform: Float[Tensor, "rows 1"], top_k: int | None
+) -> Int[Tensor, "rows 1"]:
     """One token a row: the first whose cumulative probability passes the uniform number."""
     if top_k is not None:
         values, tokens = logits.topk(top_k)
@@ -54,7 +62,9 @@ def _draw(logits: Float[Tensor, "rows d_vocab"], uniform: Float[Tensor, "rows 1"
     return (group * size + token).clamp_(max=logits.shape[-1] - 1)
 
 
-def _invert(p: Float[Tensor, "rows choices"], uniform: Float[Tensor, "rows 1"]) -> tuple[Int[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
+def _invert(
+    p: Float[Tensor, "rows choices"], uniform: Float[Tensor, "rows 1"]
+) -> tuple[Int[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
     """The choice where the cumulative share of `p` passes the uniform number, and how far into that choice it lies."""
     total = p.cumsum(-1)
     target = uniform * total[:, -1:]

@@ -18,12 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.errors import MecheditError
 from mechedit.models import HookedModel, mlp_module
 
 __all__ = ["Change", "InterventionError", "add_noise", "intervened", "mlp_outputs", "read", "restore"]
 
 
-class InterventionError(RuntimeError):
+class InterventionError(MecheditError, RuntimeError):
     """An intervention that names no hook point, does not fit, or did not happen."""
 
 
@@ -66,9 +67,13 @@ def read(name: str, into: Callable[[Tensor], None]) -> Change:
 
 def _check_fit(name: str, activation: Tensor, rows: int | None, position: int) -> None:
     if rows is not None and rows != len(activation):
-        raise InterventionError(f"{name}: the intervention has {rows} rows, the forward pass {len(activation)}; they must be equal.")
+        raise InterventionError(
+            f"{name}: the intervention has {rows} rows, the forward pass {len(activation)}; they must be equal."
+        )
     if position >= activation.shape[1]:
-        raise InterventionError(f"{name}: position {position} lies beyond the {activation.shape[1]} positions of this forward pass.")
+        raise InterventionError(
+            f"{name}: position {position} lies beyond the {activation.shape[1]} positions of this forward pass."
+        )
 
 
 @contextmanager
@@ -80,7 +85,9 @@ def intervened(model: HookedModel, *changes: Change) -> Iterator[None]:
     """
     unknown = sorted({change.name for change in changes} - set(model.hook_dict))
     if unknown:
-        raise InterventionError(f"{unknown} are no hook points of {model.cfg.model_name}. `model.hook_dict` has the names.")
+        raise InterventionError(
+            f"{unknown} are no hook points of {model.cfg.model_name}. `model.hook_dict` has the names."
+        )
     fired: set[int] = set()
 
     def hook(index: int, change: Change) -> Callable[..., Tensor | None]:

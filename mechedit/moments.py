@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mechedit import cache, files, provenance
 from mechedit.corruption import generator
+from mechedit.errors import MecheditError
 from mechedit.generation import sample
 from mechedit.interventions import intervened, read
 from mechedit.models import HookedModel, W_out, device_of
@@ -32,7 +33,7 @@ __all__ = ["Moment", "MomentError", "estimate"]
 BATCH_TOKENS = 4096
 
 
-class MomentError(ValueError):
+class MomentError(MecheditError, ValueError):
     """A second moment that cannot be estimated, or cannot be used."""
 
 
@@ -49,11 +50,14 @@ class Moment:
     origin: dict[str, Any]
     versions: dict[str, str]
 
+    def to_json(self) -> dict[str, Any]:
+        """Everything but C itself."""
+        record = {"layer": self.layer, "keys": self.keys, "cond": self.cond, "source": self.source}
+        return record | {"settings": asdict(self.settings), "origin": self.origin, "versions": self.versions}
+
     def save(self, path: str | Path) -> Path:
         """Write as one safetensors file."""
-        record = {"layer": self.layer, "keys": self.keys, "cond": self.cond, "source": self.source}
-        record |= {"settings": asdict(self.settings), "origin": self.origin, "versions": self.versions}
-        return files.write(path, "moment", {"C": self.C}, record)
+        return files.write(path, "moment", {"C": self.C}, self.to_json())
 
     @staticmethod
     def load(path: str | Path) -> Moment:
@@ -66,7 +70,14 @@ class Moment:
         try:
             settings = MomentSettings(**record["settings"])
             return Moment(
-                record["layer"], tensors["C"], record["keys"], record["cond"], record["source"], settings, record["origin"], record["versions"]
+                record["layer"],
+                tensors["C"],
+                record["keys"],
+                record["cond"],
+                record["source"],
+                settings,
+                record["origin"],
+                record["versions"],
             )
         except (KeyError, TypeError) as error:
             raise files.FileError(f"{path} is a moment that lacks {error}.") from error
@@ -88,9 +99,13 @@ def estimate(
     """
     d_mlp = W_out(model, layer).shape[0]
     settings = settings or MomentSettings()
-    settings = replace(settings, tokens=settings.tokens or 10 * d_mlp, prepend_bos=resolve_bos(model, settings.prepend_bos))
+    settings = replace(
+        settings, tokens=settings.tokens or 10 * d_mlp, prepend_bos=resolve_bos(model, settings.prepend_bos)
+    )
     if settings.tokens <= d_mlp:
-        raise MomentError(f"C needs more keys than d_mlp = {d_mlp} to be invertible; {settings.tokens} were asked for. Ten times d_mlp is a good number.")
+        raise MomentError(
+            f"C needs more keys than d_mlp = {d_mlp} to be invertible; {settings.tokens} were asked for. Ten times d_mlp is a good number."
+        )
     if settings.context > int(model.cfg.n_ctx):
         raise MomentError(f"context must fit the model's {model.cfg.n_ctx} tokens; found {settings.context}.")
     source = _source(texts)
@@ -104,7 +119,9 @@ def estimate(
             path.unlink()  # damaged: made again below
     C, n = _accumulate(model, layer, _windows(model, texts, settings, progress), settings, progress)
     if n <= d_mlp:
-        raise MomentError(f"C needs more keys than d_mlp = {d_mlp} to be invertible; the text gave {n}. Add text, or leave it out to sample from the model.")
+        raise MomentError(
+            f"C needs more keys than d_mlp = {d_mlp} to be invertible; the text gave {n}. Add text, or leave it out to sample from the model."
+        )
     moment = Moment(layer, C / n, n, condition(C), source, settings, origin, provenance.versions())
     moment.save(path)
     return moment
@@ -126,7 +143,9 @@ def _source(texts: Sequence[str | Path]) -> str:
         raise MomentError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
 
-def _windows(model: HookedModel, texts: Sequence[str | Path], settings: MomentSettings, progress: Progress) -> Iterator[Int[Tensor, "rows pos"]]:
+def _windows(
+    model: HookedModel, texts: Sequence[str | Path], settings: MomentSettings, progress: Progress
+) -> Iterator[Int[Tensor, "rows pos"]]:
     """Batches of text windows of equal length, BOS first where the settings say so."""
     body = settings.context - bool(settings.prepend_bos)
     rows = max(1, BATCH_TOKENS // settings.context)
@@ -159,7 +178,11 @@ def _encoded(model: HookedModel, path: Path) -> Iterator[list[int]]:
 
 
 def _with_bos(model: HookedModel, ids: Int[Tensor, "rows pos"], settings: MomentSettings) -> Int[Tensor, "rows pos2"]:
-    return torch.cat([ids.new_full((len(ids), 1), model.tokenizer.bos_token_id), ids], dim=1) if settings.prepend_bos else ids
+    return (
+        torch.cat([ids.new_full((len(ids), 1), model.tokenizer.bos_token_id), ids], dim=1)
+        if settings.prepend_bos
+        else ids
+    )
 
 
 @torch.no_grad()

@@ -16,7 +16,18 @@ from torch import Tensor
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel, device_of
 
-__all__ = ["Audit", "Prompt", "audit", "continuation", "encode", "pad", "prepare", "resolve_bos", "subject_span", "text_tokens"]
+__all__ = [
+    "Audit",
+    "Prompt",
+    "audit",
+    "continuation",
+    "encode",
+    "pad",
+    "prepare",
+    "resolve_bos",
+    "subject_span",
+    "text_tokens",
+]
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,9 @@ def prepare(model: HookedModel, fact: Fact, *, prepend_bos: bool | None = None) 
 def check_length(model: HookedModel, length: int) -> None:
     """Raise where a text of so many tokens does not fit the model's context."""
     if length > (limit := int(model.cfg.n_ctx)):
-        raise FactError(f"a prompt must fit the context of {limit} tokens of {model.cfg.model_name}; it has {length}. Shorten it.")
+        raise FactError(
+            f"a prompt must fit the context of {limit} tokens of {model.cfg.model_name}; it has {length}. Shorten it."
+        )
 
 
 def continuation(model: HookedModel, prompt: str, target: str) -> list[int]:
@@ -96,7 +109,11 @@ def continuation(model: HookedModel, prompt: str, target: str) -> list[int]:
         raise FactError(f"a target must be a word or more; it is {target!r}.")
     alone, _ = encode(model, prompt, prepend_bos=False)
     both, _ = encode(model, prompt + joined(prompt, target), prepend_bos=False)
-    ids = both[len(alone) :] if both[: len(alone)] == alone else encode(model, joined(prompt, target), prepend_bos=False)[0]
+    ids = (
+        both[len(alone) :]
+        if both[: len(alone)] == alone
+        else encode(model, joined(prompt, target), prepend_bos=False)[0]
+    )
     if not ids:
         raise FactError(f"the target {target!r} gives no token after {prompt!r}.")
     return ids
@@ -124,7 +141,10 @@ class Audit:
 
     def __str__(self) -> str:
         begin, end = self.prompt.subject
-        lines = [f"{index:3d}  {token_id:7d}  {token!r}{'  *' if begin <= index < end else ''}" for index, (token_id, token) in enumerate(zip(self.prompt.ids, self.prompt.tokens, strict=True))]
+        lines = [
+            f"{index:3d}  {token_id:7d}  {token!r}{'  *' if begin <= index < end else ''}"
+            for index, (token_id, token) in enumerate(zip(self.prompt.ids, self.prompt.tokens, strict=True))
+        ]
         for name, target in (("true", self.target_true), ("new", self.target_new)):
             if target:
                 lines.append(f"{name:>4}  " + ", ".join(f"{token_id} {token!r}" for token_id, token in target))
@@ -144,9 +164,13 @@ def audit(model: HookedModel, fact: Fact, *, prepend_bos: bool | None = None) ->
         if model.tokenizer.unk_token_id is not None and model.tokenizer.unk_token_id in ids:
             notes.append(f"{name} {target!r} has a token the vocabulary does not know.")
         if target and not _seam_is_clean(model, fact.prompt, target):
-            notes.append(f"the tokenizer merges the end of the prompt with {name} {target!r}; the target is encoded on its own.")
+            notes.append(
+                f"the tokenizer merges the end of the prompt with {name} {target!r}; the target is encoded on its own."
+            )
     if targets["target_true"] and targets["target_new"] and targets["target_true"][0] == targets["target_new"][0]:
-        notes.append("both targets begin with the same token; probabilities of their first tokens cannot tell them apart.")
+        notes.append(
+            "both targets begin with the same token; probabilities of their first tokens cannot tell them apart."
+        )
     notes += _subject_notes(model, fact, prompt)
     return Audit(prompt, targets["target_true"], targets["target_new"], tuple(notes))
 
@@ -165,7 +189,9 @@ def _subject_notes(model: HookedModel, fact: Fact, prompt: Prompt) -> list[str]:
     if fact.prompt[first[0] : begin].strip() or last[1] > end:
         notes.append("a token holds a part of the subject together with other text; the whole token counts as subject.")
     if fact.prompt.count(fact.subject) > 1:
-        notes.append(f"the subject appears {fact.prompt.count(fact.subject)} times; only the one in the template's {{}} counts.")
+        notes.append(
+            f"the subject appears {fact.prompt.count(fact.subject)} times; only the one in the template's {{}} counts."
+        )
     if prompt.subject[1] == len(prompt.ids):
         notes.append("the subject ends the prompt: its last token is also the prompt's last.")
     if fact.target_true and fact.target_true.lower() in fact.prompt.lower():

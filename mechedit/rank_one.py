@@ -21,12 +21,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit import models
+from mechedit.errors import MecheditError
 from mechedit.models import HookedModel
 
-__all__ = ["RankOneEdit", "RankOneError", "edited", "solve", "write_"]
+__all__ = ["RankOneEdit", "RankOneError", "direction", "edited", "solve", "write_"]
 
 
-class RankOneError(ValueError):
+class RankOneError(MecheditError, ValueError):
     """An edit that cannot be solved for, or does not fit the model."""
 
 
@@ -43,6 +44,22 @@ class RankOneEdit:
     def norm(self) -> float:
         """The Frobenius norm of the change."""
         return float(self.u.double().norm() * self.step.double().norm())
+
+
+def direction(key: Float[Tensor, " d_mlp"], C: Float[Tensor, "d_mlp d_mlp"]) -> Float[Tensor, " d_mlp"]:
+    """u = C^-1 key, in float64: the rows of `W_out` that an edit for `key` changes, and by how much.
+
+    Raises:
+        RankOneError: NaN or infinity, or a C that is not positive definite.
+    """
+    _check_finite(key=key, C=C)
+    factor, failed = torch.linalg.cholesky_ex(C.detach().cpu().double())
+    if failed:
+        raise RankOneError(
+            f"C must be positive definite, but it is not (its first {int(failed)} rows already are not). Estimate it from more "
+            "than d_mlp keys; ten times d_mlp is a good number."
+        )
+    return torch.cholesky_solve(key.detach().cpu().double()[:, None], factor)[:, 0]
 
 
 def solve(
@@ -64,24 +81,28 @@ def solve(
         RankOneError: NaN or infinity anywhere, a C that is not positive definite, or a divisor that is not positive.
     """
     at = key if at is None else at
-    for name, tensor in {"W_out": W_out, "b_out": b_out, "key": key, "value": value, "C": C, "at": at}.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise RankOneError(f"{name} must be finite, but it holds NaN or infinity. Compute it again; in float16, load the model in float32.")
-    W_out, b_out, key, value, C, at = (tensor.detach().cpu().double() for tensor in (W_out, b_out, key, value, C, at))
-    factor, failed = torch.linalg.cholesky_ex(C)
-    if failed:
-        raise RankOneError(
-            f"C must be positive definite, but it is not (rank at most {int(failed) - 1} of {len(key)}). Estimate it from more "
-            "than d_mlp keys; ten times d_mlp is a good number."
-        )
-    u = torch.cholesky_solve(key[:, None], factor)[:, 0]
+    _check_finite(W_out=W_out, b_out=b_out, value=value, at=at)
+    u = direction(key, C)
+    W_out, b_out, value, at = (tensor.detach().cpu().double() for tensor in (W_out, b_out, value, at))
     divisor = float(u @ at)
     if divisor <= 0:
         raise RankOneError(
             f"the divisor u @ key must be positive, but it is {divisor:.3g}: "
-            + ("the key is zero." if not key.any() else "the two keys of the published policy disagree. Use the averaged key for both.")
+            + (
+                "the key is zero."
+                if not key.any()
+                else "the two keys of the published policy disagree. Use the averaged key for both."
+            )
         )
     return RankOneEdit(layer, u, (value - (at @ W_out + b_out)) / divisor, divisor)
+
+
+def _check_finite(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise RankOneError(
+                f"{name} must be finite, but it holds NaN or infinity. Compute it again; in float16, load the model in float32."
+            )
 
 
 @torch.no_grad()

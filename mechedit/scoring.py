@@ -62,7 +62,9 @@ def _batch(model: HookedModel, rows: list[tuple[list[int], list[int]]]) -> list[
     for layer in range(int(model.cfg.n_layers)):
         resid, _ = blocks.run(layer, resid)
     row = torch.tensor([index for index, (_, target) in enumerate(rows) for _ in target], device=resid.device)
-    position = torch.tensor([len(ids) - 1 + step for ids, target in rows for step in range(len(target))], device=resid.device)
+    position = torch.tensor(
+        [len(ids) - 1 + step for ids, target in rows for step in range(len(target))], device=resid.device
+    )
     wanted = torch.tensor([token for _, target in rows for token in target], device=resid.device)
     states = resid[row, position]
     log_p: list[float] = []
@@ -76,7 +78,9 @@ def _batch(model: HookedModel, rows: list[tuple[list[int], list[int]]]) -> list[
 
 
 @torch.no_grad()
-def top(model: HookedModel, prompt: str, k: int = 5, *, prepend_bos: bool | None = None) -> list[tuple[str, int, float]]:
+def top(
+    model: HookedModel, prompt: str, k: int = 5, *, prepend_bos: bool | None = None
+) -> list[tuple[str, int, float]]:
     """The k most probable next tokens: text, id and probability."""
     ids, _ = encode(model, prompt, prepend_bos=resolve_bos(model, prepend_bos))
     check_length(model, len(ids))
@@ -85,4 +89,7 @@ def top(model: HookedModel, prompt: str, k: int = 5, *, prepend_bos: bool | None
     for layer in range(int(model.cfg.n_layers)):
         resid, _ = blocks.run(layer, resid)
     values, tokens = blocks.logits(resid[:, -1]).float().softmax(-1)[0].topk(k)
-    return [(str(model.tokenizer.decode([token])), token, value) for token, value in zip(tokens.tolist(), values.tolist(), strict=True)]
+    return [
+        (str(model.tokenizer.decode([token])), token, value)
+        for token, value in zip(tokens.tolist(), values.tolist(), strict=True)
+    ]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from mechedit.errors import MecheditError
+
 __all__ = [
     "KINDS",
     "POLICIES",
@@ -25,7 +27,7 @@ KINDS = ("resid", "mlp", "attn")
 POLICIES = ("averaged", "published")
 
 
-class SettingsError(ValueError):
+class SettingsError(MecheditError, ValueError):
     """A setting that cannot be meant."""
 
 
@@ -49,11 +51,15 @@ class TraceSettings:
     """How a causal trace corrupts and restores (Meng et al. 2022, section 2.1 and appendix B)."""
 
     kinds: tuple[str, ...] = knob(KINDS, "what is restored: resid (one state), mlp, attn (windows of outputs)")
-    window: int = knob(10, "layers in a window; layer l restores [l - w//2, l + ceil(w/2) - 1] as the published code does")
+    window: int = knob(
+        10, "layers in a window; layer l restores [l - w//2, l + ceil(w/2) - 1] as the published code does"
+    )
     draws: int = knob(10, "noise draws that are averaged")
     noise: float = knob(3.0, "scale of the noise, in standard deviations of the vocabulary's embeddings")
     seed: int = knob(0, "noise depends on this seed and the fact alone")
-    prepend_bos: bool | None = knob(None, "put the beginning-of-sequence token first; by default what the model was made for")
+    prepend_bos: bool | None = knob(
+        None, "put the beginning-of-sequence token first; by default what the model was made for"
+    )
 
     def __post_init__(self) -> None:
         _require(bool(self.kinds), f"kinds must name at least one of {', '.join(KINDS)}; it is empty.")
@@ -72,7 +78,9 @@ class MomentSettings:
     tokens: int = knob(0, "keys to average over; 0 means ten times d_mlp")
     context: int = knob(64, "tokens in a text window, BOS included; each position of a window after BOS gives a key")
     seed: int = knob(0, "seed of the text, where it is sampled from the model itself")
-    prepend_bos: bool | None = knob(None, "put the beginning-of-sequence token first; by default what the model was made for")
+    prepend_bos: bool | None = knob(
+        None, "put the beginning-of-sequence token first; by default what the model was made for"
+    )
 
     def __post_init__(self) -> None:
         _require(self.tokens >= 0, f"tokens must be positive, or 0 for ten times d_mlp; found {self.tokens}.")
@@ -83,17 +91,25 @@ class MomentSettings:
 class RomeSettings:
     """How ROME finds k* and v* (section 3.1; constants as published unless a preset says otherwise)."""
 
-    layer: int = knob(-1, "block whose W_out is edited, from 0; -1 means the model's preset, or the middle of the traced site")
+    layer: int = knob(
+        -1, "block whose W_out is edited, from 0; -1 means the model's preset, or the middle of the traced site"
+    )
     clamp: float = knob(4.0, "longest allowed change of the value, in lengths of the original value")
     steps: int = knob(20, "Adam steps on v*")
     learning_rate: float = knob(0.5, "Adam's learning rate")
     weight_decay: float = knob(0.5, "weight of |delta| / |value|^2 in the loss")
     kl: float = knob(0.0625, "weight of the essence term: KL of what '{subject} is a' predicts, at the subject")
     stop_at: float = knob(0.05, "stop once the target's own loss, -log p, averaged over prefixes, is below this")
-    prefixes: tuple[tuple[int, int], ...] = knob(((5, 10), (10, 10)), "sampled prefixes as (tokens, how many); the bare prompt is added")
-    policy: str = knob("averaged", "averaged: one key everywhere; published: averaged key in u, the bare prompt's in the divisor")
+    prefixes: tuple[tuple[int, int], ...] = knob(
+        ((5, 10), (10, 10)), "sampled prefixes as (tokens, how many); the bare prompt is added"
+    )
+    policy: str = knob(
+        "averaged", "averaged: one key everywhere; published: averaged key in u, the bare prompt's in the divisor"
+    )
     seed: int = knob(0, "seed of the sampled prefixes")
-    prepend_bos: bool | None = knob(None, "put the beginning-of-sequence token first; by default what the model was made for")
+    prepend_bos: bool | None = knob(
+        None, "put the beginning-of-sequence token first; by default what the model was made for"
+    )
 
     def __post_init__(self) -> None:
         _require(self.policy in POLICIES, f"policy must be one of {', '.join(POLICIES)}; found {self.policy!r}.")
@@ -103,7 +119,10 @@ class RomeSettings:
         _require(self.weight_decay >= 0, f"weight_decay must be 0 or more; found {self.weight_decay}.")
         _require(self.kl >= 0, f"kl must be 0 or more; found {self.kl}.")
         for each in self.prefixes:
-            _require(len(each) == 2 and each[0] >= 1 and each[1] >= 1, f"prefixes must be pairs of positive (tokens, how many); found {each}.")
+            _require(
+                len(each) == 2 and each[0] >= 1 and each[1] >= 1,
+                f"prefixes must be pairs of positive (tokens, how many); found {each}.",
+            )
 
 
 @dataclass(frozen=True)
@@ -127,5 +146,7 @@ PRESETS: dict[str, Preset] = {
     "gpt2-large": Preset(RomeSettings(layer=12), prepend_bos=False, source=_PAPER),
     "gpt2-xl": Preset(RomeSettings(layer=17), prepend_bos=False, source=_PAPER),
     "gpt-j-6b": Preset(RomeSettings(layer=5), prepend_bos=False, source=_PAPER),
-    "gpt-neox-20b": Preset(RomeSettings(layer=15), prepend_bos=False, source="published code of Meng et al. 2023 (MEMIT), hparams/ROME"),
+    "gpt-neox-20b": Preset(
+        RomeSettings(layer=15), prepend_bos=False, source="published code of Meng et al. 2023 (MEMIT), hparams/ROME"
+    ),
 }

@@ -39,7 +39,9 @@ def late(trace: Trace) -> Site:
 
 def _best(trace: Trace, kind: str, position: int, role: str) -> Site:
     if kind not in trace.effects:
-        raise ValueError(f"a site needs a trace of kind {kind}; this one has {', '.join(trace.effects)}. Trace again with kinds that include it.")
+        raise ValueError(
+            f"a site needs a trace of kind {kind}; this one has {', '.join(trace.effects)}. Trace again with kinds that include it."
+        )
     column = trace.effects[kind][:, position]
     layer = int(column.argmax())
     return Site(kind, layer, position, role, trace.tokens[position], float(column[layer]))

@@ -15,13 +15,15 @@ import time
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+
 from mechedit import keys, models, moments, prompts, provenance, rank_one, scoring, values
 from mechedit.edits import Edit, EditError
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
 from mechedit.moments import Moment
 from mechedit.progress import Progress, silent
-from mechedit.settings import RomeSettings
+from mechedit.settings import MomentSettings, RomeSettings
 
 __all__ = ["edit", "resolve"]
 
@@ -75,17 +77,33 @@ def edit(
     if moment is not None:
         _check_moment(model, moment, settings.layer)
     fact, before = _measure_before(model, fact, settings)
-    moment = moment or moments.estimate(model, settings.layer, settings=moments.MomentSettings(prepend_bos=settings.prepend_bos), progress=progress)
+    moment = moment or moments.estimate(
+        model, settings.layer, settings=MomentSettings(prepend_bos=settings.prepend_bos), progress=progress
+    )
     before_prompts = keys.prefixes(model, settings)
     rows = keys.contexts(model, fact, before_prompts, prepend_bos=settings.prepend_bos)
-    subject_keys = keys.subject_keys(model, settings.layer, rows).cpu()
-    value = values.optimise(model, fact, target, rows, settings.layer, settings, progress=progress)
-    W_out, b_out = models.W_out(model, settings.layer).detach().float().cpu(), models.b_out(model, settings.layer).float().cpu()
-    averaged = subject_keys.mean(0)
-    at = subject_keys[0] if settings.policy == "published" else averaged
-    change = rank_one.solve(settings.layer, W_out, b_out, averaged, value.value, moment.C, at=at)
-    report = {"divisor": change.divisor, "update_norm": change.norm, "relative_norm": change.norm / float(W_out.double().norm()), "cond_C": moment.cond}
-    _check_report(report, share=change.divisor / float(change.u @ averaged.double()), settings=settings)
+    (essence,) = keys.contexts(model, Fact(fact.subject, "{} is a"), ("",), prepend_bos=settings.prepend_bos)
+    *subject_keys, essence_key = keys.subject_keys(model, settings.layer, (*rows, essence)).cpu()
+    W_out = models.W_out(model, settings.layer).detach().float().cpu()
+    b_out = models.b_out(model, settings.layer).float().cpu()
+    key = torch.stack(subject_keys).mean(0)
+    u = rank_one.direction(key, moment.C).float()
+    if settings.policy == "published":  # inserted at the bare prompt's key, along the averaged key's direction
+        at, shares = subject_keys[0], torch.ones(len(rows) + 1)
+    else:
+        at, shares = key, torch.stack([*subject_keys, essence_key]) @ u / (key @ u)
+    value = values.optimise(
+        model, rows, essence, target, at @ W_out + b_out, shares, settings.layer, settings, progress=progress
+    )
+    change = rank_one.solve(settings.layer, W_out, b_out, key, value.value, moment.C, at=at)
+    relative_norm = change.norm / float(W_out.double().norm())
+    report = {
+        "divisor": change.divisor,
+        "update_norm": change.norm,
+        "relative_norm": relative_norm,
+        "cond_C": moment.cond,
+    }
+    _check_report(report, share=change.divisor / float(change.u @ key.double()), settings=settings)
     with rank_one.edited(model, change):
         after = _measure(model, fact, settings)
     return Edit(
@@ -102,8 +120,13 @@ def edit(
         details={
             "prefixes": list(before_prompts),
             "losses": [list(step) for step in value.losses],
-            "value_norm": float(value.initial.norm()),
-            "moment": {"source": moment.source, "keys": moment.keys, "settings": asdict(moment.settings), "origin": moment.origin},
+            "shares": shares.tolist(),
+            "moment": {
+                "source": moment.source,
+                "keys": moment.keys,
+                "settings": asdict(moment.settings),
+                "origin": moment.origin,
+            },
         },
     )
 
@@ -120,7 +143,9 @@ def _measure_before(model: HookedModel, fact: Fact, settings: RomeSettings) -> t
     said, token, _ = scoring.top(model, fact.prompt, 1, prepend_bos=settings.prepend_bos)[0]
     target = prompts.continuation(model, fact.prompt, str(fact.target_new))
     if target == [token]:
-        raise EditError(f"the target {fact.target_new!r} is what {model.cfg.model_name} already says after {fact.prompt!r}: there is nothing to edit.")
+        raise EditError(
+            f"the target {fact.target_new!r} is what {model.cfg.model_name} already says after {fact.prompt!r}: there is nothing to edit."
+        )
     if fact.target_true is None:
         if not said.strip():
             raise FactError(f"the model's own answer to {fact.prompt!r} is {said!r}; name the true target.")
@@ -130,13 +155,21 @@ def _measure_before(model: HookedModel, fact: Fact, settings: RomeSettings) -> t
 
 def _check_moment(model: HookedModel, moment: Moment, layer: int) -> None:
     if moment.layer != layer:
-        raise EditError(f"C must be of the edited layer {layer}; this one is of layer {moment.layer}. Estimate it for layer {layer}.")
+        raise EditError(
+            f"C must be of the edited layer {layer}; this one is of layer {moment.layer}. Estimate it for layer {layer}."
+        )
     if len(moment.C) != models.W_out(model, layer).shape[0]:
-        raise EditError(f"C must be [d_mlp, d_mlp] with d_mlp = {models.W_out(model, layer).shape[0]}; it is {list(moment.C.shape)}, of another model.")
+        raise EditError(
+            f"C must be [d_mlp, d_mlp] with d_mlp = {models.W_out(model, layer).shape[0]}; it is {list(moment.C.shape)}, of another model."
+        )
     if not bool(moment.C.isfinite().all()):
-        raise EditError("C must be finite, but it holds NaN or infinity. Estimate it again; in float16, load the model in float32.")
+        raise EditError(
+            "C must be finite, but it holds NaN or infinity. Estimate it again; in float16, load the model in float32."
+        )
     if moment.keys <= len(moment.C):
-        raise EditError(f"C must come from more keys than d_mlp = {len(moment.C)}; this one has {moment.keys}. Ten times d_mlp is a good number.")
+        raise EditError(
+            f"C must come from more keys than d_mlp = {len(moment.C)}; this one has {moment.keys}. Ten times d_mlp is a good number."
+        )
     if moment.origin["weight_hash"] != models.weight_hash(model):
         raise EditError(f"C was estimated on other weights ({moment.origin['name']}). Estimate it on this model.")
 
@@ -144,7 +177,9 @@ def _check_moment(model: HookedModel, moment: Moment, layer: int) -> None:
 def _check_report(report: dict[str, float], *, share: float, settings: RomeSettings) -> None:
     """Refuse an edit whose numbers say that it would not be what was asked for."""
     if report["cond_C"] > MAX_CONDITION:
-        raise EditError(f"cond(C) = {report['cond_C']:.2g} is above {MAX_CONDITION:.0e}: C^-1 k* would be noise. Estimate C from more keys.")
+        raise EditError(
+            f"cond(C) = {report['cond_C']:.2g} is above {MAX_CONDITION:.0e}: C^-1 k* would be noise. Estimate C from more keys."
+        )
     if share < MIN_DIVISOR_SHARE:
         raise EditError(
             f"the divisor is {share:.2g} of what the averaged key gives: the two keys of the published policy disagree, and such an edit "

@@ -105,7 +105,9 @@ class Trace:
             raise files.FileError(f"{path} is a trace that lacks {error}.") from error
 
 
-def trace(model: HookedModel, fact: Fact, settings: TraceSettings | None = None, *, progress: Progress = silent) -> Trace:
+def trace(
+    model: HookedModel, fact: Fact, settings: TraceSettings | None = None, *, progress: Progress = silent
+) -> Trace:
     """Trace one fact through every layer and token, exactly.
 
     The answer is the fact's `target_true`, or what the model itself says next where the fact has none.
@@ -118,10 +120,14 @@ def trace(model: HookedModel, fact: Fact, settings: TraceSettings | None = None,
     settings = settings or TraceSettings()
     settings = replace(settings, prepend_bos=prompts.resolve_bos(model, settings.prepend_bos))
     prompt = prompts.prepare(model, fact, prepend_bos=settings.prepend_bos)
-    answer_ids = prompts.continuation(model, fact.prompt, fact.target_true) if fact.target_true else [_top(model, prompt.ids)]
+    answer_ids = (
+        prompts.continuation(model, fact.prompt, fact.target_true) if fact.target_true else [_top(model, prompt.ids)]
+    )
     begin, end = prompt.subject
     scale = settings.noise * embedding_std(model)
-    noise = corruption.gaussian(fact, draws=settings.draws, tokens=end - begin, d_model=int(model.cfg.d_model), scale=scale, seed=settings.seed)
+    noise = corruption.gaussian(
+        fact, draws=settings.draws, tokens=end - begin, d_model=int(model.cfg.d_model), scale=scale, seed=settings.seed
+    )
     cells = _grid(settings, int(model.cfg.n_layers), len(prompt.ids))
     swept = sweep(model, prompt.ids, noise.to(device_of(model)), begin, answer_ids[0], cells, progress)
     grids = swept.cells.view(len(settings.kinds), int(model.cfg.n_layers), len(prompt.ids), settings.draws)

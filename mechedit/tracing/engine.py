@@ -9,7 +9,7 @@ last position is unembedded. Nothing is approximated: a cell is what one forward
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -105,7 +105,9 @@ def sweep(
     return Swept(float(p[0]), p[1:].cpu(), result.cpu())
 
 
-def _clean_and_corrupted(model: HookedModel, blocks: Blocks, ids: Sequence[int], noise: Tensor, noise_begin: int) -> _Runs:
+def _clean_and_corrupted(
+    model: HookedModel, blocks: Blocks, ids: Sequence[int], noise: Tensor, noise_begin: int
+) -> _Runs:
     """One clean row and one corrupted row a draw, in one pass over the blocks."""
     n_layers = int(model.cfg.n_layers)
     tokens = torch.tensor([list(ids)], device=device_of(model)).expand(1 + len(noise), -1)
@@ -114,7 +116,7 @@ def _clean_and_corrupted(model: HookedModel, blocks: Blocks, ids: Sequence[int],
     changes = [add_noise(with_clean, noise_begin)]
     for layer in range(n_layers):
         for component, hook in HOOKS.items():
-            changes.append(read(f"blocks.{layer}.{hook}", lambda activation, kept=runs.clean[component]: kept.append(activation[0].clone())))
+            changes.append(read(f"blocks.{layer}.{hook}", _keep_clean(runs.clean[component])))
     with intervened(model, *changes):
         resid = blocks.embed(tokens)
         for layer in range(n_layers):
@@ -124,6 +126,10 @@ def _clean_and_corrupted(model: HookedModel, blocks: Blocks, ids: Sequence[int],
             runs.past.append(present.rows(torch.arange(1, len(tokens), device=resid.device)))
     runs.corrupted.append(resid[1:])
     return runs
+
+
+def _keep_clean(kept: list[Tensor]) -> Callable[[Tensor], None]:
+    return lambda activation: kept.append(activation[0].clone())
 
 
 def _sweep_position(
@@ -138,7 +144,11 @@ def _sweep_position(
         clean = runs.clean[component][layer][position]
 
         def apply(activation: Tensor) -> Tensor | None:
-            held = [row for row, cell in enumerate(now) if cells[cell].component == component and layer in cells[cell].layers]
+            held = [
+                row
+                for row, cell in enumerate(now)
+                if cells[cell].component == component and layer in cells[cell].layers
+            ]
             if not held:
                 return None
             activation = activation.clone()
@@ -149,7 +159,9 @@ def _sweep_position(
 
     first = min(cell.start for cell in cells)
     components = sorted({cell.component for cell in cells} & HOOKS.keys())
-    with intervened(model, *(restoring(layer, component) for layer in range(first, n_layers) for component in components)):
+    with intervened(
+        model, *(restoring(layer, component) for layer in range(first, n_layers) for component in components)
+    ):
         for layer in range(first, n_layers + 1):
             _join(state, runs, cells, layer, position)
             if layer == n_layers:
@@ -186,6 +198,8 @@ def _probability(blocks: Blocks, states: Float[Tensor, "rows d_model"], answer: 
     target = torch.tensor([answer], device=states.device)
     parts = []
     for chunk in states.split(UNEMBED_ROWS):  # cross_entropy: logsumexp would take longer than the unembedding itself
-        loss = torch.nn.functional.cross_entropy(blocks.logits(chunk).float(), target.expand(len(chunk)), reduction="none")
+        loss = torch.nn.functional.cross_entropy(
+            blocks.logits(chunk).float(), target.expand(len(chunk)), reduction="none"
+        )
         parts.append((-loss).exp())
     return torch.cat(parts)

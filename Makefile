@@ -1,0 +1,31 @@
+# `make demo` and `make test` do all their own set-up in .venv; they need Python 3.10 or newer with pip and venv, and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
+PYTEST ?= -m "not slow"
+
+.PHONY: demo test test-slow check install
+
+demo: $(VENV)/.installed
+	$(BIN)/mechedit demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PYTEST)
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+install: $(VENV)/.installed
+
+# torch first and alone, so that no other package's range can bring another build of it.
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[gemma,dev]"
+	touch $@

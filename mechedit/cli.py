@@ -1,0 +1,631 @@
+"""The `mechedit` command: thin, its options generated from the settings that Python uses.
+
+Nothing heavy is imported before it is needed, so help answers at once. A mistake of the caller's ends in one line on
+standard error and exit status 2; Ctrl-C in 130, with the model's weights untouched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechedit import __version__
+from mechedit.errors import MecheditError
+from mechedit.settings import KINDS, MomentSettings, RomeSettings, TraceSettings, knobs
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mechedit.models import HookedModel
+    from mechedit.progress import Progress
+    from mechedit.tracing import Trace
+
+__all__ = ["main"]
+
+DEFAULT_MODEL = "gemma-3-270m"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except MecheditError as error:
+        sys.stderr.write(f"mechedit: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("mechedit: interrupted; nothing was changed and no result was written.\n")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    return 0
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mechedit", description="Find where a transformer recalls a fact, and rewrite it there."
+    )
+    parser.add_argument("--version", action="version", version=f"mechedit {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = _command(commands, "demo", _demo, "trace and edit one fact, and show what happened", model=True)
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("mechedit-demo"),
+        metavar="DIR",
+        help="folder for pictures, trace and edit (default: mechedit-demo)",
+    )
+
+    trace = _command(commands, "trace", _trace, "find where the model recalls a fact", model=True)
+    _add_prompt(trace)
+    trace.add_argument("--answer", help="the answer to measure (default: what the model says)")
+    _add_settings(trace, TraceSettings)
+    trace.add_argument("--out", type=Path, metavar="DIR", help="write heat maps and trace.safetensors there")
+    _add_json(trace)
+
+    edit = _command(commands, "edit", _edit, "rewrite a fact by a rank-one change of one W_out", model=True)
+    _add_prompt(edit)
+    edit.add_argument("--target", required=True, help="what the model shall say instead")
+    edit.add_argument("--true", help="the answer it replaces (default: what the model says)")
+    _add_settings(edit, RomeSettings)
+    edit.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text files to estimate C on (default: text sampled from the model)",
+    )
+    edit.add_argument("--out", type=Path, metavar="FILE", help="write the edit there (.safetensors)")
+    _add_json(edit)
+
+    apply = _command(
+        commands, "apply", _apply, "apply saved edits and show what the model says before and after", model=True
+    )
+    apply.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    apply.add_argument(
+        "--prompt", action="append", default=[], help="also complete this prompt; may be given more than once"
+    )
+    apply.add_argument("--force", action="store_true", help="apply even to other weights than the edit was made for")
+    _add_json(apply)
+
+    inspect = _command(
+        commands, "inspect", _inspect, "show what is in an edit, trace or moment file; no model is loaded"
+    )
+    inspect.add_argument("file", type=Path, metavar="FILE")
+    _add_json(inspect)
+
+    audit = _command(
+        commands,
+        "audit",
+        _audit,
+        "show a prompt's tokens, subject span and target ids, and what looks wrong",
+        model=True,
+    )
+    _add_prompt(audit)
+    audit.add_argument("--answer", help="the true answer")
+    audit.add_argument("--target", help="a new answer")
+
+    moments = _command(
+        commands, "moments", _moments, "estimate C, the second moment of a layer's keys, into the cache", model=True
+    )
+    moments.add_argument("--layer", type=int, default=-1, help="block, from 0 (default: the model's preset)")
+    moments.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text files (default: text sampled from the model)",
+    )
+    _add_settings(moments, MomentSettings)
+    moments.add_argument("--out", type=Path, metavar="FILE", help="also write it there (.safetensors)")
+    _add_json(moments)
+
+    models = _command(
+        commands, "models", _models, "list the models that can be loaded, or check one against Hugging Face"
+    )
+    models.add_argument("--check", metavar="NAME", help="compare this model's logits with Hugging Face's")
+    _add_json(models)
+
+    doctor = _command(commands, "doctor", _doctor, "check that this installation works")
+    _add_json(doctor)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, *, model: bool = False
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser.set_defaults(run=run)
+    if model:
+        parser.add_argument(
+            "--model",
+            default=DEFAULT_MODEL,
+            help=f"local folder, packaged model or hub name (default: {DEFAULT_MODEL})",
+        )
+        parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
+        parser.add_argument(
+            "--dtype",
+            choices=("float32", "float16", "bfloat16"),
+            default="float32",
+            help="number format of the weights (default: float32)",
+        )
+    return parser
+
+
+def _add_prompt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", help="the whole prompt, which contains the subject")
+    parser.add_argument("--subject", required=True, help="the subject, letter for letter as in the prompt")
+    parser.add_argument(
+        "--occurrence", type=int, help="which appearance of the subject, from 0, where there are several"
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the result as JSON there; - for standard output"
+    )
+
+
+def _add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
+    """An option for each field of a settings dataclass, with its default and its sentence. An option not given is None."""
+    for name, default, text in knobs(settings):
+        flag = "--" + name.replace("_", "-")
+        if flag in parser._option_string_actions:
+            continue
+        shown = "" if default is None else f" (default: {_shown(default)})"
+        if default is None:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif isinstance(default, tuple):
+            parser.add_argument(
+                flag,
+                type=_pairs if isinstance(default[0], tuple) else _names,
+                metavar=_shown(default),
+                help=text + shown,
+            )
+        else:
+            parser.add_argument(
+                flag,
+                type=type(default),
+                metavar=type(default).__name__.upper()[:5],
+                help=(text + shown).replace("%", "%%"),
+            )
+
+
+def _given(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    return {
+        name: getattr(arguments, name) for name, _, _ in knobs(settings) if getattr(arguments, name, None) is not None
+    }
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join("x".join(map(str, each)) if isinstance(each, tuple) else str(each) for each in value)
+    return str(value)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _pairs(text: str) -> tuple[tuple[int, int], ...]:
+    try:
+        pairs = [tuple(int(number) for number in part.split("x")) for part in _names(text) if part != "none"]
+        return tuple((first, second) for first, second in pairs)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of TOKENSxHOWMANY such as 5x10,10x10, nor 'none'"
+        ) from error
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _trace(arguments: argparse.Namespace) -> None:
+    from mechedit import figures, tracing
+    from mechedit.facts import from_prompt
+
+    settings = TraceSettings(**_given(arguments, TraceSettings))
+    fact = from_prompt(
+        arguments.prompt, arguments.subject, target_true=arguments.answer, occurrence=arguments.occurrence
+    )
+    _check_places(arguments.json, arguments.out and arguments.out / "trace.safetensors")
+    model = _load(arguments)
+    with _progress() as progress:
+        trace = tracing.trace(model, fact, settings, progress=progress)
+    console = _console(arguments)
+    _show_trace(console, trace)
+    if arguments.out:
+        _show_files(console, [*figures.save(trace, arguments.out), trace.save(arguments.out / "trace.safetensors")])
+    _write_json(arguments.json, trace.to_json())
+
+
+def _edit(arguments: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from mechedit import edits, models, moments
+    from mechedit.editors import rome
+    from mechedit.facts import from_prompt
+
+    given = _given(arguments, RomeSettings)
+    RomeSettings(**given)  # mistakes are reported before the model is loaded
+    fact = from_prompt(
+        arguments.prompt,
+        arguments.subject,
+        target_true=arguments.true,
+        target_new=arguments.target,
+        occurrence=arguments.occurrence,
+    )
+    _check_places(arguments.json, arguments.out)
+    model = _load(arguments)
+    known = models.preset(model)
+    settings = rome.resolve(model, replace(known.rome if known else RomeSettings(), **given))
+    with _progress() as progress:
+        moment = None
+        if arguments.text:
+            moment = moments.estimate(
+                model,
+                settings.layer,
+                arguments.text,
+                MomentSettings(prepend_bos=settings.prepend_bos),
+                progress=progress,
+            )
+        edit = rome.edit(model, fact, settings, moment, progress=progress)
+    console = _console(arguments)
+    _show_edit(console, edit.to_json())
+    if arguments.out:
+        _show_files(console, [edits.save(edit, arguments.out)])
+    _write_json(arguments.json, edit.to_json())
+
+
+def _apply(arguments: argparse.Namespace) -> None:
+    from mechedit import edits, generation
+
+    loaded = [edits.load(path) for path in arguments.files]
+    _check_places(arguments.json)
+    model = _load(arguments)
+    if not arguments.force:
+        edits.check(model, loaded)
+    asked = [*dict.fromkeys([*(str(edit.fact["prompt"]) for edit in loaded), *arguments.prompt])]
+    before = {prompt: generation.complete(model, prompt) for prompt in asked}
+    with edits.edited(model, *loaded, force=True):
+        after = {prompt: generation.complete(model, prompt) for prompt in asked}
+    console = _console(arguments)
+    _show_table(console, ("prompt", "before", "after"), [(prompt, before[prompt], after[prompt]) for prompt in asked])
+    _write_json(
+        arguments.json,
+        {
+            "model": arguments.model,
+            "files": [str(path) for path in arguments.files],
+            "completions": [{"prompt": prompt, "before": before[prompt], "after": after[prompt]} for prompt in asked],
+        },
+    )
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from mechedit import edits, files
+    from mechedit.moments import Moment
+    from mechedit.tracing import Trace
+
+    kind = files.kind(arguments.file)
+    readers: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "edit": lambda path: edits.load(path).to_json(),
+        "trace": lambda path: {name: value for name, value in Trace.load(path).to_json().items() if name != "effects"},
+        "moment": lambda path: Moment.load(path).to_json(),
+    }
+    if kind not in readers:
+        raise files.FileError(f"{arguments.file} is of kind {kind!r}; this version shows {', '.join(readers)}.")
+    record = {"kind": kind, **readers[kind](arguments.file)}
+    _show_table(
+        _console(arguments),
+        ("", str(arguments.file)),
+        [(name, json.dumps(value, ensure_ascii=False)) for name, value in record.items()],
+    )
+    _write_json(arguments.json, record)
+
+
+def _audit(arguments: argparse.Namespace) -> None:
+    from mechedit import prompts
+    from mechedit.facts import from_prompt
+
+    fact = from_prompt(
+        arguments.prompt,
+        arguments.subject,
+        target_true=arguments.answer,
+        target_new=arguments.target,
+        occurrence=arguments.occurrence,
+    )
+    console = _console(arguments)
+    console.print(str(prompts.audit(_load(arguments), fact)), markup=False, highlight=False)
+
+
+def _moments(arguments: argparse.Namespace) -> None:
+    from mechedit import moments
+    from mechedit.editors import rome
+
+    settings = MomentSettings(**_given(arguments, MomentSettings))
+    _check_places(arguments.json, arguments.out)
+    model = _load(arguments)
+    layer = rome.resolve(model, RomeSettings(layer=arguments.layer)).layer
+    with _progress() as progress:
+        moment = moments.estimate(model, layer, arguments.text, settings, progress=progress)
+    console = _console(arguments)
+    _show_table(console, ("", "second moment"), [(name, json.dumps(value)) for name, value in moment.to_json().items()])
+    if arguments.out:
+        _show_files(console, [moment.save(arguments.out)])
+    _write_json(arguments.json, moment.to_json())
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    from mechedit import models
+
+    console = _console(arguments)
+    if arguments.check:
+        with console.status(f"comparing {arguments.check} with Hugging Face"):
+            largest = models.parity(arguments.check)
+        verdict = "equal" if largest <= models.PARITY else "DIFFERENT"
+        console.print(
+            f"{arguments.check}: largest difference of logits {largest:.2g} ({verdict}; tolerance {models.PARITY:g})"
+        )
+        _write_json(
+            arguments.json, {"model": arguments.check, "largest_difference": largest, "tolerance": models.PARITY}
+        )
+        if largest > models.PARITY:
+            raise models.ModelError(f"the logits of {arguments.check} are not Hugging Face's.")
+        return
+    rows = [
+        (each.name, each.source, "yes" if each.here else "no", _preset_line(each.preset)) for each in models.listing()
+    ]
+    _show_table(
+        console,
+        ("name", "from", "here", "editing preset"),
+        [*rows, ("FOLDER", "any folder in Hugging Face's format", "", "")],
+    )
+    _write_json(arguments.json, [dict(zip(("name", "source", "here", "preset"), row, strict=True)) for row in rows])
+
+
+def _preset_line(preset: Any) -> str:
+    return (
+        f"layer {preset.rome.layer}, clamp {preset.rome.clamp:g}, {'BOS' if preset.prepend_bos else 'no BOS'}; {preset.source}"
+        if preset
+        else "none"
+    )
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    import os
+    import shutil
+
+    from mechedit import cache, models, provenance
+
+    root = cache.root()
+    cache.check_writable(root / "doctor")
+    import torch
+
+    rows = [(f"version of {name}", found) for name, found in provenance.versions().items()]
+    rows += [
+        ("cores, torch threads", f"{os.cpu_count()}, {torch.get_num_threads()}"),
+        ("cuda", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
+        ("cache", f"{root} (writable, {shutil.disk_usage(root).free / 1e9:.0f} GB free)"),
+        ("data", os.environ.get("MECHEDIT_DATA", "MECHEDIT_DATA is not set")),
+        *(
+            (f"model {each.name}", "here" if each.here else f"not here; from the {each.source}")
+            for each in models.listing()
+        ),
+    ]
+    _show_table(_console(arguments), ("", "found"), rows)
+    _write_json(arguments.json, dict(rows))
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from mechedit import edits, facts, figures, generation, scoring, sites, tracing
+    from mechedit.editors import rome
+
+    out: Path = arguments.out
+    _check_places(out / "trace.safetensors")
+    fact = facts.built_in()[0]
+    console = _console(arguments)
+    model = _load(arguments)
+    console.rule("1. Where does the model recall it?")
+    said, _, p = scoring.top(model, fact.prompt, 1)[0]
+    console.print(f"{fact.prompt!r} → top answer {said!r} with P = {p:.3f}", highlight=False)
+    with _progress() as progress:
+        trace = tracing.trace(model, fact, progress=progress)
+    _show_trace(console, trace, ("mlp",))
+    console.print(f"early site: {sites.early(trace)}\n late site: {sites.late(trace)}", markup=False, highlight=False)
+
+    console.rule(f"2. Rewrite it there: {fact.target_true} → {fact.target_new}")
+    with _progress() as progress:
+        edit = rome.edit(model, fact, progress=progress)
+    _show_edit(console, edit.to_json())
+
+    console.rule("3. What changed, and what did not?")
+    prompts = [("paraphrase", each) for each in fact.paraphrases[:2]] + [
+        ("neighbour", each) for each in fact.neighbours[:4]
+    ]
+    pairs = [(prompt, str(target)) for _, prompt in prompts for target in (fact.target_true, fact.target_new)]
+    story = fact.generations[0]
+    before, text_before = scoring.score(model, pairs), generation.complete(model, story, 30)
+    with edits.edited(model, edit):
+        after, text_after = scoring.score(model, pairs), generation.complete(model, story, 30)
+    rows = []
+    for index, (role, prompt) in enumerate(prompts):
+        cells = [f"{scores[2 * index].p:.3f} / {scores[2 * index + 1].p:.3f}" for scores in (before, after)]
+        rows.append((role, prompt, *cells))
+    _show_table(console, ("", "prompt", f"before: P({fact.target_true}) / P({fact.target_new})", "after"), rows)
+    _show_table(console, ("", f"{story} …"), [("before", text_before), ("after", text_after)])
+
+    written = [
+        *figures.save(trace, out),
+        trace.save(out / "trace.safetensors"),
+        edits.save(edit, out / "edit.safetensors"),
+    ]
+    for name, record in (("trace.json", trace.to_json()), ("edit.json", edit.to_json())):
+        _write_json(out / name, record)
+        written.append(out / name)
+    _show_files(console, written)
+
+
+# --- terminal ---------------------------------------------------------------------------------------------------------
+
+
+def _console(arguments: argparse.Namespace) -> Console:
+    """Where people read: standard output, or standard error where standard output is for JSON."""
+    from rich.console import Console
+
+    return Console(stderr=str(getattr(arguments, "json", None)) == "-", soft_wrap=False)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on standard error for each step that lasts, with the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=of)
+            bars.update(tasks[what], completed=done, total=of)
+
+        yield report
+
+
+def _load(arguments: argparse.Namespace) -> HookedModel:
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"loading {arguments.model} (the first time converts or downloads it)"):
+        import torch
+
+        from mechedit import models
+
+        return models.load(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
+
+
+def _show_trace(console: Console, trace: Trace, kinds: Sequence[str] = KINDS) -> None:
+    """P in percent by token and layer, darker where restoring helps more."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print(
+        f"{trace.prompt!r}: P({trace.answer.strip()}) = {trace.p_clean:.3f} clean, {trace.p_corrupted:.3f} corrupted ({trace.seconds:.1f} s)",
+        markup=False,
+        highlight=False,
+    )
+    begin, end = trace.subject_range
+    for kind, grid in trace.effects.items():
+        if kind not in kinds:
+            continue
+        fits = max(1, (console.width - max(len(repr(token)) for token in trace.tokens) - 6) // 3)
+        layers = range(0, len(grid), -(-len(grid) // fits))
+        table = Table(
+            title=f"{kind}: P(answer) in percent, by token and layer",
+            box=None,
+            padding=(0, 1, 0, 0),
+            title_justify="left",
+        )
+        table.add_column("token")
+        for layer in layers:
+            table.add_column(str(layer), justify="right", min_width=2)
+        highest = max(float(grid.max()), 1e-9)
+        for position, token in enumerate(trace.tokens):
+            cells = []
+            for layer in layers:
+                p = float(grid[layer, position])
+                share = min(1.0, p / highest)
+                cells.append(
+                    Text(
+                        f"{100 * p:.0f}",
+                        style=f"{'bold white' if share > 0.5 else 'default'} {f'on color({_SHADES[int(share * (len(_SHADES) - 1))]})' if share > 0.1 else ''}",
+                    )
+                )
+            table.add_row(Text(repr(token) + ("*" if begin <= position < end else "")), *cells)
+        console.print(table)
+
+
+_SHADES = (22, 28, 34, 34, 40)
+
+
+def _show_edit(console: Console, edit: dict[str, Any]) -> None:
+    before, after, report = edit["before"], edit["after"], edit["edit"]
+    rows = [
+        (f"P({edit['target_new']})", f"{before['p_new']:.4f}", f"{after['p_new']:.4f}"),
+        (f"P({edit['target_true']})", f"{before['p_true']:.4f}", f"{after['p_true']:.4f}"),
+    ]
+    _show_table(console, (edit["prompt"], "before", "after"), rows)
+    console.print(
+        f"{edit['method']} at layer {edit['layer']} in {edit['seconds']:.1f} s: divisor {report['divisor']:.4g}, "
+        f"update norm {report['update_norm']:.3g} ({report['relative_norm']:.1%} of W_out's), cond(C) {report['cond_C']:.2g}",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for name in header:
+        table.add_column(Text(name))
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+
+
+def _show_files(console: Console, paths: Sequence[Path]) -> None:
+    console.print("wrote")
+    for path in paths:
+        console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_places(*paths: Path | None) -> None:
+    """Raise for a result that could not be written, before anything is computed."""
+    from mechedit.cache import check_writable
+
+    for path in paths:
+        if path is not None and str(path) != "-":
+            check_writable(path)
+
+
+def _write_json(path: Path | None, record: Any) -> None:
+    if path is None:
+        return
+    text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
+    if str(path) == "-":
+        sys.stdout.write(text)
+        return
+    from mechedit.cache import atomic_write
+
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

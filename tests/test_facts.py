@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from mechedit import facts
+from mechedit.facts import Fact, FactError
+
+NESTED = {
+    "case_id": 7,
+    "requested_rewrite": {
+        "prompt": "{} plays the",
+        "relation_id": "P1303",
+        "subject": "Elton John",
+        "target_true": {"str": "piano", "id": "Q5994"},
+        "target_new": {"str": "violin", "id": "Q8355"},
+    },
+    "paraphrase_prompts": ["Elton John's instrument is the"],
+    "neighborhood_prompts": ["Billy Joel plays the"],
+    "generation_prompts": ["Elton John is"],
+}
+FLAT = {
+    "case_id": 8,
+    "prompt": "Elton John plays the",
+    "subject": "Elton John",
+    "target_new": "violin",
+    "ground_truth": "piano",
+    "rephrase_prompt": "Elton John's instrument is the",
+    "locality_prompt": "Billy Joel plays the",
+    "locality_ground_truth": "piano",
+}
+ZSRE = {
+    "subject": "UniFirst",
+    "src": "What is the product made by UniFirst?",
+    "rephrase": "What will be the product of UniFirst?",
+    "alt": "unmanned aircraft",
+    "answers": ["uniform"],
+    "loc": "nq question: who?",
+    "loc_ans": "Walter",
+}
+KNOWN = {
+    "known_id": 3,
+    "subject": "Beats Music",
+    "attribute": "Apple",
+    "template": "{} is owned by",
+    "prompt": "Beats Music is owned by",
+    "relation_id": "P127",
+}
+
+
+def test_the_built_in_facts_are_enough_and_whole():
+    built_in = facts.built_in()
+    assert built_in[0].prompt == "The Space Needle is located in the city of"
+    assert len(built_in) >= 150
+    assert len({fact.relation for fact in built_in}) >= 12
+    for fact in built_in:
+        assert fact.target_true
+        assert fact.target_new
+        assert len(fact.paraphrases) == 2
+        assert len(fact.neighbours) >= 4
+        assert fact.generations
+        assert all(fact.subject in prompt for prompt in fact.paraphrases)
+        assert not any(fact.subject in prompt.split() for prompt in fact.neighbours)
+        assert not any(prompt.endswith(" ") for prompt in (fact.prompt, *fact.paraphrases, *fact.neighbours))
+    assert max(Counter((fact.subject, fact.relation) for fact in built_in).values()) == 1
+
+
+def test_each_published_form_is_recognised_and_read(tmp_path):
+    def read(record):
+        path = tmp_path / "facts.json"
+        path.write_text(json.dumps([record]))
+        return facts.read(path)[0]
+
+    assert read(NESTED) == Fact(
+        "Elton John",
+        "{} plays the",
+        "piano",
+        "violin",
+        ("Elton John's instrument is the",),
+        ("Billy Joel plays the",),
+        ("Elton John is",),
+        "P1303",
+        "7",
+    )
+    flat = read(FLAT)
+    assert (flat.prompt, flat.subject, flat.target_true, flat.target_new) == (
+        "Elton John plays the",
+        "Elton John",
+        "piano",
+        "violin",
+    )
+    assert (flat.paraphrases, flat.neighbours, flat.id) == (
+        ("Elton John's instrument is the",),
+        ("Billy Joel plays the",),
+        "8",
+    )
+    zsre = read(ZSRE)
+    assert (zsre.template, zsre.target_true, zsre.target_new) == (
+        "What is the product made by {}?",
+        "uniform",
+        "unmanned aircraft",
+    )
+    known = read(KNOWN)
+    assert (known.prompt, known.target_true, known.target_new, known.relation) == (
+        "Beats Music is owned by",
+        "Apple",
+        None,
+        "P127",
+    )
+
+
+@pytest.mark.parametrize("name", ["counterfact_flat", "zsre", "known_facts"])
+def test_the_published_files_are_read(name, data):
+    read = facts.read(data / f"{name}.json")
+    assert len(read) >= 500
+    assert all(fact.subject in fact.prompt for fact in read)
+
+
+def test_zsre_questions_without_their_subject_are_left_out(tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([ZSRE, ZSRE | {"subject": "Nobody"}]))
+    assert len(facts.read(path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("{}", "must hold a list"),
+        ("[]", "must hold a list"),
+        ('[{"a": 1}]', "form of the records is not known"),
+        (json.dumps([KNOWN, {"subject": "x"}]), "record 1 .* KeyError 'template'"),
+        (json.dumps([KNOWN | {"subject": ""}]), "record 0 .* the subject must be a word"),
+        (json.dumps([KNOWN | {"template": "no slot"}]), r"record 0 .* exactly one \{\}"),
+        (json.dumps([FLAT | {"subject": "Nobody"}]), "record 0 .* is not in the prompt"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_an_error_that_names_the_record(content, message, tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text(content)
+    with pytest.raises(FactError, match=message):
+        facts.read(path)
+
+
+def test_a_missing_file_is_an_error():
+    with pytest.raises(FactError, match=r"no\.json cannot be read"):
+        facts.read("no.json")
+
+
+def test_targets_and_templates_are_stripped_once():
+    fact = Fact("A", "{} is ", " x ", "  y")
+    assert (fact.prompt, fact.target_true, fact.target_new) == ("A is", "x", "y")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((" ", "{} is"), "subject must be a word"),
+        (("A", "is"), "holds 0"),
+        (("A", "{} {}"), "holds 2"),
+        (("A", "{} is", " "), "target_true must be a word"),
+        (("A", "{} is", "x", ""), "target_new must be a word"),
+        (("A", "{} is", "x", " x"), "nothing to edit"),
+    ],
+)
+def test_a_fact_that_cannot_be_meant_is_an_error(arguments, message):
+    with pytest.raises(FactError, match=message):
+        Fact(*arguments)
+
+
+def test_a_prompt_with_its_subject_becomes_a_fact():
+    assert facts.from_prompt("The Louvre is in", "Louvre").template == "The {} is in"
+    twice = facts.from_prompt("Rome, not Rome, is in", "Rome", occurrence=1)
+    assert (twice.template, twice.prompt, twice.subject_start) == ("Rome, not {}, is in", "Rome, not Rome, is in", 10)
+
+
+@pytest.mark.parametrize(
+    ("subject", "occurrence", "message"),
+    [
+        ("Paris", None, "is not in the prompt"),
+        ("", None, "must be a word"),
+        ("Rome", None, "appears 2 times .* occurrence=0 to 1"),
+        ("Rome", 2, "from 0 to 1"),
+        ("Rome", -1, "from 0 to 1"),
+    ],
+)
+def test_a_subject_that_is_not_clear_is_an_error(subject, occurrence, message):
+    with pytest.raises(FactError, match=message):
+        facts.from_prompt("Rome, not Rome, is in", subject, occurrence=occurrence)

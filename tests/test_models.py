@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from mechedit import cache, models
+from mechedit.models import Blocks, ModelError, Stepper
+from tests.conftest import SHAPES, assert_same_state, make_folder, state
+
+SHAPE = pytest.mark.parametrize("shape", SHAPES)
+TOKENS = torch.tensor([[0, 40, 50, 60, 70, 80, 90, 100], [0, 45, 55, 65, 75, 85, 95, 105]])
+
+
+@SHAPE
+def test_logits_equal_hugging_face(shape, folder):
+    assert models.parity(str(folder(shape))) < models.PARITY
+
+
+@SHAPE
+def test_W_out_is_d_mlp_by_d_model_and_turns_keys_into_what_the_mlp_writes(shape, load):
+    model = load(shape)
+    post, written = [], []
+    weight, bias = models.W_out(model, 2), models.b_out(model, 2)
+    assert weight.shape == (model.cfg.d_mlp, model.cfg.d_model)
+    handle = models.mlp_module(model, 2).register_forward_hook(lambda module, args, output: written.append(output))
+    with (
+        torch.no_grad(),
+        model.hooks(fwd_hooks=[("blocks.2.mlp.hook_post", lambda activation, hook: post.append(activation))]),
+    ):
+        model(TOKENS)
+    handle.remove()
+    torch.testing.assert_close(post[0] @ weight + bias, written[0], atol=1e-4, rtol=1e-4)
+
+
+@SHAPE
+def test_blocks_one_by_one_equal_the_forward_pass(shape, load):
+    model = load(shape)
+    before = state(model)
+    with torch.no_grad():
+        expected = model(TOKENS)[:, -1]
+        blocks = Blocks(model)
+        resid = blocks.embed(TOKENS)
+        for layer in range(model.cfg.n_layers):
+            resid, _ = blocks.run(layer, resid)
+        torch.testing.assert_close(blocks.logits(resid[:, -1]), expected, atol=1e-4, rtol=1e-4)
+    assert_same_state(model, before)
+
+
+@SHAPE
+@pytest.mark.parametrize("position", [1, 5, 7])
+def test_blocks_with_the_past_given_equal_blocks_on_everything(shape, position, load):
+    model = load(shape)
+    rows = torch.tensor([1, 0, 1])
+    with torch.no_grad():
+        blocks = Blocks(model)
+        resid = blocks.embed(TOKENS)
+        for layer in range(model.cfg.n_layers):
+            after, present = blocks.run(layer, resid)
+            assert present.length == TOKENS.shape[1]
+            part, _ = blocks.run(layer, resid[rows][:, position:], present.before(position).rows(rows))
+            torch.testing.assert_close(part, after[rows][:, position:], atol=1e-4, rtol=1e-4)
+            resid = after
+
+
+@SHAPE
+def test_tokens_step_by_step_equal_the_forward_pass(shape, load):
+    model = load(shape)
+    stepper = Stepper(model)
+    with torch.no_grad():
+        stepper.next_logits(TOKENS[:, :5])
+        stepper.next_logits(TOKENS[:, 5:7])
+        torch.testing.assert_close(stepper.next_logits(TOKENS[:, 7:]), model(TOKENS)[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-model", "gemma-3-1b", "bert"])
+def test_a_folder_is_read_by_its_config_and_not_by_its_name(name, folder, tmp_path):
+    renamed = shutil.copytree(folder("qwen2"), tmp_path / name)
+    model = models.load(str(renamed), device="cpu")
+    assert model.cfg.d_mlp == 48
+    assert model.cfg.model_name == name
+
+
+def test_embedding_std_is_that_of_all_embeddings_after_the_models_scaling(load):
+    for shape in ("gpt2", "gemma3"):
+        model = load(shape)
+        rows = []
+        with torch.no_grad(), model.hooks(fwd_hooks=[("hook_embed", lambda activation, hook: rows.append(activation))]):
+            for chunk in torch.arange(400).split(50):
+                model(chunk[None])
+        assert models.embedding_std(model) == pytest.approx(float(torch.cat(rows, 1).double().std()), rel=1e-6)
+
+
+def test_the_weight_hash_changes_with_any_W_out_and_with_nothing_else_of_a_load(load, folder):
+    model = load("gpt2")
+    before = models.weight_hash(model)
+    assert models.weight_hash(models.load(str(folder("gpt2")), device="cpu")) == before
+    weight = models.W_out(model, 3)
+    original = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] += 1e-3
+        assert models.weight_hash(model) != before
+        weight.copy_(original)
+    assert models.weight_hash(model) == before
+
+
+def test_frozen_puts_gradient_flags_back_even_after_an_error(load):
+    model = load("gpt2")
+    some = next(model.parameters())
+    some.requires_grad_(False)
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt), models.frozen(model):
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        raise KeyboardInterrupt
+    assert_same_state(model, before)
+    some.requires_grad_(True)
+
+
+def test_a_post_mlp_norm_is_noticed(load):
+    assert models.has_post_mlp_norm(load("gemma3"), 0)
+    assert not models.has_post_mlp_norm(load("llama"), 0)
+
+
+def test_a_layer_out_of_range_is_an_error_that_names_the_range(model):
+    with pytest.raises(ModelError, match="from 0 to 3 .* found 4"):
+        models.W_out(model, 4)
+    with pytest.raises(ModelError, match="found -1"):
+        models.check_layer(model, -1)
+
+
+def test_a_block_without_W_out_is_an_error_that_says_what_it_has(model):
+    class Experts(torch.nn.Module):
+        pass
+
+    block = torch.nn.Module()
+    block.mlp = Experts()
+    stub = torch.nn.Module()
+    stub.cfg, stub.blocks = model.cfg, torch.nn.ModuleList([block, torch.nn.Module()])
+    with pytest.raises(ModelError, match=r"block 0 .* no W_out: .* type Experts"):
+        models.W_out(stub, 0)
+    with pytest.raises(ModelError, match="block 1 .* no MLP"):
+        models.W_out(stub, 1)
+
+
+def test_an_unknown_model_without_network_is_an_error_that_says_what_to_do():
+    with pytest.raises(ModelError, match="unknown model 'no-such-model'.*mechedit models"):
+        models.load("no-such-model")
+    with pytest.raises(ModelError, match="unknown model 'openai-community/gpt2-xl'.*could not be reached"):
+        models.load("openai-community/gpt2-xl")
+
+
+def test_a_path_that_does_not_exist_is_an_error():
+    with pytest.raises(ModelError, match="no folder /no/where exists"):
+        models.load("/no/where")
+
+
+def test_a_folder_that_holds_no_model_is_an_error(tmp_path, folder):
+    with pytest.raises(ModelError, match=r"without config\.json"):
+        models.load(str(tmp_path))
+    broken = shutil.copytree(folder("gpt2"), tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ModelError, match="cannot be read"):
+        models.load(str(broken))
+
+
+def test_an_architecture_that_cannot_be_hooked_is_an_error(tmp_path):
+    config = transformers.CTRLConfig(vocab_size=400, n_embd=32, dff=48, n_layer=2, n_head=4, n_positions=64)
+    made = make_folder(tmp_path / "gpt2", "gpt2")
+    transformers.CTRLLMHeadModel(config).save_pretrained(made)
+    with pytest.raises(ModelError, match="CTRLLMHeadModel"):
+        models.load(str(made))
+
+
+def test_presets_are_found_by_the_last_part_of_a_name(model):
+    name = model.cfg.model_name
+    try:
+        model.cfg.model_name = "EleutherAI/gpt-j-6B"
+        assert models.preset(model).rome.layer == 5
+    finally:
+        model.cfg.model_name = name
+    assert models.preset(model) is None
+
+
+def test_the_listing_names_the_packaged_model_first():
+    rows = models.listing()
+    assert rows[0].name == "gemma-3-270m"
+    assert all(row.preset is not None for row in rows)
+
+
+def test_a_cache_entry_is_built_once_and_again_when_it_is_damaged(tmp_path):
+    built = []
+
+    def build(folder: Path) -> None:
+        built.append(folder)
+        (folder / "data").write_text("whole")
+
+    def is_whole(folder: Path) -> bool:
+        return (folder / "data").is_file() and (folder / "data").read_text() == "whole"
+
+    entry = cache.once(tmp_path / "entry", build, is_whole)
+    assert cache.once(tmp_path / "entry", build, is_whole) == entry
+    assert len(built) == 1
+    (entry / "data").write_text("half")
+    cache.once(entry, build, is_whole)
+    assert len(built) == 2
+    assert is_whole(entry)
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path):
+    def build(folder: Path) -> None:
+        (folder / "data").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.once(tmp_path / "entry", build, lambda folder: folder.exists())
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["entry.lock"])
