@@ -97,19 +97,28 @@ def load(path: str | Path) -> Edit:
         FileError: the file is missing, truncated, something else, or holds what no edit can hold.
     """
     tensors, record = files.read(path, "edit")
+    if any(tensor.ndim != 1 for tensor in tensors.values()):
+        raise FileError(f"{path} is an edit whose changes are no vectors.")
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise FileError(f"{path} holds NaN or infinity; such an edit would destroy the model.")
     try:
         changes = tuple(
             RankOneEdit(int(each["layer"]), tensors[f"{index}.u"], tensors[f"{index}.step"], float(each["divisor"]))
             for index, each in enumerate(record["changes"])
         )
         edit = Edit(changes=changes, **{name: record[name] for name in _RECORD})
-        described = (edit.origin["weight_hash"], edit.fact["prompt"], edit.report["relative_norm"])
+        for needed in (
+            edit.origin["weight_hash"],
+            edit.fact["prompt"],
+            edit.report["relative_norm"],
+            edit.before["p_new"],
+        ):
+            if needed is None:
+                raise TypeError("a value that may not be null is")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileError(f"{path} is an edit whose record is not whole ({type(error).__name__} {error}).") from error
-    if not changes or any(change.u.ndim != 1 or change.step.ndim != 1 for change in changes) or None in described:
-        raise FileError(f"{path} is an edit without changes, or with changes that are no vectors.")
-    if any(not bool(torch.isfinite(part).all()) for change in changes for part in (change.u, change.step)):
-        raise FileError(f"{path} holds NaN or infinity; such an edit would destroy the model.")
+    if not changes:
+        raise FileError(f"{path} is an edit without changes.")
     return edit
 
 

@@ -80,9 +80,9 @@ def solve(
     Raises:
         RankOneError: NaN or infinity anywhere, a C that is not positive definite, or a divisor that is not positive.
     """
+    u = direction(key, C)
     at = key if at is None else at
     _check_finite(W_out=W_out, b_out=b_out, value=value, at=at)
-    u = direction(key, C)
     W_out, b_out, value, at = (tensor.detach().cpu().double() for tensor in (W_out, b_out, value, at))
     divisor = float(u @ at)
     if divisor <= 0:

@@ -45,16 +45,18 @@ def test_a_row_each_can_be_restored(model):
 
 def test_a_misspelt_hook_is_an_error_before_anything_is_hooked(model):
     before = state(model)
-    with pytest.raises(InterventionError, match=r"blocks\.9\.hook_mlp_out.* no hook points"), intervened(
-        model, add_noise(torch.zeros(2, 1, 32), 0), restore("blocks.9.hook_mlp_out", torch.zeros(32), 0)
+    with (
+        pytest.raises(InterventionError, match=r"blocks\.9\.hook_mlp_out.* no hook points"),
+        intervened(model, add_noise(torch.zeros(2, 1, 32), 0), restore("blocks.9.hook_mlp_out", torch.zeros(32), 0)),
     ):
         raise AssertionError("the body must not run")
     assert_same_state(model, before)
 
 
 def test_an_intervention_that_was_never_reached_is_an_error(model):
-    with pytest.raises(InterventionError, match=r"no forward pass reached \['blocks.3.hook_mlp_out'\]"), intervened(
-        model, restore("blocks.3.hook_mlp_out", torch.zeros(32), 0)
+    with (
+        pytest.raises(InterventionError, match=r"no forward pass reached \['blocks.3.hook_mlp_out'\]"),
+        intervened(model, restore("blocks.3.hook_mlp_out", torch.zeros(32), 0)),
     ):
         model(TOKENS, stop_at_layer=2)
     with pytest.raises(InterventionError, match="MLP of block 3"), mlp_outputs(model, 3, lambda output: None):
@@ -63,10 +65,14 @@ def test_an_intervention_that_was_never_reached_is_an_error(model):
 
 def test_an_intervention_that_does_not_fit_is_an_error(model):
     before = state(model)
-    with pytest.raises(InterventionError, match="3 rows, the forward pass 2"), intervened(model, add_noise(torch.zeros(3, 1, 32), 0)):
+    with (
+        pytest.raises(InterventionError, match="3 rows, the forward pass 2"),
+        intervened(model, add_noise(torch.zeros(3, 1, 32), 0)),
+    ):
         model(TOKENS)
-    with pytest.raises(InterventionError, match="position 7 lies beyond the 4"), intervened(
-        model, restore("blocks.0.hook_resid_post", torch.zeros(32), 7)
+    with (
+        pytest.raises(InterventionError, match="position 7 lies beyond the 4"),
+        intervened(model, restore("blocks.0.hook_resid_post", torch.zeros(32), 7)),
     ):
         model(TOKENS)
     assert_same_state(model, before)
@@ -75,7 +81,11 @@ def test_an_intervention_that_does_not_fit_is_an_error(model):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_nothing_is_left_after_an_error_in_the_body(error, model):
     before = state(model)
-    with pytest.raises(error), intervened(model, add_noise(torch.zeros(2, 1, 32), 0)), mlp_outputs(model, 1, lambda output: None):
+    with (
+        pytest.raises(error),
+        intervened(model, add_noise(torch.zeros(2, 1, 32), 0)),
+        mlp_outputs(model, 1, lambda output: None),
+    ):
         raise error
     assert_same_state(model, before)
 

@@ -123,7 +123,20 @@ def test_a_trace_survives_its_file(model, fact, tmp_path):
 
 def test_the_json_has_the_fields_that_readers_rely_on(model, fact):
     record = json.loads(json.dumps(trace(model, fact, SMALL).to_json()))
-    wanted = {"model", "prompt", "tokens", "subject_range", "answer", "answer_ids", "p_clean", "p_corrupted", "effects", "settings", "versions", "seconds"}
+    wanted = {
+        "model",
+        "prompt",
+        "tokens",
+        "subject_range",
+        "answer",
+        "answer_ids",
+        "p_clean",
+        "p_corrupted",
+        "effects",
+        "settings",
+        "versions",
+        "seconds",
+    }
     assert wanted <= record.keys()
     assert len(record["effects"]["resid"]) == 4
     assert len(record["effects"]["resid"][0]) == len(record["tokens"])

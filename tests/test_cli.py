@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import mechedit
+from mechedit import cli, edits, figures, models, moments
+from mechedit.settings import MomentSettings, RomeSettings, TraceSettings, knobs
+from mechedit.tracing import Trace, trace
+from tests.conftest import FACT
+
+PROMPT = "The Space Needle is located in the city of"
+
+
+@pytest.fixture
+def run(folder, capsys, monkeypatch):
+    """Run a command in this process on the tiny GPT-2; status, standard output and standard error."""
+    monkeypatch.setenv("COLUMNS", "160")
+    from mechedit.editors import rome
+
+    monkeypatch.setattr(rome, "MAX_RELATIVE_NORM", 100.0)
+
+    def call(*arguments: str, model: bool = True) -> tuple[int, str, str]:
+        options = ["--model", str(folder("gpt2")), "--device", "cpu"] if model else []
+        status = cli.main([*arguments, *options])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+TRACE = ("trace", PROMPT, "--subject", "The Space Needle", "--draws", "2")
+EDIT = (
+    "edit",
+    PROMPT,
+    "--subject",
+    "The Space Needle",
+    "--target",
+    "Paris",
+    "--true",
+    "Seattle",
+    "--layer",
+    "1",
+    "--steps",
+    "4",
+    "--prefixes",
+    "3x2",
+)
+
+
+def test_help_answers_within_a_second_and_loads_nothing_heavy():
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "mechedit.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - began < 1.0
+    for command in ("trace", "edit", "apply", "inspect", "models", "moments", "doctor", "demo", "audit"):
+        assert command in done.stdout
+    assert not any(name in done.stderr for name in ("torch", "transformers", "numpy", "rich"))
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, mechedit; print(sorted({'torch', 'transformers', 'transformer_lens', 'matplotlib'} & sys.modules.keys()))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+    assert "tracing" in dir(mechedit)
+    assert mechedit.settings.KINDS == ("resid", "mlp", "attn")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = mechedit.nothing
+
+
+def test_every_setting_is_an_option_with_its_sentence(capsys):
+    for command, settings in (("trace", TraceSettings), ("edit", RomeSettings), ("moments", MomentSettings)):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        for name, _, text in knobs(settings):
+            assert "--" + name.replace("_", "-") in shown
+            assert text.split(",")[0].split("-")[0] in shown
+
+
+def test_trace_writes_what_python_returns(run, load, tmp_path):
+    status, out, _ = run(
+        *TRACE,
+        "--answer",
+        "Seattle",
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+        str(tmp_path / "trace.json"),
+        "--window",
+        "2",
+    )
+    assert status == 0
+    record = json.loads((tmp_path / "trace.json").read_text())
+    expected = trace(load("gpt2"), FACT, TraceSettings(draws=2, window=2))
+    torch.testing.assert_close(torch.tensor(record["effects"]["mlp"]), expected.effects["mlp"])
+    assert record["settings"]["window"] == 2
+    saved = Trace.load(tmp_path / "out" / "trace.safetensors")
+    torch.testing.assert_close(saved.effects["attn"], expected.effects["attn"])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "trace.safetensors",
+        *(f"trace_{kind}{suffix}" for kind in ("resid", "mlp", "attn") for suffix in (".png", ".svg")),
+    }
+    assert "clean" in out
+    assert "Needle" in out
+    assert "trace_mlp.png" in out
+
+
+def test_kinds_and_occurrence_and_bos_reach_the_trace(run, tmp_path):
+    path = tmp_path / "t.json"
+    status, _, _ = run(
+        *(
+            "trace",
+            "Rome is not Rome in",
+            "--subject",
+            "Rome",
+            "--occurrence",
+            "1",
+            "--draws",
+            "1",
+            "--kinds",
+            "resid,attn",
+        ),
+        *("--no-prepend-bos", "--seed", "3", "--noise", "2.5", "--json", str(path)),
+    )
+    record = json.loads(path.read_text())
+    assert status == 0
+    assert list(record["effects"]) == ["resid", "attn"]
+    assert record["subject_range"][0] > 0
+    assert (record["settings"]["prepend_bos"], record["settings"]["seed"], record["settings"]["noise"]) == (
+        False,
+        3,
+        2.5,
+    )
+
+
+def test_json_on_standard_output_is_json_alone(run):
+    status, out, err = run(*TRACE, "--json", "-")
+    assert status == 0
+    assert json.loads(out)["prompt"] == PROMPT
+    assert "clean" in err
+
+
+def test_edit_apply_and_inspect_go_together(run, tmp_path):
+    path, record_path = tmp_path / "edit.safetensors", tmp_path / "edit.json"
+    status, out, _ = run(*EDIT, "--out", str(path), "--json", str(record_path))
+    assert status == 0
+    assert "divisor" in out
+    record = json.loads(record_path.read_text())
+    assert record["layer"] == 1
+    assert record["settings"]["prefixes"] == [[3, 2]]
+    assert record["after"]["p_new"] == edits.load(path).after["p_new"]
+
+    status, out, _ = run("apply", str(path), "--prompt", "The city of", "--json", str(tmp_path / "apply.json"))
+    assert status == 0
+    completions = json.loads((tmp_path / "apply.json").read_text())["completions"]
+    assert [each["prompt"] for each in completions] == [PROMPT, "The city of"]
+
+    status, out, _ = run("inspect", str(path), "--json", str(tmp_path / "inspect.json"), model=False)
+    assert status == 0
+    assert "Space Needle" in out
+    assert json.loads((tmp_path / "inspect.json").read_text())["kind"] == "edit"
+
+
+def test_an_edit_takes_c_from_text(run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{number} {PROMPT} Seattle." for number in range(300)))
+    path = tmp_path / "edit.safetensors"
+    status, _, _ = run(*EDIT, "--text", str(text), "--out", str(path))
+    assert status == 0
+    assert edits.load(path).details["moment"]["source"].startswith("files ")
+
+
+def test_moments_are_estimated_written_and_inspected(run, tmp_path):
+    path = tmp_path / "C.safetensors"
+    status, _, _ = run("moments", "--layer", "1", "--tokens", "300", "--context", "16", "--out", str(path))
+    assert status == 0
+    assert moments.Moment.load(path).keys == 300
+    status, out, _ = run("inspect", str(path), model=False)
+    assert status == 0
+    assert "300" in out
+
+
+def test_inspect_shows_a_trace(run, load, tmp_path):
+    path = trace(load("gpt2"), FACT, TraceSettings(draws=1)).save(tmp_path / "t.safetensors")
+    status, out, _ = run("inspect", str(path), model=False)
+    assert status == 0
+    assert "p_clean" in out
+
+
+def test_audit_shows_tokens(run):
+    status, out, _ = run("audit", PROMPT, "--subject", "The Space Needle", "--answer", "Seattle", "--target", "Paris")
+    assert status == 0
+    assert "*" in out
+    assert "new" in out
+
+
+def test_models_lists_and_checks(run, folder, tmp_path):
+    status, out, _ = run("models", "--json", str(tmp_path / "m.json"), model=False)
+    assert status == 0
+    assert "gemma-3-270m" in out
+    assert json.loads((tmp_path / "m.json").read_text())[0]["name"] == "gemma-3-270m"
+    status, out, _ = run("models", "--check", str(folder("llama")), model=False)
+    assert status == 0
+    assert "equal" in out
+
+
+def test_a_failed_check_is_an_error(run, folder, monkeypatch):
+    monkeypatch.setattr(models, "parity", lambda name: 1.0)
+    status, out, err = run("models", "--check", str(folder("llama")), model=False)
+    assert status == 2
+    assert "DIFFERENT" in out
+    assert "not Hugging Face's" in err
+
+
+def test_doctor_reports(run, tmp_path):
+    status, out, _ = run("doctor", "--json", str(tmp_path / "d.json"), model=False)
+    assert status == 0
+    assert "writable" in out
+    assert json.loads((tmp_path / "d.json").read_text())["version of torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("trace", "Paris is", "--subject", "Rome"), "is not in the prompt"),
+        (("trace", "Rome or Rome is", "--subject", "Rome"), "--occurrence"),
+        (("trace", "Paris is", "--subject", ""), "must be a word"),
+        ((*TRACE, "--kinds", "mlps"), "'mlps' is not"),
+        ((*TRACE, "--kinds", ","), "at least one"),
+        ((*TRACE, "--window", "0"), "at least 1 layer"),
+        ((*TRACE[:-2], "--draws", "0"), "at least 1"),
+        ((*EDIT, "--target", " "), "target_new must be a word"),
+        ((*EDIT, "--target", "Seattle"), "nothing to edit"),
+        ((*EDIT, "--layer", "99"), "layer must be from 0 to 3"),
+        (EDIT[:8], "no layer is given"),
+        ((*EDIT, "--policy", "mixed"), "policy must be one of"),
+        ((*EDIT, "--text", "/no/file"), "cannot be read"),
+        (("apply", "/no/file"), "does not exist"),
+        ((*TRACE, "--out", "/dev/null/x"), "cannot be written"),
+        ((*EDIT, "--out", "/dev/null/x.safetensors"), "cannot be written"),
+        ((*EDIT, "--out", "/tmp"), "is a folder"),  # noqa: S108
+        (("moments", "--layer", "1", "--tokens", "5"), "more keys than d_mlp"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(arguments, message, run):
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert message in err
+    assert err.startswith("mechedit: ")
+    assert "Traceback" not in err
+
+
+def test_inspecting_what_is_no_result_is_an_error(run, tmp_path):
+    status, _, err = run("inspect", str(tmp_path / "none"), model=False)
+    assert status == 2
+    assert "does not exist" in err
+
+
+def test_prefixes_are_parsed(capsys):
+    assert cli._pairs("5x10,10x2") == ((5, 10), (10, 2))
+    assert cli._pairs("none") == ()
+    with pytest.raises(SystemExit):
+        cli.main([*EDIT, "--prefixes", "5"])
+    assert "TOKENSxHOWMANY" in capsys.readouterr().err
+
+
+def test_an_edit_for_other_weights_is_refused_unless_forced(run, folder, tmp_path, capsys):
+    path = tmp_path / "edit.safetensors"
+    run(*EDIT, "--out", str(path))
+    edit = edits.load(path)
+    from dataclasses import replace
+
+    edits.save(replace(edit, origin={**edit.origin, "weight_hash": "0" * 64}), path)
+    status, _, err = run("apply", str(path))
+    assert status == 2
+    assert "--force" in err
+    assert run("apply", str(path), "--force")[0] == 0
+
+
+def test_ctrl_c_ends_quietly(run, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "load", interrupt)
+    status, _, err = run(*TRACE)
+    assert status == 130
+    assert "interrupted" in err
+
+
+def test_the_demo_runs_on_any_model_with_a_preset(run, folder, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    preset = replace(models.PRESETS["gemma-3-270m"], rome=RomeSettings(layer=1, steps=3, prefixes=((3, 1),)))
+    monkeypatch.setattr(models, "preset", lambda model: preset)
+    status, out, _ = run("demo", "--out", str(tmp_path / "demo"))
+    assert status == 0
+    for said in (
+        "top answer",
+        "early site",
+        "late site",
+        "paraphrase",
+        "neighbour",
+        "P(Seattle)",
+        "P(Paris)",
+        "before",
+        "after",
+        "edit.safetensors",
+    ):
+        assert said in out
+    assert out.count("paraphrase") == 2
+    assert out.count("neighbour") == 4
+    assert (tmp_path / "demo" / "trace_mlp.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "demo" / "edit.json").read_text())["target_new"] == "Paris"
+
+
+def test_heat_maps_are_the_same_bytes_for_the_same_trace_and_star_the_subject(load, tmp_path):
+    found = trace(load("gpt2"), FACT, TraceSettings(draws=1))
+    first, second = (figures.save(found, tmp_path / name) for name in "ab")
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    labels = [label.get_text() for label in figures.heat_map(found, "mlp").axes[0].get_yticklabels()]
+    begin, end = found.subject_range
+    assert [label.endswith("*") for label in labels] == [begin <= index < end for index in range(len(labels))]
+    image = figures.heat_map(found, "mlp").axes[0].images[0].get_array()
+    torch.testing.assert_close(torch.tensor(image.data), found.effects["mlp"].T)
+    with pytest.raises(ValueError, match="not head"):
+        figures.heat_map(found, "head")
+
+
+def test_dollar_signs_in_tokens_do_not_break_a_picture(load, tmp_path):
+    from dataclasses import replace
+
+    found = trace(load("gpt2"), FACT, TraceSettings(draws=1, kinds=("mlp",)))
+    odd = replace(found, tokens=tuple(["$x_1$", "\n", *found.tokens[2:]]), answer="$")
+    assert all(path.stat().st_size for path in figures.save(odd, tmp_path))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_results_are_files_like_any_other(load, tmp_path):
+    path = trace(load("gpt2"), FACT, TraceSettings(draws=1)).save(tmp_path / "t.safetensors")
+    mask = os.umask(0)
+    os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+    assert [each.name for each in Path(tmp_path).iterdir()] == ["t.safetensors"]

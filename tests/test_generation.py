@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mechedit import generation, scoring
+from mechedit.corruption import generator
+from mechedit.facts import FactError
+
+
+def test_sampling_is_fixed_by_its_generator(model):
+    first = generation.sample(model, 3, 6, generator(0, "a"))
+    torch.randn(10)
+    assert torch.equal(generation.sample(model, 3, 6, generator(0, "a")), first)
+    assert not torch.equal(generation.sample(model, 3, 6, generator(1, "a")), first)
+    assert first.shape == (3, 6)
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    p = torch.tensor([0.5, 0.0, 0.2, 0.05, 0.0, 0.25])
+    uniform = torch.linspace(0, 1, 20001)[:-1, None]
+    for top_k in (None, 6):
+        drawn = generation._draw(p.log().expand(20000, -1), uniform, top_k)
+        share = torch.bincount(drawn[:, 0], minlength=6) / 20000
+        torch.testing.assert_close(share, p, atol=1e-3, rtol=0)
+    only = generation._draw(p.log().expand(20000, -1), uniform, 2)
+    assert set(only.flatten().tolist()) == {0, 5}
+
+
+def test_a_vocabulary_of_prime_size_can_be_drawn_from():
+    p = torch.rand(7).softmax(-1)
+    uniform = torch.linspace(0, 1, 7001)[:-1, None]
+    share = torch.bincount(generation._draw(p.log().expand(7000, -1), uniform, None)[:, 0], minlength=7) / 7000
+    torch.testing.assert_close(share, p, atol=1e-3, rtol=0)
+
+
+def test_completion_is_the_greedy_path(model):
+    prompt, said = "The city of", generation.complete(model, "The city of", 4)
+    ids = model.tokenizer(prompt, add_special_tokens=False).input_ids
+    tokens = torch.tensor([[model.tokenizer.bos_token_id, *ids]])
+    for _ in range(4):
+        with torch.no_grad():
+            token = model(tokens)[:, -1].argmax(-1, keepdim=True)
+        if int(token) == model.tokenizer.eos_token_id:
+            break
+        tokens = torch.cat([tokens, token], 1)
+    assert said == model.tokenizer.decode(tokens[0, len(ids) + 1 :])
+
+
+def test_completion_ends_with_the_text(model):
+    kept = model.tokenizer.eos_token
+    said = generation.complete(model, "The city of", 1)
+    (ids,) = [model.tokenizer(said, add_special_tokens=False).input_ids]
+    assert len(ids) >= 1
+    try:
+        model.tokenizer.eos_token = model.tokenizer.convert_ids_to_tokens(ids[0])
+        assert generation.complete(model, "The city of", 5) == ""
+    finally:
+        model.tokenizer.eos_token = kept
+
+
+def test_scores_equal_one_forward_pass_a_pair(load):
+    pairs = [
+        ("The city of", "Paris"),
+        ("The Space Needle is located in the city of", "zebra one"),
+        ("Paris", "Rome"),
+    ] * 3
+    for shape in ("gpt2", "gemma3"):
+        model = load(shape)
+        for (prompt, target), score in zip(pairs, scoring.score(model, pairs), strict=True):
+            before = [model.tokenizer.bos_token_id, *model.tokenizer(prompt, add_special_tokens=False).input_ids]
+            whole = [
+                model.tokenizer.bos_token_id,
+                *model.tokenizer(f"{prompt} {target}", add_special_tokens=False).input_ids,
+            ]
+            with torch.no_grad():
+                log_p = model(torch.tensor([whole]))[0].log_softmax(-1)
+            expected = [float(log_p[at - 1, whole[at]]) for at in range(len(before), len(whole))]
+            assert score.log_p == pytest.approx(expected, abs=1e-4)
+            assert score.p == pytest.approx(float(torch.tensor(expected).sum().exp()), rel=1e-3)
+            assert score.mean_log_p == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+
+
+def test_scores_do_not_depend_on_batches(model, monkeypatch):
+    pairs = [
+        ("The city of", "Paris"),
+        ("The Space Needle is located in the city of", "Rome"),
+        ("Paris is", "Rome zebra"),
+    ]
+    whole = scoring.score(model, pairs)
+    monkeypatch.setattr(scoring, "ROW_TOKENS", 1)
+    monkeypatch.setattr(scoring, "UNEMBED_ROWS", 1)
+    for one, other in zip(scoring.score(model, pairs), whole, strict=True):
+        assert one.log_p == pytest.approx(other.log_p, abs=1e-5)
+
+
+def test_no_pairs_give_no_scores(model):
+    assert scoring.score(model, []) == []
+
+
+def test_the_top_tokens_are_the_most_probable(model):
+    found = scoring.top(model, "The city of", 3)
+    ids = [model.tokenizer.bos_token_id, *model.tokenizer("The city of", add_special_tokens=False).input_ids]
+    with torch.no_grad():
+        p = model(torch.tensor([ids]))[0, -1].softmax(-1).topk(3)
+    assert [token for _, token, _ in found] == p.indices.tolist()
+    assert [value for _, _, value in found] == pytest.approx(p.values.tolist(), rel=1e-4)
+
+
+def test_texts_that_do_not_fit_or_say_nothing_are_errors(model):
+    with pytest.raises(FactError, match="context of 64"):
+        scoring.score(model, [("xq " * 80, "Paris")])
+    with pytest.raises(FactError, match="target must be"):
+        scoring.score(model, [("Paris", " ")])

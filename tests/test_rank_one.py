@@ -1,0 +1,162 @@
+"""The theorems of the closed form, each with its control."""
+
+from __future__ import annotations
+
+import pytest
+import scipy.linalg
+import torch
+
+from mechedit import models, rank_one
+from mechedit.models import ModelError
+from mechedit.rank_one import RankOneEdit, RankOneError
+from tests.conftest import SHAPES, assert_same_state, state
+
+LAYER = 2
+
+
+@pytest.fixture
+def problem(model):
+    generator = torch.Generator().manual_seed(0)
+    d_mlp, d_model = models.W_out(model, LAYER).shape
+    keys = torch.randn(8 * d_mlp, d_mlp, generator=generator, dtype=torch.float64)
+    C = (keys * torch.linspace(0.2, 2.0, d_mlp)).T @ (keys * torch.linspace(0.2, 2.0, d_mlp)) / len(keys)
+    return torch.randn(d_mlp, generator=generator), torch.randn(d_model, generator=generator), C
+
+
+def solve(model, problem, **options):
+    key, value, C = problem
+    return rank_one.solve(LAYER, models.W_out(model, LAYER), models.b_out(model, LAYER), key, value, C, **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_key_returns_the_value_after_the_write(shape, load):
+    model = load(shape)
+    before = state(model)
+    weight, bias = models.W_out(model, LAYER), models.b_out(model, LAYER)
+    key, value = torch.randn(weight.shape[0]), torch.randn(weight.shape[1])
+    edit = rank_one.solve(LAYER, weight, bias, key, value, torch.eye(weight.shape[0], dtype=torch.float64))
+    assert not torch.allclose(key @ weight + bias, value, atol=1e-2)
+    with rank_one.edited(model, edit):
+        torch.testing.assert_close(key @ models.W_out(model, LAYER) + bias, value, atol=1e-4, rtol=1e-4)
+    assert_same_state(model, before)
+
+
+def test_keys_orthogonal_under_C_keep_their_values(model, problem):
+    key, _, _ = problem
+    edit = solve(model, problem)
+    other = torch.randn(len(key), dtype=torch.float64)
+    other = (other - key.double() * (other @ edit.u) / (key.double() @ edit.u)).float()  # now other @ C^-1 @ key = 0
+    before, key_before = other @ models.W_out(model, LAYER), key @ models.W_out(model, LAYER)
+    with rank_one.edited(model, edit):
+        torch.testing.assert_close(other @ models.W_out(model, LAYER), before, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(key @ models.W_out(model, LAYER), key_before, atol=1e-2)
+
+
+def test_no_other_update_that_meets_the_constraint_moves_ordinary_keys_less(model, problem):
+    """Against generic constrained least squares: min |L^T D|^2 with key @ D = r and C = L L^T, column by column, by its KKT system."""
+    key, value, C = problem
+    d_mlp = len(key)
+    residual = (
+        value.double()
+        - (key.double() @ models.W_out(model, LAYER).detach().double() + models.b_out(model, LAYER).double())
+    ).numpy()
+    system = torch.zeros(d_mlp + 1, d_mlp + 1, dtype=torch.float64)
+    system[:d_mlp, :d_mlp] = 2 * C
+    system[d_mlp, :d_mlp] = system[:d_mlp, d_mlp] = key.double()
+    right = torch.zeros(d_mlp + 1, len(value), dtype=torch.float64)
+    right[d_mlp] = torch.from_numpy(residual)
+    best = torch.from_numpy(scipy.linalg.solve(system.numpy(), right.numpy()))[:d_mlp]
+    edit = solve(model, problem)
+    ours = torch.outer(edit.u, edit.step)
+    torch.testing.assert_close(ours, best, atol=1e-9, rtol=1e-7)
+    cost = lambda change: float(torch.einsum("kd,kl,ld->", change, C, change))  # noqa: E731
+    for _ in range(5):
+        other = torch.randn(d_mlp, len(value), dtype=torch.float64)
+        other -= torch.outer(key.double(), key.double() @ other) / (key.double() @ key.double())  # keeps the constraint
+        assert cost(ours + 0.01 * other) > cost(ours)
+
+
+def test_a_zero_edit_changes_nothing(model, problem):
+    key, _, C = problem
+    value = key.double() @ models.W_out(model, LAYER).detach().double() + models.b_out(model, LAYER).double()
+    assert solve(model, (key, value, C)).norm < 1e-10
+    before = state(model)
+    with rank_one.edited(model, RankOneEdit(LAYER, torch.zeros(128), torch.zeros(32))):
+        assert_same_state(model, before)
+
+
+def test_the_divisor_is_the_keys_length_under_C_inverse(model, problem):
+    key, _, C = problem
+    expected = float(key.double() @ torch.linalg.inv(C) @ key.double())
+    assert solve(model, problem).divisor == pytest.approx(expected, rel=1e-9)
+    torch.testing.assert_close(C @ rank_one.direction(key, C), key.double(), atol=1e-9, rtol=1e-9)
+
+
+def test_with_at_that_key_returns_the_value_and_the_direction_is_the_first_keys(model, problem):
+    key, value, _ = problem
+    at = key + 0.1 * torch.randn(len(key))
+    edit = solve(model, problem, at=at)
+    torch.testing.assert_close(edit.u, solve(model, problem).u)
+    with rank_one.edited(model, edit):
+        torch.testing.assert_close(
+            at @ models.W_out(model, LAYER) + models.b_out(model, LAYER), value, atol=1e-4, rtol=1e-4
+        )
+
+
+def test_the_norm_is_the_frobenius_norm_of_the_change(model, problem):
+    edit = solve(model, problem)
+    assert edit.norm == pytest.approx(float(torch.outer(edit.u, edit.step).norm()), rel=1e-9)
+
+
+def test_edits_of_one_layer_add_up_and_all_is_put_back(model, problem):
+    before = state(model)
+    original = models.W_out(model, LAYER).detach().clone()
+    first, second = solve(model, problem), RankOneEdit(LAYER, torch.randn(128), torch.randn(32))
+    with rank_one.edited(model, first, second):
+        expected = original + torch.outer(first.u, first.step).float() + torch.outer(second.u, second.step)
+        torch.testing.assert_close(models.W_out(model, LAYER).detach(), expected, atol=1e-4, rtol=1e-4)
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_the_original_weights_come_back_bit_for_bit_after_an_error(error, model, problem):
+    before = state(model)
+    with pytest.raises(error), rank_one.edited(model, solve(model, problem)):
+        raise error
+    assert_same_state(model, before)
+
+
+def test_a_C_that_cannot_be_inverted_is_an_error(model, problem):
+    key, value, _ = problem
+    few = torch.randn(20, len(key), dtype=torch.float64)
+    with pytest.raises(RankOneError, match="positive definite.*more than d_mlp keys"):
+        solve(model, (key, value, few.T @ few - 1e-9 * torch.eye(len(key))))
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_errors(which, bad, model, problem):
+    spoilt = [tensor.clone() for tensor in problem]
+    spoilt[which].view(-1)[3] = bad
+    with pytest.raises(RankOneError, match=f"{('key', 'value', 'C')[which]} must be finite"):
+        solve(model, tuple(spoilt))
+
+
+def test_a_divisor_that_is_not_positive_is_an_error(model, problem):
+    key, value, C = problem
+    with pytest.raises(RankOneError, match="the key is zero"):
+        solve(model, (torch.zeros_like(key), value, C))
+    with pytest.raises(RankOneError, match="two keys of the published policy disagree"):
+        solve(model, problem, at=-key)
+
+
+def test_an_edit_of_another_shape_or_layer_is_refused_and_nothing_is_written(model):
+    before = state(model)
+    with pytest.raises(RankOneError, match=r"shape \[5, 32\].* is \[128, 32\].*another model"):
+        rank_one.write_(model, RankOneEdit(LAYER, torch.ones(5), torch.ones(32)))
+    with (
+        pytest.raises(ModelError, match="from 0 to 3"),
+        rank_one.edited(model, RankOneEdit(9, torch.ones(128), torch.ones(32))),
+    ):
+        raise AssertionError("the body must not run")
+    assert_same_state(model, before)
