@@ -229,9 +229,13 @@ def _wrap(hf_model: Any, tokenizer: Any, folder: Path, device: str, dtype: torch
     except ImportError:
         from transformer_lens.model_bridge import TransformerBridge
 
-        return TransformerBridge.boot_transformers(
-            str(folder), hf_model=hf_model.to(device), tokenizer=tokenizer, device=device, dtype=dtype
-        )
+        options = {"hf_model": hf_model.to(device), "tokenizer": tokenizer, "device": device, "dtype": dtype}
+        try:
+            return TransformerBridge.boot_transformers(str(folder), **options)
+        except (ValueError, NotImplementedError) as error:
+            raise ModelError(
+                f"TransformerBridge does not know the architecture {hf_model.config.architectures} of {folder}."
+            ) from error
     return _hooked_transformer(hf_model, tokenizer, folder, device, dtype)
 
 
@@ -399,8 +403,8 @@ def mlp_module(model: HookedModel, layer: int) -> torch.nn.Module:
             f"block {layer} of {model.cfg.model_name} has no W_out: it has {found}. A rank-one edit needs one matrix "
             "[d_mlp, d_model] that writes the MLP's output (attention-only and mixture-of-experts blocks have none)."
         )
-    module: torch.nn.Module = mlp
-    return module
+    assert isinstance(mlp, torch.nn.Module)
+    return mlp
 
 
 def W_out(model: HookedModel, layer: int) -> Tensor:

@@ -87,11 +87,14 @@ def test_a_folder_is_read_by_its_config_and_not_by_its_name(name, folder, tmp_pa
 def test_embedding_std_is_that_of_all_embeddings_after_the_models_scaling(load):
     for shape in ("gpt2", "gemma3"):
         model = load(shape)
-        rows = []
-        with torch.no_grad(), model.hooks(fwd_hooks=[("hook_embed", lambda activation, hook: rows.append(activation))]):
+        kept = []
+        with (
+            torch.no_grad(),
+            model.hooks(fwd_hooks=[("hook_embed", lambda activation, hook, kept=kept: kept.append(activation))]),
+        ):
             for chunk in torch.arange(400).split(50):
                 model(chunk[None])
-        assert models.embedding_std(model) == pytest.approx(float(torch.cat(rows, 1).double().std()), rel=1e-6)
+        assert models.embedding_std(model) == pytest.approx(float(torch.cat(kept, 1).double().std()), rel=1e-6)
 
 
 def test_the_weight_hash_changes_with_any_W_out_and_with_nothing_else_of_a_load(load, folder):

