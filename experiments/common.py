@@ -30,7 +30,7 @@ def parse(settings: type[Settings], argv: list[str] | None = None) -> Settings:
 
 def write(name: str, model: HookedModel, settings: Any, result: dict[str, Any]) -> Path:
     """Write a result as JSON under figures/MODEL/, with all that made it."""
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
+    plain = {key: value.name if isinstance(value, Path) else value for key, value in asdict(settings).items()}
     record = {"settings": plain, "origin": provenance.origin(model), "versions": provenance.versions(), **result}
     path = FIGURES / str(model.cfg.model_name).rsplit("/", 1)[-1] / f"{name}.json"
     with cache.atomic_write(path) as temporary:

@@ -520,7 +520,8 @@ def _progress() -> Iterator[Progress]:
 def _load(arguments: argparse.Namespace) -> HookedModel:
     from rich.console import Console
 
-    with Console(stderr=True).status(f"loading {arguments.model} (the first time converts or downloads it)"):
+    # The stream itself, because loading silences standard error.
+    with Console(file=sys.stderr).status(f"loading {arguments.model} (the first time converts or downloads it)"):
         import torch
 
         from mechedit import models

@@ -8,8 +8,11 @@ processed (no folding, no centring), so logits are Hugging Face's and an edit ca
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
+import logging
 import os
 import tempfile
 import warnings
@@ -194,11 +197,11 @@ def _convert_gemma(folder: Path) -> None:
     with _quiet():
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-    # The weights are plain float32 from here on; without this, save_pretrained refuses what was once quantised.
-    del model.config.quantization_config
-    model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        # The weights are plain float32 from here on; without this, save_pretrained refuses what was once quantised.
+        del model.config.quantization_config
+        model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     gguf.unlink()
     hashes = {path.name: cache.file_hash(path) for path in sorted(folder.iterdir())}
     (folder / _MANIFEST).write_text(
@@ -334,24 +337,14 @@ def _gemma_config(config: Any, architecture: str) -> dict[str, Any]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what other libraries say while a model loads: bars, advice, notices that TransformerLens 3 is not 4."""
-    import logging
-
-    from transformers.utils import logging as hf_logging
-
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    root = logging.getLogger().level
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+    level = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.getLogger().setLevel(root)
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
+        logging.getLogger().setLevel(level)
 
 
 @torch.no_grad()

@@ -181,6 +181,17 @@ def test_an_edit_raises_the_target_and_leaves_the_model_as_it_was(shape, load):
     assert_same_state(model, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_value_is_found_in_float32_and_the_edit_works(dtype, folder):
+    model = models.load(str(folder("gpt2")), device="cpu", dtype=dtype)
+    before = state(model)
+    edit = rome.edit(model, FACT, replace(QUICK, steps=20, clamp=8.0), moments.estimate(model, 1, settings=MomentSettings(tokens=600, context=32)))
+    assert edit.after["p_new"] > 1.05 * edit.before["p_new"]
+    assert edit.changes[0].u.dtype == edit.changes[0].step.dtype == torch.float64
+    assert edit.origin["dtype"] == str(dtype).removeprefix("torch.")
+    assert_same_state(model, before)
+
+
 def test_the_averaged_key_returns_the_value_and_every_row_its_share(model, fact, moment):
     edit = rome.edit(model, fact, BOS, moment)
     rows = keys.contexts(model, fact, tuple(edit.details["prefixes"]), prepend_bos=True)

@@ -212,3 +212,14 @@ def test_progress_counts_to_the_end(model, fact):
     trace(model, fact, SMALL, progress=lambda *call: calls.append(call))
     assert calls[0][:2] == ("trace", 0)
     assert calls[-1][1] == calls[-1][2]
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "gemma3"])
+def test_in_bfloat16_the_trace_is_near_the_one_in_float32(shape, load, folder):
+    half = models.load(str(folder(shape)), device="cpu", dtype=torch.bfloat16)
+    assert next(half.parameters()).dtype == torch.bfloat16
+    found, exact = (trace(each, FACT, SMALL) for each in (half, load(shape)))
+    assert found.origin["dtype"] == "bfloat16"
+    for kind in SMALL.kinds:
+        assert found.effects[kind].dtype == torch.float32
+        torch.testing.assert_close(found.effects[kind], exact.effects[kind], atol=0.02, rtol=0.3)

@@ -82,7 +82,7 @@ def test_cells_equal_one_forward_pass_each(gemma, found):
     for kind in KINDS:
         places = random.Random(kind).sample(
             [(layer, position) for layer in range(18) for position in range(begin, 10)], 8
-        )  # noqa: S311
+        )
         cells = [
             engine.Cell(kind, range(layer, layer + 1) if kind == "resid" else engine.window(layer, 10, 18), position)
             for layer, position in places
