@@ -2,7 +2,9 @@
 
 Three times in one run, on one fact, all kinds, layers and tokens:
 - the loop: one forward pass of the whole model for every cell, all logits, as the published code and TransformerLens's
-  patching functions do it (tests/slow_trace.py);
+  patching functions do it (tests/slow_trace.py), over all cells, on the same model;
+- the same loop on some cells, with the weights laid out as TransformerLens itself loads them, which copies each in every
+  forward pass (`mechedit.models.load` stores them so that nothing is copied); a bridge has no such copies;
 - mechedit's sweep;
 - the arithmetic floor: the multiplications that no exact method can avoid, at the rate of a large matrix product measured
   in the same run.
@@ -30,6 +32,7 @@ class BenchmarkTracing:
     draws: int = 10
     repeats: int = 3  # of the sweep; its median is reported
     loop_cells: int = 0  # cells the loop runs, evenly spread; 0 means all of them, about a quarter of an hour
+    plain_cells: int = 10  # cells a kind of the loop with TransformerLens's own layout
     threads: int = 2
 
 
@@ -79,27 +82,42 @@ def main(settings: BenchmarkTracing) -> None:
     noise = corruption.gaussian(
         fact, draws=settings.draws, tokens=end - begin, d_model=int(model.cfg.d_model), scale=found.noise_std, seed=0
     )
-    differences, loop_seconds = {}, {}
+    differences, loop_seconds, plain_seconds = {}, {}, {}
+    grids = {}
     for kind in KINDS:
         layers = [
             range(layer, layer + 1) if kind == "resid" else engine.window(layer, chosen.window, n_layers)
             for layer in range(n_layers)
         ]
-        cells = [engine.Cell(kind, each, position) for each in layers for position in range(n_positions)]
-        step = max(1, len(cells) // settings.loop_cells) if settings.loop_cells else 1
+        grids[kind] = [engine.Cell(kind, each, position) for each in layers for position in range(n_positions)]
+
+    def run(kind: str, step: int) -> tuple[torch.Tensor, float]:
+        """The loop over every `step`-th cell of a kind, and the seconds all cells would take."""
         began = time.perf_counter()
-        slow = loop(model, prompt.ids, noise, begin, found.answer_ids[0], cells[::step])
-        loop_seconds[kind] = (time.perf_counter() - began) * len(cells) / len(cells[::step])
+        slow = loop(model, prompt.ids, noise, begin, found.answer_ids[0], grids[kind][::step])
+        return slow, (time.perf_counter() - began) * len(grids[kind]) / len(grids[kind][::step])
+
+    for kind in KINDS:
+        step = max(1, len(grids[kind]) // settings.loop_cells) if settings.loop_cells else 1
+        slow, loop_seconds[kind] = run(kind, step)
         differences[kind] = float((slow - found.draws[kind].flatten(0, 1)[::step]).abs().max())
         say(
-            f"loop, {kind}: {loop_seconds[kind]:.0f} s for {len(cells)} cells; largest difference {differences[kind]:.1e}"
+            f"loop, {kind}: {loop_seconds[kind]:.0f} s for {len(grids[kind])} cells; largest difference {differences[kind]:.1e}"
         )
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.data = weight.data.contiguous()
+    for kind in KINDS:
+        _, plain_seconds[kind] = run(kind, max(1, len(grids[kind]) // settings.plain_cells))
+        say(f"loop, {kind}, TransformerLens's own layout: {plain_seconds[kind]:.0f} s (from some cells)")
     rate = matmul_rate()
     median = sorted(seconds)[len(seconds) // 2]
     floor = floor_operations(model, n_positions, begin, settings.draws, chosen.window) / rate
     result = {
         "sweep_seconds": seconds,
         "loop_seconds": loop_seconds,
+        "plain_loop_seconds": plain_seconds,
+        "plain_loop_over_sweep": sum(plain_seconds.values()) / median,
         "loop_over_sweep": sum(loop_seconds.values()) / median,
         "largest_difference": differences,
         "matmul_gflops": rate / 1e9,

@@ -443,7 +443,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     model = _load(arguments)
     console.rule("1. Where does the model recall it?")
     said, _, p = scoring.top(model, fact.prompt, 1)[0]
-    console.print(f"{fact.prompt!r} → top answer {said!r} with P = {p:.3f}", highlight=False)
+    console.print(f"{fact.prompt!r}\ntop answer {said!r} with P = {p:.3f}", markup=False, highlight=False)
     with _progress() as progress:
         trace = tracing.trace(model, fact, progress=progress)
     _show_trace(console, trace, ("mlp",))
@@ -535,7 +535,7 @@ def _show_trace(console: Console, trace: Trace, kinds: Sequence[str] = KINDS) ->
     from rich.text import Text
 
     console.print(
-        f"{trace.prompt!r}: P({trace.answer.strip()}) = {trace.p_clean:.3f} clean, {trace.p_corrupted:.3f} corrupted ({trace.seconds:.1f} s)",
+        f"P({trace.answer.strip()}) = {trace.p_clean:.3f} clean, {trace.p_corrupted:.3f} corrupted; traced in {trace.seconds:.1f} s",
         markup=False,
         highlight=False,
     )

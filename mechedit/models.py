@@ -67,6 +67,10 @@ PARITY = 1e-4
 """How far logits may differ from Hugging Face's, in float32."""
 
 
+UNEMBED_ROWS = 128  # rows of logits held at once, where they are held
+VOCABULARY_PART = 8192  # columns of the unembedding multiplied at once
+
+
 class ModelError(MecheditError, ValueError):
     """A model that cannot be loaded, or that lacks what was asked of it."""
 
@@ -530,6 +534,40 @@ class Blocks:
         token = torch.zeros(1, 1, dtype=torch.long, device=resid.device)
         with self.model.hooks(fwd_hooks=[(last, lambda activation, hook: resid[:, None])]):
             return self.model(token)[:, 0]
+
+    @torch.no_grad()
+    def log_p(self, resid: Float[Tensor, "rows d_model"], targets: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """log P(target) from final residual states, in float32, without ever holding a row of logits whole.
+
+        Where the unembedding is at hand, the vocabulary is passed over in parts that stay in the processor's caches: for a
+        large vocabulary that takes two thirds of the time, because most of it would go into fetching fresh memory.
+        """
+        if self._is_bridge:
+            parts = zip(resid.split(UNEMBED_ROWS), targets.split(UNEMBED_ROWS), strict=True)
+            losses = [
+                torch.nn.functional.cross_entropy(self.logits(rows).float(), wanted, reduction="none")
+                for rows, wanted in parts
+            ]
+            return -torch.cat(losses)
+        from transformer_lens.utilities import apply_softcap
+
+        model, unembed = self.model, self.model.unembed
+        normed = model.ln_final(resid[:, None])[:, 0] if model.cfg.normalization_type is not None else resid
+        W_U, b_U = unembed.W_U.detach(), unembed.b_U.detach()
+        buffer = torch.empty(len(resid), min(VOCABULARY_PART, W_U.shape[1]), dtype=W_U.dtype, device=resid.device)
+        highest = torch.full((len(resid),), -torch.inf, device=resid.device)
+        total, found = torch.zeros_like(highest), torch.empty_like(highest)
+        for begin in range(0, W_U.shape[1], VOCABULARY_PART):
+            part = slice(begin, min(begin + VOCABULARY_PART, W_U.shape[1]))
+            logits = torch.addmm(b_U[part], normed, W_U[:, part], out=buffer[:, : part.stop - begin])
+            logits = apply_softcap(logits, model.cfg.output_logits_soft_cap).float()
+            here = ((targets >= begin) & (targets < part.stop)).nonzero()[:, 0]
+            found[here] = logits[here, targets[here] - begin]
+            higher = torch.maximum(highest, logits.amax(-1))
+            # exp(-80) adds nothing to a sum above 1, and what lies below would be denormal numbers, which are slow
+            total = total * (highest - higher).exp() + logits.sub_(higher[:, None]).clamp_(min=-80.0).exp_().sum(-1)
+            highest = higher
+        return found - highest - total.log()
 
     def _run_hooked(self, layer: int, resid: Tensor, past: KeyValues | None) -> tuple[Tensor, KeyValues]:
         from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry as Entry

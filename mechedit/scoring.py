@@ -13,7 +13,6 @@ from mechedit.prompts import check_length, continuation, encode, pad, resolve_bo
 __all__ = ["Score", "score", "top"]
 
 ROW_TOKENS = 4096
-UNEMBED_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,7 @@ def _batch(model: HookedModel, rows: list[tuple[list[int], list[int]]]) -> list[
         [len(ids) - 1 + step for ids, target in rows for step in range(len(target))], device=resid.device
     )
     wanted = torch.tensor([token for _, target in rows for token in target], device=resid.device)
-    states = resid[row, position]
-    log_p: list[float] = []
-    for chunk, tokens in zip(states.split(UNEMBED_ROWS), wanted.split(UNEMBED_ROWS), strict=True):
-        log_p += (-torch.nn.functional.cross_entropy(blocks.logits(chunk).float(), tokens, reduction="none")).tolist()
+    log_p = blocks.log_p(resid[row, position], wanted).tolist()
     scores, at = [], 0
     for _, target in rows:
         scores.append(Score(tuple(log_p[at : at + len(target)])))

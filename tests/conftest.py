@@ -42,7 +42,7 @@ LLAMA_LIKE = COMMON | {
 GEMMA_LIKE = LLAMA_LIKE | {
     "head_dim": 8,
     "query_pre_attn_scalar": 8,
-    "sliding_window": 64,
+    "sliding_window": 4,  # shorter than the prompts, so that it matters
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "tie_word_embeddings": True,
 }

