@@ -40,5 +40,7 @@ def loop(
 
             hooks.append((name, restore))
         logits = model.run_with_hooks(tokens.expand(len(noise), -1), fwd_hooks=hooks)
-        rows.append(logits[:, -1].float().softmax(-1)[:, answer])
+        rows.append(
+            logits[:, -1].double().softmax(-1)[:, answer].float()
+        )  # float32 would lose digits over so many tokens
     return torch.stack(rows)
