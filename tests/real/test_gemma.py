@@ -116,9 +116,9 @@ def test_the_same_seed_gives_the_same_numbers_in_another_process(gemma, tmp_path
     )
 
 
-def test_the_edit_holds_generalises_and_is_undone(gemma, moment):
+def test_the_default_edit_holds_generalises_and_is_undone(gemma):
     before = state(gemma)
-    edit = rome.edit(gemma, FACT, moment=moment)
+    edit = rome.edit(gemma, FACT)
     assert edit.after["p_new"] >= 0.9
     with edits.edited(gemma, edit):
         for prompt in FACT.paraphrases:
