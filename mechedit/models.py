@@ -340,11 +340,11 @@ def _gemma_config(config: Any, architecture: str) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what other libraries say while a model loads: bars, advice, notices that TransformerLens 3 is not 4."""
+    """Keep a loading model's side effects in: what other libraries say, and what they draw from the global random stream."""
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             yield
     finally:
