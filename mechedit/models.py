@@ -539,8 +539,7 @@ class Blocks:
     def log_p(self, resid: Float[Tensor, "rows d_model"], targets: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """log P(target) from final residual states, in float32, without ever holding a row of logits whole.
 
-        Where the unembedding is at hand, the vocabulary is passed over in parts that stay in the processor's caches: for a
-        large vocabulary that takes two thirds of the time, because most of it would go into fetching fresh memory.
+        Where the unembedding is at hand, the vocabulary is passed over in parts, in one buffer that is used again.
         """
         if self._is_bridge:
             parts = zip(resid.split(UNEMBED_ROWS), targets.split(UNEMBED_ROWS), strict=True)
