@@ -1,21 +1,160 @@
-"""What "corrupted" means: noise on the embeddings of the subject's tokens.
+"""What "corrupted" means: the embeddings of some tokens, with noise added, replaced by noise, or those of other tokens.
 
-The noise is Gaussian, `noise` standard deviations of the vocabulary's embeddings, added at `hook_embed` (before positions;
-Meng et al. 2022, section 2.1). It depends on (seed, fact) alone: not on the place in a batch, not on what ran before, not
-on the device. The published code draws the same noise for all subjects of equal shape; here facts differ.
+Corruption acts at `hook_embed`, before positions (Meng et al. 2022, section 2.1 and appendix B.4). It depends on (seed, fact)
+alone: not on the place in a batch, not on what ran before, not on the device; every run of a fact shares it. The published
+code draws the same noise for all subjects of equal shape; here facts differ.
+
+A family of noise is a function of `Noise`; `FAMILIES` has the named ones, and a user's own is passed to `trace`.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.errors import MecheditError
 from mechedit.facts import Fact
+from mechedit.models import HookedModel, device_of, embed, embedding_std
+from mechedit.prompts import Prompt, encode, prepare
+from mechedit.settings import TraceSettings
 
-__all__ = ["gaussian", "generator"]
+__all__ = [
+    "FAMILIES",
+    "CorruptionError",
+    "Family",
+    "Noise",
+    "Statistics",
+    "corrupt",
+    "gaussian",
+    "generator",
+    "multivariate",
+    "multivariate_published",
+    "partner",
+    "statistics",
+    "student_t",
+    "student_t_published",
+    "uniform",
+]
+
+
+class CorruptionError(MecheditError, ValueError):
+    """A corruption that cannot be made for this prompt."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What embeddings are like: the standard deviation of all their entries, their mean and covariance, and of which tokens."""
+
+    sigma: float
+    mean: Float[Tensor, " d_model"]
+    covariance: Float[Tensor, "d_model d_model"]
+    source: str
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What a family makes noise from: how much of it, its scale, and a seeded stream of random numbers on the CPU."""
+
+    draws: int
+    tokens: int
+    d_model: int
+    scale: float
+    degrees: float
+    statistics: Statistics | None
+    stream: torch.Generator
+
+    def normal(self) -> Float[Tensor, "draws tokens d_model"]:
+        """Standard normal numbers."""
+        return torch.randn(self.draws, self.tokens, self.d_model, generator=self.stream)
+
+
+Family = Callable[[Noise], Tensor]
+"""From `Noise` to noise [draws, tokens, d_model], float32 on the CPU."""
+
+
+def gaussian(noise: Noise) -> Float[Tensor, "draws tokens d_model"]:
+    """Normal, of standard deviation `scale`: the paper's corruption."""
+    return noise.scale * noise.normal()
+
+
+def uniform(noise: Noise) -> Float[Tensor, "draws tokens d_model"]:
+    """Uniform between -`scale` and `scale`."""
+    return noise.scale * (2 * torch.rand(noise.draws, noise.tokens, noise.d_model, generator=noise.stream) - 1)
+
+
+def multivariate(noise: Noise) -> Float[Tensor, "draws tokens d_model"]:
+    """Normal with the embeddings' covariance and mean zero, times `scale`."""
+    return noise.scale * noise.normal() @ _root(noise).T
+
+
+def multivariate_published(noise: Noise) -> Float[Tensor, "draws tokens d_model"]:
+    """As the published code has it: about the embeddings' mean, which also shifts what it is added to."""
+    return multivariate(noise) + _statistics(noise).mean
+
+
+def student_t(noise: Noise) -> Float[Tensor, "draws tokens d_model"]:
+    """Multivariate Student-t of `degrees` degrees of freedom with mean zero, times `scale`; its chi-squares drawn afresh."""
+    normal = multivariate(noise)
+    gamma = torch.distributions.Gamma(noise.degrees / 2, 0.5)
+    with torch.random.fork_rng(devices=[]):  # distributions take no generator
+        torch.manual_seed(int(torch.randint(2**62, (), generator=noise.stream)))
+        chi_squared = gamma.sample((noise.draws, noise.tokens, 1))
+    return normal / (chi_squared / noise.degrees).sqrt()
+
+
+def student_t_published(noise: Noise) -> Float[Tensor, "draws tokens d_model"]:
+    """As the published code has it: about the embeddings' mean."""
+    return student_t(noise) + _statistics(noise).mean
+
+
+FAMILIES: dict[str, Family] = {
+    each.__name__: each
+    for each in (gaussian, uniform, multivariate, multivariate_published, student_t, student_t_published)
+}
+
+
+def _statistics(noise: Noise) -> Statistics:
+    assert noise.statistics is not None
+    return noise.statistics
+
+
+def _root(noise: Noise) -> Float[Tensor, "d_model d_model"]:
+    """A matrix R with R R^T the embeddings' covariance, which may be singular."""
+    values, vectors = torch.linalg.eigh(_statistics(noise).covariance.double())
+    return (vectors * values.clamp(min=0).sqrt()).float()
+
+
+@torch.no_grad()
+def statistics(model: HookedModel, texts: Iterable[str] | None = None, source: str = "") -> Statistics:
+    """Of the whole vocabulary's embeddings, or of those of all tokens of `texts`, a subject each, say.
+
+    The published code takes its standard deviation from the subjects of its facts, tokenised without a leading space.
+
+    Raises:
+        CorruptionError: fewer than two tokens.
+    """
+    if texts is None:
+        ids, source = torch.arange(int(model.cfg.d_vocab)), source or "vocabulary"
+    else:
+        ids = torch.tensor([each for text in texts for each in encode(model, text, prepend_bos=False)[0]]).long()
+        source = source or f"{len(ids)} tokens of given texts"
+    if len(ids) < 2:
+        raise CorruptionError(f"statistics of embeddings need at least 2 tokens; found {len(ids)}.")
+    d_model = int(model.cfg.d_model)
+    total, outer = torch.zeros(d_model, dtype=torch.float64), torch.zeros(d_model, d_model, dtype=torch.float64)
+    for chunk in ids.to(device_of(model)).split(16384):
+        values = embed(model, chunk[None])[0].double().cpu()
+        total, outer = total + values.sum(0), outer + values.T @ values
+    mean = total / len(ids)
+    entries = len(ids) * d_model
+    spread = float(outer.trace()) - float(total.sum()) ** 2 / entries
+    covariance = (outer - len(ids) * torch.outer(mean, mean)) / (len(ids) - 1)
+    return Statistics((spread / (entries - 1)) ** 0.5, mean.float(), covariance.float(), source)
 
 
 def generator(seed: int, *labels: str) -> torch.Generator:
@@ -24,9 +163,96 @@ def generator(seed: int, *labels: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def gaussian(
-    fact: Fact, *, draws: int, tokens: int, d_model: int, scale: float, seed: int
-) -> Float[Tensor, "draws subject d_model"]:
-    """Noise for each draw and subject token, in float32 on the CPU; `scale` is its standard deviation."""
-    stream = generator(seed, "noise", fact.prompt, fact.subject)
-    return scale * torch.randn(draws, tokens, d_model, generator=stream)
+@torch.no_grad()
+def corrupt(
+    model: HookedModel,
+    fact: Fact,
+    prompt: Prompt,
+    settings: TraceSettings,
+    *,
+    family: Family | None = None,
+    known: Statistics | None = None,
+    other: str | None = None,
+) -> tuple[Float[Tensor, "draws pos d_model"], float]:
+    """The embeddings of the prompt's corrupted runs, and the scale of the noise (0 where there is none).
+
+    `family` replaces the one that the settings name; `known` gives the statistics, the vocabulary's otherwise; `other` is
+    the subject that takes the subject's place where `settings.corruption` is "tokens".
+
+    Raises:
+        CorruptionError: tokens to replace without an equally long `other`; noise of another shape than asked for.
+    """
+    clean = embed(model, torch.tensor([prompt.ids], device=device_of(model)))[0].float().cpu()
+    if settings.corruption == "tokens" and family is None:
+        return _replaced(model, fact, prompt, other), 0.0
+    family = family or FAMILIES[settings.corruption]
+    if known is None and family in (multivariate, multivariate_published, student_t, student_t_published):
+        known = statistics(model)
+    unit = 1.0 if settings.scale == "absolute" else known.sigma if known else embedding_std(model)
+    begin, end = prompt.subject[0], min(prompt.subject[1] + settings.extra, len(prompt.ids))
+    noise = family(
+        Noise(
+            draws=settings.draws,
+            tokens=end - begin,
+            d_model=clean.shape[1],
+            scale=settings.noise * unit,
+            degrees=settings.degrees,
+            statistics=known,
+            stream=generator(settings.seed, "noise", fact.prompt, fact.subject),
+        )
+    )
+    expected = (settings.draws, end - begin, clean.shape[1])
+    if tuple(noise.shape) != expected or not noise.isfinite().all():
+        raise CorruptionError(
+            f"noise must be finite and of shape (draws, tokens, d_model) = {expected}; "
+            f"{getattr(family, '__name__', family)} gave {tuple(noise.shape)}."
+        )
+    corrupted = clean.repeat(settings.draws, 1, 1)
+    corrupted[:, begin:end] = noise if settings.replace else clean[begin:end] + noise
+    return corrupted, settings.noise * unit
+
+
+def _replaced(model: HookedModel, fact: Fact, prompt: Prompt, other: str | None) -> Float[Tensor, "one pos d_model"]:
+    """The embeddings of the prompt about another subject of as many tokens: symmetric token replacement."""
+    if not other:
+        raise CorruptionError('corruption "tokens" needs another subject: pass `other`.')
+    theirs = prepare(model, _about(fact, other), prepend_bos=prompt.prepend_bos)
+    same = theirs.subject == prompt.subject and len(theirs.ids) == len(prompt.ids)
+    if not same or theirs.ids[prompt.subject[1] :] != prompt.ids[prompt.subject[1] :]:
+        raise CorruptionError(
+            f"{other!r} must have as many tokens as {fact.subject!r} in the prompt, {prompt.subject[1] - prompt.subject[0]}; "
+            f"it has {theirs.subject[1] - theirs.subject[0]}. Choose another subject."
+        )
+    if theirs.ids == prompt.ids:
+        raise CorruptionError(f"{other!r} is the subject itself, so nothing would be corrupted.")
+    return embed(model, torch.tensor([theirs.ids], device=device_of(model))).float().cpu()
+
+
+def _about(fact: Fact, subject: str) -> Fact:
+    return Fact(subject, fact.template)
+
+
+def partner(model: HookedModel, fact: Fact, facts: Sequence[Fact], *, seed: int = 0) -> str | None:
+    """A subject to put in this one's place: of a fact of the same relation with another answer, as many tokens long.
+
+    None where there is none. The choice depends on the seed and the fact.
+    """
+    length = _subject_length(model, fact)
+    fitting = sorted(
+        {
+            each.subject
+            for each in facts
+            if each.relation == fact.relation
+            and each.target_true != fact.target_true
+            and _subject_length(model, _about(fact, each.subject)) == length
+        }
+    )
+    if not fitting:
+        return None
+    stream = generator(seed, "partner", fact.prompt, fact.subject)
+    return fitting[int(torch.randint(len(fitting), (), generator=stream))]
+
+
+def _subject_length(model: HookedModel, fact: Fact) -> tuple[int, int]:
+    prompt = prepare(model, fact)
+    return prompt.subject[1] - prompt.subject[0], len(prompt.ids)

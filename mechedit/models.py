@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -40,6 +41,7 @@ __all__ = [
     "Stepper",
     "W_out",
     "b_out",
+    "cast",
     "check_layer",
     "device_of",
     "embed",
@@ -489,6 +491,23 @@ def frozen(model: HookedModel) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+@contextmanager
+def cast(model: HookedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Within the block the model computes in `dtype`; afterwards it has its own weights again, bit for bit."""
+    tensors = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
+    originals = [(tensor, tensor.data) for tensor in tensors]
+    configured = model.cfg.dtype
+    try:
+        for tensor, data in originals:
+            tensor.data = data.to(dtype)  # layout is kept, so transposed weights stay so
+        model.cfg.dtype = dtype
+        yield
+    finally:
+        for tensor, data in originals:
+            tensor.data = data
+        model.cfg.dtype = configured
+
+
 # --- single blocks ----------------------------------------------------------------------------------------------------
 
 
@@ -543,48 +562,66 @@ class Blocks:
     def logits(self, resid: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_vocab"]:
         """Next-token logits from final residual states, one unembedding row each."""
         if not self._is_bridge:
-            from transformer_lens.utilities import apply_softcap
-
-            model = self.model
-            normed = model.ln_final(resid[:, None]) if model.cfg.normalization_type is not None else resid[:, None]
-            return apply_softcap(model.unembed(normed), model.cfg.output_logits_soft_cap)[:, 0]
+            return self._capped(self.model.unembed(self._normed(resid)[:, None])[:, 0])
         last = f"blocks.{int(self.model.cfg.n_layers) - 1}.hook_resid_post"
         token = torch.zeros(1, 1, dtype=torch.long, device=resid.device)
         with self.model.hooks(fwd_hooks=[(last, lambda activation, hook: resid[:, None])]):
             return self.model(token)[:, 0]
 
     @torch.no_grad()
-    def log_p(self, resid: Float[Tensor, "rows d_model"], targets: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        """log P(target) from final residual states, in float32, without ever holding a row of logits whole.
+    def log_p(
+        self, resid: Float[Tensor, "rows d_model"], targets: Int[Tensor, "rows targets"]
+    ) -> Float[Tensor, "rows targets"]:
+        """log P of each row's targets from final residual states, in float32, without ever holding a row of logits whole.
 
-        Where the unembedding is at hand, the vocabulary is passed over in parts, in one buffer that is used again.
+        The vocabulary is passed over in parts, in one buffer that is used again, where the unembedding is a product with
+        one matrix, a bias and a soft cap; a bridge's is checked to be that, once, on one row.
         """
-        if self._is_bridge:
-            parts = zip(resid.split(UNEMBED_ROWS), targets.split(UNEMBED_ROWS), strict=True)
-            losses = [
-                torch.nn.functional.cross_entropy(self.logits(rows).float(), wanted, reduction="none")
-                for rows, wanted in parts
+        if not self._streams:
+            rows = [
+                self.logits(part).float().log_softmax(-1).gather(1, wanted)
+                for part, wanted in zip(resid.split(UNEMBED_ROWS), targets.split(UNEMBED_ROWS), strict=True)
             ]
-            return -torch.cat(losses)
-        from transformer_lens.utilities import apply_softcap
-
-        model, unembed = self.model, self.model.unembed
-        normed = model.ln_final(resid[:, None])[:, 0] if model.cfg.normalization_type is not None else resid
-        W_U, b_U = unembed.W_U.detach(), unembed.b_U.detach()
+            return torch.cat(rows)
+        normed = self._normed(resid)
+        W_U, b_U = self.model.unembed.W_U.detach(), self.model.unembed.b_U.detach()
         buffer = torch.empty(len(resid), min(VOCABULARY_PART, W_U.shape[1]), dtype=W_U.dtype, device=resid.device)
         highest = torch.full((len(resid),), -torch.inf, device=resid.device)
-        total, found = torch.zeros_like(highest), torch.empty_like(highest)
+        total, found = torch.zeros_like(highest), torch.empty(targets.shape, device=resid.device)
         for begin in range(0, W_U.shape[1], VOCABULARY_PART):
             part = slice(begin, min(begin + VOCABULARY_PART, W_U.shape[1]))
             logits = torch.addmm(b_U[part], normed, W_U[:, part], out=buffer[:, : part.stop - begin])
-            logits = apply_softcap(logits, model.cfg.output_logits_soft_cap).float()
-            here = ((targets >= begin) & (targets < part.stop)).nonzero()[:, 0]
-            found[here] = logits[here, targets[here] - begin]
+            logits = self._capped(logits).float()
+            row, column = ((targets >= begin) & (targets < part.stop)).nonzero(as_tuple=True)
+            found[row, column] = logits[row, targets[row, column] - begin]
             higher = torch.maximum(highest, logits.amax(-1))
             # exp(-80) adds nothing to a sum above 1, and what lies below would be denormal numbers, which are slow
             total = total * (highest - higher).exp() + logits.sub_(higher[:, None]).clamp_(min=-80.0).exp_().sum(-1)
             highest = higher
-        return found - highest - total.log()
+        return found - (highest + total.log())[:, None]
+
+    @cached_property
+    def _streams(self) -> bool:
+        """Whether logits are what `log_p` computes in parts."""
+        if not self._is_bridge:
+            return True
+        W_U, b_U = (getattr(getattr(self.model, "unembed", None), name, None) for name in ("W_U", "b_U"))
+        if not isinstance(W_U, Tensor) or not isinstance(b_U, Tensor):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        state = torch.randn(1, int(self.model.cfg.d_model), generator=generator).to(W_U)
+        whole = self.logits(state).float()
+        parts = self._capped(torch.addmm(b_U, self._normed(state), W_U)).float()
+        return bool(torch.allclose(whole, parts, atol=1e-4 * float(whole.abs().max())))
+
+    def _normed(self, resid: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
+        if not self._is_bridge and self.model.cfg.normalization_type is None:
+            return resid
+        return self.model.ln_final(resid[:, None])[:, 0]
+
+    def _capped(self, logits: Float[Tensor, "rows part"]) -> Float[Tensor, "rows part"]:
+        cap = float(getattr(self.model.cfg, "output_logits_soft_cap", 0.0) or 0.0)
+        return torch.tanh(logits / cap) * cap if cap > 0 else logits
 
     def _run_hooked(self, layer: int, resid: Tensor, past: KeyValues | None) -> tuple[Tensor, KeyValues]:
         from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry as Entry

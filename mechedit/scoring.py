@@ -64,8 +64,8 @@ def _batch(model: HookedModel, rows: list[tuple[list[int], list[int]]]) -> list[
     position = torch.tensor(
         [len(ids) - 1 + step for ids, target in rows for step in range(len(target))], device=resid.device
     )
-    wanted = torch.tensor([token for _, target in rows for token in target], device=resid.device)
-    log_p = blocks.log_p(resid[row, position], wanted).tolist()
+    wanted = torch.tensor([[token] for _, target in rows for token in target], device=resid.device)
+    log_p = blocks.log_p(resid[row, position], wanted)[:, 0].tolist()
     scores, at = [], 0
     for _, target in rows:
         scores.append(Score(tuple(log_p[at : at + len(target)])))

@@ -25,6 +25,20 @@ __all__ = [
 
 KINDS = ("resid", "mlp", "attn")
 POLICIES = ("averaged", "published")
+ROLES = ("before", "subject_first", "subject_middle", "subject_last", "after_first", "after_further", "last")
+CENTRES = ("code", "paper")
+CORRUPTIONS = (
+    "gaussian",
+    "uniform",
+    "multivariate",
+    "multivariate_published",
+    "student_t",
+    "student_t_published",
+    "tokens",
+)
+SCALES = ("sigma", "absolute")
+MEASURES = ("p", "p_answer", "log_p", "logit_difference")
+PRECISIONS = ("model", "bfloat16")
 
 
 class SettingsError(MecheditError, ValueError):
@@ -46,16 +60,32 @@ def _require(holds: bool, message: str) -> None:
         raise SettingsError(message)
 
 
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name} must be one of {', '.join(choices)}; found {value!r}.")
+
+
 @dataclass(frozen=True)
 class TraceSettings:
     """How a causal trace corrupts and restores (Meng et al. 2022, section 2.1 and appendix B)."""
 
-    kinds: tuple[str, ...] = knob(KINDS, "what is restored: resid (one state), mlp, attn (windows of outputs)")
-    window: int = knob(
-        10, "layers in a window; layer l restores [l - w//2, l + ceil(w/2) - 1] as the published code does"
+    kinds: tuple[str, ...] = knob(
+        KINDS, "what is restored: resid, resid_pre, resid_mid (one state), mlp, attn (windows of outputs)"
     )
+    window: int = knob(10, "layers in a window of mlp or attn outputs")
+    centre: str = knob(
+        "code", "code: layer l restores [l - w//2, l + ceil(w/2) - 1] as published; paper: even windows one block higher"
+    )
+    roles: tuple[str, ...] = knob((), "token roles whose positions are restored; empty means every position")
     draws: int = knob(10, "noise draws that are averaged")
-    noise: float = knob(3.0, "scale of the noise, in standard deviations of the vocabulary's embeddings")
+    corruption: str = knob("gaussian", f"how the subject is corrupted: {', '.join(CORRUPTIONS)}")
+    noise: float = knob(3.0, "scale of the noise, in units of `scale`")
+    scale: str = knob("sigma", "sigma: standard deviations of embeddings (the vocabulary's by default); absolute: 1")
+    degrees: float = knob(3.0, "degrees of freedom of Student-t noise")
+    replace: bool = knob(False, "noise takes the embeddings' place instead of being added to them")
+    extra: int = knob(0, "tokens after the subject that are corrupted with it")
+    measure: str = knob("p", f"what of the answer is measured: {', '.join(MEASURES)}")
+    precision: str = knob("model", "model: the model's own number format; bfloat16: quicker, and not exact")
+    memory: float = knob(2.0, "gigabytes that a trace may take beside the model")
     seed: int = knob(0, "noise depends on this seed and the fact alone")
     prepend_bos: bool | None = knob(
         None, "put the beginning-of-sequence token first; by default what the model was made for"
@@ -63,12 +93,20 @@ class TraceSettings:
 
     def __post_init__(self) -> None:
         _require(bool(self.kinds), f"kinds must name at least one of {', '.join(KINDS)}; it is empty.")
-        for kind in self.kinds:
-            _require(kind in KINDS, f"kinds must be among {', '.join(KINDS)}; {kind!r} is not.")
         _require(len(set(self.kinds)) == len(self.kinds), f"kinds must differ from each other; found {self.kinds}.")
         _require(self.window >= 1, f"window must be at least 1 layer; found {self.window}.")
         _require(self.draws >= 1, f"draws must be at least 1; found {self.draws}.")
         _require(0 < self.noise < float("inf"), f"noise must be a positive number; found {self.noise}.")
+        _require(self.degrees > 0, f"degrees must be positive; found {self.degrees}.")
+        _require(self.extra >= 0, f"extra must be 0 or more tokens; found {self.extra}.")
+        _require(self.memory > 0, f"memory must be a positive number of gigabytes; found {self.memory}.")
+        _choice("centre", self.centre, CENTRES)
+        _choice("corruption", self.corruption, CORRUPTIONS)
+        _choice("scale", self.scale, SCALES)
+        _choice("measure", self.measure, MEASURES)
+        _choice("precision", self.precision, PRECISIONS)
+        for role in self.roles:
+            _choice("roles", role, ROLES)
 
 
 @dataclass(frozen=True)

@@ -7,40 +7,49 @@ from collections.abc import Iterable
 import torch
 
 from mechedit.models import HookedModel
-from mechedit.tracing.engine import Cell
-
-HOOKS = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out"}
+from mechedit.tracing.cells import Cell, Patch
 
 
 @torch.no_grad()
 def loop(
-    model: HookedModel, ids: Iterable[int], noise: torch.Tensor, begin: int, answer: int, cells: Iterable[Cell]
+    model: HookedModel, ids: Iterable[int], corrupted: torch.Tensor, answer: int, cells: Iterable[Cell]
 ) -> torch.Tensor:
-    """P(answer) [cells, draws], each cell by a full corrupted run with its restorations as hooks, all logits computed."""
+    """P(answer) [cells, draws], each cell by a full corrupted run with hooks, all logits computed.
+
+    `corrupted` [draws, pos, d_model] are the embeddings of the corrupted runs.
+    """
     tokens = torch.tensor([list(ids)])
-    _, clean = model.run_with_cache(tokens, names_filter=lambda name: name.endswith(tuple(HOOKS.values())))
-
-    def corrupt(activation: torch.Tensor, hook: object) -> torch.Tensor:
-        activation = activation.clone()
-        activation[:, begin : begin + noise.shape[1]] += noise
-        return activation
-
+    many = tokens.expand(len(corrupted), -1)
+    corruption = ("hook_embed", lambda activation, hook: corrupted.to(activation))
+    _, clean = model.run_with_cache(tokens)
+    held = {}
+    with model.hooks(fwd_hooks=[corruption]):
+        _, held = model.run_with_cache(many)
     rows = []
     for cell in cells:
-        hooks = [("hook_embed", corrupt)]
-        for layer in cell.layers:
-            name = f"blocks.{layer}.{HOOKS[cell.component]}"
-
-            def restore(
-                activation: torch.Tensor, hook: object, name: str = name, position: int = cell.position
-            ) -> torch.Tensor:
-                activation = activation.clone()
-                activation[:, position] = clean[name][0, position]
-                return activation
-
-            hooks.append((name, restore))
-        logits = model.run_with_hooks(tokens.expand(len(noise), -1), fwd_hooks=hooks)
+        writes = [(patch, held) for patch in cell.held] + [(patch, clean) for patch in cell.restored]
+        hooks = [corruption]
+        for name in dict.fromkeys(patch.component.at(patch.layer) for patch, _ in writes):
+            hooks.append((name, writing([each for each in writes if each[0].component.at(each[0].layer) == name])))
+        logits = model.run_with_hooks(many, fwd_hooks=hooks)
         rows.append(
             logits[:, -1].double().softmax(-1)[:, answer].float()
         )  # float32 would lose digits over so many tokens
     return torch.stack(rows)
+
+
+def writing(writes: list[tuple[Patch, dict[str, torch.Tensor]]]) -> object:
+    """A hook that writes the given runs' values at the patches' places."""
+
+    def write(activation: torch.Tensor, hook: object) -> torch.Tensor:
+        activation = activation.clone()
+        for patch, run in writes:
+            value = run[patch.component.at(patch.layer)][:, patch.position]
+            if patch.index is None:
+                activation[:, patch.position] = value
+            else:
+                for part in patch.index:
+                    activation[:, patch.position, part] = value[:, part]
+        return activation
+
+    return write

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,56 +9,279 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mechedit import corruption, files, models, prompts, sites
+from mechedit import files, models, prompts, sites
 from mechedit.facts import Fact, FactError
 from mechedit.settings import SettingsError, TraceSettings
-from mechedit.tracing import Trace, engine, trace
-from mechedit.tracing.engine import Cell, window
+from mechedit.tracing import Trace, engine, prepare, restore, trace, trace_all
+from mechedit.tracing.cells import (
+    ATTN_OUT,
+    COMPONENTS,
+    MLP_OUT,
+    RESID_POST,
+    RESID_PRE,
+    Z,
+    Cell,
+    Component,
+    Patch,
+    single,
+    window,
+)
+from mechedit.tracing.engine import Job, Read
 from tests.conftest import FACT, SHAPES, assert_same_state, state
 from tests.slow_trace import loop
 
 SMALL = TraceSettings(draws=3, window=2)
+SHAPE = pytest.mark.parametrize("shape", SHAPES)
+IDS = (0, 40, 50, 60, 70, 80, 90)
+NAMES = sorted(COMPONENTS)
+
+
+def grid(model, kind, width=2):
+    """Every cell of a kind, layers first."""
+    component = {"resid": RESID_POST, "mlp": MLP_OUT, "attn": ATTN_OUT}[kind]
+    n = len(prompts.prepare(model, FACT).ids)
+    layers = [[layer] if kind == "resid" else window(layer, width, 4) for layer in range(4)]
+    return [single(component, each, position) for each in layers for position in range(n)]
+
+
+def corrupted_embeddings(model, ids, begin, span, draws):
+    """Embeddings with fixed noise on some tokens."""
+    clean = models.embed(model, torch.tensor([ids]))[0].repeat(draws, 1, 1)
+    clean[:, begin : begin + span] += torch.randn(draws, span, 32, generator=torch.Generator().manual_seed(0))
+    return clean
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["resid", "mlp", "attn"])
 def test_every_cell_equals_one_forward_pass_for_it(shape, kind, load):
     model = load(shape)
-    prompt = prompts.prepare(model, FACT)
-    begin, end = prompt.subject
-    scale = 3 * models.embedding_std(model)
-    noise = corruption.gaussian(FACT, draws=3, tokens=end - begin, d_model=32, scale=scale, seed=0)
-    answer = prompts.continuation(model, FACT.prompt, FACT.target_true)[0]
-    layers = [range(layer, layer + 1) if kind == "resid" else window(layer, 2, 4) for layer in range(4)]
-    cells = [Cell(kind, each, position) for each in layers for position in range(len(prompt.ids))]
-    slow = loop(model, prompt.ids, noise, begin, answer, cells).view(4, len(prompt.ids), 3)
+    prepared = prepare(model, FACT, SMALL)
+    n = len(prepared.ids)
+    slow = loop(model, prepared.ids, prepared.corrupted, prepared.answer_ids[0], grid(model, kind)).view(4, n, 3)
     before = state(model)  # after the loop: a bridge's first cached run installs hooks of its own for good
     found = trace(model, FACT, replace(SMALL, kinds=(kind,)))
-    assert found.noise_std == pytest.approx(scale)
+    assert found.noise_std == pytest.approx(3 * models.embedding_std(model))
     torch.testing.assert_close(found.draws[kind], slow, atol=1e-5, rtol=1e-3)
     assert slow.std() > 1e-4, "the cells must differ for this to say anything"
     assert_same_state(model, before)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# plain tuples, because a strategy that builds checked objects would use the checker's random numbers
+patches = st.tuples(
+    st.sampled_from(NAMES),
+    st.integers(0, 3),
+    st.integers(0, 6),
+    st.none() | st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True).map(tuple),
+)
+any_cell = st.tuples(st.lists(patches, min_size=1, max_size=4), st.lists(patches, max_size=3))
+
+
+def build(cell):
+    restored, held = (
+        tuple(Patch(COMPONENTS[name], layer, position, part) for name, layer, position, part in each) for each in cell
+    )
+    return Cell(restored, held)
+
+
+def conflict(cell):
+    """Whether a cell says two things of one place, or of both sides of a seam between blocks."""
+    places = [(patch.component.enters is not None, patch.start, patch.position, patch.component.name if patch.component.enters is None else "") for patch in (*cell.restored, *cell.held)]  # fmt: skip
+    return len(set(places)) < len(places)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.sampled_from(sorted(SHAPES)),
-    component=st.sampled_from(["resid", "mlp", "attn"]),
-    first=st.integers(0, 3),
-    width=st.integers(1, 4),
-    position=st.integers(0, 6),
+    cells=st.lists(any_cell, min_size=1, max_size=4),
     begin=st.integers(0, 4),
     span=st.integers(1, 3),
     draws=st.integers(1, 3),
+    row_tokens=st.sampled_from([5, 20, 2048]),
 )
-def test_any_cell_equals_one_forward_pass(shape, component, first, width, position, begin, span, draws, load):
+def test_any_cells_equal_one_forward_pass_each(shape, cells, begin, span, draws, row_tokens, load):
     model = load(shape)
-    ids = [0, 40, 50, 60, 70, 80, 90]
-    layers = range(first, first + 1) if component == "resid" else range(first, min(4, first + width))
-    cells = [Cell(component, layers, position), Cell("mlp", range(1, 3), 6)]
-    noise = torch.randn(draws, span, 32, generator=torch.Generator().manual_seed(0))
-    fast = engine.sweep(model, ids, noise, begin, 33, cells).cells
-    torch.testing.assert_close(fast, loop(model, ids, noise, begin, 33, cells), atol=1e-5, rtol=1e-3)
+    lacking = {"resid_mid"} if shape in {"gptj", "neox"} else set()
+    cells = [
+        cell
+        for cell in map(build, cells)
+        if not conflict(cell)
+        and not lacking & {patch.component.name for patch in (*cell.restored, *cell.held)}
+    ]
+    corrupted = corrupted_embeddings(model, IDS, begin, span, draws)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "ROW_TOKENS", row_tokens)
+        (fast,) = engine.sweep(model, [Job(IDS, corrupted, (Read(6, (33,)),), tuple(cells))])
+    if cells:
+        slow = loop(model, IDS, corrupted, 33, cells)
+        torch.testing.assert_close(fast.cells[..., 0].exp(), slow, atol=1e-5, rtol=1e-3)
+
+
+@SHAPE
+def test_prompts_of_any_length_share_a_batch(shape, load):
+    model = load(shape)
+    jobs = []
+    for length, begin in ((7, 2), (4, 1), (5, 2), (6, 0)):
+        ids = IDS[:length]
+        cells = [single(component, range(layer, min(4, layer + 2)), position)
+                 for component in (RESID_POST, MLP_OUT, Z) for layer in range(4) for position in range(length)]  # fmt: skip
+        reads = (Read(length - 1, (33, 34)),)
+        jobs.append(Job(ids, corrupted_embeddings(model, ids, begin, 2, 2), reads, tuple(cells)))
+    together = engine.sweep(model, jobs)
+    for job, mine in zip(jobs, together, strict=True):
+        (alone,) = engine.sweep(model, [job])
+        torch.testing.assert_close(mine.cells, alone.cells, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(mine.clean, alone.clean, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(mine.corrupted, alone.corrupted, atol=2e-5, rtol=1e-4)
+
+
+def test_a_whole_batch_of_facts_gives_the_traces_of_each(model, fact):
+    facts = [fact, Fact("Paris", "The city of {} is in", "Seattle"), Fact("Megan Rapinoe", "{} plays the", "soccer")]
+    together = list(trace_all(model, facts, SMALL, batch=3))
+    for one, many in zip(facts, together, strict=True):
+        alone = trace(model, one, SMALL)
+        assert many.prompt == one.prompt
+        for kind in SMALL.kinds:
+            torch.testing.assert_close(many.draws[kind], alone.draws[kind], atol=1e-6, rtol=1e-4)
+
+
+def test_all_heads_together_are_the_attention_output_and_some_are_not(model, fact):
+    def cells(prompt):
+        at = prompt.last_subject
+        return [
+            single(Z, [2], at),
+            single(ATTN_OUT, [2], at),
+            single(Z, [2], at, (0, 1, 2, 3)),
+            *(single(Z, [2], at, (head,)) for head in range(4)),
+        ]
+
+    values, _, corrupted = restore(model, fact, cells, SMALL)
+    torch.testing.assert_close(values[0], values[1], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(values[0], values[2], atol=1e-6, rtol=1e-4)
+    assert all((value - corrupted).abs().max() > 1e-6 for value in values[3:])
+    assert len({tuple(value.tolist()) for value in values}) >= 5
+
+
+def test_restoring_everything_at_once_is_the_clean_run(model, fact):
+    values, clean, corrupted = restore(
+        model, fact, lambda prompt: [single(RESID_PRE, [0], range(*prompt.subject))], SMALL
+    )
+    torch.testing.assert_close(values, torch.full_like(values, clean), atol=1e-6, rtol=1e-4)
+    assert (corrupted - clean).abs().min() > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (single(MLP_OUT, [4], 1), "block from 0 to 3; found 4"),
+        (single(MLP_OUT, [-1], 1), "block from 0 to 3; found -1"),
+        (single(MLP_OUT, [1], 99), "position from 0 to"),
+        (single(Component("q9", "blocks.{layer}.attn.hook_q9"), [1], 1), "has no q9: there is no hook point"),
+    ],
+)
+def test_cells_that_name_what_is_not_there_are_errors_before_the_model_runs(model, fact, cell, message, monkeypatch):
+    monkeypatch.setattr(models.Blocks, "run", lambda *args, **kwargs: pytest.fail("the model ran"))
+    with pytest.raises(models.ModelError, match=message):
+        restore(model, fact, [cell], SMALL)
+
+
+def test_a_parallel_model_has_no_state_between_attention_and_mlp(load):
+    with pytest.raises(models.ModelError, match=r"has no resid_mid: there is no hook point blocks.0.hook_resid_mid"):
+        trace(load("gptj"), FACT, replace(SMALL, kinds=("resid_mid",)))
+
+
+def test_a_cell_that_restores_nothing_is_refused():
+    with pytest.raises(ValueError, match="must restore something"):
+        Cell(())
+
+
+def test_a_component_of_ones_own_is_a_kind(model, fact):
+    queries = Component("queries", "blocks.{layer}.attn.hook_q")
+    found = trace(model, fact, replace(SMALL, kinds=("queries", "attn")), components=[queries])
+    prepared = prepare(model, fact, SMALL)
+    cells = [single(queries, window(layer, 2, 4), len(prepared.ids) - 1) for layer in range(4)]
+    slow = loop(model, prepared.ids, prepared.corrupted, prepared.answer_ids[0], cells)
+    torch.testing.assert_close(found.draws["queries"][:, -1], slow, atol=1e-5, rtol=1e-3)
+    assert not torch.equal(found.draws["queries"], found.draws["attn"])
+    with pytest.raises(SettingsError, match="'queries' is not"):
+        trace(model, fact, replace(SMALL, kinds=("queries",)))
+
+
+def test_both_centrings_of_a_window(model, fact):
+    code, paper = (trace(model, fact, replace(SMALL, kinds=("mlp",), centre=centre)) for centre in ("code", "paper"))
+    torch.testing.assert_close(code.draws["mlp"][1:], paper.draws["mlp"][:-1], atol=1e-6, rtol=1e-4)
+    assert not torch.allclose(code.draws["mlp"][1:-1], paper.draws["mlp"][1:-1])
+    odd = [trace(model, fact, replace(SMALL, kinds=("mlp",), window=3, centre=centre)) for centre in ("code", "paper")]
+    assert torch.equal(odd[0].draws["mlp"], odd[1].draws["mlp"])
+
+
+def test_only_the_roles_asked_for_are_computed(model, fact):
+    whole, part = trace(model, fact, SMALL), trace(model, fact, replace(SMALL, roles=("subject_last", "last")))
+    chosen = [index for index, role in enumerate(part.roles) if role in {"subject_last", "last"}]
+    assert len(chosen) == 2
+    for kind in SMALL.kinds:
+        torch.testing.assert_close(part.draws[kind][:, chosen], whole.draws[kind][:, chosen], atol=1e-6, rtol=1e-4)
+        assert int(part.effects[kind].isnan().sum()) == 4 * (len(part.tokens) - 2)
+    assert json.loads(json.dumps(part.to_json()))["effects"]["resid"][0][0] is None
+    with pytest.raises(SettingsError, match="has a role among before"):
+        trace(model, Fact("The", "{} city"), replace(SMALL, roles=("before",), prepend_bos=False))
+
+
+def test_measures_are_what_they_are_called(model):
+    fact = Fact("The Space Needle", "{} is located in the city of", "Seattle piano", target_new="Paris")
+    found = {
+        measure: trace(model, fact, replace(SMALL, measure=measure, kinds=("mlp",)))
+        for measure in ("p", "log_p", "p_answer", "logit_difference")
+    }
+    torch.testing.assert_close(found["p"].draws["mlp"].log(), found["log_p"].draws["mlp"], atol=1e-5, rtol=1e-5)
+    prompt = prompts.prepare(model, fact)
+    answer, second = found["p"].answer_ids, prompts.continuation(model, fact.prompt, "Paris")
+    assert len(answer) > 1
+    tokens = torch.tensor([[*prompt.ids, *answer[:-1]]])
+    with torch.no_grad():
+        logits = model(tokens)[0]
+    log_p = logits.log_softmax(-1)
+    at = len(prompt.ids) - 1
+    whole = sum(float(log_p[at + step, token]) for step, token in enumerate(answer))
+    assert found["p_answer"].p_clean == pytest.approx(math.exp(whole), rel=1e-3)
+    assert found["logit_difference"].p_clean == pytest.approx(
+        float(logits[at, answer[0]] - logits[at, second[0]]), abs=1e-4
+    )
+    # the whole answer, in a restored run, by hand
+    prepared = prepare(model, fact, replace(SMALL, measure="p_answer"))
+    position = prompt.last_subject
+    _, clean = model.run_with_cache(tokens)
+    hooks = [("hook_embed", lambda activation, hook: prepared.corrupted.to(activation))]
+    for layer in window(1, 2, 4):
+
+        def restoring(activation, hook, layer=layer):
+            activation[:, position] = clean[f"blocks.{layer}.hook_mlp_out"][0, position]
+            return activation
+
+        hooks.append((f"blocks.{layer}.hook_mlp_out", restoring))
+    with torch.no_grad():
+        log_p = model.run_with_hooks(tokens.expand(3, -1), fwd_hooks=hooks).log_softmax(-1)
+    by_hand = sum(log_p[:, at + step, token] for step, token in enumerate(answer)).exp()
+    torch.testing.assert_close(found["p_answer"].draws["mlp"][1, position], by_hand, atol=1e-6, rtol=1e-3)
+
+
+def test_a_logit_difference_needs_two_answers_that_differ(model):
+    chosen = replace(SMALL, measure="logit_difference")
+    with pytest.raises(FactError, match="needs a second answer"):
+        trace(model, Fact("Paris", "{} is in", "Seattle"), chosen)
+    with pytest.raises(FactError, match="begin with the same token"):
+        trace(model, Fact("Paris", "{} is in", "Seattle", target_new="Seattle Needle"), chosen)
+
+
+def test_a_small_budget_gives_the_same_numbers(model, fact, monkeypatch):
+    whole = trace(model, fact, SMALL)
+    passes = []
+    original = engine._Pass.log_p
+    monkeypatch.setattr(engine._Pass, "log_p", lambda self: passes.append(self.row_tokens) or original(self))
+    tight = trace(model, fact, replace(SMALL, memory=2e-4))
+    assert len(passes) > len(whole.tokens)
+    assert min(passes) < engine.ROW_TOKENS
+    for kind in SMALL.kinds:
+        torch.testing.assert_close(whole.draws[kind], tight.draws[kind], atol=1e-6, rtol=1e-4)
 
 
 def test_small_batches_give_the_same_numbers(model, fact, monkeypatch):
@@ -116,8 +340,8 @@ def test_without_an_answer_the_models_own_is_traced(model):
 def test_a_trace_survives_its_file(model, fact, tmp_path):
     found = trace(model, fact, SMALL)
     loaded = Trace.load(found.save(tmp_path / "trace.safetensors"))
-    assert {name: value for name, value in vars(loaded).items() if name not in {"draws", "effects"}} == {
-        name: value for name, value in vars(found).items() if name not in {"draws", "effects"}
+    assert {name: value for name, value in vars(loaded).items() if name not in {"draws", "effects", "seconds"}} == {
+        name: value for name, value in vars(found).items() if name not in {"draws", "effects", "seconds"}
     }
     for kind in SMALL.kinds:
         assert torch.equal(loaded.effects[kind], found.effects[kind])
@@ -152,7 +376,7 @@ def test_another_kind_of_file_is_no_trace(model, fact, tmp_path):
     with pytest.raises(files.FileError, match="not a mechedit trace: it is a mechedit edit"):
         Trace.load(path)
     path = files.write(tmp_path / "y.safetensors", "trace", {"u": torch.zeros(1)}, {})
-    with pytest.raises(files.FileError, match="a trace that lacks 'settings'"):
+    with pytest.raises(files.FileError, match="a trace that lacks something, or has what is not known: 'settings'"):
         Trace.load(path)
 
 
@@ -182,12 +406,20 @@ def test_a_prompt_longer_than_the_context_is_refused_before_the_model_runs(model
     ("given", "message"),
     [
         ({"kinds": ()}, "at least one"),
-        ({"kinds": ("resids",)}, "'resids' is not"),
         ({"kinds": ("mlp", "mlp")}, "differ"),
         ({"window": 0}, "at least 1 layer"),
         ({"draws": 0}, "at least 1"),
         ({"noise": 0.0}, "positive"),
         ({"noise": float("nan")}, "positive"),
+        ({"centre": "middle"}, "centre must be one of code, paper; found 'middle'"),
+        ({"corruption": "salt"}, "corruption must be one of"),
+        ({"scale": "large"}, "scale must be one of"),
+        ({"measure": "loss"}, "measure must be one of"),
+        ({"precision": "int4"}, "precision must be one of"),
+        ({"roles": ("verb",)}, "roles must be one of"),
+        ({"degrees": 0.0}, "degrees must be positive"),
+        ({"extra": -1}, "0 or more tokens"),
+        ({"memory": 0.0}, "positive number of gigabytes"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_errors(given, message):
@@ -199,7 +431,7 @@ def test_ctrl_c_leaves_the_model_as_it_was(model, fact):
     before = state(model)
 
     def interrupt(what, done, of):
-        if done == 2:
+        if done:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -1,13 +1,17 @@
-"""Where does the model recall a fact? Causal tracing of one fact (Meng et al. 2022, section 2.1).
+"""Where does the model recall a fact? Causal tracing (Meng et al. 2022, section 2.1).
 
 Three kinds of run give an answer's probability: clean; corrupted, with noise on the subject's embeddings; and corrupted
-with some clean activations put back at one position. What raises the probability there carries the fact.
+with some clean activations put back. What raises the probability there carries the fact. `trace` runs the grid of all layers
+and tokens; `restore` runs any cells; `severed` and `averages` and `attribution` beside this module build on them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +19,39 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechedit import corruption, files, prompts, provenance
-from mechedit.facts import Fact
-from mechedit.models import HookedModel, device_of, embedding_std
+from mechedit import corruption, files, models, prompts, provenance
+from mechedit.corruption import Family, Statistics
+from mechedit.facts import Fact, FactError
+from mechedit.models import HookedModel, device_of
 from mechedit.progress import Progress, silent
-from mechedit.settings import TraceSettings
-from mechedit.tracing.engine import Cell, sweep, window
+from mechedit.prompts import Prompt
+from mechedit.settings import SettingsError, TraceSettings
+from mechedit.tracing import cells
+from mechedit.tracing.cells import Cell, Component, Patch, single, window
+from mechedit.tracing.engine import GIGABYTE, Job, Read, Swept, sweep
+from mechedit.tracing.roles import roles
 
-__all__ = ["Trace", "TraceSettings", "trace"]
+__all__ = ["Cell", "Component", "Patch", "Prepared", "Trace", "TraceSettings", "measured", "prepare", "restore", "single", "trace", "trace_all", "window"]  # fmt: skip
+
+STATES = {"resid": cells.RESID_POST, "resid_pre": cells.RESID_PRE, "resid_mid": cells.RESID_MID}
+WINDOWED = {"mlp": cells.MLP_OUT, "attn": cells.ATTN_OUT}
 
 
 @dataclass(frozen=True)
 class Trace:
     """A causal trace of one fact.
 
-    `effects[kind]` is [layer, position]: the mean over draws of P(answer) with that state (or the window of outputs around
-    that layer) restored at that position. `draws[kind]` is [layer, position, draw]. Probabilities are of the answer's first
-    token. The window of layer l is [l - w//2, l + ceil(w/2) - 1], as in the published code.
+    `effects[kind]` is [layer, position]: the mean over draws of what is measured (P of the answer's first token, unless
+    `settings.measure` says otherwise) with that state, or the window of outputs around that layer, restored at that
+    position; nan where `settings.roles` left a position out. `draws[kind]` is [layer, position, draw]. `p_clean` and
+    `p_corrupted` are the same measure of the other two runs.
     """
 
     prompt: str
     tokens: tuple[str, ...]
+    subject: str
     subject_range: tuple[int, int]
+    relation: str | None
     answer: str
     answer_ids: tuple[int, ...]
     p_clean: float
@@ -47,32 +62,46 @@ class Trace:
     settings: TraceSettings
     origin: dict[str, Any]
     versions: dict[str, str]
-    seconds: float
+    seconds: float = field(default=math.nan, compare=False)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The token role of each position."""
+        return roles(len(self.tokens), self.subject_range)
 
     def to_json(self) -> dict[str, Any]:
         """What `mechedit trace --json` writes."""
+        return self._record() | {
+            "effects": {
+                kind: [[None if value != value else value for value in row] for row in grid.tolist()]
+                for kind, grid in self.effects.items()
+            },
+            "seconds": self.seconds,
+        }
+
+    def _record(self) -> dict[str, Any]:
         return {
             "model": self.origin["name"],
             "prompt": self.prompt,
             "tokens": list(self.tokens),
+            "subject": self.subject,
             "subject_range": list(self.subject_range),
+            "relation": self.relation,
             "answer": self.answer,
             "answer_ids": list(self.answer_ids),
             "p_clean": self.p_clean,
             "p_corrupted": self.p_corrupted,
-            "effects": {kind: grid.tolist() for kind, grid in self.effects.items()},
             "noise_std": self.noise_std,
             "settings": asdict(self.settings),
             "origin": self.origin,
             "versions": self.versions,
-            "seconds": self.seconds,
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write the trace, draws included, as one safetensors file."""
-        record = self.to_json()
-        del record["effects"]
-        return files.write(path, "trace", {f"draws.{kind}": grid for kind, grid in self.draws.items()}, record)
+        """Write the trace, draws included, as one safetensors file. The same trace gives the same bytes."""
+        return files.write(
+            path, "trace", {f"draws.{kind}": grid for kind, grid in self.draws.items()}, self._record()
+        )
 
     @staticmethod
     def load(path: str | Path) -> Trace:
@@ -83,12 +112,14 @@ class Trace:
         """
         tensors, record = files.read(path, "trace")
         try:
-            settings = dict(record["settings"], kinds=tuple(record["settings"]["kinds"]))
+            settings = {key: tuple(value) if isinstance(value, list) else value for key, value in record["settings"].items()}
             draws = {kind: tensors[f"draws.{kind}"] for kind in settings["kinds"]}
             return Trace(
                 prompt=record["prompt"],
                 tokens=tuple(record["tokens"]),
+                subject=record["subject"],
                 subject_range=(record["subject_range"][0], record["subject_range"][1]),
+                relation=record["relation"],
                 answer=record["answer"],
                 answer_ids=tuple(record["answer_ids"]),
                 p_clean=record["p_clean"],
@@ -99,64 +130,237 @@ class Trace:
                 settings=TraceSettings(**settings),
                 origin=record["origin"],
                 versions=record["versions"],
-                seconds=record["seconds"],
             )
-        except (KeyError, TypeError, IndexError) as error:
-            raise files.FileError(f"{path} is a trace that lacks {error}.") from error
+        except (KeyError, TypeError, IndexError, SettingsError) as error:
+            raise files.FileError(f"{path} is a trace that lacks something, or has what is not known: {error}.") from error
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A fact made ready to run: its tokens, answer, the embeddings of its corrupted runs, and what is read."""
+
+    fact: Fact
+    prompt: Prompt
+    answer_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    corrupted: Float[Tensor, "draws pos d_model"]
+    noise_std: float
+    reads: tuple[Read, ...]
+
+    def job(self, cells: Sequence[Cell], held_shift: int = 0) -> Job:
+        """A sweep of these cells."""
+        return Job(self.ids, self.corrupted, self.reads, tuple(cells), held_shift)
 
 
 def trace(
-    model: HookedModel, fact: Fact, settings: TraceSettings | None = None, *, progress: Progress = silent
+    model: HookedModel,
+    fact: Fact,
+    settings: TraceSettings | None = None,
+    *,
+    components: Sequence[Component] = (),
+    family: Family | None = None,
+    known: Statistics | None = None,
+    other: str | None = None,
+    progress: Progress = silent,
 ) -> Trace:
     """Trace one fact through every layer and token, exactly.
 
-    The answer is the fact's `target_true`, or what the model itself says next where the fact has none.
+    The answer is the fact's `target_true`, or what the model itself says next where the fact has none. `components` are
+    kinds of one's own, restored in windows; `family`, `known` and `other` are for `corruption.corrupt`.
 
     Raises:
         FactError: the prompt does not fit the model.
         SettingsError: settings that cannot be meant.
+        ModelError: the model lacks an activation that a kind restores.
+        CorruptionError: a corruption that cannot be made.
     """
-    began = time.perf_counter()
+    one = trace_all(
+        model, [fact], settings, components=components, family=family, known=known, others=[other], progress=progress
+    )
+    return next(one)
+
+
+def trace_all(
+    model: HookedModel,
+    facts: Sequence[Fact],
+    settings: TraceSettings | None = None,
+    *,
+    components: Sequence[Component] = (),
+    family: Family | None = None,
+    known: Statistics | None = None,
+    others: Sequence[str | None] | None = None,
+    batch: int = 1,
+    progress: Progress = silent,
+) -> Iterator[Trace]:
+    """Trace facts one after another, `batch` of them at a time: 1 keeps a CPU busy, a GPU wants more.
+
+    Which facts share a batch changes numbers by rounding only.
+    """
     settings = settings or TraceSettings()
     settings = replace(settings, prepend_bos=prompts.resolve_bos(model, settings.prepend_bos))
-    prompt = prompts.prepare(model, fact, prepend_bos=settings.prepend_bos)
-    answer_ids = (
-        prompts.continuation(model, fact.prompt, fact.target_true) if fact.target_true else [_top(model, prompt.ids)]
-    )
-    begin, end = prompt.subject
-    scale = settings.noise * embedding_std(model)
-    noise = corruption.gaussian(
-        fact, draws=settings.draws, tokens=end - begin, d_model=int(model.cfg.d_model), scale=scale, seed=settings.seed
-    )
-    cells = _grid(settings, int(model.cfg.n_layers), len(prompt.ids))
-    swept = sweep(model, prompt.ids, noise.to(device_of(model)), begin, answer_ids[0], cells, progress)
-    grids = swept.cells.view(len(settings.kinds), int(model.cfg.n_layers), len(prompt.ids), settings.draws)
+    others = others or [None] * len(facts)
+    origin, versions = provenance.origin(model), provenance.versions()
+    n_layers = int(model.cfg.n_layers)
+    for begin in range(0, len(facts), batch):
+        began = time.perf_counter()
+        part = [
+            prepare(model, fact, settings, family=family, known=known, other=other)
+            for fact, other in zip(facts[begin : begin + batch], others[begin : begin + batch], strict=True)
+        ]
+        grids = [_grid(settings, components, n_layers, each.prompt) for each in part]
+        jobs = [each.job([cell for _, cell in grid]) for each, grid in zip(part, grids, strict=True)]
+        with _precision(model, settings):
+            found = sweep(model, jobs, progress, memory=int(settings.memory * GIGABYTE))
+        seconds = (time.perf_counter() - began) / len(part)
+        for each, grid, swept in zip(part, grids, found, strict=True):
+            yield _trace(model, each, grid, swept, settings, origin, versions, seconds)
+
+
+def _trace(
+    model: HookedModel,
+    prepared: Prepared,
+    grid: list[tuple[tuple[int, int, int], Cell]],
+    swept: Swept,
+    settings: TraceSettings,
+    origin: dict[str, Any],
+    versions: dict[str, str],
+    seconds: float,
+) -> Trace:
+    prompt = prepared.prompt
+    values = measured(settings, swept.cells)
+    shape = (len(settings.kinds), int(model.cfg.n_layers), len(prompt.ids), values.shape[-1])
+    filled = torch.full(shape, torch.nan)
+    places = torch.tensor([place for place, _ in grid])
+    filled[tuple(places.T)] = values
+    draws = dict(zip(settings.kinds, filled, strict=True))
     return Trace(
         prompt=prompt.text,
         tokens=prompt.tokens,
+        subject=prepared.fact.subject,
         subject_range=prompt.subject,
-        answer=str(model.tokenizer.decode(answer_ids)),
-        answer_ids=tuple(answer_ids),
-        p_clean=swept.clean,
-        p_corrupted=float(swept.corrupted.mean()),
-        effects={kind: grid.mean(-1) for kind, grid in zip(settings.kinds, grids, strict=True)},
-        draws=dict(zip(settings.kinds, grids, strict=True)),
-        noise_std=scale,
+        relation=prepared.fact.relation,
+        answer=str(model.tokenizer.decode(list(prepared.answer_ids))),
+        answer_ids=prepared.answer_ids,
+        p_clean=float(measured(settings, swept.clean)),
+        p_corrupted=float(measured(settings, swept.corrupted).mean()),
+        effects={kind: each.mean(-1) for kind, each in draws.items()},
+        draws=draws,
+        noise_std=prepared.noise_std,
         settings=settings,
-        origin=provenance.origin(model),
-        versions=provenance.versions(),
-        seconds=time.perf_counter() - began,
+        origin=origin,
+        versions=versions,
+        seconds=seconds,
     )
 
 
-def _grid(settings: TraceSettings, n_layers: int, n_positions: int) -> list[Cell]:
-    """Every cell of every kind: kinds first, then layers, then positions."""
-    return [
-        Cell(kind, range(layer, layer + 1) if kind == "resid" else window(layer, settings.window, n_layers), position)
-        for kind in settings.kinds
-        for layer in range(n_layers)
-        for position in range(n_positions)
+def restore(
+    model: HookedModel,
+    fact: Fact,
+    cells: Sequence[Cell] | Callable[[Prompt], Sequence[Cell]],
+    settings: TraceSettings | None = None,
+    *,
+    family: Family | None = None,
+    known: Statistics | None = None,
+    other: str | None = None,
+    progress: Progress = silent,
+) -> tuple[Float[Tensor, "cells draws"], float, Float[Tensor, " draws"]]:
+    """What is measured in each of any cells, in the clean run, and in the corrupted runs.
+
+    `cells` may be a function of the prompt, which knows where the subject stands.
+    """
+    settings = settings or TraceSettings()
+    settings = replace(settings, prepend_bos=prompts.resolve_bos(model, settings.prepend_bos))
+    prepared = prepare(model, fact, settings, family=family, known=known, other=other)
+    chosen = cells(prepared.prompt) if callable(cells) else cells
+    with _precision(model, settings):
+        (swept,) = sweep(model, [prepared.job(chosen)], progress, memory=int(settings.memory * GIGABYTE))
+    return (
+        measured(settings, swept.cells),
+        float(measured(settings, swept.clean)),
+        measured(settings, swept.corrupted),
+    )
+
+
+def prepare(
+    model: HookedModel,
+    fact: Fact,
+    settings: TraceSettings,
+    *,
+    family: Family | None = None,
+    known: Statistics | None = None,
+    other: str | None = None,
+) -> Prepared:
+    """The fact as tokens and corrupted embeddings, with the reads that `settings.measure` needs."""
+    prompt = prompts.prepare(model, fact, prepend_bos=settings.prepend_bos)
+    answer = (
+        prompts.continuation(model, fact.prompt, fact.target_true) if fact.target_true else [_top(model, prompt.ids)]
+    )
+    corrupted, scale = corruption.corrupt(model, fact, prompt, settings, family=family, known=known, other=other)
+    last = len(prompt.ids) - 1
+    ids = prompt.ids
+    if settings.measure == "p_answer":
+        ids = (*ids, *answer[:-1])
+        prompts.check_length(model, len(ids))
+        tail = torch.tensor([ids[len(prompt.ids) :]], dtype=torch.long, device=device_of(model))
+        clean_tail = models.embed(model, tail).float().cpu().expand(len(corrupted), -1, -1)
+        corrupted = torch.cat([corrupted, clean_tail], 1)
+        reads = tuple(Read(last + step, (token,)) for step, token in enumerate(answer))
+    elif settings.measure == "logit_difference":
+        if not fact.target_new:
+            raise FactError("a logit difference needs a second answer: give the fact a `target_new`.")
+        second = prompts.continuation(model, fact.prompt, fact.target_new)[0]
+        if second == answer[0]:
+            raise FactError(
+                f"{fact.target_true!r} and {fact.target_new!r} begin with the same token, so their logits do not differ."
+            )
+        reads = (Read(last, (answer[0], second)),)
+    else:
+        reads = (Read(last, (answer[0],)),)
+    return Prepared(fact, prompt, tuple(answer), ids, corrupted, scale, reads)
+
+
+def measured(settings: TraceSettings, log_p: Float[Tensor, "*runs targets"]) -> Float[Tensor, "*runs"]:
+    """`settings.measure` from the log-probabilities that were read.
+
+    p: of the answer's first token; p_answer: of all its tokens, teacher-forced; log_p: natural logarithm of p;
+    logit_difference: the answer's logit less the other answer's, first tokens.
+    """
+    if settings.measure == "p_answer":
+        return log_p.sum(-1).exp()
+    if settings.measure == "logit_difference":
+        return log_p[..., 0] - log_p[..., 1]  # the normaliser is the same in both
+    return log_p[..., 0] if settings.measure == "log_p" else log_p[..., 0].exp()
+
+
+def _grid(
+    settings: TraceSettings, components: Sequence[Component], n_layers: int, prompt: Prompt
+) -> list[tuple[tuple[int, int, int], Cell]]:
+    """Every cell of every kind, with its place as (kind, layer, position)."""
+    own = {each.name: each for each in components}
+    n_positions = len(prompt.ids)
+    wanted = [
+        position
+        for position, role in enumerate(roles(n_positions, prompt.subject))
+        if not settings.roles or role in settings.roles
     ]
+    if not wanted:
+        raise SettingsError(f"no token of {prompt.text!r} has a role among {', '.join(settings.roles)}.")
+    grid = []
+    for number, kind in enumerate(settings.kinds):
+        component = own.get(kind) or WINDOWED.get(kind) or STATES.get(kind)
+        if component is None:
+            raise SettingsError(
+                f"kinds must be among {', '.join([*STATES, *WINDOWED, *own])}; {kind!r} is not. "
+                "Pass a component of your own by that name in `components`."
+            )
+        for layer in range(n_layers):
+            layers = [layer] if kind in STATES else window(layer, settings.window, n_layers, settings.centre)
+            grid += [((number, layer, position), single(component, layers, position)) for position in wanted]
+    return grid
+
+
+def _precision(model: HookedModel, settings: TraceSettings) -> contextlib.AbstractContextManager[None]:
+    return models.cast(model, torch.bfloat16) if settings.precision == "bfloat16" else contextlib.nullcontext()
 
 
 @torch.no_grad()

@@ -1,204 +1,426 @@
 """The exact sweep behind a causal trace: every cell, computed only where it differs from the corrupted run.
 
-A cell restores clean activations at one position i in some blocks of the corrupted run. Below the first of those blocks it
-*is* the corrupted run, and so is every position before i in all blocks. So the sweep takes one position at a time and walks
-up the blocks once: at each block the cells that start there join the batch, in the state of the corrupted run, and all
-cells run together on positions i and later, attending to the corrupted run's keys and values for what lies before. Only the
-last position is unembedded. Nothing is approximated: a cell is what one forward pass with hooks gives, to rounding.
+A cell restores clean activations of the corrupted run, at position i and perhaps later ones, from block l on. Below block l
+it *is* the corrupted run, and so is every position before i in all blocks. So the sweep takes one first position at a time
+and walks up the blocks once: at each block the cells that start there join the batch, in the state of the corrupted run, and
+all cells run together on positions i and later, attending to the corrupted run's keys and values for what lies before. Cells
+that do the same up to some block, as windows cut off at the model's foot, share their rows until they part. Only positions
+that are read are unembedded. Nothing is approximated: a cell is what one forward pass with hooks gives, to rounding.
+
+Several prompts of any length ride in one batch, filled on the right, where causal attention lets nothing look.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechedit.interventions import Change, add_noise, intervened, read
-from mechedit.models import Blocks, HookedModel, KeyValues, device_of
+from mechedit.interventions import Change, intervened, read
+from mechedit.models import Blocks, HookedModel, KeyValues, ModelError, device_of, embed
 from mechedit.progress import Progress, silent
+from mechedit.tracing.cells import Cell, Component, Patch
 
-__all__ = ["Cell", "Swept", "sweep", "window"]
+__all__ = ["GIGABYTE", "Job", "Read", "Swept", "sweep"]
 
-HOOKS = {"mlp": "hook_mlp_out", "attn": "hook_attn_out"}
-ROW_TOKENS = 2048  # rows times positions in one call of a block: enough to keep a matmul busy, little enough to hold
-UNEMBED_ROWS = 512
-
-
-def window(layer: int, width: int, n_layers: int) -> range:
-    """The blocks restored around `layer`: [layer - w//2, layer + ceil(w/2) - 1], cut to the model.
-
-    So the published code centres it; the paper's text (appendix B.2) has it one block higher.
-    """
-    return range(max(0, layer - width // 2), min(n_layers, layer + (width + 1) // 2))
+GIGABYTE = 1 << 30
+ROW_TOKENS = 1024  # rows times positions in one call of a block: enough to keep a matmul busy, little enough to hold
+UNEMBED_ROWS = 1024  # final states unembedded together
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One restoration: the clean output of `component` ("resid", "mlp" or "attn") of blocks `layers`, at `position`.
+class Read:
+    """log P of each target as the next token after `position`."""
 
-    "resid" is the state after a block, so restoring it in one block leaves nothing of that block to compute.
+    position: int
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt to sweep: the embeddings of its corrupted runs, what is read, and the cells.
+
+    All jobs of a sweep have as many draws, and reads of one shape. `held_shift` lets a cell's held values come from another
+    draw, so many places on, as the published severed runs do; 0 holds those of the same draw.
     """
 
-    component: str
-    layers: range
-    position: int
-
-    @property
-    def start(self) -> int:
-        """The first block that must be computed for this cell."""
-        return self.layers[0] + (self.component == "resid")
+    ids: tuple[int, ...]
+    corrupted: Float[Tensor, "draws pos d_model"]
+    reads: tuple[Read, ...]
+    cells: tuple[Cell, ...]
+    held_shift: int = 0
 
 
 @dataclass(frozen=True)
 class Swept:
-    """Probabilities of the answer: `clean`, `corrupted` by draw, and by cell and draw."""
+    """log P of every read's targets, one after another: in the clean run, the corrupted ones, and each cell."""
 
-    clean: float
-    corrupted: Float[Tensor, " draws"]
-    cells: Float[Tensor, "cells draws"]
-
-
-@dataclass
-class _Runs:
-    """The clean run's restorable activations, and the corrupted run, block by block."""
-
-    clean: dict[str, list[Tensor]]  # component -> by block [pos, d_model]
-    corrupted: list[Tensor]  # entering each block, the last one final: [draws, pos, d_model]
-    past: list[KeyValues]
-
-
-@dataclass
-class _Batch:
-    """The rows under way: one a cell and draw, cells first."""
-
-    rows: Tensor  # [rows, pos, d_model]
-    cells: list[int] = field(default_factory=list)
+    clean: Float[Tensor, " targets"]
+    corrupted: Float[Tensor, "draws targets"]
+    cells: Float[Tensor, "cells draws targets"]
 
 
 @torch.no_grad()
 def sweep(
-    model: HookedModel,
-    ids: Sequence[int],
-    noise: Float[Tensor, "draws subject d_model"],
-    noise_begin: int,
-    answer: int,
-    cells: Sequence[Cell],
-    progress: Progress = silent,
-) -> Swept:
-    """The answer's probability in every cell, exactly. `noise` is added to the embeddings from `noise_begin` on."""
-    blocks = Blocks(model)
-    n_layers, draws = int(model.cfg.n_layers), len(noise)
-    runs = _clean_and_corrupted(model, blocks, ids, noise, noise_begin)
-    finals = torch.cat([runs.clean["resid"][-1][None, -1], runs.corrupted[-1][:, -1]])
-    p = _probability(blocks, finals, answer)
-    result = p[1:].repeat(len(cells), 1)  # what is not computed below is the corrupted run
-    positions = sorted({cell.position for cell in cells if cell.position >= noise_begin})
-    for done, position in enumerate(positions):
-        progress("trace", done, len(positions))
-        here = [index for index, cell in enumerate(cells) if cell.position == position]
-        last = _sweep_position(model, blocks, runs, [cells[index] for index in here], position, n_layers)
-        result[here] = _probability(blocks, last.flatten(0, 1), answer).view(len(here), draws)
-    progress("trace", len(positions), len(positions))
-    return Swept(float(p[0]), p[1:].cpu(), result.cpu())
+    model: HookedModel, jobs: Sequence[Job], progress: Progress = silent, *, memory: int = 2 * GIGABYTE
+) -> list[Swept]:
+    """Every cell of every job, exactly, within about `memory` bytes beside the model.
+
+    Raises:
+        ModelError: the model has no such activation, block or part.
+    """
+    _check(model, jobs)
+    runs = _Runs.of(model, jobs)
+    results = [
+        Swept(runs.clean_log_p[job], runs.corrupted_log_p[job], runs.corrupted_log_p[job].repeat(len(each.cells), 1, 1))
+        for job, each in enumerate(jobs)
+    ]
+    members = [
+        _Member(job, index, *needed)
+        for job, each in enumerate(jobs)
+        for index, cell in enumerate(each.cells)
+        if (needed := _effective(cell, runs.begins[job])) is not None
+    ]
+    by_position: dict[int, list[_Member]] = {}
+    for member in members:
+        by_position.setdefault(member.position, []).append(member)
+    done, total = 0, len(members)
+    for position, here in sorted(by_position.items()):
+        here.sort(key=lambda member: (member.job, member.start, len(member.what.restored)))
+        most = _members_at_once(model, runs, position, memory)
+        for begin in range(0, len(here), most):
+            progress("trace", done, total)
+            part = here[begin : begin + most]
+            walk = _Pass(runs, part, position, memory)
+            for member, log_p in zip(walk.members, walk.log_p(), strict=True):
+                results[member.job].cells[member.cell] = log_p
+            done += len(part)
+    progress("trace", total, total)
+    return results
 
 
-def _clean_and_corrupted(
-    model: HookedModel, blocks: Blocks, ids: Sequence[int], noise: Tensor, noise_begin: int
-) -> _Runs:
-    """One clean row and one corrupted row a draw, in one pass over the blocks."""
+def _check(model: HookedModel, jobs: Sequence[Job]) -> None:
+    """Raise before any forward pass where a cell names what is not there."""
     n_layers = int(model.cfg.n_layers)
-    tokens = torch.tensor([list(ids)], device=device_of(model)).expand(1 + len(noise), -1)
-    with_clean = torch.cat([torch.zeros_like(noise[:1]), noise])
-    runs = _Runs({"resid": [], "mlp": [], "attn": []}, [], [])
-    changes = [add_noise(with_clean, noise_begin)]
-    for layer in range(n_layers):
-        for component, hook in HOOKS.items():
-            changes.append(read(f"blocks.{layer}.{hook}", _keep_clean(runs.clean[component])))
-    with intervened(model, *changes):
-        resid = blocks.embed(tokens)
-        for layer in range(n_layers):
-            runs.corrupted.append(resid[1:])
-            resid, present = blocks.run(layer, resid)
-            runs.clean["resid"].append(resid[0])
-            runs.past.append(present.rows(torch.arange(1, len(tokens), device=resid.device)))
-    runs.corrupted.append(resid[1:])
-    return runs
+    assert len({len(job.corrupted) for job in jobs}) == 1
+    assert len({tuple(len(each.targets) for each in job.reads) for job in jobs}) == 1
+    known: set[tuple[Component, int]] = set()
+    for job in jobs:
+        assert job.corrupted.shape[1] == len(job.ids)
+        for cell in job.cells:
+            for patch in (*cell.restored, *cell.held):
+                if not 0 <= patch.position < len(job.ids):
+                    raise ModelError(
+                        f"a patch must stand at a position from 0 to {len(job.ids) - 1}; found {patch.position}."
+                    )
+                if (patch.component, patch.layer) in known:
+                    continue
+                if not 0 <= patch.layer < n_layers:
+                    raise ModelError(f"a patch must be in a block from 0 to {n_layers - 1}; found {patch.layer}.")
+                if patch.component.enters is None and patch.component.at(patch.layer) not in model.hook_dict:
+                    raise ModelError(
+                        f"{model.cfg.model_name} has no {patch.component.name}: there is no hook point "
+                        f"{patch.component.at(patch.layer)}. `model.hook_dict` has those there are."
+                    )
+                known.add((patch.component, patch.layer))
 
 
-def _keep_clean(kept: list[Tensor]) -> Callable[[Tensor], None]:
-    return lambda activation: kept.append(activation[0].clone())
+def _effective(cell: Cell, begin: int) -> tuple[int, int, Cell] | None:
+    """First position and first block to compute, and the cell without what changes nothing; None if all of it is that.
+
+    Before `begin`, where corruption begins, the clean and the corrupted run are the same.
+    """
+    restored = tuple(patch for patch in cell.restored if patch.position >= begin)
+    if not restored:
+        return None
+    position, start = min(patch.position for patch in restored), min(patch.start for patch in restored)
+    held = tuple(patch for patch in cell.held if patch.position >= position and patch.start >= start)
+    return position, start, Cell(restored, held)
 
 
-def _sweep_position(
-    model: HookedModel, blocks: Blocks, runs: _Runs, cells: list[Cell], position: int, n_layers: int
-) -> Float[Tensor, "cells draws d_model"]:
-    """The final state at the last position of every cell that restores `position`."""
-    draws = len(runs.corrupted[0])
-    state = _Batch(runs.corrupted[0][:0, position:])
-    now: list[int] = []  # the cell of each row in the call of a block that is under way
+@dataclass(frozen=True)
+class _Member:
+    """A cell of a job, as a pass sees it."""
 
-    def restoring(layer: int, component: str) -> Change:
-        clean = runs.clean[component][layer][position]
-
-        def apply(activation: Tensor) -> Tensor | None:
-            held = [
-                row
-                for row, cell in enumerate(now)
-                if cells[cell].component == component and layer in cells[cell].layers
-            ]
-            if not held:
-                return None
-            activation = activation.clone()
-            activation[held, 0] = clean
-            return activation
-
-        return Change(f"blocks.{layer}.{HOOKS[component]}", apply)
-
-    first = min(cell.start for cell in cells)
-    components = sorted({cell.component for cell in cells} & HOOKS.keys())
-    with intervened(
-        model, *(restoring(layer, component) for layer in range(first, n_layers) for component in components)
-    ):
-        for layer in range(first, n_layers + 1):
-            _join(state, runs, cells, layer, position)
-            if layer == n_layers:
-                break
-            out = torch.empty_like(state.rows)
-            past = runs.past[layer].before(position)
-            step = max(1, ROW_TOKENS // state.rows.shape[1])
-            for begin in range(0, len(state.rows), step):
-                part = slice(begin, begin + step)
-                now[:] = [state.cells[row // draws] for row in range(len(state.rows))[part]]
-                index = torch.arange(len(state.rows), device=out.device)[part] % draws
-                out[part], _ = blocks.run(layer, state.rows[part], past.rows(index) if position else None)
-            state.rows = out
-    order = torch.tensor(state.cells).argsort().to(state.rows.device)
-    return state.rows[:, -1].view(len(cells), draws, -1)[order]
+    job: int
+    cell: int
+    position: int
+    start: int
+    what: Cell
 
 
-def _join(state: _Batch, runs: _Runs, cells: list[Cell], layer: int, position: int) -> None:
-    """Add the cells that start at `layer`, in the corrupted run's state, restored where the state itself is."""
-    joining = [index for index, cell in enumerate(cells) if cell.start == layer]
-    if not joining:
-        return
-    fresh = runs.corrupted[layer][:, position:].repeat(len(joining), 1, 1)
-    draws = len(runs.corrupted[layer])
-    for place, index in enumerate(joining):
-        if cells[index].component == "resid":
-            fresh[place * draws : (place + 1) * draws, 0] = runs.clean["resid"][layer - 1][position]
-    state.rows = torch.cat([state.rows, fresh])
-    state.cells += joining
+@dataclass
+class _Runs:
+    """The clean and the corrupted runs of all jobs, block by block. Rows count jobs, and in the corrupted runs draws too."""
+
+    model: HookedModel
+    blocks: Blocks
+    jobs: Sequence[Job]
+    draws: int
+    begins: list[int]
+    clean: dict[tuple[Component, int], Tensor]  # [job, pos, ...]
+    corrupted: dict[tuple[Component, int], Tensor]  # [job * draw, pos, ...]; what cells hold
+    clean_states: list[Tensor]  # entering each block, the last one final: [job, pos, d_model]
+    states: list[Tensor]  # likewise [job * draw, pos, d_model]
+    past: list[KeyValues]
+    clean_log_p: Tensor
+    corrupted_log_p: Tensor
+
+    @classmethod
+    def of(cls, model: HookedModel, jobs: Sequence[Job]) -> _Runs:
+        device, dtype = device_of(model), next(model.parameters()).dtype
+        blocks, draws, width = Blocks(model), len(jobs[0].corrupted), max(len(job.ids) for job in jobs)
+        tokens = torch.zeros(len(jobs), width, dtype=torch.long, device=device)
+        for row, job in enumerate(jobs):
+            tokens[row, : len(job.ids)] = torch.tensor(job.ids, device=device)
+        embeddings = embed(model, tokens)
+        both = torch.cat([embeddings, embeddings.repeat_interleave(draws, 0)])
+        begins = []
+        for row, job in enumerate(jobs):
+            rows = slice(len(jobs) + row * draws, len(jobs) + (row + 1) * draws)
+            corrupted = job.corrupted.to(device, dtype)
+            changed = (corrupted != embeddings[row, : len(job.ids)]).any(-1).any(0).nonzero()[:, 0]
+            begins.append(int(changed[0]) if len(changed) else len(job.ids))
+            both[rows, : len(job.ids)] = corrupted
+        runs = cls(model, blocks, jobs, draws, begins, {}, {}, [], [], [], torch.empty(0), torch.empty(0))
+        runs._go(torch.cat([tokens, tokens.repeat_interleave(draws, 0)]), both)
+        return runs
+
+    def _go(self, tokens: Tensor, embeddings: Tensor) -> None:
+        n_layers, n_jobs = int(self.model.cfg.n_layers), len(self.jobs)
+        cells = [cell for job in self.jobs for cell in job.cells]
+        restored = {(patch.component, patch.layer) for cell in cells for patch in cell.restored}
+        held = {(patch.component, patch.layer) for cell in cells for patch in cell.held}
+        inside = [each for each in sorted(restored | held, key=str) if each[0].enters is None]
+
+        def keep(key: tuple[Component, int]) -> Callable[[Tensor], None]:
+            def into(activation: Tensor) -> None:
+                if key in restored:
+                    self.clean[key] = activation[:n_jobs].clone()
+                if key in held:
+                    self.corrupted[key] = activation[n_jobs:].clone()
+
+            return into
+
+        changes = [Change("hook_embed", lambda activation: embeddings.to(activation))]
+        changes += [read(component.at(layer), keep((component, layer))) for component, layer in inside]
+        corrupted = torch.arange(n_jobs, len(tokens), device=tokens.device)
+        with intervened(self.model, *changes):
+            resid = self.blocks.embed(tokens)
+            for layer in range(n_layers):
+                self.clean_states.append(resid[:n_jobs])
+                self.states.append(resid[n_jobs:])
+                resid, present = self.blocks.run(layer, resid)
+                self.past.append(present.rows(corrupted))
+        self.clean_states.append(resid[:n_jobs])
+        self.states.append(resid[n_jobs:])
+        self.clean_log_p = self.log_p(self.clean_states[-1], torch.arange(n_jobs), 0).cpu()
+        rows = torch.arange(n_jobs).repeat_interleave(self.draws)
+        self.corrupted_log_p = self.log_p(self.states[-1], rows, 0).unflatten(0, (n_jobs, self.draws)).cpu()
+
+    def log_p(
+        self, states: Float[Tensor, "rows pos d_model"], jobs: Int[Tensor, " rows"], position: int
+    ) -> Float[Tensor, "rows targets"]:
+        """What the jobs read, from final states of positions from `position` on; `jobs` says which job a row is of."""
+        reads = [job.reads for job in self.jobs]
+        columns = []
+        for number in range(len(reads[0])):
+            at = torch.tensor([each[number].position for each in reads])[jobs].to(states.device)
+            targets = torch.tensor([each[number].targets for each in reads])[jobs].to(states.device)
+            rows = torch.arange(len(states), device=states.device)
+            # a position that was not computed again is the corrupted run's, which the caller has
+            finals = states[rows, (at - position).clamp(min=0)]
+            parts = zip(finals.split(UNEMBED_ROWS), targets.split(UNEMBED_ROWS), strict=True)
+            columns.append(torch.cat([self.blocks.log_p(*part) for part in parts]))
+        return torch.cat(columns, 1)
 
 
-def _probability(blocks: Blocks, states: Float[Tensor, "rows d_model"], answer: int) -> Float[Tensor, " rows"]:
-    """P(answer) for each final state, in float32."""
-    targets = torch.full((len(states),), answer, device=states.device)
-    return torch.cat(
-        [
-            blocks.log_p(*each).exp()
-            for each in zip(states.split(UNEMBED_ROWS), targets.split(UNEMBED_ROWS), strict=True)
-        ]
-    )
+def _members_at_once(model: HookedModel, runs: _Runs, position: int, memory: int) -> int:
+    """How many cells fit beside the kept runs: each needs its rows' states twice, and what it restores."""
+    kept = [*runs.states, *runs.clean_states, *runs.clean.values(), *runs.corrupted.values()]
+    kept += [each for past in runs.past for each in (past.keys, past.values)]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    width, size = runs.states[0].shape[1] - position, runs.states[0].element_size()
+    each = 2 * runs.draws * width * int(model.cfg.d_model) * size
+    patches = 2 * runs.draws * int(model.cfg.n_layers) * int(model.cfg.d_model) * size
+    return max(1, (memory // 2 - held) // (each + patches))
+
+
+class _Writes:
+    """What cells write into one activation of one block: at row, position and part; rows ascend."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[int, int, Tensor, tuple[int, ...] | None]] = []
+
+    def add(self, row: int, position: int, values: Tensor, index: tuple[int, ...] | None) -> None:
+        """`values` [draw, ...] go to the rows from `row` on."""
+        self.entries.append((row, position, values, index))
+
+    def into(self, activation: Tensor, begin: int) -> Tensor | None:
+        """A copy of the activation of rows from `begin` on with its writes, or None where it has none."""
+        return self.write_(activation.clone(), begin) if self._between(begin, begin + len(activation)) else None
+
+    def _between(self, begin: int, end: int) -> list[tuple[int, int, Tensor, tuple[int, ...] | None]]:
+        first = bisect_left(self.entries, begin, key=lambda entry: entry[0] + len(entry[2]) - 1)
+        return self.entries[first : bisect_left(self.entries, end, key=lambda entry: entry[0])]
+
+    def write_(self, activation: Tensor, begin: int) -> Tensor:
+        """Write into the activation of rows from `begin` on."""
+        end = begin + len(activation)
+        for row, position, values, index in self._between(begin, end):
+            rows = slice(max(row, begin) - begin, min(row + len(values), end) - begin)
+            values = values[max(0, begin - row) : end - row].to(activation)
+            if index is None:
+                activation[rows, position] = values
+            else:
+                part = list(index)
+                activation[rows, position, part] = values[:, part]
+        return activation
+
+
+class _Pass:
+    """The cells of one first position, walked up the blocks together: rows are cells times draws, by joining block."""
+
+    def __init__(self, runs: _Runs, members: Sequence[_Member], position: int, memory: int) -> None:
+        self.runs, self.position = runs, position
+        joining = sorted(_forks(members), key=lambda fork: fork.layer)
+        self.members = [fork.member for fork in joining]
+        self.joins = [fork.layer for fork in joining]
+        place = {id(fork.member): index for index, fork in enumerate(joining)}
+        self.parents = [place[id(fork.parent)] if fork.parent is not None else None for fork in joining]
+        self.row_tokens = min(ROW_TOKENS, max(64, memory // 2 // _bytes_a_token(runs.model)))
+        self.states: dict[int, _Writes] = {}
+        self.hooks: dict[tuple[Component, int], _Writes] = {}
+        for place, member in enumerate(self.members):
+            for patch in member.what.held:
+                self._plan(place, member, patch, self._held(member, patch))
+            for patch in member.what.restored:  # after what is held: where both name a place, it is restored
+                self._plan(place, member, patch, self._clean(member, patch))
+
+    def _plan(self, place: int, member: _Member, patch: Patch, values: Tensor) -> None:
+        writes = (
+            self.hooks.setdefault((patch.component, patch.layer), _Writes())
+            if patch.component.enters is None
+            else self.states.setdefault(patch.start, _Writes())
+        )
+        writes.add(place * self.runs.draws, patch.position - self.position, values, patch.index)
+
+    def _clean(self, member: _Member, patch: Patch) -> Tensor:
+        runs = self.runs
+        whole = (
+            runs.clean[patch.component, patch.layer]
+            if patch.component.enters is None
+            else runs.clean_states[patch.start]
+        )
+        value = whole[member.job, patch.position]
+        return value.expand(runs.draws, *value.shape)
+
+    def _held(self, member: _Member, patch: Patch) -> Tensor:
+        runs = self.runs
+        whole = (
+            runs.corrupted[patch.component, patch.layer] if patch.component.enters is None else runs.states[patch.start]
+        )
+        values = whole[member.job * runs.draws : (member.job + 1) * runs.draws, patch.position]
+        shift = runs.jobs[member.job].held_shift
+        return values.roll(-shift, 0) if shift else values
+
+    def log_p(self) -> Float[Tensor, "cells draws targets"]:
+        """What every member's job reads."""
+        runs, draws = self.runs, self.runs.draws
+        jobs = torch.tensor([member.job for member in self.members]).repeat_interleave(draws)
+        final = self._final_states()
+        found = runs.log_p(final, jobs, self.position).unflatten(0, (len(self.members), draws)).cpu()
+        column = 0
+        for number, read_ in enumerate(runs.jobs[0].reads):
+            for place, member in enumerate(self.members):
+                if runs.jobs[member.job].reads[number].position < self.position:
+                    here = slice(column, column + len(read_.targets))
+                    found[place, :, here] = runs.corrupted_log_p[member.job, :, here]
+            column += len(read_.targets)
+        return found
+
+    def _final_states(self) -> Float[Tensor, "rows pos d_model"]:
+        runs, n_layers = self.runs, int(self.runs.model.cfg.n_layers)
+        device = runs.states[0].device
+        source = torch.tensor(  # the corrupted run of each row
+            [member.job * runs.draws + draw for member in self.members for draw in range(runs.draws)], device=device
+        )
+        rows = runs.states[0][:0, self.position :]
+        at = 0  # the first row of the block call under way
+
+        def writing(writes: _Writes) -> Callable[[Tensor], Tensor | None]:
+            return lambda activation: writes.into(activation, at)
+
+        changes = [Change(component.at(layer), writing(writes)) for (component, layer), writes in self.hooks.items()]
+        with intervened(runs.model, *changes):
+            for layer in range(self.joins[0], n_layers + 1):
+                active = bisect_left(self.joins, layer + 1) * runs.draws
+                if active > len(rows):
+                    rows = torch.cat([rows, *self._joining(layer, rows, source)])
+                if layer in self.states:
+                    self.states[layer].write_(rows, 0)
+                if layer == n_layers:
+                    break
+                past = runs.past[layer].before(self.position)
+                step = max(1, self.row_tokens // rows.shape[1])
+                out = torch.empty_like(rows)
+                for at in range(0, len(rows), step):  # which the hooks read
+                    part = slice(at, at + step)
+                    here = past.rows(source[:active][part]) if self.position else None
+                    out[part], _ = runs.blocks.run(layer, rows[part], here)
+                rows = out
+        return rows
+
+
+    def _joining(self, layer: int, rows: Tensor, source: Tensor) -> Iterator[Tensor]:
+        """The states in which the cells that join at a block do so: their parent's, or the corrupted run's."""
+        draws = self.runs.draws
+        for place in range(bisect_left(self.joins, layer), bisect_left(self.joins, layer + 1)):
+            parent = self.parents[place]
+            if parent is not None:
+                yield rows[parent * draws : (parent + 1) * draws]
+            else:
+                yield self.runs.states[layer][source[place * draws : (place + 1) * draws], self.position :]
+
+
+@dataclass(frozen=True)
+class _Fork:
+    """A member, the block where it joins the batch, and the member whose states it has until then, if any."""
+
+    member: _Member
+    layer: int
+    parent: _Member | None
+
+
+def _forks(members: Sequence[_Member]) -> list[_Fork]:
+    """Let each member share the states of the earlier one that does the same as it up to the highest block."""
+    forks: list[_Fork] = []
+    groups: dict[tuple[int, int], list[tuple[_Fork, dict[int, frozenset[tuple[Patch, bool]]]]]] = {}
+    for member in reversed(members):  # long windows first
+        plan: dict[int, frozenset[tuple[Patch, bool]]] = {}
+        for patches, restored in ((member.what.restored, True), (member.what.held, False)):
+            for patch in patches:
+                plan[patch.start] = plan.get(patch.start, frozenset()) | {(patch, restored)}
+        group = groups.setdefault((member.job, member.start), [])
+        best = _Fork(member, member.start, None)
+        for other, theirs in group:
+            parts = min(
+                (layer for layer in plan.keys() | theirs.keys() if plan.get(layer) != theirs.get(layer)), default=None
+            )
+            # one that joins there or later has a parent, looked at before it, that does the same for as long
+            if parts is not None and parts > best.layer and other.layer < parts:
+                best = _Fork(member, parts, other.member)
+        group.append((best, plan))
+        forks.append(best)
+    return forks
+
+
+def _bytes_a_token(model: HookedModel) -> int:
+    """Memory that a block needs for one token while it runs, measured: about six rows of each of its widths."""
+    cfg = model.cfg
+    size = next(model.parameters()).element_size()
+    return 6 * size * (int(cfg.d_model) + int(cfg.d_mlp or 0) + int(cfg.n_heads) * int(cfg.d_head))
