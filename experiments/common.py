@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import random
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mechedit import cache, provenance
-from mechedit.models import HookedModel
+from mechedit import cache, facts, provenance
+from mechedit.facts import Fact
+from mechedit.models import HookedModel, weight_hash
+from mechedit.runs import tracing
 
+OUT = Path(__file__).parents[1] / "out"
 FIGURES = Path(__file__).parents[1] / "figures"
 Settings = TypeVar("Settings")
 
@@ -32,10 +37,46 @@ def write(name: str, model: HookedModel, settings: Any, result: dict[str, Any]) 
     """Write a result as JSON under figures/MODEL/, with all that made it."""
     plain = {key: value.name if isinstance(value, Path) else value for key, value in asdict(settings).items()}
     record = {"settings": plain, "origin": provenance.origin(model), "versions": provenance.versions(), **result}
-    path = FIGURES / str(model.cfg.model_name).rsplit("/", 1)[-1] / f"{name}.json"
+    path = FIGURES / short_name(model) / f"{name}.json"
     with cache.atomic_write(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return path
+
+
+def runs(model: HookedModel, name: str) -> Path:
+    """The folder of a resumable run, out of git's sight: out/MODEL/NAME."""
+    return OUT / short_name(model) / name
+
+
+def short_name(model: HookedModel) -> str:
+    """The model's name without its owner."""
+    return str(model.cfg.model_name).rsplit("/", 1)[-1]
+
+
+def known_facts(model: HookedModel, n: int, seed: int) -> list[Fact]:
+    """`n` facts whose answer the model puts first, in an order fixed by the seed: published known facts and built-in ones.
+
+    The published file is read from MECHEDIT_DATA, or ../shared/data beside the project; without it the built-in facts
+    serve alone.
+    """
+    data = Path(os.environ.get("MECHEDIT_DATA", Path(__file__).parents[2] / "shared" / "data")) / "known_facts.json"
+    candidates = [*(facts.read(data) if data.is_file() else ()), *facts.built_in()]
+    unique = list({(fact.prompt, fact.subject): fact for fact in candidates}.values())
+    random.Random(seed).shuffle(unique)  # noqa: S311 (a sample)
+    memory = (
+        OUT
+        / short_name(model)
+        / f"known-{cache.content_key([weight_hash(model), [fact.prompt for fact in unique]])}.json"
+    )
+    if memory.is_file():
+        wanted = set(json.loads(memory.read_text()))
+        kept = [fact for fact in unique if fact.prompt in wanted]
+    else:
+        kept = tracing.known(model, unique, progress=progress())
+        with cache.atomic_write(memory) as temporary:
+            temporary.write_text(json.dumps([fact.prompt for fact in kept]))
+    say(f"{short_name(model)} knows {len(kept)} of {len(unique)} facts; {min(n, len(kept))} are used")
+    return kept[:n]
 
 
 def say(text: str) -> None:

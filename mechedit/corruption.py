@@ -34,6 +34,7 @@ __all__ = [
     "generator",
     "multivariate",
     "multivariate_published",
+    "needed",
     "partner",
     "statistics",
     "student_t",
@@ -51,9 +52,9 @@ class Statistics:
     """What embeddings are like: the standard deviation of all their entries, their mean and covariance, and of which tokens."""
 
     sigma: float
-    mean: Float[Tensor, " d_model"]
-    covariance: Float[Tensor, "d_model d_model"]
     source: str
+    mean: Float[Tensor, " d_model"] | None = None
+    covariance: Float[Tensor, "d_model d_model"] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Noise:
     d_model: int
     scale: float
     degrees: float
-    statistics: Statistics | None
+    statistics: Statistics
     stream: torch.Generator
 
     def normal(self) -> Float[Tensor, "draws tokens d_model"]:
@@ -94,7 +95,7 @@ def multivariate(noise: Noise) -> Float[Tensor, "draws tokens d_model"]:
 
 def multivariate_published(noise: Noise) -> Float[Tensor, "draws tokens d_model"]:
     """As the published code has it: about the embeddings' mean, which also shifts what it is added to."""
-    return multivariate(noise) + _statistics(noise).mean
+    return multivariate(noise) + _moments(noise)[0]
 
 
 def student_t(noise: Noise) -> Float[Tensor, "draws tokens d_model"]:
@@ -109,7 +110,7 @@ def student_t(noise: Noise) -> Float[Tensor, "draws tokens d_model"]:
 
 def student_t_published(noise: Noise) -> Float[Tensor, "draws tokens d_model"]:
     """As the published code has it: about the embeddings' mean."""
-    return student_t(noise) + _statistics(noise).mean
+    return student_t(noise) + _moments(noise)[0]
 
 
 FAMILIES: dict[str, Family] = {
@@ -118,14 +119,18 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def _statistics(noise: Noise) -> Statistics:
-    assert noise.statistics is not None
-    return noise.statistics
+def _moments(noise: Noise) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "d_model d_model"]]:
+    mean, covariance = noise.statistics.mean, noise.statistics.covariance
+    if mean is None or covariance is None:
+        raise CorruptionError(
+            "this noise needs the embeddings' mean and covariance: pass `corruption.statistics(model)`."
+        )
+    return mean, covariance
 
 
 def _root(noise: Noise) -> Float[Tensor, "d_model d_model"]:
     """A matrix R with R R^T the embeddings' covariance, which may be singular."""
-    values, vectors = torch.linalg.eigh(_statistics(noise).covariance.double())
+    values, vectors = torch.linalg.eigh(_moments(noise)[1].double())
     return (vectors * values.clamp(min=0).sqrt()).float()
 
 
@@ -154,7 +159,15 @@ def statistics(model: HookedModel, texts: Iterable[str] | None = None, source: s
     entries = len(ids) * d_model
     spread = float(outer.trace()) - float(total.sum()) ** 2 / entries
     covariance = (outer - len(ids) * torch.outer(mean, mean)) / (len(ids) - 1)
-    return Statistics((spread / (entries - 1)) ** 0.5, mean.float(), covariance.float(), source)
+    return Statistics((spread / (entries - 1)) ** 0.5, source, mean.float(), covariance.float())
+
+
+def needed(model: HookedModel, settings: TraceSettings) -> Statistics:
+    """The vocabulary's statistics, as far as the settings' noise needs them."""
+    if settings.corruption.startswith(("multivariate", "student_t")):
+        return statistics(model)
+    unit = 1.0 if settings.scale == "absolute" or settings.corruption == "tokens" else embedding_std(model)
+    return Statistics(unit, "vocabulary")
 
 
 def generator(seed: int, *labels: str) -> torch.Generator:
@@ -170,14 +183,14 @@ def corrupt(
     prompt: Prompt,
     settings: TraceSettings,
     *,
+    known: Statistics,
     family: Family | None = None,
-    known: Statistics | None = None,
     other: str | None = None,
 ) -> tuple[Float[Tensor, "draws pos d_model"], float]:
     """The embeddings of the prompt's corrupted runs, and the scale of the noise (0 where there is none).
 
-    `family` replaces the one that the settings name; `known` gives the statistics, the vocabulary's otherwise; `other` is
-    the subject that takes the subject's place where `settings.corruption` is "tokens".
+    `known` says what embeddings are like (`needed` has the vocabulary's); `family` replaces the one that the settings name;
+    `other` is the subject that takes the subject's place where `settings.corruption` is "tokens".
 
     Raises:
         CorruptionError: tokens to replace without an equally long `other`; noise of another shape than asked for.
@@ -186,9 +199,7 @@ def corrupt(
     if settings.corruption == "tokens" and family is None:
         return _replaced(model, fact, prompt, other), 0.0
     family = family or FAMILIES[settings.corruption]
-    if known is None and family in (multivariate, multivariate_published, student_t, student_t_published):
-        known = statistics(model)
-    unit = 1.0 if settings.scale == "absolute" else known.sigma if known else embedding_std(model)
+    unit = 1.0 if settings.scale == "absolute" else known.sigma
     begin, end = prompt.subject[0], min(prompt.subject[1] + settings.extra, len(prompt.ids))
     noise = family(
         Noise(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mechedit.cache import atomic_write
@@ -26,10 +28,10 @@ def kind(path: str | Path) -> str:
     Raises:
         FileError: it is none.
     """
-    _, metadata = _open(Path(path))
-    if "mechedit" not in metadata:
+    _, header = _open(Path(path))
+    if not header:
         raise FileError(f"{path} is a safetensors file, but none of mechedit's.")
-    return metadata["mechedit"]
+    return str(header["kind"])
 
 
 def write(path: str | Path, what: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> Path:
@@ -37,10 +39,22 @@ def write(path: str | Path, what: str, tensors: dict[str, Tensor], record: dict[
     from safetensors.torch import save_file
 
     path = Path(path)
-    metadata = {"mechedit": what, "format": str(_FORMAT), "record": json.dumps(record, ensure_ascii=False)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"kind": what, "format": _FORMAT, "sha256": _digest(tensors, record), "record": record}
+    # one entry, because safetensors writes several in an order that changes from file to file
+    metadata = {"mechedit": json.dumps(header, ensure_ascii=False)}
     with atomic_write(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        save_file(tensors, temporary, metadata)
     return path
+
+
+def _digest(tensors: dict[str, Tensor], record: dict[str, Any]) -> str:
+    """SHA-256 of the record and of every tensor's name and bytes."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].view(torch.uint8).numpy().tobytes() if tensors[name].numel() else b"")
+    return digest.hexdigest()
 
 
 def read(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -49,32 +63,33 @@ def read(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]
     Raises:
         FileError: missing, truncated, another kind of file, or a newer format than this version knows.
     """
-    tensors, metadata = _open(Path(path))
-    if metadata.get("mechedit") != what:
-        found = metadata.get("mechedit")
+    tensors, header = _open(Path(path))
+    found = header.get("kind")
+    if found != what:
         raise FileError(
             f"{path} is not a mechedit {what}: it is {f'a mechedit {found}' if found else 'a safetensors file of another kind'}."
         )
-    try:
-        format_number, record = int(metadata["format"]), json.loads(metadata["record"])
-    except (KeyError, ValueError) as error:
+    if not isinstance(header.get("format"), int) or not isinstance(header.get("record"), dict):
+        raise FileError(f"{path} is a mechedit {what} whose record cannot be read.")
+    if header["format"] > _FORMAT:
         raise FileError(
-            f"{path} is a mechedit {what} whose record cannot be read ({type(error).__name__} {error})."
-        ) from error
-    if format_number > _FORMAT:
-        raise FileError(
-            f"{path} has format {format_number}; this version of mechedit knows up to {_FORMAT}. Update mechedit."
+            f"{path} has format {header['format']}; this version of mechedit knows up to {_FORMAT}. Update mechedit."
         )
-    return tensors, record
+    if header.get("sha256") != _digest(tensors, header["record"]):
+        raise FileError(f"{path} was changed after it was written: its contents do not have the hash it names.")
+    return tensors, header["record"]
 
 
-def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, and what `write` said of them; empty if it did not write this."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise FileError(f"{path} does not exist or is no file.")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            header = json.loads((file.metadata() or {}).get("mechedit", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise FileError(f"{path} is truncated or no safetensors file ({error}).") from error
+    return tensors, header if isinstance(header, dict) else {}

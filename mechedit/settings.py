@@ -73,7 +73,8 @@ class TraceSettings:
     )
     window: int = knob(10, "layers in a window of mlp or attn outputs")
     centre: str = knob(
-        "code", "code: layer l restores [l - w//2, l + ceil(w/2) - 1] as published; paper: even windows one block higher"
+        "code",
+        "code: layer l restores [l - w//2, l + ceil(w/2) - 1] as published; paper: even windows one block higher",
     )
     roles: tuple[str, ...] = knob((), "token roles whose positions are restored; empty means every position")
     draws: int = knob(10, "noise draws that are averaged")
@@ -107,6 +108,14 @@ class TraceSettings:
         _choice("precision", self.precision, PRECISIONS)
         for role in self.roles:
             _choice("roles", role, ROLES)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> TraceSettings:
+        """The settings whose `dataclasses.asdict` this is, through JSON or not."""
+        fields_: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
+        }
+        return cls(**fields_)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from mechedit.tracing.cells import (
     MLP_OUT,
     RESID_POST,
     RESID_PRE,
-    Z,
     Cell,
     Component,
     Patch,
+    Z,
     single,
     window,
 )
@@ -104,8 +104,7 @@ def test_any_cells_equal_one_forward_pass_each(shape, cells, begin, span, draws,
     cells = [
         cell
         for cell in map(build, cells)
-        if not conflict(cell)
-        and not lacking & {patch.component.name for patch in (*cell.restored, *cell.held)}
+        if not conflict(cell) and not lacking & {patch.component.name for patch in (*cell.restored, *cell.held)}
     ]
     corrupted = corrupted_embeddings(model, IDS, begin, span, draws)
     with pytest.MonkeyPatch.context() as patch:

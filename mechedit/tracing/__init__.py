@@ -99,9 +99,7 @@ class Trace:
 
     def save(self, path: str | Path) -> Path:
         """Write the trace, draws included, as one safetensors file. The same trace gives the same bytes."""
-        return files.write(
-            path, "trace", {f"draws.{kind}": grid for kind, grid in self.draws.items()}, self._record()
-        )
+        return files.write(path, "trace", {f"draws.{kind}": grid for kind, grid in self.draws.items()}, self._record())
 
     @staticmethod
     def load(path: str | Path) -> Trace:
@@ -112,8 +110,8 @@ class Trace:
         """
         tensors, record = files.read(path, "trace")
         try:
-            settings = {key: tuple(value) if isinstance(value, list) else value for key, value in record["settings"].items()}
-            draws = {kind: tensors[f"draws.{kind}"] for kind in settings["kinds"]}
+            settings = TraceSettings.from_json(record["settings"])
+            draws = {kind: tensors[f"draws.{kind}"] for kind in settings.kinds}
             return Trace(
                 prompt=record["prompt"],
                 tokens=tuple(record["tokens"]),
@@ -127,12 +125,14 @@ class Trace:
                 effects={kind: grid.mean(-1) for kind, grid in draws.items()},
                 draws=draws,
                 noise_std=record["noise_std"],
-                settings=TraceSettings(**settings),
+                settings=settings,
                 origin=record["origin"],
                 versions=record["versions"],
             )
         except (KeyError, TypeError, IndexError, SettingsError) as error:
-            raise files.FileError(f"{path} is a trace that lacks something, or has what is not known: {error}.") from error
+            raise files.FileError(
+                f"{path} is a trace that lacks something, or has what is not known: {error}."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,7 @@ class Prepared:
     corrupted: Float[Tensor, "draws pos d_model"]
     noise_std: float
     reads: tuple[Read, ...]
+    settings: TraceSettings
 
     def job(self, cells: Sequence[Cell], held_shift: int = 0) -> Job:
         """A sweep of these cells."""
@@ -199,6 +200,7 @@ def trace_all(
     settings = settings or TraceSettings()
     settings = replace(settings, prepend_bos=prompts.resolve_bos(model, settings.prepend_bos))
     others = others or [None] * len(facts)
+    known = known or corruption.needed(model, settings)
     origin, versions = provenance.origin(model), provenance.versions()
     n_layers = int(model.cfg.n_layers)
     for begin in range(0, len(facts), batch):
@@ -295,7 +297,8 @@ def prepare(
     answer = (
         prompts.continuation(model, fact.prompt, fact.target_true) if fact.target_true else [_top(model, prompt.ids)]
     )
-    corrupted, scale = corruption.corrupt(model, fact, prompt, settings, family=family, known=known, other=other)
+    known = known or corruption.needed(model, settings)
+    corrupted, scale = corruption.corrupt(model, fact, prompt, settings, known=known, family=family, other=other)
     last = len(prompt.ids) - 1
     ids = prompt.ids
     if settings.measure == "p_answer":
@@ -316,7 +319,7 @@ def prepare(
         reads = (Read(last, (answer[0], second)),)
     else:
         reads = (Read(last, (answer[0],)),)
-    return Prepared(fact, prompt, tuple(answer), ids, corrupted, scale, reads)
+    return Prepared(fact, prompt, tuple(answer), ids, corrupted, scale, reads, settings)
 
 
 def measured(settings: TraceSettings, log_p: Float[Tensor, "*runs targets"]) -> Float[Tensor, "*runs"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["ATTN_OUT", "COMPONENTS", "MLP_OUT", "POST", "RESID_MID", "RESID_POST", "RESID_PRE", "Z", "Cell", "Component", "Patch", "single", "window"]  # fmt: skip
+__all__ = ["ATTN_OUT", "COMPONENTS", "MLP_OUT", "POST", "RESID_MID", "RESID_POST", "RESID_PRE", "Cell", "Component", "Patch", "Z", "single", "window"]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -290,8 +290,8 @@ class _Pass:
         joining = sorted(_forks(members), key=lambda fork: fork.layer)
         self.members = [fork.member for fork in joining]
         self.joins = [fork.layer for fork in joining]
-        place = {id(fork.member): index for index, fork in enumerate(joining)}
-        self.parents = [place[id(fork.parent)] if fork.parent is not None else None for fork in joining]
+        places = {id(fork.member): index for index, fork in enumerate(joining)}
+        self.parents = [places[id(fork.parent)] if fork.parent is not None else None for fork in joining]
         self.row_tokens = min(ROW_TOKENS, max(64, memory // 2 // _bytes_a_token(runs.model)))
         self.states: dict[int, _Writes] = {}
         self.hooks: dict[tuple[Component, int], _Writes] = {}
@@ -374,7 +374,6 @@ class _Pass:
                     out[part], _ = runs.blocks.run(layer, rows[part], here)
                 rows = out
         return rows
-
 
     def _joining(self, layer: int, rows: Tensor, source: Tensor) -> Iterator[Tensor]:
         """The states in which the cells that join at a block do so: their parent's, or the corrupted run's."""

@@ -1,0 +1,1 @@
+"""Runs over many facts that survive: what is finished is on disk, whole; what is not is done again."""

@@ -1,0 +1,132 @@
+"""Trace many facts into a folder, resumably: whole traces, or severed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mechedit import corruption, provenance
+from mechedit.cache import content_key
+from mechedit.corruption import Statistics
+from mechedit.facts import Fact
+from mechedit.models import Blocks, HookedModel
+from mechedit.progress import Progress, silent
+from mechedit.prompts import continuation, encode, pad, resolve_bos
+from mechedit.runs.store import Store
+from mechedit.settings import TraceSettings
+from mechedit.tracing import Trace, trace
+from mechedit.tracing.severing import Severed, severed
+
+__all__ = ["known", "partners", "sever_facts", "trace_facts", "unit"]
+
+
+def unit(fact: Fact) -> str:
+    """The name of a fact's unit: a hash of what a trace depends on."""
+    return content_key([fact.subject, fact.template, fact.target_true, fact.target_new])
+
+
+def trace_facts(
+    model: HookedModel,
+    facts: Sequence[Fact],
+    folder: str | Path,
+    settings: TraceSettings | None = None,
+    *,
+    statistics: Statistics | None = None,
+    progress: Progress = silent,
+) -> list[Trace]:
+    """The trace of each fact, from `folder` where it is there, computed and saved there otherwise.
+
+    With `settings.corruption` "tokens" each subject gives way to one of the same relation and length; a fact without such a
+    partner is left out.
+
+    Raises:
+        RunError: the folder holds a run of other settings, or another process works in it.
+    """
+    settings, statistics, what = _run(model, settings, statistics)
+    others = partners(model, facts, settings)
+    by_unit = {unit(fact): (fact, other) for fact, other in others}
+    store: Store[Trace] = Store(folder, what, Trace.load, Trace.save)
+
+    def compute(name: str) -> Trace:
+        fact, other = by_unit[name]
+        return trace(model, fact, settings, known=statistics, other=other)
+
+    return list(store.run(list(by_unit), compute, progress))
+
+
+def sever_facts(
+    model: HookedModel,
+    facts: Sequence[Fact],
+    folder: str | Path,
+    settings: TraceSettings | None = None,
+    *,
+    shared_draws: bool = True,
+    statistics: Statistics | None = None,
+    progress: Progress = silent,
+) -> list[Severed]:
+    """`tracing.severing.severed` of each fact, resumably as `trace_facts`."""
+    settings, statistics, what = _run(model, settings, statistics)
+    by_unit = {unit(fact): fact for fact in facts}
+    store: Store[Severed] = Store(folder, what | {"shared_draws": shared_draws}, Severed.load, Severed.save)
+
+    def compute(name: str) -> Severed:
+        return severed(model, by_unit[name], settings, shared_draws=shared_draws, known=statistics)
+
+    return list(store.run(list(by_unit), compute, progress))
+
+
+def _run(
+    model: HookedModel, settings: TraceSettings | None, statistics: Statistics | None
+) -> tuple[TraceSettings, Statistics, dict[str, Any]]:
+    settings = settings or TraceSettings()
+    settings = replace(settings, prepend_bos=resolve_bos(model, settings.prepend_bos))
+    statistics = statistics or corruption.needed(model, settings)
+    origin = provenance.origin(model)
+    what = {
+        "settings": asdict(settings),
+        "noise": {"source": statistics.source, "sigma": statistics.sigma},
+        "model": {key: origin[key] for key in ("name", "weight_hash", "dtype")},
+    }
+    return settings, statistics, what
+
+
+def partners(model: HookedModel, facts: Sequence[Fact], settings: TraceSettings) -> list[tuple[Fact, str | None]]:
+    """Each fact with the subject that takes its subject's place, where the corruption is other tokens."""
+    if settings.corruption != "tokens":
+        return [(fact, None) for fact in facts]
+    found = [(fact, corruption.partner(model, fact, facts, seed=settings.seed)) for fact in facts]
+    return [(fact, other) for fact, other in found if other is not None]
+
+
+@torch.no_grad()
+def known(
+    model: HookedModel, facts: Sequence[Fact], *, prepend_bos: bool | None = None, progress: Progress = silent
+) -> list[Fact]:
+    """The facts whose answer's first token is what the model finds most probable.
+
+    The published code compares one decoded token with the whole answer, and so drops every answer of several tokens.
+    """
+    bos = resolve_bos(model, prepend_bos)
+    blocks, kept, size = Blocks(model), [], 32
+    for begin in range(0, len(facts), size):
+        progress("asking the model", begin, len(facts))
+        part = [fact for fact in facts[begin : begin + size] if fact.target_true]
+        ids = [encode(model, fact.prompt, prepend_bos=bos)[0] for fact in part]
+        if not part:
+            continue
+        resid = blocks.embed(pad(model, ids))
+        for layer in range(int(model.cfg.n_layers)):
+            resid, _ = blocks.run(layer, resid)
+        last = torch.tensor([len(row) - 1 for row in ids], device=resid.device)
+        said = blocks.logits(resid[torch.arange(len(ids), device=resid.device), last]).argmax(-1).tolist()
+        kept += [
+            fact
+            for fact, token in zip(part, said, strict=True)
+            if continuation(model, fact.prompt, str(fact.target_true))[0] == token
+        ]
+    progress("asking the model", len(facts), len(facts))
+    return kept

@@ -1,0 +1,113 @@
+"""Which modules carry a restored state on? Severed causal tracing (Meng et al. 2022, section 2.3 and figure 3).
+
+One state is restored in the corrupted run; then again while the MLP outputs at that position are held at their corrupted
+values in every block, and again with the attention outputs held. What is lost went through what was held. Both passes share
+one draw of noise; the published code mixes two, which is `shared_draws=False`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mechedit import corruption, files, prompts, provenance
+from mechedit.corruption import Statistics
+from mechedit.facts import Fact
+from mechedit.models import HookedModel
+from mechedit.progress import Progress, silent
+from mechedit.settings import SettingsError, TraceSettings
+from mechedit.tracing import measured, prepare
+from mechedit.tracing.cells import ATTN_OUT, MLP_OUT, RESID_POST, Cell, Patch
+from mechedit.tracing.engine import GIGABYTE, sweep
+from mechedit.tracing.roles import positions
+
+__all__ = ["CURVES", "Severed", "severed"]
+
+CURVES = {"ordinary": (), "mlp": (MLP_OUT,), "attn": (ATTN_OUT,)}
+
+
+@dataclass(frozen=True)
+class Severed:
+    """`curves[name]` is [layer, draw]: the measure with the state after that block restored at `position`, while nothing
+    ("ordinary"), the MLP outputs ("mlp") or the attention outputs ("attn") are held there at their corrupted values."""
+
+    prompt: str
+    subject: str
+    position: int
+    role: str
+    p_clean: float
+    p_corrupted: float
+    curves: dict[str, Float[Tensor, "layer draw"]]
+    settings: TraceSettings
+    shared_draws: bool
+    origin: dict[str, Any]
+    versions: dict[str, str]
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as one safetensors file. The same curves give the same bytes."""
+        record = {name: value for name, value in vars(self).items() if name not in {"curves", "settings"}}
+        return files.write(path, "severed", self.curves, record | {"settings": asdict(self.settings)})
+
+    @staticmethod
+    def load(path: str | Path) -> Severed:
+        """Read what `save` wrote.
+
+        Raises:
+            FileError: the file is missing, damaged, or something else.
+        """
+        curves, record = files.read(path, "severed")
+        try:
+            settings = TraceSettings.from_json(record["settings"])
+            fields: dict[str, Any] = record | {"curves": curves, "settings": settings}
+            return Severed(**fields)
+        except (KeyError, TypeError, SettingsError) as error:
+            raise files.FileError(f"{path} lacks something, or has what is not known: {error}.") from error
+
+
+def severed(
+    model: HookedModel,
+    fact: Fact,
+    settings: TraceSettings | None = None,
+    *,
+    role: str = "subject_last",
+    shared_draws: bool = True,
+    known: Statistics | None = None,
+    progress: Progress = silent,
+) -> Severed:
+    """The three curves of one fact, restoring the (first) position that has a token role. `kinds` and windows play no part."""
+    settings = settings or TraceSettings()
+    settings = replace(settings, prepend_bos=prompts.resolve_bos(model, settings.prepend_bos))
+    known = known or corruption.needed(model, settings)
+    prepared = prepare(model, fact, settings, known=known)
+    found = positions(role, len(prepared.prompt.ids), prepared.prompt.subject)
+    if not found:
+        raise SettingsError(f"no token of {fact.prompt!r} has the role {role}.")
+    at, n_layers = found[0], int(model.cfg.n_layers)
+    cells = [
+        Cell(
+            (Patch(RESID_POST, layer, at),),
+            tuple(Patch(component, each, at) for component in held for each in range(n_layers)),
+        )
+        for held in CURVES.values()
+        for layer in range(n_layers)
+    ]
+    job = prepared.job(cells, held_shift=0 if shared_draws else 1)
+    (swept,) = sweep(model, [job], progress, memory=int(settings.memory * GIGABYTE))
+    values = measured(settings, swept.cells).unflatten(0, (len(CURVES), n_layers))
+    return Severed(
+        prompt=fact.prompt,
+        subject=fact.subject,
+        position=at,
+        role=role,
+        p_clean=float(measured(settings, swept.clean)),
+        p_corrupted=float(measured(settings, swept.corrupted).mean()),
+        curves=dict(zip(CURVES, values, strict=True)),
+        settings=settings,
+        shared_draws=shared_draws,
+        origin=provenance.origin(model),
+        versions=provenance.versions(),
+    )

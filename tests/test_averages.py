@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mechedit import sites
+from mechedit.settings import ROLES, TraceSettings
+from mechedit.tracing import Trace
+from mechedit.tracing.averages import AverageError, average, compare, interval
+from mechedit.tracing.roles import positions, roles
+
+SETTINGS = TraceSettings(kinds=("mlp", "attn"), draws=1)
+
+
+def made(effects, corrupted=0.1, clean=0.6, subject=(1, 3), prompt="a", settings=SETTINGS, weights="w"):
+    """A trace with given effects [kind][layer][position]."""
+    grids = {kind: torch.tensor(grid) for kind, grid in zip(settings.kinds, effects, strict=True)}
+    n = grids[settings.kinds[0]].shape[1]
+    return Trace(
+        prompt=prompt,
+        tokens=tuple("abcdefgh"[:n]),
+        subject=prompt,
+        subject_range=subject,
+        relation=None,
+        answer="x",
+        answer_ids=(1,),
+        p_clean=clean,
+        p_corrupted=corrupted,
+        effects=grids,
+        draws={kind: grid[..., None] for kind, grid in grids.items()},
+        noise_std=1.0,
+        settings=settings,
+        origin={"name": "m", "weight_hash": weights},
+        versions={},
+    )
+
+
+def two():
+    first = [[[0.1, 0.2, 0.5, 0.2, 0.1], [0.1, 0.2, 0.4, 0.1, 0.1]], [[0.1, 0.1, 0.1, 0.1, 0.3], [0.1] * 5]]
+    second = [[[0.3, 0.2, 0.2, 0.4], [0.2, 0.2, 0.2, 0.2]], [[0.2, 0.2, 0.2, 0.2], [0.2, 0.2, 0.2, 0.5]]]
+    return [made(first), made(second, corrupted=0.2, clean=0.4, subject=(0, 1), prompt="b")]
+
+
+def test_each_position_has_one_role():
+    assert roles(8, (1, 5)) == ("before", "subject_first", "subject_middle", "subject_middle", "subject_last", "after_first", "after_further", "last")  # fmt: skip
+    assert roles(3, (0, 1)) == ("subject_last", "after_first", "last")
+    assert roles(2, (0, 1)) == ("subject_last", "last")
+    assert roles(3, (1, 3)) == ("before", "subject_first", "subject_last")
+    assert positions("subject_middle", 8, (1, 5)) == [2, 3]
+
+
+def test_averages_by_hand():
+    found = average(two())
+    assert found.n == 2
+    assert found.n_role == (1, 1, 0, 2, 2, 1, 2)
+    column = {role: index for index, role in enumerate(ROLES)}
+    # subject_last: positions 2 and 0; less 0.1 and 0.2
+    assert found.at("mlp", 0, "subject_last").mean == pytest.approx((0.4 + 0.1) / 2)
+    assert found.at("mlp", 0, "subject_first").mean == pytest.approx(0.2 - 0.1)
+    assert found.at("mlp", 0, "subject_first").n == 1
+    assert found.at("attn", 1, "last").mean == pytest.approx((0.0 + 0.3) / 2)
+    assert float(found.direct["mlp"][0, column["subject_last"]]) == pytest.approx((0.1 + 0.1) / 2)
+    assert float(found.restored["mlp"][0, column["subject_last"]]) == pytest.approx(0.4)
+    assert found.total.mean == pytest.approx((0.5 + 0.2) / 2)
+    assert found.indirect["mlp"][:, column["subject_middle"]].isnan().all()
+    whole = found.indirect["mlp"] + found.direct["mlp"]  # where both facts have the role, the total effect
+    both = torch.tensor(found.n_role) == 2
+    torch.testing.assert_close(whole[:, both], torch.full_like(whole[:, both], found.total.mean))
+    assert float(found.best["mlp"][column["subject_last"]]) == pytest.approx((0.5 + 0.3) / 2)
+    assert json.loads(json.dumps(found.to_json()))["indirect_effect"]["mlp"][0][column["subject_middle"]] is None
+
+
+def test_facts_whose_decisive_token_is_another_are_listed():
+    elsewhere = made([[[0.1, 0.5, 0.2, 0.1], [0.1] * 4], [[0.1] * 4] * 2], subject=(0, 1), prompt="odd")
+    usual = made([[[0.5, 0.1, 0.2, 0.9], [0.1] * 4], [[0.1] * 4] * 2], subject=(0, 1), prompt="usual")
+    assert average([elsewhere, usual]).exceptions == (("odd", "after_first"),)
+
+
+def test_intervals_are_those_of_the_bootstrap_and_cover_the_mean():
+    from scipy.stats import bootstrap
+
+    values = np.random.default_rng(0).gamma(2.0, size=(60, 1))
+    low, high = interval(values)
+    theirs = bootstrap((values[:, 0],), np.mean, method="percentile", n_resamples=10_000, rng=1).confidence_interval
+    assert float(low[0]) == pytest.approx(theirs.low, abs=0.02)
+    assert float(high[0]) == pytest.approx(theirs.high, abs=0.02)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    random = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        low, high = interval(random.normal(1.0, 2.0, size=(50, 1)), resamples=1000)
+        inside += bool(low[0] <= 1.0 <= high[0])
+    assert 180 <= inside <= 198
+
+
+def test_missing_roles_leave_the_others_intervals_alone():
+    values = np.random.default_rng(0).normal(size=(40, 2))
+    values[::2, 1] = np.nan
+    low, high = interval(values)
+    alone_low, alone_high = interval(values[1::2, 1:])
+    assert float(low[1]) == pytest.approx(float(alone_low[0]), abs=0.06)
+    assert float(high[1]) == pytest.approx(float(alone_high[0]), abs=0.06)
+    assert np.isnan(interval(np.full((5, 1), np.nan))[0]).all()
+
+
+def test_a_paired_comparison_takes_differences_within_facts():
+    first = [made([[[0.1 * n, 0.2]], [[0.1, 0.1]]], subject=(0, 1), prompt=str(n)) for n in range(6)]
+    second = [
+        replace(each, effects={kind: grid + 0.05 for kind, grid in each.effects.items()}) for each in first
+    ]  # far less than facts differ among themselves
+    found = compare(first, second, "mlp", 0, "subject_last")
+    assert found.mean == pytest.approx(0.05)
+    assert found.excludes_zero
+    assert found.n == 6
+    with pytest.raises(AverageError, match="same facts in the same order"):
+        compare(first, second[::-1], "mlp", 0, "subject_last")
+
+
+def test_traces_that_differ_in_more_than_the_fact_are_not_averaged():
+    first, second = two()
+    with pytest.raises(AverageError, match="at least 2"):
+        average([first])
+    with pytest.raises(AverageError, match="share settings and weights"):
+        average([first, replace(second, settings=replace(SETTINGS, seed=1))])
+    with pytest.raises(AverageError, match="share settings and weights"):
+        average([first, replace(second, origin={"name": "m", "weight_hash": "other"})])
+
+
+def test_an_averages_sites_are_where_it_restores_most_and_name_layers_as_good():
+    def fact(noise):
+        mlp = [[0.1, 0.3 + noise], [0.3 + 3 * noise, 0.1], [0.2, 0.1]]
+        attn = [[0.1, 0.1], [0.1, 0.2], [0.1, 0.4]]
+        return made([mlp, attn], subject=(0, 1), prompt=str(noise))
+
+    found = average([fact(noise) for noise in (-0.06, 0.0, 0.06)])
+    early, late = sites.early(found), sites.late(found)
+    assert (early.kind, early.layer, early.role) == ("mlp", 1, "subject_last")
+    assert early.p == pytest.approx(0.3)
+    assert early.near == (1,)
+    assert (late.kind, late.layer, late.near) == ("attn", 2, (2,))
+    wide = average([fact(noise) for noise in (-0.06, 0.0, 0.0601)] + [made([[[0.4, 0.1], [0.1, 0.1], [0.5, 0.1]], [[0.1, 0.1]] * 3], subject=(0, 1), prompt="c")])  # fmt: skip
+    assert len(sites.early(wide).near) > 1
+    assert "are as good" in str(sites.early(wide))
+
+
+def test_a_role_that_was_not_traced_has_no_site():
+    traces = [made([[[0.1, 0.2]], [[0.1, 0.2]]], subject=(0, 2), prompt=name) for name in "ab"]
+    with pytest.raises(sites.SiteError, match="no position with the role last"):
+        sites.late(average(traces))

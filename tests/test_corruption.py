@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mechedit import corruption, models, prompts
+from mechedit.corruption import CorruptionError, Noise, Statistics, corrupt, needed, partner, statistics
+from mechedit.facts import Fact
+from mechedit.settings import CORRUPTIONS, TraceSettings
+from mechedit.tracing import trace
+from tests.conftest import FACT
+
+SMALL = TraceSettings(draws=3)
+COVARIANCE = torch.tensor([[4.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, 1.0]])
+KNOWN = Statistics(2.0, "by hand", torch.tensor([5.0, -3.0, 1.0]), COVARIANCE)
+
+
+def draw(family, draws=40_000, degrees=8.0):
+    noise = Noise(draws, 1, 3, 2.0, degrees, KNOWN, corruption.generator(0, "test"))
+    return family(noise)[:, 0]
+
+
+def corrupted(model, fact=FACT, settings=SMALL, **given):
+    prompt = prompts.prepare(model, fact)
+    given.setdefault("known", needed(model, settings))
+    return corrupt(model, fact, prompt, settings, **given), prompt
+
+
+@pytest.mark.parametrize(
+    ("family", "mean", "covariance"),
+    [
+        (corruption.gaussian, torch.zeros(3), 4 * torch.eye(3)),
+        (corruption.uniform, torch.zeros(3), 4 / 3 * torch.eye(3)),
+        (corruption.multivariate, torch.zeros(3), 4 * COVARIANCE),
+        (corruption.multivariate_published, KNOWN.mean, 4 * COVARIANCE),
+        (corruption.student_t, torch.zeros(3), 4 * COVARIANCE * 8 / 6),
+        (corruption.student_t_published, KNOWN.mean, 4 * COVARIANCE * 8 / 6),
+    ],
+)
+def test_families_have_the_mean_and_covariance_of_their_distributions(family, mean, covariance):
+    sample = draw(family)
+    torch.testing.assert_close(sample.mean(0), mean, atol=0.06, rtol=0)
+    torch.testing.assert_close(sample.T.cov(), covariance, atol=0.6, rtol=0.08)
+
+
+def test_uniform_noise_is_bounded_and_student_t_has_heavy_tails():
+    assert draw(corruption.uniform).abs().max() <= 2.0
+    heavy, light = (draw(corruption.student_t, degrees=each)[:, 2] for each in (3.0, 100.0))
+    kurtosis = [float(((each / each.std()) ** 4).mean()) for each in (heavy, light)]
+    assert kurtosis[0] > 6 > kurtosis[1]
+
+
+def test_a_family_that_needs_a_covariance_says_so():
+    noise = Noise(2, 1, 3, 1.0, 3.0, Statistics(1.0, "sigma alone"), corruption.generator(0))
+    with pytest.raises(CorruptionError, match="mean and covariance"):
+        corruption.multivariate(noise)
+
+
+@pytest.mark.parametrize("name", [each for each in CORRUPTIONS if each != "tokens"])
+def test_every_named_noise_falls_on_the_subject_alone_and_is_the_facts_own(model, name):
+    settings = replace(SMALL, corruption=name)
+    (first, scale), prompt = corrupted(model, settings=settings)
+    (again, _), _ = corrupted(model, settings=settings)
+    assert torch.equal(first, again)
+    clean = models.embed(model, torch.tensor([prompt.ids]))[0]
+    begin, end = prompt.subject
+    change = first - clean
+    assert scale == pytest.approx(3 * models.embedding_std(model), rel=1e-5)
+    assert (change[:, begin:end].abs() > 0).any(-1).all()
+    assert torch.equal(first[:, :begin], clean[:begin].expand(3, -1, -1))
+    assert torch.equal(first[:, end:], clean[end:].expand(3, -1, -1))
+    other = Fact("The Eiffel Tower", FACT.template, "Seattle")
+    (theirs, _), their_prompt = corrupted(model, other, settings)
+    there = their_prompt.subject[0]
+    assert not torch.allclose(theirs[:, there] - models.embed(model, torch.tensor([their_prompt.ids]))[0, there], change[:, begin])  # fmt: skip
+
+
+def test_extra_tokens_replacement_and_absolute_scale_are_obeyed(model):
+    (plain, _), prompt = corrupted(model)
+    clean = models.embed(model, torch.tensor([prompt.ids]))[0]
+    begin, end = prompt.subject
+    (extra, _), _ = corrupted(model, settings=replace(SMALL, extra=2))
+    changed = (extra != clean).any(-1).any(0).nonzero()[:, 0].tolist()
+    assert changed == list(range(begin, end + 2))
+    (beyond, _), _ = corrupted(model, settings=replace(SMALL, extra=99))
+    assert (beyond != clean).any(-1).any(0).nonzero()[:, 0].tolist() == list(range(begin, len(prompt.ids)))
+    (replaced, _), _ = corrupted(model, settings=replace(SMALL, replace=True))
+    torch.testing.assert_close(replaced[:, begin:end] + clean[begin:end], plain[:, begin:end])
+    (absolute, scale), _ = corrupted(model, settings=replace(SMALL, scale="absolute", noise=0.5))
+    assert scale == 0.5
+    torch.testing.assert_close(
+        (absolute - clean)[:, begin:end] / 0.5,
+        (plain - clean)[:, begin:end] / (3 * models.embedding_std(model)),
+        atol=1e-4,
+        rtol=1e-3,
+    )
+
+
+def test_statistics_are_of_the_tokens_given(model):
+    whole = statistics(model)
+    everything = models.embed(model, torch.arange(int(model.cfg.d_vocab))[None])[0]
+    assert whole.sigma == pytest.approx(float(everything.std()), rel=1e-5)
+    torch.testing.assert_close(whole.mean, everything.mean(0), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(whole.covariance, everything.T.cov(), atol=1e-5, rtol=1e-3)
+    texts = ["The Space Needle", "Paris"]
+    ids = [token for text in texts for token in model.tokenizer(text, add_special_tokens=False).input_ids]
+    some = statistics(model, texts, "subjects")
+    assert some.source == "subjects"
+    assert some.sigma == pytest.approx(float(models.embed(model, torch.tensor([ids])).std()), rel=1e-5)
+    (_, scale), _ = corrupted(model, known=some)
+    assert scale == pytest.approx(3 * some.sigma)
+    with pytest.raises(CorruptionError, match="at least 2 tokens"):
+        statistics(model, [])
+
+
+def test_another_subject_of_equal_length_takes_the_subjects_place(model):
+    chosen = replace(SMALL, corruption="tokens")
+    fact = Fact("Seattle", "The city of {} is in", "Paris", relation="city")
+    (embeddings, scale), _ = corrupted(model, fact, chosen, other="London")
+    theirs = prompts.prepare(model, Fact("London", fact.template))
+    assert scale == 0.0
+    assert embeddings.shape[0] == 1
+    assert torch.equal(embeddings[0], models.embed(model, torch.tensor([theirs.ids]))[0])
+    found = trace(model, fact, chosen, other="London")
+    assert found.draws["mlp"].shape[-1] == 1
+    with torch.no_grad():
+        log_p = model(torch.tensor([theirs.ids]))[0, -1].log_softmax(-1)
+    assert found.p_corrupted == pytest.approx(float(log_p[found.answer_ids[0]].exp()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [(None, "needs another subject"), ("xqz xqz xqz", "must have as many tokens"), ("Seattle", "the subject itself")],
+)
+def test_subjects_that_cannot_take_its_place_are_errors(model, other, message):
+    fact = Fact("Seattle", "The city of {} is in", "Paris")
+    with pytest.raises(CorruptionError, match=message):
+        trace(model, fact, replace(SMALL, corruption="tokens"), other=other)
+
+
+def test_partners_share_relation_and_length_but_not_the_answer(model):
+    fact = Fact("Seattle", "The city of {} is in", "Paris", relation="city")
+    fits = Fact("London", "The city of {} is in", "Rome", relation="city")
+    others = [
+        fact,
+        fits,
+        Fact("Berlin", "The city of {} is in", "Paris", relation="city"),
+        Fact("Rome", "The city of {} is in", "London", relation="other"),
+        Fact("The Space Needle xqz", "The city of {} is in", "London", relation="city"),
+    ]
+    assert partner(model, fact, others) == "London"
+    assert partner(model, fact, [fact]) is None
+
+
+def test_noise_of_ones_own_is_used_and_checked(model):
+    def ones(noise: Noise) -> torch.Tensor:
+        return noise.scale * torch.ones(noise.draws, noise.tokens, noise.d_model)
+
+    (embeddings, scale), prompt = corrupted(model, family=ones)
+    clean = models.embed(model, torch.tensor([prompt.ids]))[0]
+    begin, end = prompt.subject
+    torch.testing.assert_close(embeddings[:, begin:end], (clean[begin:end] + scale).expand(3, -1, -1))
+    assert trace(model, FACT, SMALL, family=ones).draws["mlp"].std(-1).max() < 1e-6
+    with pytest.raises(CorruptionError, match=r"shape .*; bad gave \(1,\)"):
+
+        def bad(noise: Noise) -> torch.Tensor:
+            return torch.zeros(1)
+
+        trace(model, FACT, SMALL, family=bad)

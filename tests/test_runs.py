@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mechedit import corruption, prompts
+from mechedit.cache import WriteError
+from mechedit.facts import Fact
+from mechedit.files import FileError
+from mechedit.runs.store import RunError, Store
+from mechedit.runs.tracing import known, sever_facts, trace_facts, unit
+from mechedit.settings import TraceSettings
+from mechedit.tracing import Trace, trace
+
+SMALL = TraceSettings(draws=2, window=2)
+NAMES = ("Paris", "London", "Rome", "Berlin", "Seattle")
+FACTS = [Fact(name, "{} is located in the city of", "Apple", relation="city") for name in NAMES]
+FACTS += [Fact("The Space Needle", "{} is in", "Seattle", relation="tower")]
+
+
+def units(folder):
+    return {path.name: path.read_bytes() for path in (folder / "units").iterdir()}
+
+
+def test_a_run_gives_each_facts_own_trace(model, tmp_path):
+    found = trace_facts(model, FACTS, tmp_path, SMALL)
+    for fact, each in zip(FACTS, found, strict=True):
+        alone = trace(model, fact, SMALL)
+        assert each.prompt == fact.prompt
+        assert all(torch.equal(each.draws[kind], alone.draws[kind]) for kind in SMALL.kinds)
+    assert set(units(tmp_path)) == {f"{unit(fact)}.safetensors" for fact in FACTS}
+
+
+def test_a_run_that_was_cut_off_goes_on_with_what_is_missing(model, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    trace_facts(model, FACTS, whole, SMALL)
+    cut = tmp_path / "cut"
+
+    def interrupt(what, done, of):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trace_facts(model, FACTS, cut, SMALL, progress=interrupt)
+    assert len(units(cut)) == 3
+    computed = []
+    monkeypatch.setattr("mechedit.runs.tracing.trace", lambda model, fact, *rest, **named: computed.append(fact) or trace(model, fact, *rest, **named))  # fmt: skip
+    trace_facts(model, FACTS, cut, SMALL)
+    assert computed == FACTS[3:]
+    assert units(cut) == units(whole)
+
+
+def test_a_file_cut_short_at_any_byte_or_changed_in_one_is_done_again(model, tmp_path):
+    (found,) = trace_facts(model, FACTS[:1], tmp_path, replace(SMALL, kinds=("mlp",), draws=1))
+    path = tmp_path / "units" / f"{unit(FACTS[0])}.safetensors"
+    whole = path.read_bytes()
+    store = Store(tmp_path, json.loads((tmp_path / "run.json").read_text()), Trace.load, Trace.save)
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert store.get(unit(FACTS[0])) is None, f"cut to {length} of {len(whole)} bytes and not noticed"
+    stream = random.Random(0)
+    for _ in range(200):
+        place = stream.randrange(8, len(whole))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << stream.randrange(8)]) + whole[place + 1 :])
+        again = store.get(unit(FACTS[0]))
+        # a changed byte that leaves the same meaning, of padding, say, is no damage
+        assert again is None or (again == replace(found, effects=again.effects, draws=again.draws) and torch.equal(again.draws["mlp"], found.draws["mlp"]))  # fmt: skip
+    path.write_bytes(whole[:-1])
+    trace_facts(model, FACTS[:1], tmp_path, replace(SMALL, kinds=("mlp",), draws=1))
+    assert path.read_bytes() == whole
+
+
+def test_settings_weights_and_noise_that_differ_are_refused_not_mixed(model, load, tmp_path):
+    trace_facts(model, FACTS[:1], tmp_path, SMALL)
+    with pytest.raises(RunError, match=r"settings\.seed: 0 there, 1 now"):
+        trace_facts(model, FACTS[:1], tmp_path, replace(SMALL, seed=1))
+    with pytest.raises(RunError, match=r"model\.weight_hash"):
+        trace_facts(load("llama"), FACTS[:1], tmp_path, SMALL)
+    with pytest.raises(RunError, match=r"noise\.sigma"):
+        trace_facts(model, FACTS[:1], tmp_path, SMALL, statistics=corruption.statistics(model, ["Paris", "London"]))
+    with pytest.raises(RunError, match="shared_draws"):
+        sever_facts(model, FACTS[:1], tmp_path, SMALL)
+    trace_facts(model, FACTS[:2], tmp_path, SMALL)  # more facts are no other run
+
+
+def test_two_processes_in_one_folder_do_not_mix(model, tmp_path):
+    def intrude(what, done, of):
+        if done == 1:
+            trace_facts(model, FACTS, tmp_path, SMALL)
+
+    with pytest.raises(RunError, match="another process is at work"):
+        trace_facts(model, FACTS, tmp_path, SMALL, progress=intrude)
+
+
+def test_folders_that_cannot_hold_a_run_are_errors(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="cannot be written"):
+        trace_facts(model, FACTS[:1], tmp_path / "file" / "run", SMALL)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(RunError, match="damaged"):
+        trace_facts(model, FACTS[:1], tmp_path, SMALL)
+
+
+def test_other_tokens_take_partners_from_the_same_relation(model, tmp_path):
+    facts = [replace(fact, target_true=answer) for fact, answer in zip(FACTS, ("a", "b", "c", "d", "e", "f"), strict=True)]  # fmt: skip
+    found = trace_facts(model, facts, tmp_path, replace(SMALL, corruption="tokens"))
+    assert "The Space Needle" not in {each.subject for each in found}, "it alone has its relation, so it has no partner"
+    assert len(found) >= 2
+    assert all(each.draws["mlp"].shape[-1] == 1 for each in found)
+
+
+def test_severed_runs_resume_too(model, tmp_path):
+    first = sever_facts(model, FACTS, tmp_path, SMALL)
+    before = units(tmp_path)
+    again = sever_facts(model, FACTS, tmp_path, SMALL)
+    assert units(tmp_path) == before
+    assert [each.subject for each in first] == [each.subject for each in again] == [fact.subject for fact in FACTS]
+
+
+def test_known_facts_are_those_whose_answer_comes_first(model):
+    right = []
+    for fact in FACTS:
+        tokens = prompts.prepare(model, fact).ids
+        with torch.no_grad():
+            said = int(model(torch.tensor([list(tokens)]))[0, -1].argmax())
+        candidate = replace(fact, target_true=model.tokenizer.decode([said]).strip() or "x")
+        if prompts.continuation(model, candidate.prompt, candidate.target_true)[0] == said:
+            right.append(candidate)
+    assert right, "the model must say some word for this to say anything"
+    wrong = [replace(fact, target_true="Needle Needle") for fact in FACTS]
+    assert known(model, [*wrong, *right, Fact("Paris", "{} is in")]) == right
+
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from mechedit import models
+from tests.test_runs import trace_facts, TraceSettings, many
+trace_facts(models.load(sys.argv[1], device="cpu"), many(), sys.argv[2], TraceSettings(draws=2, window=2))
+"""
+
+
+def many():
+    """Thirty facts."""
+    return [Fact(f"{name} {second}", "{} is located in", "Apple") for name in NAMES for second in (*NAMES, "Jobs")]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_run_ends_byte_equal(folder, tmp_path):
+    """SIGKILL, twenty times, wherever it happens to be; then the run is finished and compared with one left in peace."""
+    command = [sys.executable, "-c", SCRIPT, str(folder("gpt2"))]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    began = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "peace")], check=True, env=environment)
+    seconds = time.monotonic() - began
+    stream, kills, finished = random.Random(0), 0, 0
+    while kills < 20:
+        target = tmp_path / f"war{finished}"
+        process = subprocess.Popen([*command, str(target)], env=environment)
+        try:
+            process.wait(timeout=stream.uniform(0.4, 1.0) * seconds)
+            finished += 1
+            assert units(target) == units(tmp_path / "peace")
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    subprocess.run([*command, str(target)], check=True, env=environment)
+    assert units(target) == units(tmp_path / "peace")
+
+
+def test_a_file_of_another_kind_is_no_unit(model, tmp_path):
+    sever_facts(model, FACTS[:1], tmp_path / "a", SMALL)
+    with pytest.raises(FileError, match="not a mechedit trace: it is a mechedit severed"):
+        Trace.load(next((tmp_path / "a" / "units").iterdir()))
