@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,20 @@ from mechedit.settings import KINDS, MomentSettings, RomeSettings, TraceSettings
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mechedit.corruption import Statistics
+    from mechedit.facts import Fact
     from mechedit.models import HookedModel
     from mechedit.progress import Progress
     from mechedit.tracing import Trace
+    from mechedit.tracing.averages import Average
 
 __all__ = ["main"]
 
 DEFAULT_MODEL = "gemma-3-270m"
+
+
+class UsageError(MecheditError, ValueError):
+    """Options that do not go together."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,12 +73,33 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for pictures, trace and edit (default: mechedit-demo)",
     )
 
-    trace = _command(commands, "trace", _trace, "find where the model recalls a fact", model=True)
-    _add_prompt(trace)
+    trace = _command(commands, "trace", _trace, "find where the model recalls a fact, or many facts", model=True)
+    _add_prompt(trace, required=False)
     trace.add_argument("--answer", help="the answer to measure (default: what the model says)")
+    trace.add_argument("--other", help="with --corruption tokens: the subject that takes the subject's place")
+    trace.add_argument(
+        "--facts", metavar="FILE", help="trace every fact of a JSON file, or of `built-in`, into --out, and average"
+    )
+    trace.add_argument("--limit", type=int, metavar="N", help="with --facts: the first N that remain")
+    trace.add_argument(
+        "--unknown", action="store_true", help="with --facts: keep facts whose answer the model does not put first"
+    )
+    trace.add_argument(
+        "--sigma-from", metavar="FILE", help="text file, or `subjects` of --facts: take sigma from its tokens"
+    )
     _add_settings(trace, TraceSettings)
-    trace.add_argument("--out", type=Path, metavar="DIR", help="write heat maps and trace.safetensors there")
+    trace.add_argument(
+        "--out", type=Path, metavar="DIR", help="write heat maps and traces there; a run over facts resumes from it"
+    )
     _add_json(trace)
+
+    sever = _command(commands, "sever", _sever, "trace a restored state with MLPs or attention cut off", model=True)
+    _add_prompt(sever)
+    sever.add_argument("--answer", help="the answer to measure (default: what the model says)")
+    sever.add_argument("--role", default="subject_last", help="token role that is restored (default: subject_last)")
+    _add_settings(sever, TraceSettings)
+    sever.add_argument("--out", type=Path, metavar="DIR", help="write the curves, as picture and as file, there")
+    _add_json(sever)
 
     edit = _command(commands, "edit", _edit, "rewrite a fact by a rank-one change of one W_out", model=True)
     _add_prompt(edit)
@@ -164,9 +192,14 @@ def _command(
     return parser
 
 
-def _add_prompt(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="PROMPT", help="the whole prompt, which contains the subject")
-    parser.add_argument("--subject", required=True, help="the subject, letter for letter as in the prompt")
+def _add_prompt(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        nargs=None if required else "?",
+        help="the whole prompt, which contains the subject",
+    )
+    parser.add_argument("--subject", required=required, help="the subject, letter for letter as in the prompt")
     parser.add_argument(
         "--occurrence", type=int, help="which appearance of the subject, from 0, where there are several"
     )
@@ -185,14 +218,14 @@ def _add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
         if flag in parser._option_string_actions:
             continue
         shown = "" if default is None else f" (default: {_shown(default)})"
-        if default is None:
+        if default is None or isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif isinstance(default, tuple):
             parser.add_argument(
                 flag,
-                type=_pairs if isinstance(default[0], tuple) else _names,
-                metavar=_shown(default),
-                help=text + shown,
+                type=_pairs if default and isinstance(default[0], tuple) else _names,
+                metavar=_shown(default) or "NAME,…",
+                help=text + (shown if default else ""),
             )
         else:
             parser.add_argument(
@@ -235,21 +268,130 @@ def _pairs(text: str) -> tuple[tuple[int, int], ...]:
 
 def _trace(arguments: argparse.Namespace) -> None:
     from mechedit import figures, tracing
-    from mechedit.facts import from_prompt
+    from mechedit.tracing import accuracy
 
     settings = TraceSettings(**_given(arguments, TraceSettings))
-    fact = from_prompt(
-        arguments.prompt, arguments.subject, target_true=arguments.answer, occurrence=arguments.occurrence
-    )
+    if arguments.facts:
+        return _trace_facts(arguments, settings)
+    if arguments.prompt is None or arguments.subject is None:
+        raise UsageError("trace needs PROMPT and --subject, or --facts FILE and --out DIR.")
+    fact = _fact(arguments)
     _check_places(arguments.json, arguments.out and arguments.out / "trace.safetensors")
     model = _load(arguments)
+    known = _statistics(arguments, model, [fact])
     with _progress() as progress:
-        trace = tracing.trace(model, fact, settings, progress=progress)
+        trace = tracing.trace(model, fact, settings, known=known, other=arguments.other, progress=progress)
     console = _console(arguments)
     _show_trace(console, trace)
+    record = trace.to_json()
+    if not accuracy.is_exact(settings):
+        error = accuracy.sample_error(model, fact, settings, known=known, other=arguments.other)
+        console.print(f"not exact; against the model's own precision and ten draws, {error}", highlight=False)
+        record["error"] = vars(error)
     if arguments.out:
         _show_files(console, [*figures.save(trace, arguments.out), trace.save(arguments.out / "trace.safetensors")])
-    _write_json(arguments.json, trace.to_json())
+    _write_json(arguments.json, record)
+    return None
+
+
+def _fact(arguments: argparse.Namespace) -> Fact:
+    from mechedit.facts import from_prompt
+
+    return from_prompt(
+        arguments.prompt, arguments.subject, target_true=arguments.answer, occurrence=arguments.occurrence
+    )
+
+
+def _statistics(arguments: argparse.Namespace, model: HookedModel, facts: Sequence[Fact]) -> Statistics | None:
+    """Of the texts that --sigma-from names, or None for the vocabulary's."""
+    from mechedit import corruption
+
+    if not arguments.sigma_from:
+        return None
+    if arguments.sigma_from == "subjects":
+        subjects = [fact.subject for fact in facts]
+        return corruption.statistics(model, subjects, f"subjects of {len(subjects)} facts")
+    path = Path(arguments.sigma_from)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--sigma-from must be a text file, or `subjects`; {path} cannot be read: {error}.") from error
+    return corruption.statistics(model, [line for line in lines if line.strip()], f"text of {path.name}")
+
+
+def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None:
+    from mechedit import facts, figures, sites
+    from mechedit.runs import tracing as runs
+    from mechedit.tracing.averages import average
+
+    if arguments.out is None:
+        raise UsageError("a run over facts is kept in a folder: give --out DIR.")
+    if arguments.prompt is not None:
+        raise UsageError("give PROMPT or --facts, not both.")
+    chosen = list(facts.built_in() if arguments.facts == "built-in" else facts.read(arguments.facts))
+    _check_places(arguments.json, arguments.out / "average.json")
+    model = _load(arguments)
+    console = _console(arguments)
+    with _progress() as progress:
+        if not arguments.unknown:
+            kept = runs.known(model, chosen, prepend_bos=settings.prepend_bos, progress=progress)
+            console.print(f"the model knows {len(kept)} of {len(chosen)} facts", highlight=False)
+            chosen = kept
+        chosen = chosen[: arguments.limit]
+        statistics = _statistics(arguments, model, chosen)
+        traces = runs.trace_facts(model, chosen, arguments.out, settings, statistics=statistics, progress=progress)
+    mean = average(traces, seed=settings.seed)
+    console.print(f"{mean.n} facts. clean {mean.clean}, corrupted {mean.corrupted}, total effect {mean.total}")
+    _show_average(console, mean)
+    for name, find in (("early", sites.early), ("late", sites.late)):
+        with suppress(sites.SiteError):
+            console.print(f"{name} site: {find(mean)}", markup=False, highlight=False)
+    _write_json(arguments.out / "average.json", mean.to_json())
+    _show_files(console, [*figures.save_average(mean, arguments.out), arguments.out / "average.json"])
+    _write_json(arguments.json, mean.to_json())
+
+
+def _show_average(console: Console, mean: Average) -> None:
+    """The best layer of each kind and role, with its interval."""
+    from mechedit.tracing.roles import ROLES, TITLES
+
+    rows = []
+    for role, n in zip(ROLES, mean.n_role, strict=True):
+        column = ROLES.index(role)
+        cells = []
+        for kind, grid in mean.indirect.items():
+            if grid[:, column].isnan().all():
+                cells.append("")
+                continue
+            layer = int(grid[:, column].nan_to_num(-1e9).argmax())
+            cells.append(f"{mean.at(kind, layer, role)} layer {layer}")
+        if any(cells):
+            rows.append((TITLES[role], str(n), *cells))
+    _show_table(console, ("average indirect effect", "facts", *mean.indirect), rows)
+
+
+def _sever(arguments: argparse.Namespace) -> None:
+    from mechedit import figures
+    from mechedit.tracing.severing import severed
+
+    settings = TraceSettings(**_given(arguments, TraceSettings))
+    fact = _fact(arguments)
+    _check_places(arguments.json, arguments.out and arguments.out / "severed.safetensors")
+    model = _load(arguments)
+    with _progress() as progress:
+        found = severed(model, fact, settings, role=arguments.role, progress=progress)
+    console = _console(arguments)
+    console.print(f"{found.prompt!r}: clean {found.p_clean:.3f}, corrupted {found.p_corrupted:.3f}", highlight=False)
+    means = {name: curve.mean(-1).tolist() for name, curve in found.curves.items()}
+    _show_table(
+        console,
+        ("layer", *means),
+        [(str(layer), *(f"{curve[layer]:.3f}" for curve in means.values())) for layer in range(len(means["ordinary"]))],
+    )
+    if arguments.out:
+        path = found.save(arguments.out / "severed.safetensors")
+        _show_files(console, [*figures.save_severed([found], arguments.out), path])
+    _write_json(arguments.json, found.to_json())
 
 
 def _edit(arguments: argparse.Namespace) -> None:
@@ -318,11 +460,13 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from mechedit import edits, files
     from mechedit.moments import Moment
     from mechedit.tracing import Trace
+    from mechedit.tracing.severing import Severed
 
     kind = files.kind(arguments.file)
     readers: dict[str, Callable[[Path], dict[str, Any]]] = {
         "edit": lambda path: edits.load(path).to_json(),
         "trace": lambda path: {name: value for name, value in Trace.load(path).to_json().items() if name != "effects"},
+        "severed": lambda path: Severed.load(path).to_json(),
         "moment": lambda path: Moment.load(path).to_json(),
     }
     if kind not in readers:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mechedit.cache import atomic_write
+from mechedit.settings import ROLE_TITLES, ROLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mechedit.tracing import Trace
+    from mechedit.tracing.averages import Average
+    from mechedit.tracing.severing import Severed
 
-__all__ = ["heat_map", "save"]
+__all__ = ["average_map", "heat_map", "role_lines", "save", "save_average", "save_severed", "severed_lines", "write"]
 
 COLOURS = {"resid": "Purples", "mlp": "Greens", "attn": "Reds"}
 TITLES = {
@@ -32,11 +36,13 @@ def heat_map(trace: Trace, kind: str) -> Figure:
 
     The colours run from the corrupted probability, which is white, to the highest restored one.
     """
+    import numpy as np
     from matplotlib.figure import Figure
 
     if kind not in trace.effects:
         raise ValueError(f"the trace has kinds {', '.join(trace.effects)}, not {kind}.")
     grid = trace.effects[kind].T.numpy()
+    lowest, highest = float(np.nanmin(grid)), float(np.nanmax(grid))
     begin, end = trace.subject_range
     labels = [
         token.replace("\n", "⏎") + ("*" if begin <= index < end else "") for index, token in enumerate(trace.tokens)
@@ -45,26 +51,95 @@ def heat_map(trace: Trace, kind: str) -> Figure:
     axes = figure.add_subplot()
     image = axes.imshow(
         grid,
-        cmap=COLOURS[kind],
-        vmin=min(trace.p_corrupted, grid.min()),
-        vmax=grid.max(),
+        cmap=COLOURS.get(kind, "Blues"),
+        vmin=min(trace.p_corrupted, lowest),
+        vmax=highest,
         aspect="auto",
         interpolation="nearest",
     )
     axes.set_yticks(range(len(labels)), [_plain(label) for label in labels], fontsize=9)
     axes.set_xticks(range(0, grid.shape[1], 1 if grid.shape[1] <= 12 else 5 if grid.shape[1] > 24 else 2))
-    axes.set_xlabel(AXES[kind], fontsize=9)
-    axes.set_title(TITLES[kind].format(window=trace.settings.window), fontsize=10)
+    axes.set_xlabel(AXES.get(kind, f"layer of {kind}"), fontsize=9)
+    axes.set_title(TITLES.get(kind, kind).format(window=trace.settings.window), fontsize=10)
     bar = figure.colorbar(image, ax=axes)
     bar.ax.set_title(_plain(f"P({trace.answer.strip()})"), fontsize=9, pad=8)
     bar.ax.axhline(trace.p_corrupted, color="black", linewidth=0.8)
-    if trace.p_clean <= grid.max():
+    if trace.p_clean <= highest:
         bar.ax.axhline(trace.p_clean, color="black", linewidth=0.8, linestyle="--")
     return figure
 
 
-def save(trace: Trace, folder: str | Path) -> list[Path]:
-    """Write every kind's heat map as PNG and SVG into `folder`; the paths, in order.
+def average_map(mean: Average, kind: str) -> Figure:
+    """The average indirect effect by token role and layer; what was not seen is left blank, negative effects are shown."""
+    from matplotlib.figure import Figure
+
+    grid = mean.indirect[kind].T.numpy()
+    seen = [index for index, row in enumerate(grid) if not (row != row).all()]
+    figure = Figure(figsize=(4.2 + 0.16 * grid.shape[1], 1.6 + 0.24 * len(seen)), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(
+        grid[seen], cmap=COLOURS.get(kind, "Blues"), vmin=min(0.0, float(grid[seen].min())), aspect="auto"
+    )
+    axes.set_yticks(
+        range(len(seen)), [f"{ROLE_TITLES[ROLES[index]]} ({mean.n_role[index]})" for index in seen], fontsize=9
+    )
+    axes.set_xticks(range(0, grid.shape[1], 1 if grid.shape[1] <= 12 else 5 if grid.shape[1] > 24 else 2))
+    axes.set_xlabel(AXES.get(kind, f"layer of {kind}"), fontsize=9)
+    axes.set_title(f"Average indirect effect over {mean.n} facts", fontsize=10)
+    figure.colorbar(image, ax=axes).ax.set_title("AIE", fontsize=9, pad=8)
+    return figure
+
+
+def role_lines(mean: Average, roles: Sequence[str] = ("subject_first", "subject_middle", "subject_last", "after_first", "last")) -> Figure:  # fmt: skip
+    """The average indirect effect by layer, a panel a kind, a line a token role, with 95 % intervals over facts."""
+    from matplotlib.figure import Figure
+
+    kinds = list(mean.indirect)
+    figure = Figure(figsize=(3.6 * len(kinds), 3.2), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, kind in zip(panels, kinds, strict=True):
+        for role in roles:
+            column = ROLES.index(role)
+            line = mean.indirect[kind][:, column]
+            if line.isnan().all():
+                continue
+            layers = range(len(line))
+            (drawn,) = axes.plot(layers, line, label=ROLE_TITLES[role], linewidth=1.4)
+            low, high = mean.low[kind][:, column], mean.high[kind][:, column]
+            axes.fill_between(layers, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
+        axes.axhline(0, color="black", linewidth=0.6)
+        axes.set_title(TITLES.get(kind, kind).format(window=mean.settings.window), fontsize=8)
+        axes.set_xlabel("layer", fontsize=9)
+    panels[0].set_ylabel(f"average indirect effect, {mean.n} facts", fontsize=9)
+    panels[0].legend(fontsize=7)
+    return figure
+
+
+def severed_lines(curves: Sequence[Severed]) -> Figure:
+    """The effect of restoring one state, with nothing, the MLPs and attention held, by layer; intervals over facts."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from mechedit.tracing.averages import interval
+
+    figure = Figure(figsize=(4.6, 3.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    labels = {"ordinary": "nothing severed", "mlp": "MLPs severed", "attn": "attention severed"}
+    for name, colour in (("ordinary", "C4"), ("mlp", "C2"), ("attn", "C3")):
+        effects = np.stack([each.curves[name].mean(-1).double().numpy() - each.p_corrupted for each in curves])
+        layers = range(effects.shape[1])
+        axes.plot(layers, effects.mean(0), color=colour, label=labels[name], linewidth=1.4)
+        if len(curves) > 1:
+            axes.fill_between(layers, *interval(effects), color=colour, alpha=0.2, linewidth=0)
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set_xlabel(f"layer of the restored state, {ROLE_TITLES[curves[0].role]}", fontsize=9)
+    axes.set_ylabel("indirect effect" + (f", {len(curves)} facts" if len(curves) > 1 else ""), fontsize=9)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def write(figure: Figure, stem: Path) -> list[Path]:
+    """Write a figure as PNG and SVG; the same figure gives the same bytes.
 
     Raises:
         WriteError: the folder cannot be written.
@@ -72,18 +147,29 @@ def save(trace: Trace, folder: str | Path) -> list[Path]:
     import matplotlib as mpl
 
     written = []
-    for kind in trace.effects:
-        figure = heat_map(trace, kind)
-        for suffix in (".png", ".svg"):
-            path = Path(folder) / f"trace_{kind}{suffix}"
-            metadata = {"Software": "mechedit"} if suffix == ".png" else {"Date": None, "Creator": "mechedit"}
-            with (
-                atomic_write(path) as temporary,
-                mpl.rc_context({"svg.hashsalt": "mechedit"}),
-            ):  # same trace, same bytes
-                figure.savefig(temporary, metadata=metadata)
-            written.append(path)
+    for suffix in (".png", ".svg"):
+        path = stem.with_name(stem.name + suffix)
+        metadata = {"Software": "mechedit"} if suffix == ".png" else {"Date": None, "Creator": "mechedit"}
+        with atomic_write(path) as temporary, mpl.rc_context({"svg.hashsalt": "mechedit"}):
+            figure.savefig(temporary, metadata=metadata)
+        written.append(path)
     return written
+
+
+def save(trace: Trace, folder: str | Path) -> list[Path]:
+    """Write every kind's heat map into `folder`; the paths, in order."""
+    return [path for kind in trace.effects for path in write(heat_map(trace, kind), Path(folder) / f"trace_{kind}")]
+
+
+def save_average(mean: Average, folder: str | Path) -> list[Path]:
+    """Write every kind's average map and the lines by role into `folder`; the paths, in order."""
+    maps = [path for kind in mean.indirect for path in write(average_map(mean, kind), Path(folder) / f"average_{kind}")]
+    return [*maps, *write(role_lines(mean), Path(folder) / "average_lines")]
+
+
+def save_severed(curves: Sequence[Severed], folder: str | Path) -> list[Path]:
+    """Write the severed curves into `folder`; the paths."""
+    return write(severed_lines(curves), Path(folder) / "severed")
 
 
 def _plain(text: str) -> str:

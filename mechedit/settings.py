@@ -25,7 +25,16 @@ __all__ = [
 
 KINDS = ("resid", "mlp", "attn")
 POLICIES = ("averaged", "published")
-ROLES = ("before", "subject_first", "subject_middle", "subject_last", "after_first", "after_further", "last")
+ROLE_TITLES = {
+    "before": "before the subject",
+    "subject_first": "first subject token",
+    "subject_middle": "middle subject tokens",
+    "subject_last": "last subject token",
+    "after_first": "first token after",
+    "after_further": "further tokens",
+    "last": "last token",
+}
+ROLES = tuple(ROLE_TITLES)
 CENTRES = ("code", "paper")
 CORRUPTIONS = (
     "gaussian",

@@ -143,6 +143,97 @@ def test_kinds_and_occurrence_and_bos_reach_the_trace(run, tmp_path):
     )
 
 
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_a_trace_that_is_not_exact_says_by_how_much(run, tmp_path):
+    _, out, _ = run(*TRACE, "--window", "2", "--json", str(tmp_path / "t.json"))
+    assert "not exact; against the model's own precision and ten draws, on 24 cells" in " ".join(out.split())
+    assert read(tmp_path / "t.json")["error"]["cells"] == 24
+
+
+@pytest.fixture
+def known_file(tmp_path):
+    """A file of four facts in the published form."""
+    rows = [
+        {
+            "known_id": index,
+            "subject": name,
+            "attribute": "Paris",
+            "template": "{} is in the city of",
+            "prediction": "",
+            "prompt": f"{name} is in the city of",
+            "relation_id": "P1",
+        }
+        for index, name in enumerate(["London", "Berlin", "Rome", "Seattle"])
+    ]
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_a_run_over_facts_is_kept_resumed_and_averaged(run, known_file, tmp_path):
+    folder = tmp_path / "run"
+    small = ("--unknown", "--draws", "2", "--window", "2")
+    command = ("trace", "--facts", str(known_file), *small, "--limit", "3", "--out", str(folder))
+    status, out, _ = run(*command)
+    assert status == 0
+    assert "3 facts. clean" in out
+    assert "last subject token" in out
+    assert "early site: mlp at layer" in out
+    first = {path.name: path.read_bytes() for path in (folder / "units").iterdir()}
+    assert len(first) == 3
+    assert read(folder / "average.json")["n"] == 3
+    assert (folder / "average_lines.png").is_file()
+    run(*command)
+    assert {path.name: path.read_bytes() for path in (folder / "units").iterdir()} == first
+    status, _, err = run(*command, "--seed", "1")
+    assert status == 2
+    assert "holds a run of other settings (settings.seed: 0 there, 1 now)" in err
+
+
+def test_facts_the_model_does_not_know_are_left_out(run, known_file, tmp_path):
+    status, out, err = run("trace", "--facts", str(known_file), "--draws", "1", "--out", str(tmp_path / "run"))
+    assert "the model knows 0 of 4 facts" in out
+    assert status == 2
+    assert "an average needs at least 2 traces; found 0" in err
+
+
+def test_roles_and_sigma_of_subjects_reach_a_run(run, tmp_path):
+    few = ("--limit", "2", "--unknown", "--draws", "1", "--roles", "subject_last,last")
+    run("trace", "--facts", "built-in", *few, "--sigma-from", "subjects", "--no-replace", "--out", str(tmp_path))
+    description = read(tmp_path / "run.json")
+    assert description["noise"]["source"] == "subjects of 2 facts"
+    assert description["settings"]["roles"] == ["subject_last", "last"]
+    assert description["settings"]["replace"] is False
+
+
+def test_tokens_and_sigma_from_a_file_reach_the_trace(run, tmp_path):
+    text = tmp_path / "names.txt"
+    text.write_text("Paris\nLondon\n")
+
+    def std(*options):
+        run("trace", "Paris is in", "--subject", "Paris", "--draws", "1", *options, "--json", str(tmp_path / "t.json"))
+        return read(tmp_path / "t.json")["noise_std"]
+
+    assert std("--sigma-from", str(text)) != std()
+    assert std("--corruption", "tokens", "--other", "London") == 0.0
+
+
+def test_sever_writes_three_curves(run, tmp_path):
+    subject = (PROMPT, "--subject", "The Space Needle", "--draws", "2")
+    status, out, _ = run("sever", *subject, "--out", str(tmp_path), "--json", str(tmp_path / "s.json"))
+    assert status == 0
+    assert "ordinary" in out
+    record = read(tmp_path / "s.json")
+    assert set(record["curves"]) == {"ordinary", "mlp", "attn"}
+    assert len(record["curves"]["mlp"]) == 4
+    assert (tmp_path / "severed.png").is_file()
+    _, out, _ = run("inspect", str(tmp_path / "severed.safetensors"), model=False)
+    assert "severed" in out
+
+
 def test_json_on_standard_output_is_json_alone(run):
     status, out, err = run(*TRACE, "--json", "-")
     assert status == 0
@@ -236,6 +327,14 @@ def test_doctor_reports(run, tmp_path):
         (("trace", "Rome or Rome is", "--subject", "Rome"), "--occurrence"),
         (("trace", "Paris is", "--subject", ""), "must be a word"),
         ((*TRACE, "--kinds", "mlps"), "'mlps' is not"),
+        (("trace",), "needs PROMPT and --subject, or --facts"),
+        (("trace", "--facts", "built-in"), "give --out DIR"),
+        ((*TRACE, "--facts", "built-in", "--out", "x"), "not both"),
+        (("trace", "--facts", "/no/file", "--out", "x"), "/no/file"),
+        ((*TRACE, "--sigma-from", "/no/file"), "must be a text file"),
+        ((*TRACE, "--corruption", "tokens"), "needs another subject"),
+        ((*TRACE, "--roles", "verb"), "roles must be one of"),
+        (("sever", *TRACE[1:], "--role", "verb"), "has the role verb"),
         ((*TRACE, "--kinds", ","), "at least one"),
         ((*TRACE, "--window", "0"), "at least 1 layer"),
         ((*TRACE[:-2], "--draws", "0"), "at least 1"),

@@ -127,18 +127,20 @@ def test_severed_runs_resume_too(model, tmp_path):
     assert [each.subject for each in first] == [each.subject for each in again] == [fact.subject for fact in FACTS]
 
 
-def test_known_facts_are_those_whose_answer_comes_first(model):
-    right = []
-    for fact in FACTS:
-        tokens = prompts.prepare(model, fact).ids
-        with torch.no_grad():
-            said = int(model(torch.tensor([list(tokens)]))[0, -1].argmax())
-        candidate = replace(fact, target_true=model.tokenizer.decode([said]).strip() or "x")
-        if prompts.continuation(model, candidate.prompt, candidate.target_true)[0] == said:
-            right.append(candidate)
-    assert right, "the model must say some word for this to say anything"
-    wrong = [replace(fact, target_true="Needle Needle") for fact in FACTS]
-    assert known(model, [*wrong, *right, Fact("Paris", "{} is in")]) == right
+def test_known_facts_are_those_whose_answers_first_token_comes_first(model):
+    """The unembedding is made to prefer one token, so that it is known which facts are known."""
+    paris = [replace(fact, target_true=answer) for fact, answer in zip(FACTS, ("Paris", "Paris Needle") * 3, strict=True)]  # fmt: skip
+    token = prompts.continuation(model, FACTS[0].prompt, "Paris")[0]
+
+    def prefer(logits, hook):
+        logits = logits.clone()
+        logits[..., token] += 1000.0
+        return logits
+
+    apple = [replace(fact, target_true="Needle") for fact in FACTS]
+    with model.hooks(fwd_hooks=[("unembed.hook_out", prefer)]):
+        assert known(model, [*apple, *paris, Fact("Paris", "{} is in")]) == paris
+    assert known(model, apple) == []
 
 
 SCRIPT = """

@@ -31,7 +31,7 @@ from mechedit.tracing.cells import Cell, Component, Patch, single, window
 from mechedit.tracing.engine import GIGABYTE, Job, Read, Swept, sweep
 from mechedit.tracing.roles import roles
 
-__all__ = ["Cell", "Component", "Patch", "Prepared", "Trace", "TraceSettings", "measured", "prepare", "restore", "single", "trace", "trace_all", "window"]  # fmt: skip
+__all__ = ["Cell", "Component", "Patch", "Prepared", "Trace", "TraceSettings", "grid", "measured", "prepare", "restore", "single", "trace", "trace_all", "window"]  # fmt: skip
 
 STATES = {"resid": cells.RESID_POST, "resid_pre": cells.RESID_PRE, "resid_mid": cells.RESID_MID}
 WINDOWED = {"mlp": cells.MLP_OUT, "attn": cells.ATTN_OUT}
@@ -209,13 +209,13 @@ def trace_all(
             prepare(model, fact, settings, family=family, known=known, other=other)
             for fact, other in zip(facts[begin : begin + batch], others[begin : begin + batch], strict=True)
         ]
-        grids = [_grid(settings, components, n_layers, each.prompt) for each in part]
-        jobs = [each.job([cell for _, cell in grid]) for each, grid in zip(part, grids, strict=True)]
+        grids = [grid(settings, components, n_layers, each.prompt) for each in part]
+        jobs = [each.job([cell for _, cell in cells_]) for each, cells_ in zip(part, grids, strict=True)]
         with _precision(model, settings):
             found = sweep(model, jobs, progress, memory=int(settings.memory * GIGABYTE))
         seconds = (time.perf_counter() - began) / len(part)
-        for each, grid, swept in zip(part, grids, found, strict=True):
-            yield _trace(model, each, grid, swept, settings, origin, versions, seconds)
+        for each, cells_, swept in zip(part, grids, found, strict=True):
+            yield _trace(model, each, cells_, swept, settings, origin, versions, seconds)
 
 
 def _trace(
@@ -335,7 +335,7 @@ def measured(settings: TraceSettings, log_p: Float[Tensor, "*runs targets"]) -> 
     return log_p[..., 0] if settings.measure == "log_p" else log_p[..., 0].exp()
 
 
-def _grid(
+def grid(
     settings: TraceSettings, components: Sequence[Component], n_layers: int, prompt: Prompt
 ) -> list[tuple[tuple[int, int, int], Cell]]:
     """Every cell of every kind, with its place as (kind, layer, position)."""

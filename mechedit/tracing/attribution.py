@@ -39,10 +39,11 @@ def attribution_patching(
     settings: TraceSettings | None = None,
     *,
     known: Statistics | None = None,
+    other: str | None = None,
 ) -> dict[str, Float[Tensor, "layer position draw"]]:
     """Every kind's grid of estimated indirect effects: first order in what is restored, from each draw's corrupted run."""
     settings = _resolved(model, settings)
-    prepared = prepare(model, fact, settings, known=known)
+    prepared = prepare(model, fact, settings, known=known, other=other)
     components = [_component(kind) for kind in settings.kinds]
     n_layers, n_positions = int(model.cfg.n_layers), len(prepared.prompt.ids)
     with frozen(model):

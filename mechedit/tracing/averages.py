@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.errors import MecheditError
+from mechedit.settings import TraceSettings
 from mechedit.tracing import Trace
 from mechedit.tracing.roles import ROLES
 
@@ -58,6 +59,7 @@ class Average:
     restores most.
     """
 
+    settings: TraceSettings
     n: int
     n_role: tuple[int, ...]
     clean: Mean
@@ -89,6 +91,7 @@ class Average:
             return {kind: _nulls(grid.tolist()) for kind, grid in grids.items()}
 
         return {
+            "trace_settings": asdict(self.settings),
             "n": self.n,
             "roles": list(ROLES),
             "n_role": list(self.n_role),
@@ -126,6 +129,7 @@ def average(traces: Sequence[Trace], *, seed: int = 0) -> Average:
         return {kind: torch.tensor(_mean(each), dtype=torch.float32) for kind, each in values.items()}
 
     return Average(
+        settings=traces[0].settings,
         n=len(traces),
         n_role=tuple(int(each) for each in (~np.isnan(by_fact[kinds[0]][:, 0])).sum(0)),
         clean=_summary(clean, seed),

@@ -8,20 +8,10 @@ published notebook counts a one-token subject as first and last both, and likewi
 
 from __future__ import annotations
 
+from mechedit.settings import ROLE_TITLES as TITLES
 from mechedit.settings import ROLES
 
 __all__ = ["ROLES", "TITLES", "positions", "roles"]
-
-TITLES = {
-    "before": "before the subject",
-    "subject_first": "first subject token",
-    "subject_middle": "middle subject tokens",
-    "subject_last": "last subject token",
-    "after_first": "first token after",
-    "after_further": "further tokens",
-    "last": "last token",
-}
-assert tuple(TITLES) == ROLES
 
 
 def roles(n_positions: int, subject: tuple[int, int]) -> tuple[str, ...]:

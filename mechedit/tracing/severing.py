@@ -47,10 +47,17 @@ class Severed:
     origin: dict[str, Any]
     versions: dict[str, str]
 
+    def to_json(self) -> dict[str, Any]:
+        """What `mechedit sever --json` writes: curves as means over draws."""
+        return self._record() | {"curves": {name: curve.mean(-1).tolist() for name, curve in self.curves.items()}}
+
+    def _record(self) -> dict[str, Any]:
+        fields = {name: value for name, value in vars(self).items() if name != "curves"}
+        return fields | {"settings": asdict(self.settings)}
+
     def save(self, path: str | Path) -> Path:
         """Write it as one safetensors file. The same curves give the same bytes."""
-        record = {name: value for name, value in vars(self).items() if name not in {"curves", "settings"}}
-        return files.write(path, "severed", self.curves, record | {"settings": asdict(self.settings)})
+        return files.write(path, "severed", self.curves, self._record())
 
     @staticmethod
     def load(path: str | Path) -> Severed:
