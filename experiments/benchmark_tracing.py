@@ -1,27 +1,38 @@
 """How fast is a trace, and is it the same?  python -m experiments.benchmark_tracing   -> figures/MODEL/benchmark_tracing.json
 
-Three times in one run, on one fact, all kinds, layers and tokens:
-- the loop: one forward pass of the whole model for every cell, all logits, as the published code and TransformerLens's
-  patching functions do it (tests/slow_trace.py), over all cells, on the same model;
+In one run, on one fact, all kinds, layers and tokens:
+- mechedit's sweep, exact, and in bfloat16;
+- the loop: one forward pass of the whole model for every cell, all logits, as the published code does it
+  (tests/slow_trace.py), on the same model;
 - the same loop on some cells, with the weights laid out as TransformerLens itself loads them, which copies each in every
   forward pass (`mechedit.models.load` stores them so that nothing is copied); a bridge has no such copies;
-- mechedit's sweep;
-- the arithmetic floor: the multiplications that no exact method can avoid, at the rate of a large matrix product measured
-  in the same run.
+- TransformerLens's own `patching` functions, on some cells of the grids that they can do: one state, one output;
+- the arithmetic floor: the multiplications of every cell on its own, at the rate of a large matrix product measured in the
+  same run.
+
+`--model random-gpt2` and `random-gpt2-xl` are random weights of those shapes. Where only some cells are run, `cells` says so and
+the time is scaled up.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from experiments.common import parse, say, write
-from mechedit import corruption, facts, models, prompts
+from mechedit import facts, models
 from mechedit.settings import KINDS, TraceSettings
-from mechedit.tracing import engine, trace
+from mechedit.tracing import Cell, Prepared, Trace, prepare, trace
+from mechedit.tracing import grid as cells_of
 from tests.slow_trace import loop
+
+SHAPES = {"random-gpt2": (12, 12, 768), "random-gpt2-xl": (48, 25, 1600)}  # layers, heads, width
 
 
 @dataclass(frozen=True)
@@ -29,106 +40,168 @@ class BenchmarkTracing:
     """Settings of the tracing benchmark."""
 
     model: str = "gemma-3-270m"
+    device: str = "cpu"
     draws: int = 10
     repeats: int = 3  # of the sweep; its median is reported
-    loop_cells: int = 0  # cells the loop runs, evenly spread; 0 means all of them, about a quarter of an hour
-    plain_cells: int = 10  # cells a kind of the loop with TransformerLens's own layout
+    loop_cells: int = 0  # cells a kind that the loop runs, evenly spread; 0 means all of them
+    plain_cells: int = 10  # cells a kind of the loop with TransformerLens's own layout, and of its patching functions
     threads: int = 2
 
 
-def floor_operations(model: models.HookedModel, n_positions: int, begin: int, draws: int, window: int) -> float:
-    """Multiply-adds times two of the cells of all kinds: block matrices for each token-layer, an unembedding row a cell and draw."""
-    cfg, block = model.cfg, model.blocks[0]
-    matrices = sum(weight.numel() for weight in block.parameters() if weight.ndim >= 2)
-    n_layers = int(cfg.n_layers)
+def load(settings: BenchmarkTracing) -> models.HookedModel:
+    """The model, or random weights of a published shape with Gemma's tokenizer or none of its own."""
+    if settings.model not in SHAPES:
+        return models.load(settings.model, device=settings.device)
+    from tests.conftest import make_random_gpt2
+
+    with tempfile.TemporaryDirectory() as folder:
+        layers, heads, width = SHAPES[settings.model]
+        make_random_gpt2(Path(folder), layers, heads, width)
+        model = models.load(folder, device=settings.device)
+    model.cfg.model_name = settings.model
+    return model
+
+
+def floor_operations(model: models.HookedModel, found: Trace) -> float:
+    """Multiply-adds times two of every cell on its own: block matrices for each token-layer, an unembedding row a cell and draw."""
+    cfg = model.cfg
+    matrices = sum(weight.numel() for weight in model.blocks[0].parameters() if weight.ndim >= 2)
+    n_layers, n_positions, begin = int(cfg.n_layers), len(found.tokens), found.subject_range[0]
     total = 0.0
-    for kind in KINDS:
+    for kind in found.settings.kinds:
         for layer in range(n_layers):
-            start = layer + 1 if kind == "resid" else engine.window(layer, window, n_layers)[0]
+            start = layer + 1 if kind == "resid" else max(0, layer - found.settings.window // 2)
             for position in range(begin, n_positions):
-                total += (
-                    2.0
-                    * draws
-                    * ((n_positions - position) * (n_layers - start) * matrices + int(cfg.d_model) * int(cfg.d_vocab))
-                )
+                token_layers = (n_positions - position) * (n_layers - start)
+                total += 2.0 * found.settings.draws * (token_layers * matrices + int(cfg.d_model) * int(cfg.d_vocab))
     return total
 
 
-def matmul_rate() -> float:
-    """Operations a second of a 2048-cubed float32 product, the best of several."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    best = float("inf")
-    for _ in range(10):
-        began = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - began)
-    return 2 * 2048**3 / best
+def matmul_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of a 2048-cubed product, the best of several."""
+    a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    return 2 * 2048**3 / min(seconds(lambda: a @ b, device)[1] for _ in range(10))
+
+
+def seconds(work: Callable[[], Any], device: str) -> tuple[Any, float]:
+    """What the work returns, and how long it took, the device's queue included."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    result = work()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - began
+
+
+def run_loop(
+    model: models.HookedModel, prepared: Prepared, found: Trace, kind: str, n: int, device: str
+) -> dict[str, Any]:
+    """The loop over `n` evenly spread cells of a kind (0: all), scaled to all; and its largest difference from the sweep."""
+    only = replace(found.settings, kinds=(kind,))
+    whole = cells_of(only, (), int(model.cfg.n_layers), prepared.prompt)
+    chosen = whole[:: max(1, len(whole) // n) if n else 1]
+    cells: list[Cell] = [cell for _, cell in chosen]
+    slow, took = seconds(
+        lambda: loop(model, prepared.ids, prepared.corrupted.to(device), prepared.answer_ids[0], cells), device
+    )
+    fast = torch.stack([found.draws[kind][layer, position] for (_, layer, position), _ in chosen])
+    return {
+        "cells": len(chosen),
+        "of": len(whole),
+        "seconds_for_all": took * len(whole) / len(chosen),
+        "largest_difference": float((slow.cpu() - fast).abs().max()),
+    }
+
+
+def run_patching(
+    model: models.HookedModel, prepared: Prepared, found: Trace, n: int, device: str
+) -> dict[str, Any] | None:
+    """TransformerLens's `generic_activation_patch` on some cells of each grid it has; None where this version lacks it."""
+    try:
+        import pandas as pd
+        from transformer_lens.patching import generic_activation_patch, layer_pos_patch_setter
+    except ImportError:
+        return None
+    n_layers, n_positions = int(model.cfg.n_layers), len(prepared.ids)
+    places = [(layer, position) for layer in range(n_layers) for position in range(n_positions)]
+    chosen = places[:: max(1, len(places) // n)]
+    corrupted = prepared.corrupted.to(device)
+    tokens = torch.tensor([list(prepared.ids)], device=device).expand(len(corrupted), -1)
+    index = pd.DataFrame(chosen, columns=["layer", "pos"])
+    exact = trace(model, prepared.fact, replace(found.settings, kinds=("resid_pre", "mlp", "attn"), window=1))
+    result = {}
+    for kind, name in (("resid_pre", "resid_pre"), ("mlp", "mlp_out"), ("attn", "attn_out")):
+        _, clean = model.run_with_cache(tokens)
+
+        def metric(logits: torch.Tensor) -> torch.Tensor:
+            return logits[:, -1].double().softmax(-1)[:, prepared.answer_ids[0]].mean()
+
+        def grid(name: str = name, clean: Any = clean) -> torch.Tensor:
+            with torch.no_grad(), model.hooks(fwd_hooks=[("hook_embed", lambda activation, hook: corrupted)]):
+                return generic_activation_patch(
+                    model, tokens, clean, metric, layer_pos_patch_setter, name, index_df=index
+                )
+
+        theirs, took = seconds(grid, device)
+        ours = torch.stack([exact.effects[kind][layer, position] for layer, position in chosen])
+        result[name] = {
+            "cells": len(chosen),
+            "of": len(places),
+            "seconds_for_all": took * len(places) / len(chosen),
+            "largest_difference": float((theirs.float().cpu() - ours).abs().max()),
+        }
+        say(f"TransformerLens's patching, {name}: {result[name]['seconds_for_all']:.0f} s for all cells")
+    return {"grids": result, "sweep_seconds": exact.seconds}
 
 
 def main(settings: BenchmarkTracing) -> None:
     torch.set_num_threads(settings.threads)
-    model = models.load(settings.model, device="cpu")
-    fact = facts.built_in()[0]
-    chosen = TraceSettings(draws=settings.draws)
-    seconds = []
+    model, device = load(settings), settings.device
+    fact, chosen = facts.built_in()[0], TraceSettings(draws=settings.draws)
+    times: dict[str, list[float]] = {"model": [], "bfloat16": []}
+    traces: dict[str, Trace] = {}
     for _ in range(settings.repeats):
-        began = time.perf_counter()
-        found = trace(model, fact, chosen)
-        seconds.append(time.perf_counter() - began)
-        say(f"sweep {seconds[-1]:.1f} s")
-    begin, end = found.subject_range
-    prompt = prompts.prepare(model, fact)
-    n_layers, n_positions = int(model.cfg.n_layers), len(prompt.ids)
-    noise = corruption.gaussian(
-        fact, draws=settings.draws, tokens=end - begin, d_model=int(model.cfg.d_model), scale=found.noise_std, seed=0
-    )
-    differences, loop_seconds, plain_seconds = {}, {}, {}
-    grids = {}
-    for kind in KINDS:
-        layers = [
-            range(layer, layer + 1) if kind == "resid" else engine.window(layer, chosen.window, n_layers)
-            for layer in range(n_layers)
-        ]
-        grids[kind] = [engine.Cell(kind, each, position) for each in layers for position in range(n_positions)]
-
-    def run(kind: str, step: int) -> tuple[torch.Tensor, float]:
-        """The loop over every `step`-th cell of a kind, and the seconds all cells would take."""
-        began = time.perf_counter()
-        slow = loop(model, prompt.ids, noise, begin, found.answer_ids[0], grids[kind][::step])
-        return slow, (time.perf_counter() - began) * len(grids[kind]) / len(grids[kind][::step])
-
-    for kind in KINDS:
-        step = max(1, len(grids[kind]) // settings.loop_cells) if settings.loop_cells else 1
-        slow, loop_seconds[kind] = run(kind, step)
-        differences[kind] = float((slow - found.draws[kind].flatten(0, 1)[::step]).abs().max())
-        say(
-            f"loop, {kind}: {loop_seconds[kind]:.0f} s for {len(grids[kind])} cells; largest difference {differences[kind]:.1e}"
-        )
+        for precision, taken in times.items():
+            traces[precision], took = seconds(lambda p=precision: trace(model, fact, replace(chosen, precision=p)), device)  # fmt: skip
+            taken.append(took)
+            say(f"sweep, {precision}: {took:.2f} s")
+    found, half = traces["model"], traces["bfloat16"]
+    prepared = prepare(model, fact, found.settings)
+    loops = {kind: run_loop(model, prepared, found, kind, settings.loop_cells, device) for kind in KINDS}
+    for kind, each in loops.items():
+        say(f"loop, {kind}: {each['seconds_for_all']:.0f} s; largest difference {each['largest_difference']:.1e}")
+    patching = run_patching(model, prepared, found, settings.plain_cells, device)
     with torch.no_grad():
         for weight in model.parameters():
             weight.data = weight.data.contiguous()
-    for kind in KINDS:
-        _, plain_seconds[kind] = run(kind, max(1, len(grids[kind]) // settings.plain_cells))
-        say(f"loop, {kind}, TransformerLens's own layout: {plain_seconds[kind]:.0f} s (from some cells)")
-    rate = matmul_rate()
-    median = sorted(seconds)[len(seconds) // 2]
-    floor = floor_operations(model, n_positions, begin, settings.draws, chosen.window) / rate
+    plain = {kind: run_loop(model, prepared, found, kind, settings.plain_cells, device) for kind in KINDS}
+    median = {name: sorted(taken)[len(taken) // 2] for name, taken in times.items()}
+    rate = matmul_rate(device)
+    floor = floor_operations(model, found) / rate
+    whole = {name: sum(each["seconds_for_all"] for each in rows.values()) for name, rows in (("loop", loops), ("plain", plain))}  # fmt: skip
     result = {
-        "sweep_seconds": seconds,
-        "loop_seconds": loop_seconds,
-        "plain_loop_seconds": plain_seconds,
-        "plain_loop_over_sweep": sum(plain_seconds.values()) / median,
-        "loop_over_sweep": sum(loop_seconds.values()) / median,
-        "largest_difference": differences,
+        "sweep_seconds": times["model"],
+        "bfloat16_seconds": times["bfloat16"],
+        "bfloat16_largest_cell_error": max(
+            float((half.effects[kind] - found.effects[kind]).abs().max()) for kind in KINDS
+        ),
+        "loop": loops,
+        "loop_in_transformerlens_layout": plain,
+        "transformerlens_patching": patching,
         "matmul_gflops": rate / 1e9,
+        "matmul_gflops_bfloat16": matmul_rate(device, torch.bfloat16) / 1e9,
         "floor_seconds": floor,
-        "sweep_over_floor": median / floor,
+        "loop_over_sweep": whole["loop"] / median["model"],
+        "plain_loop_over_sweep": whole["plain"] / median["model"],
+        "sweep_over_floor": median["model"] / floor,
+        "exact_over_bfloat16": median["model"] / median["bfloat16"],
         "p_clean": found.p_clean,
         "p_corrupted": found.p_corrupted,
     }
-    say(
-        f"loop / sweep = {result['loop_over_sweep']:.1f}; sweep / floor = {result['sweep_over_floor']:.2f}; wrote {write('benchmark_tracing', model, settings, result)}"
-    )
+    for name in ("loop_over_sweep", "plain_loop_over_sweep", "sweep_over_floor", "exact_over_bfloat16"):
+        say(f"{name.replace('_', ' ')}: {result[name]:.2f}")
+    say(f"wrote {write('benchmark_tracing', model, settings, result)}")
 
 
 if __name__ == "__main__":

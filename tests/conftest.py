@@ -86,6 +86,16 @@ FACT = Fact(
 
 def make_folder(folder: Path, shape: str) -> Path:
     """Write a random model of this shape, and a tokenizer, in Hugging Face's format."""
+    return _write(folder, SHAPES[shape]())
+
+
+def make_random_gpt2(folder: Path, layers: int, heads: int, width: int) -> Path:
+    """Write a random model of GPT-2's shape at a size of its own, with its vocabulary's size, for benchmarks."""
+    config = {"n_layer": layers, "n_head": heads, "n_embd": width, "vocab_size": 50257}
+    return _write(folder, transformers.GPT2Config(**(COMMON | config)))
+
+
+def _write(folder: Path, config: transformers.PretrainedConfig) -> Path:
     tokenizer = Tokenizer(BPE(unk_token=None))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -98,7 +108,7 @@ def make_folder(folder: Path, shape: str) -> Path:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(SHAPES[shape]())
+    model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder

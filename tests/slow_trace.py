@@ -18,7 +18,7 @@ def loop(
 
     `corrupted` [draws, pos, d_model] are the embeddings of the corrupted runs.
     """
-    tokens = torch.tensor([list(ids)])
+    tokens = torch.tensor([list(ids)], device=corrupted.device)
     many = tokens.expand(len(corrupted), -1)
     corruption = ("hook_embed", lambda activation, hook: corrupted.to(activation))
     _, clean = model.run_with_cache(tokens)

@@ -34,8 +34,9 @@ def test_the_last_states_share_is_the_last_positions_alone(model, fact):
 
 
 @pytest.mark.parametrize("measure", ["p", "log_p", "logit_difference"])
-def test_attribution_patching_is_the_derivative_of_restoring_a_little(model, fact, measure):
+def test_attribution_patching_is_the_derivative_of_restoring_a_little(load, fact, measure):
     """Moving one state a small way towards its clean value changes the measure by that share of the estimate."""
+    model = load("gpt2")
     settings = replace(SMALL, measure=measure)
     estimate = attribution_patching(model, fact, settings)
     prepared = prepare(model, fact, settings)

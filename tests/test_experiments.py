@@ -2,13 +2,30 @@ from __future__ import annotations
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 
-from experiments import benchmark_tracing, common, edit_built_in
+from experiments import (
+    benchmark_tracing,
+    common,
+    edit_built_in,
+    figure1_trace,
+    figure2_average_effects,
+    figure3_severed,
+    figure7_lines,
+    figure13_noise,
+    figure16_attribution,
+)
 from mechedit import models
 from mechedit.editors import rome
+from mechedit.facts import Fact
 from mechedit.settings import RomeSettings
+
+MADE_UP = [
+    Fact(name, "{} is located in the city of", answer, relation="city")
+    for name, answer in (("Paris", "Rome"), ("London", "Paris"), ("Berlin", "London"), ("Seattle", "Apple"))
+]
 
 
 @pytest.fixture
@@ -32,16 +49,99 @@ def read(tmp_path, name):
     return record
 
 
-def test_the_tracing_benchmark_runs_and_its_sweep_equals_its_loop(tiny, tmp_path):
-    benchmark_tracing.main(
-        common.parse(
-            benchmark_tracing.BenchmarkTracing, ["--model", tiny, "--draws", "2", "--loop-cells", "6", "--repeats", "1"]
-        )
-    )
+def test_the_tracing_benchmark_runs_and_its_sweep_equals_its_loops(tiny, tmp_path):
+    few = ["--draws", "2", "--loop-cells", "6", "--plain-cells", "4", "--repeats", "1"]
+    benchmark_tracing.main(common.parse(benchmark_tracing.BenchmarkTracing, ["--model", tiny, *few]))
     record = read(tmp_path, "benchmark_tracing")
-    assert max(record["largest_difference"].values()) < 1e-5
+    rows = [*record["loop"].values(), *record["loop_in_transformerlens_layout"].values()]
+    if record["transformerlens_patching"]:
+        rows += record["transformerlens_patching"]["grids"].values()
+    assert max(row["largest_difference"] for row in rows) < 1e-5
     assert record["loop_over_sweep"] > 1
     assert record["floor_seconds"] > 0
+
+
+def test_random_shapes_are_those_of_their_names(monkeypatch):
+    monkeypatch.setitem(benchmark_tracing.SHAPES, "random-gpt2", (2, 2, 16))
+    model = benchmark_tracing.load(benchmark_tracing.BenchmarkTracing(model="random-gpt2"))
+    assert (model.cfg.n_layers, model.cfg.d_model, model.cfg.d_vocab) == (2, 16, 50257)
+
+
+@pytest.fixture
+def few(tiny, tmp_path, monkeypatch):
+    """Experiments over facts take four made-up ones."""
+    monkeypatch.setattr(common, "OUT", tmp_path / "out")
+    for module in (figure2_average_effects, figure3_severed, figure7_lines, figure13_noise, figure16_attribution):
+        if hasattr(module, "FIGURES"):
+            monkeypatch.setattr(module, "FIGURES", tmp_path)
+        if hasattr(module, "OUT"):
+            monkeypatch.setattr(module, "OUT", tmp_path / "out")
+        if hasattr(module, "known_facts"):
+            monkeypatch.setattr(module, "known_facts", lambda model, n, seed: MADE_UP[:n])
+    return tiny
+
+
+def test_average_effects_and_lines_come_from_one_run(few, tmp_path):
+    small = ["--model", few, "--facts", "3", "--draws", "2"]
+    figure2_average_effects.main(common.parse(figure2_average_effects.AverageEffects, small))
+    record = read(tmp_path, "figure2_average_effects")
+    assert record["n"] == 3
+    assert record["early_site"]["role"] == "subject_last"
+    name = Path(few).name
+    figure7_lines.main(common.parse(figure7_lines.Lines, ["--model", name]))
+    lines = read(tmp_path, "figure7_lines")
+    column = record["roles"].index("subject_last")
+    assert lines["roles"]["mlp"]["subject_last"]["mean_of_best_layer"] == pytest.approx(
+        record["mean_of_best_layer"]["mlp"][column]
+    )
+    assert (tmp_path / name / "figure7_lines.png").is_file()
+    assert (tmp_path / name / "figure2_average_effects" / "average_mlp.png").is_file()
+
+
+def test_severed_effects_say_what_is_lost(few, tmp_path):
+    figure3_severed.main(common.parse(figure3_severed.SeveredEffects, ["--model", few, "--facts", "3", "--draws", "2"]))
+    record = read(tmp_path, "figure3_severed")
+    lost = [a - b for a, b in zip(record["ordinary"]["mean"], record["mlp"]["mean"], strict=True)]
+    assert record["lost_without_mlp"]["mean"] == pytest.approx(lost)
+    assert record["n"] == 3
+
+
+def test_every_noise_is_compared_with_the_default(few, tmp_path):
+    figure13_noise.main(common.parse(figure13_noise.NoiseAndWindows, ["--model", few, "--facts", "4", "--draws", "2"]))
+    conditions = read(tmp_path, "figure13_noise")["conditions"]
+    assert len(conditions) == 12
+    same = conditions["gaussian, 3 sigma"]["against_default"]["subject_last"]
+    assert (same["mean"], same["low"], same["high"]) == (0, 0, 0)
+    assert conditions["window 3"]["against_default"]["subject_last"]["mean"] != 0
+    assert conditions["other tokens"]["n"] == 3, "one name has a length of its own, so nothing can take its place"
+
+
+def test_gradients_are_compared_with_the_exact_trace(few, tmp_path):
+    arguments = ["--model", few, "--facts", "2", "--draws", "2", "--steps", "60"]
+    figure16_attribution.main(common.parse(figure16_attribution.Attribution, arguments))
+    record = read(tmp_path, "figure16_attribution")
+    assert record["n"] == 2
+    assert record["largest_gap_of_completeness"] < 1e-3
+    assert -1 <= record["integrated gradients"]["mean"] <= 1
+
+
+def test_one_facts_figure_is_its_trace(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(figure1_trace, "FIGURES", tmp_path)
+    arguments = ["--model", few, "--prompt", "Paris is in the city of", "--subject", "Paris", "--draws", "2"]
+    figure1_trace.main(common.parse(figure1_trace.Figure1, arguments))
+    assert read(tmp_path, "figure1_trace")["prompt"] == "Paris is in the city of"
+
+
+def test_known_facts_are_asked_once_and_their_order_is_the_seeds(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "OUT", tmp_path / "out")
+    monkeypatch.setenv("MECHEDIT_DATA", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(common.tracing, "known", lambda model, unique, progress: asked.append(1) or list(unique))
+    model = models.load(tiny, device="cpu")
+    first, again, other = (common.known_facts(model, 20, seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len(asked) == 2
+    assert len(first) == 20
 
 
 def test_the_editing_experiment_compares_its_rows(tiny, tmp_path):

@@ -3,8 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mechedit import corruption
-from mechedit.facts import Fact
 from mechedit.interventions import InterventionError, add_noise, intervened, mlp_outputs, read, restore
 from tests.conftest import assert_same_state, state
 
@@ -108,22 +106,3 @@ def test_mlp_outputs_changes_what_W_out_writes_before_any_norm(load):
         with mlp_outputs(model, 1, lambda output: output * 5):
             scaled = model(TOKENS)
     torch.testing.assert_close(plain, scaled, atol=1e-3, rtol=1e-3)  # the norm after Gemma's MLP takes any scale away
-
-
-def test_noise_depends_on_seed_and_fact_alone():
-    def draw(fact, seed=0, draws=4):
-        return corruption.gaussian(fact, draws=draws, tokens=3, d_model=8, scale=2.0, seed=seed)
-
-    fact, other = Fact("A", "{} is"), Fact("B", "{} is")
-    first = draw(fact)
-    torch.randn(100)
-    assert torch.equal(draw(fact), first)
-    assert not torch.equal(draw(other), first)
-    assert not torch.equal(draw(fact, seed=1), first)
-
-
-def test_noise_has_the_asked_standard_deviation_and_no_mean():
-    noise = corruption.gaussian(Fact("A", "{} is"), draws=200, tokens=5, d_model=100, scale=3.0, seed=0)
-    assert noise.shape == (200, 5, 100)
-    assert float(noise.std()) == pytest.approx(3.0, rel=0.01)
-    assert abs(float(noise.mean())) < 0.05

@@ -121,6 +121,7 @@ def test_imports_point_one_way():
         "edits",
         "editors",
         "figures",
+        "runs",
         "cli",
     ]
     root = Path(mechedit.__file__).parent

@@ -383,7 +383,7 @@ def test_sites_are_where_restoring_helps_most(model, fact):
     found = trace(model, fact, SMALL)
     early, late = sites.early(found), sites.late(found)
     assert early.p == float(found.effects["mlp"][:, found.subject_range[1] - 1].max())
-    assert (early.kind, early.role) == ("mlp", "last subject token")
+    assert (early.kind, early.role) == ("mlp", "subject_last")
     assert late.p == float(found.effects["attn"][:, -1].max())
     assert str(late.layer) in str(late)
     only = trace(model, fact, replace(SMALL, kinds=("resid",)))
@@ -391,7 +391,7 @@ def test_sites_are_where_restoring_helps_most(model, fact):
 
 
 def test_sites_need_a_kind_that_was_traced(model, fact):
-    with pytest.raises(ValueError, match="needs a trace of kind resid; this one has mlp"):
+    with pytest.raises(sites.SiteError, match="needs a trace of kind resid; this one has mlp"):
         sites.late(trace(model, fact, replace(SMALL, kinds=("mlp",))))
 
 

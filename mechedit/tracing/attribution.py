@@ -158,8 +158,8 @@ def _kept(
         resid = blocks.embed(tokens)
         for layer in range(n_layers):
             resid, _ = blocks.run(layer, resid)
-        value = _measure(blocks, prepared, resid)
-    return kept, value
+    with torch.enable_grad():  # after the hooks are gone: a bridge unembeds by a forward pass of its own
+        return kept, _measure(blocks, prepared, resid)
 
 
 def _measure(blocks: Blocks, prepared: Prepared, final: Float[Tensor, "rows pos d_model"]) -> Float[Tensor, " rows"]:

@@ -22,7 +22,7 @@ from mechedit.settings import TraceSettings
 from mechedit.tracing import Trace
 from mechedit.tracing.roles import ROLES
 
-__all__ = ["Average", "AverageError", "Mean", "average", "compare", "interval"]
+__all__ = ["Average", "AverageError", "Mean", "average", "compare", "interval", "summary"]
 
 RESAMPLES = 10_000
 
@@ -132,9 +132,9 @@ def average(traces: Sequence[Trace], *, seed: int = 0) -> Average:
         settings=traces[0].settings,
         n=len(traces),
         n_role=tuple(int(each) for each in (~np.isnan(by_fact[kinds[0]][:, 0])).sum(0)),
-        clean=_summary(clean, seed),
-        corrupted=_summary(corrupted, seed),
-        total=_summary(clean - corrupted, seed),
+        clean=summary(clean, seed),
+        corrupted=summary(corrupted, seed),
+        total=summary(clean - corrupted, seed),
         restored=grids(by_fact),
         indirect=grids(effects),
         direct=grids({kind: clean[:, None, None] - values for kind, values in by_fact.items()}),
@@ -163,7 +163,7 @@ def compare(
         np.array([_by_role(each, kind)[layer, column] - each.p_corrupted for each in traces])
         for traces in (first, second)
     ]
-    return _summary(effects[1] - effects[0], seed)
+    return summary(effects[1] - effects[0], seed)
 
 
 def interval(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> tuple[np.ndarray, np.ndarray]:
@@ -183,7 +183,8 @@ def interval(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> t
     return low, high
 
 
-def _summary(values: np.ndarray, seed: int) -> Mean:
+def summary(values: np.ndarray, seed: int = 0) -> Mean:
+    """The mean of one number a fact, nans left out, with its interval."""
     values = values[~np.isnan(values)]
     low, high = interval(values[:, None], seed)
     return Mean(float(values.mean()), float(low[0]), float(high[0]), len(values))

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from experiments import edit_built_in
-from mechedit import cache, corruption, edits, facts, models, moments, prompts, scoring, sites
+from mechedit import cache, edits, facts, models, moments, scoring, sites
 from mechedit.editors import rome
 from mechedit.settings import KINDS, MomentSettings, TraceSettings
-from mechedit.tracing import engine, trace
+from mechedit.tracing import grid, prepare, trace
+from mechedit.tracing.accuracy import sample_error
+from mechedit.tracing.severing import severed
 from tests.conftest import assert_same_state, state
 from tests.slow_trace import loop
 
@@ -76,20 +78,30 @@ def test_the_trace_shows_the_papers_two_sites(found):
 
 
 def test_cells_equal_one_forward_pass_each(gemma, found):
-    prompt = prompts.prepare(gemma, FACT)
-    begin, end = prompt.subject
-    noise = corruption.gaussian(FACT, draws=10, tokens=end - begin, d_model=640, scale=found.noise_std, seed=0)
-    for kind in KINDS:
-        places = random.Random(kind).sample(
-            [(layer, position) for layer in range(18) for position in range(begin, 10)], 8
-        )
-        cells = [
-            engine.Cell(kind, range(layer, layer + 1) if kind == "resid" else engine.window(layer, 10, 18), position)
-            for layer, position in places
+    prepared = prepare(gemma, FACT, found.settings)
+    for number, kind in enumerate(KINDS):
+        within = [
+            each for each in grid(found.settings, (), 18, prepared.prompt) if each[0][0] == number and each[0][2] > 0
         ]
-        slow = loop(gemma, prompt.ids, noise, begin, found.answer_ids[0], cells)
-        fast = torch.stack([found.draws[kind][layer, position] for layer, position in places])
+        chosen = random.Random(kind).sample(within, 8)
+        slow = loop(gemma, prepared.ids, prepared.corrupted, found.answer_ids[0], [cell for _, cell in chosen])
+        fast = torch.stack([found.draws[kind][layer, position] for (_, layer, position), _ in chosen])
         torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
+
+
+def test_severing_mlps_takes_most_of_the_early_sites_effect(gemma):
+    curves = {name: curve.mean(-1) for name, curve in severed(gemma, FACT).curves.items()}
+    early = int(curves["ordinary"][2:9].argmax()) + 2
+    assert curves["ordinary"][early] > 0.2
+    assert curves["mlp"][early] < 0.5 * curves["ordinary"][early]
+    assert curves["mlp"][early] < curves["attn"][early]
+
+
+def test_bfloat16_says_what_it_costs(gemma):
+    before = models.weight_hash(gemma)
+    error = sample_error(gemma, FACT, TraceSettings(draws=4, precision="bfloat16"), cells=12)
+    assert 1e-4 < error.largest < 0.08
+    assert models.weight_hash(gemma) == before
 
 
 def test_the_same_seed_gives_the_same_numbers_in_another_process(gemma, tmp_path):
@@ -152,14 +164,11 @@ def test_both_transformerlens_versions_give_the_numbers_of_the_first(gemma, foun
 
 @pytest.mark.slow
 def test_every_cell_equals_one_forward_pass(gemma, found):
-    prompt = prompts.prepare(gemma, FACT)
-    begin, end = prompt.subject
-    noise = corruption.gaussian(FACT, draws=10, tokens=end - begin, d_model=640, scale=found.noise_std, seed=0)
-    for kind in KINDS:
-        layers = [range(layer, layer + 1) if kind == "resid" else engine.window(layer, 10, 18) for layer in range(18)]
-        cells = [engine.Cell(kind, each, position) for each in layers for position in range(len(prompt.ids))]
-        slow = loop(gemma, prompt.ids, noise, begin, found.answer_ids[0], cells)
-        torch.testing.assert_close(found.draws[kind].flatten(0, 1), slow, atol=1e-5, rtol=0)
+    prepared = prepare(gemma, FACT, found.settings)
+    whole = grid(found.settings, (), 18, prepared.prompt)
+    slow = loop(gemma, prepared.ids, prepared.corrupted, found.answer_ids[0], [cell for _, cell in whole])
+    fast = torch.stack([found.draws[KINDS[kind]][layer, position] for (kind, layer, position), _ in whole])
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow

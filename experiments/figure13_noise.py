@@ -1,0 +1,99 @@
+"""Does it matter how the subject is corrupted, and how wide the window is? (figures 13 to 15).  python -m experiments.figure13_noise
+
+The same facts, traced at the subject's last token and the prompt's last, under several corruptions and window widths. Each
+condition's average indirect effects have intervals, and its early and late sites are compared with those of the default, pair
+by pair. Every condition is a run of its own in out/, and resumes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from experiments.common import FIGURES, known_facts, parse, progress, runs, say, short_name, write
+from mechedit import figures, models, sites
+from mechedit.runs import tracing
+from mechedit.settings import TraceSettings
+from mechedit.tracing import Trace
+from mechedit.tracing.averages import AverageError, average, compare
+
+ROLES = ("subject_last", "last")
+
+
+@dataclass(frozen=True)
+class NoiseAndWindows:
+    """Settings of the experiment."""
+
+    model: str = "gemma-3-270m"
+    facts: int = 60
+    draws: int = 10
+    seed: int = 0
+    threads: int = 2
+
+
+def conditions(settings: NoiseAndWindows) -> dict[str, TraceSettings]:
+    """The default first, then one change at a time."""
+    base = TraceSettings(draws=settings.draws, seed=settings.seed, roles=ROLES)
+    windows = replace(base, kinds=("mlp", "attn"))
+    return {
+        "gaussian, 3 sigma": base,
+        "gaussian, 1 sigma": replace(base, noise=1.0),
+        "gaussian, 5 sigma": replace(base, noise=5.0),
+        "uniform, 3 sigma": replace(base, corruption="uniform"),
+        "multivariate, 1": replace(base, corruption="multivariate", noise=1.0),
+        "Student-t, 1": replace(base, corruption="student_t", noise=1.0),
+        "replaced, 1 sigma": replace(base, replace=True, noise=1.0),
+        "other tokens": replace(base, corruption="tokens"),
+        "window 1": replace(windows, window=1),
+        "window 3": replace(windows, window=3),
+        "window 5": replace(windows, window=5),
+        "window 15": replace(windows, window=15),
+    }
+
+
+def main(settings: NoiseAndWindows) -> None:
+    torch.set_num_threads(settings.threads)
+    model = models.load(settings.model)
+    chosen = known_facts(model, settings.facts, settings.seed)
+    found: dict[str, list[Trace]] = {}
+    result = {}
+    for number, (name, wanted) in enumerate(conditions(settings).items()):
+        say(name)
+        folder = runs(model, f"noise{number:02d}")
+        found[name] = tracing.trace_facts(model, chosen, folder, wanted, progress=progress(4))
+        try:
+            mean = average(found[name], seed=settings.seed)
+        except AverageError as error:
+            result[name] = {"settings": asdict(wanted), "error": str(error)}
+            continue
+        early, late = sites.early(mean), sites.late(mean)
+        result[name] = {
+            "settings": asdict(wanted),
+            "n": mean.n,
+            "clean": asdict(mean.clean),
+            "corrupted": asdict(mean.corrupted),
+            "total_effect": asdict(mean.total),
+            "early_site": vars(early) | {"effect": asdict(mean.at(early.kind, early.layer, "subject_last"))},
+            "late_site": vars(late) | {"effect": asdict(mean.at(late.kind, late.layer, "last"))},
+            "against_default": _paired(found, name, early, late, settings.seed),
+        }
+        figures.write(figures.role_lines(mean, ROLES), FIGURES / short_name(model) / "figure13_noise" / f"{number:02d}")
+        say(f"  n {mean.n}, total effect {mean.total}; {early}; {late}")
+    say(f"wrote {write('figure13_noise', model, settings, {'conditions': result})}")
+
+
+def _paired(
+    found: dict[str, list[Trace]], name: str, early: sites.Site, late: sites.Site, seed: int
+) -> dict[str, object]:
+    """This condition's effects at its sites less the default's there, over the facts that both have."""
+    theirs = {each.prompt: each for each in found["gaussian, 3 sigma"]}
+    mine = found[name]
+    base = [theirs[each.prompt] for each in mine]
+    return {
+        site.role: asdict(compare(base, mine, site.kind, site.layer, site.role, seed=seed)) for site in (early, late)
+    }
+
+
+if __name__ == "__main__":
+    main(parse(NoiseAndWindows))
