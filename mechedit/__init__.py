@@ -8,6 +8,9 @@ one module and may touch only what this table says; nothing is left changed exce
 | models.load        | no      | no       | makes them        | cache | no                    |
 | prompts.audit      | no      | no       | no                | no    | no                    |
 | tracing.trace      | yes     | no       | no                | no    | own generator         |
+| tracing.severed    | yes     | no       | no                | no    | own generator         |
+| tracing.attribution| yes     | yes      | no                | no    | own generator         |
+| runs.trace_facts   | yes     | no       | no                | folder| own generator         |
 | moments.estimate   | yes     | no       | no                | cache | own generator         |
 | keys               | yes     | no       | no                | no    | own generator         |
 | values.optimise    | yes     | yes      | no                | no    | no                    |
@@ -38,6 +41,7 @@ _MODULES = (
     "moments",
     "prompts",
     "rank_one",
+    "runs",
     "scoring",
     "settings",
     "sites",

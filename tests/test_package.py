@@ -11,7 +11,9 @@ import mechedit
 from mechedit import cache, edits, keys, models, moments, prompts, rank_one, scoring, tracing, values
 from mechedit.editors import rome
 from mechedit.facts import Fact
+from mechedit.runs import tracing as runs
 from mechedit.settings import MomentSettings, RomeSettings, TraceSettings
+from mechedit.tracing import attribution, severing
 from tests.conftest import FACT, state
 
 LAYER = 1
@@ -30,7 +32,7 @@ def table() -> dict[str, dict[str, str]]:
 
 
 @pytest.fixture
-def steps(model, folder, monkeypatch):
+def steps(model, folder, tmp_path, monkeypatch):
     """A call for each step of the table, what it needs prepared beforehand."""
     monkeypatch.setattr(rome, "MAX_RELATIVE_NORM", 100.0)
     C = torch.eye(128, dtype=torch.float64)
@@ -50,6 +52,9 @@ def steps(model, folder, monkeypatch):
         "models.load": lambda: models.load(str(folder("gpt2")), device="cpu"),
         "prompts.audit": lambda: prompts.audit(model, FACT),
         "tracing.trace": lambda: tracing.trace(model, FACT, TraceSettings(draws=1)),
+        "tracing.severed": lambda: severing.severed(model, FACT, TraceSettings(draws=1)),
+        "tracing.attribution": lambda: attribution.attribution_patching(model, FACT, TraceSettings(draws=1)),
+        "runs.trace_facts": lambda: runs.trace_facts(model, [FACT], tmp_path / "run", TraceSettings(draws=1)),
         "moments.estimate": lambda: moments.estimate(model, LAYER, settings=MomentSettings(tokens=310, context=16)),
         "keys": lambda: keys.subject_keys(model, LAYER, keys.contexts(model, FACT, keys.prefixes(model, SETTINGS))),
         "values.optimise": lambda: values.optimise(model, rows, essence, [40], value, torch.ones(3), LAYER, SETTINGS),

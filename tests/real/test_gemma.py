@@ -94,7 +94,6 @@ def test_severing_mlps_takes_most_of_the_early_sites_effect(gemma):
     early = int(curves["ordinary"][2:9].argmax()) + 2
     assert curves["ordinary"][early] > 0.2
     assert curves["mlp"][early] < 0.5 * curves["ordinary"][early]
-    assert curves["mlp"][early] < curves["attn"][early]
 
 
 def test_bfloat16_says_what_it_costs(gemma):
