@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mechedit import __version__
 from mechedit.errors import MecheditError
-from mechedit.settings import KINDS, MomentSettings, RomeSettings, TraceSettings, knobs
+from mechedit.settings import KINDS, KNOWN_KINDS, MomentSettings, RomeSettings, TraceSettings, knobs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MecheditError as error:
         sys.stderr.write(f"mechedit: {error}\n")
         return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("mechedit: interrupted; nothing was changed and no result was written.\n")
+    except KeyboardInterrupt as error:
+        sys.stderr.write(f"mechedit: interrupted; {error or 'nothing was changed and no result was written'}.\n")
         return 130
     except BrokenPipeError:
         sys.stderr.close()
@@ -57,10 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the options in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. `{self.prog} --help` lists the options.\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mechedit", description="Find where a transformer recalls a fact, and rewrite it there."
-    )
+    parser = _Parser(prog="mechedit", description="Find where a transformer recalls a fact, and rewrite it there.")
     parser.add_argument("--version", action="version", version=f"mechedit {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -174,7 +179,12 @@ def _parser() -> argparse.ArgumentParser:
 def _command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, *, model: bool = False
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    described = help[0].upper() + help[1:] + "."
+    if name == "edit":
+        described += (
+            " A model with a preset (`mechedit models`) has the preset's layer and clamp instead of the defaults below."
+        )
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=described)
     parser.set_defaults(run=run)
     if model:
         parser.add_argument(
@@ -271,12 +281,16 @@ def _trace(arguments: argparse.Namespace) -> None:
     from mechedit.tracing import accuracy
 
     settings = TraceSettings(**_given(arguments, TraceSettings))
+    for kind in settings.kinds:
+        if kind not in KNOWN_KINDS:
+            raise UsageError(f"--kinds must be among {', '.join(KNOWN_KINDS)}; {kind!r} is not.")
     if arguments.facts:
         return _trace_facts(arguments, settings)
     if arguments.prompt is None or arguments.subject is None:
         raise UsageError("trace needs PROMPT and --subject, or --facts FILE and --out DIR.")
     fact = _fact(arguments)
     _check_places(arguments.json, arguments.out and arguments.out / "trace.safetensors")
+    _check_files(arguments.sigma_from and arguments.sigma_from != "subjects" and Path(arguments.sigma_from))
     model = _load(arguments)
     known = _statistics(arguments, model, [fact])
     with _progress() as progress:
@@ -288,9 +302,9 @@ def _trace(arguments: argparse.Namespace) -> None:
         error = accuracy.sample_error(model, fact, settings, known=known, other=arguments.other)
         console.print(f"not exact; against the model's own precision and ten draws, {error}", highlight=False)
         record["error"] = vars(error)
-    if arguments.out:
-        _show_files(console, [*figures.save(trace, arguments.out), trace.save(arguments.out / "trace.safetensors")])
-    _write_json(arguments.json, record)
+    written = [*figures.save(trace, arguments.out), trace.save(arguments.out / "trace.safetensors")] if arguments.out else []  # fmt: skip
+    written += _write_json(arguments.json, record)
+    _show_files(console, written)
     return None
 
 
@@ -332,6 +346,8 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
     _check_places(arguments.json, arguments.out / "average.json")
     model = _load(arguments)
     console = _console(arguments)
+    if not arguments.sigma_from:
+        runs.check_run(model, arguments.out, settings)  # before every fact is asked
     with _progress() as progress:
         if not arguments.unknown:
             kept = runs.known(model, chosen, prepend_bos=settings.prepend_bos, progress=progress)
@@ -339,7 +355,16 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
             chosen = kept
         chosen = chosen[: arguments.limit]
         statistics = _statistics(arguments, model, chosen)
-        traces = runs.trace_facts(model, chosen, arguments.out, settings, statistics=statistics, progress=progress)
+        there = runs.finished(chosen, arguments.out)
+        if there:
+            console.print(f"{there} of {len(chosen)} facts are in {arguments.out} already", highlight=False)
+        try:
+            traces = runs.trace_facts(model, chosen, arguments.out, settings, statistics=statistics, progress=progress)
+        except KeyboardInterrupt:
+            there = runs.finished(chosen, arguments.out)
+            raise KeyboardInterrupt(
+                f"{there} of {len(chosen)} facts are kept in {arguments.out}; the same command goes on from there"
+            ) from None
     mean = average(traces, seed=settings.seed)
     console.print(f"{mean.n} facts. clean {mean.clean}, corrupted {mean.corrupted}, total effect {mean.total}")
     _show_average(console, mean)
@@ -411,6 +436,7 @@ def _edit(arguments: argparse.Namespace) -> None:
         occurrence=arguments.occurrence,
     )
     _check_places(arguments.json, arguments.out)
+    _check_files(*arguments.text)
     model = _load(arguments)
     known = models.preset(model)
     settings = rome.resolve(model, replace(known.rome if known else RomeSettings(), **given))
@@ -465,7 +491,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
     kind = files.kind(arguments.file)
     readers: dict[str, Callable[[Path], dict[str, Any]]] = {
         "edit": lambda path: edits.load(path).to_json(),
-        "trace": lambda path: {name: value for name, value in Trace.load(path).to_json().items() if name != "effects"},
+        "trace": lambda path: {
+            name: value for name, value in Trace.load(path).to_json().items() if name not in {"effects", "seconds"}
+        },
         "severed": lambda path: Severed.load(path).to_json(),
         "moment": lambda path: Moment.load(path).to_json(),
     }
@@ -492,7 +520,9 @@ def _audit(arguments: argparse.Namespace) -> None:
         occurrence=arguments.occurrence,
     )
     console = _console(arguments)
-    console.print(str(prompts.audit(_load(arguments), fact)), markup=False, highlight=False)
+    found = prompts.audit(_load(arguments), fact)
+    console.print(str(found), markup=False, highlight=False)
+    console.print("* marks the subject" + ("" if found.notes else "; nothing looks wrong"), highlight=False)
 
 
 def _moments(arguments: argparse.Namespace) -> None:
@@ -501,6 +531,7 @@ def _moments(arguments: argparse.Namespace) -> None:
 
     settings = MomentSettings(**_given(arguments, MomentSettings))
     _check_places(arguments.json, arguments.out)
+    _check_files(*arguments.text)
     model = _load(arguments)
     layer = rome.resolve(model, RomeSettings(layer=arguments.layer)).layer
     with _progress() as progress:
@@ -698,11 +729,14 @@ def _show_trace(console: Console, trace: Trace, kinds: Sequence[str] = KINDS) ->
         table.add_column("token")
         for layer in layers:
             table.add_column(str(layer), justify="right", min_width=2)
-        highest = max(float(grid.max()), 1e-9)
+        highest = max(float(grid.nan_to_num(0.0).max()), 1e-9)
         for position, token in enumerate(trace.tokens):
             cells = []
             for layer in layers:
                 p = float(grid[layer, position])
+                if p != p:  # not traced
+                    cells.append(Text(""))
+                    continue
                 share = min(1.0, p / highest)
                 cells.append(
                     Text(
@@ -738,14 +772,15 @@ def _show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence
 
     table = Table()
     for name in header:
-        table.add_column(Text(name))
+        table.add_column(Text(name), overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(cell, overflow="fold") for cell in row))
     console.print(table)
 
 
 def _show_files(console: Console, paths: Sequence[Path]) -> None:
-    console.print("wrote")
+    if paths:
+        console.print("wrote")
     for path in paths:
         console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
 
@@ -759,17 +794,26 @@ def _check_places(*paths: Path | None) -> None:
             check_writable(path)
 
 
-def _write_json(path: Path | None, record: Any) -> None:
+def _check_files(*paths: Path | None) -> None:
+    """Raise for a text file that is not there, before a model is loaded."""
+    for path in paths:
+        if path and not path.is_file():
+            raise UsageError(f"{path} cannot be read: there is no such file.")
+
+
+def _write_json(path: Path | None, record: Any) -> list[Path]:
+    """Write the result as JSON, where it is wanted; the file written, if any."""
     if path is None:
-        return
+        return []
     text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
     if str(path) == "-":
         sys.stdout.write(text)
-        return
+        return []
     from mechedit.cache import atomic_write
 
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    return [path]
 
 
 if __name__ == "__main__":

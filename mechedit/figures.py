@@ -34,7 +34,7 @@ AXES = {
 def heat_map(trace: Trace, kind: str) -> Figure:
     """P(answer) by token and layer for one kind, subject tokens starred (Meng et al. 2022, figure 1).
 
-    The colours run from the corrupted probability, which is white, to the highest restored one.
+    The colours run from the corrupted probability, which is white, to the clean one, so that kinds can be compared.
     """
     import numpy as np
     from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ def heat_map(trace: Trace, kind: str) -> Figure:
         grid,
         cmap=COLOURS.get(kind, "Blues"),
         vmin=min(trace.p_corrupted, lowest),
-        vmax=highest,
+        vmax=max(trace.p_clean, highest),
         aspect="auto",
         interpolation="nearest",
     )
@@ -63,9 +63,6 @@ def heat_map(trace: Trace, kind: str) -> Figure:
     axes.set_title(TITLES.get(kind, kind).format(window=trace.settings.window), fontsize=10)
     bar = figure.colorbar(image, ax=axes)
     bar.ax.set_title(_plain(f"P({trace.answer.strip()})"), fontsize=9, pad=8)
-    bar.ax.axhline(trace.p_corrupted, color="black", linewidth=0.8)
-    if trace.p_clean <= highest:
-        bar.ax.axhline(trace.p_clean, color="black", linewidth=0.8, linestyle="--")
     return figure
 
 
@@ -119,6 +116,7 @@ def severed_lines(curves: Sequence[Severed]) -> Figure:
     """The effect of restoring one state, with nothing, the MLPs and attention held, by layer; intervals over facts."""
     import numpy as np
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     from mechedit.tracing.averages import interval
 
@@ -132,6 +130,7 @@ def severed_lines(curves: Sequence[Severed]) -> Figure:
         if len(curves) > 1:
             axes.fill_between(layers, *interval(effects), color=colour, alpha=0.2, linewidth=0)
     axes.axhline(0, color="black", linewidth=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(f"layer of the restored state, {ROLE_TITLES[curves[0].role]}", fontsize=9)
     axes.set_ylabel("indirect effect" + (f", {len(curves)} facts" if len(curves) > 1 else ""), fontsize=9)
     axes.legend(fontsize=8)

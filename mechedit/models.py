@@ -108,7 +108,7 @@ def load(name: str = GEMMA, *, device: str | None = None, dtype: torch.dtype = t
         ModelError: nothing by that name, an architecture TransformerLens does not know, a hub that cannot be reached.
     """
     name = str(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(device)
     folder = _resolve(name)
     with _quiet():
         hf_model, tokenizer = _hugging_face(folder, name, dtype)
@@ -117,6 +117,18 @@ def load(name: str = GEMMA, *, device: str | None = None, dtype: torch.dtype = t
     if (known := preset(model)) is not None:
         model.cfg.default_prepend_bos = known.prepend_bos
     return model.eval()
+
+
+def _device(name: str | None) -> str:
+    """A device that is here: the one asked for, or CUDA where there is one, else the CPU."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        raise ModelError(f"there is no device {name!r} here; there is {' and '.join(here)}.") from error
+    return name
 
 
 def preset(model: HookedModel) -> Preset | None:
@@ -163,10 +175,17 @@ def _resolve(name: str) -> Path:
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     snapshot = _hub_snapshot(name, offline=True) or (None if offline else _hub_snapshot(name, offline=False))
     if snapshot is None:
+        listed = name in {each.name for each in listing()}
+        what = (
+            f"{name!r} is on the Hugging Face hub, not here, and the hub"
+            if listed
+            else f"unknown model {name!r}: it is no local folder, no packaged model ({GEMMA}), not in the Hugging Face cache, "
+            "and the hub"
+        )
+        why = "was not asked, because HF_HUB_OFFLINE is set" if offline else "could not be reached or does not have it"
         raise ModelError(
-            f"unknown model {name!r}: it is no local folder, no packaged model ({GEMMA}), not in the Hugging Face cache, "
-            "and the Hugging Face hub could not be reached or does not have it. `mechedit models` lists the names that "
-            "can be loaded; without a network, pass a folder with a model in Hugging Face's format."
+            f"{what} {why}. Without a network, pass a folder with a model in Hugging Face's format."
+            + ("" if listed else " `mechedit models` lists the names that are known.")
         )
     return snapshot
 

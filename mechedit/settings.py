@@ -13,6 +13,7 @@ from mechedit.errors import MecheditError
 
 __all__ = [
     "KINDS",
+    "KNOWN_KINDS",
     "POLICIES",
     "PRESETS",
     "MomentSettings",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 KINDS = ("resid", "mlp", "attn")
+KNOWN_KINDS = ("resid", "resid_pre", "resid_mid", "mlp", "attn")
 POLICIES = ("averaged", "published")
 ROLE_TITLES = {
     "before": "before the subject",

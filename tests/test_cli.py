@@ -193,6 +193,38 @@ def test_a_run_over_facts_is_kept_resumed_and_averaged(run, known_file, tmp_path
     assert "holds a run of other settings (settings.seed: 0 there, 1 now)" in err
 
 
+def test_an_interrupted_run_says_what_is_kept_and_how_to_go_on(run, known_file, tmp_path, monkeypatch):
+    from mechedit.runs import tracing as runs
+
+    command = ("trace", "--facts", str(known_file), "--unknown", "--draws", "1", "--out", str(tmp_path / "run"))
+    real, calls = runs.trace, []
+
+    def interrupt(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(runs, "trace", interrupt)
+    status, _, err = run(*command)
+    assert status == 130
+    assert "2 of 4 facts are kept in" in err
+    assert "the same command goes on from there" in err
+    status, out, _ = run(*command)
+    assert status == 0
+    assert "2 of 4 facts are in" in out
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("wrong", [["trace", "x", "--draws", "many"], ["edit", "x"], ["no-such-command"], ["trace", "--no-such-option"]])  # fmt: skip
+def test_wrong_options_end_in_one_line(wrong, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(wrong)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--help` lists the options" in line
+
+
 def test_facts_the_model_does_not_know_are_left_out(run, known_file, tmp_path):
     status, out, err = run("trace", "--facts", str(known_file), "--draws", "1", "--out", str(tmp_path / "run"))
     assert "the model knows 0 of 4 facts" in out
@@ -331,7 +363,8 @@ def test_doctor_reports(run, tmp_path):
         (("trace", "--facts", "built-in"), "give --out DIR"),
         ((*TRACE, "--facts", "built-in", "--out", "x"), "not both"),
         (("trace", "--facts", "/no/file", "--out", "x"), "/no/file"),
-        ((*TRACE, "--sigma-from", "/no/file"), "must be a text file"),
+        ((*TRACE, "--sigma-from", "/no/file"), "no such file"),
+        ((*TRACE, "--device", "tpu"), "there is no device 'tpu' here; there is cpu"),
         ((*TRACE, "--corruption", "tokens"), "needs another subject"),
         ((*TRACE, "--roles", "verb"), "roles must be one of"),
         (("sever", *TRACE[1:], "--role", "verb"), "has the role verb"),

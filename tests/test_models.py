@@ -150,11 +150,24 @@ def test_a_block_without_W_out_is_an_error_that_says_what_it_has(model):
         models.W_out(stub, 1)
 
 
-def test_an_unknown_model_without_network_is_an_error_that_says_what_to_do():
-    with pytest.raises(ModelError, match="unknown model 'no-such-model'.*mechedit models"):
+def test_an_unknown_model_without_network_is_an_error_that_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match="unknown model 'no-such-model'.*HF_HUB_OFFLINE is set.*mechedit models"):
         models.load("no-such-model")
-    with pytest.raises(ModelError, match="unknown model 'openai-community/gpt2-xl'.*could not be reached"):
+    with pytest.raises(
+        ModelError, match="'openai-community/gpt2-xl' is on the Hugging Face hub, not here.*pass a folder"
+    ):
         models.load("openai-community/gpt2-xl")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(models, "_hub_snapshot", lambda name, offline: None)
+    with pytest.raises(ModelError, match="is on the Hugging Face hub, not here, and the hub could not be reached"):
+        models.load("openai-community/gpt2-xl")
+
+
+def test_a_device_that_is_not_here_is_an_error_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(models, "_resolve", lambda name: pytest.fail("it began to load"))
+    with pytest.raises(ModelError, match="there is no device 'tpu' here; there is cpu"):
+        models.load(device="tpu")
 
 
 def test_a_path_that_does_not_exist_is_an_error():

@@ -21,7 +21,7 @@ from mechedit.settings import TraceSettings
 from mechedit.tracing import Trace, trace
 from mechedit.tracing.severing import Severed, severed
 
-__all__ = ["known", "partners", "sever_facts", "trace_facts", "unit"]
+__all__ = ["check_run", "finished", "known", "partners", "sever_facts", "trace_facts", "unit"]
 
 
 def unit(fact: Fact) -> str:
@@ -92,6 +92,20 @@ def _run(
         "model": {key: origin[key] for key in ("name", "weight_hash", "dtype")},
     }
     return settings, statistics, what
+
+
+def check_run(model: HookedModel, folder: str | Path, settings: TraceSettings) -> None:
+    """Raise where `folder` holds a run of other settings; the vocabulary gives sigma.
+
+    Raises:
+        RunError: it does.
+    """
+    Store(folder, _run(model, settings, None)[2], Trace.load, Trace.save)
+
+
+def finished(facts: Sequence[Fact], folder: str | Path) -> int:
+    """How many of these facts have a file in a run's folder."""
+    return sum((Path(folder) / "units" / f"{unit(fact)}.safetensors").is_file() for fact in facts)
 
 
 def partners(model: HookedModel, facts: Sequence[Fact], settings: TraceSettings) -> list[tuple[Fact, str | None]]:
