@@ -364,7 +364,6 @@ def test_doctor_reports(run, tmp_path):
         ((*TRACE, "--facts", "built-in", "--out", "x"), "not both"),
         (("trace", "--facts", "/no/file", "--out", "x"), "/no/file"),
         ((*TRACE, "--sigma-from", "/no/file"), "no such file"),
-        ((*TRACE, "--device", "tpu"), "there is no device 'tpu' here; there is cpu"),
         ((*TRACE, "--corruption", "tokens"), "needs another subject"),
         ((*TRACE, "--roles", "verb"), "roles must be one of"),
         (("sever", *TRACE[1:], "--role", "verb"), "has the role verb"),
