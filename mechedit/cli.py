@@ -771,8 +771,9 @@ def _show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence
     from rich.text import Text
 
     table = Table()
-    for name in header:
-        table.add_column(Text(name), overflow="fold")
+    names = max((len(row[0]) for row in rows), default=0) <= 30  # short first cells are names, which are copied whole
+    for index, name in enumerate(header):
+        table.add_column(Text(name), overflow="fold", no_wrap=names and index == 0)
     for row in rows:
         table.add_row(*(Text(cell, overflow="fold") for cell in row))
     console.print(table)

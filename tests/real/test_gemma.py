@@ -170,6 +170,29 @@ def test_every_cell_equals_one_forward_pass(gemma, found):
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
 
 
+PEAK = """
+import sys, torch
+from mechedit import facts, models
+from mechedit.tracing import TraceSettings, trace
+def now(name):
+    return next(int(line.split()[1]) / 2**20 for line in open("/proc/self/status") if line.startswith(name))
+model = models.load("gemma-3-270m", device="cpu")
+model(torch.zeros(1, 4, dtype=torch.long))
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts here
+before = now("VmRSS")
+trace(model, facts.built_in()[0], TraceSettings(memory=float(sys.argv[1])))
+print(now("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is Linux's")
+@pytest.mark.parametrize("gigabytes", ["2", "1"])
+def test_a_trace_stays_within_its_budget(gigabytes):
+    found = subprocess.run([sys.executable, "-c", PEAK, gigabytes], check=True, capture_output=True, text=True)
+    assert float(found.stdout.split()[-1]) < float(gigabytes)
+
+
 @pytest.mark.slow
 def test_twenty_facts_are_edited_well(gemma):
     moment = moments.estimate(gemma, rome.resolve(gemma).layer)
