@@ -79,6 +79,17 @@ def test_any_role_can_be_restored_and_one_that_is_not_there_is_an_error(model, f
         severed(model, Fact("Paris", "{} is", "Seattle"), SMALL, role="subject_middle")
 
 
+def test_one_draw_has_no_other(model, fact):
+    with pytest.raises(SettingsError, match="at least 2 draws"):
+        severed(model, fact, replace(SMALL, draws=1), shared_draws=False)
+
+
+def test_precision_is_obeyed(model, fact):
+    half, exact = (severed(model, fact, replace(SMALL, precision=each)) for each in ("bfloat16", "model"))
+    assert not torch.equal(half.curves["mlp"], exact.curves["mlp"])
+    torch.testing.assert_close(half.curves["mlp"], exact.curves["mlp"], atol=0.02, rtol=0.3)
+
+
 def test_severed_curves_survive_their_file(model, fact, tmp_path):
     found = severed(model, fact, SMALL)
     path = found.save(tmp_path / "severed.safetensors")

@@ -31,7 +31,7 @@ from mechedit.tracing.cells import Cell, Component, Patch, single, window
 from mechedit.tracing.engine import GIGABYTE, Job, Read, Swept, sweep
 from mechedit.tracing.roles import roles
 
-__all__ = ["Cell", "Component", "Patch", "Prepared", "Trace", "TraceSettings", "grid", "measured", "prepare", "restore", "single", "trace", "trace_all", "window"]  # fmt: skip
+__all__ = ["Cell", "Component", "Patch", "Prepared", "Trace", "TraceSettings", "grid", "in_precision", "measured", "prepare", "restore", "single", "trace", "trace_all", "window"]  # fmt: skip
 
 STATES = {"resid": cells.RESID_POST, "resid_pre": cells.RESID_PRE, "resid_mid": cells.RESID_MID}
 WINDOWED = {"mlp": cells.MLP_OUT, "attn": cells.ATTN_OUT}
@@ -211,7 +211,7 @@ def trace_all(
         ]
         grids = [grid(settings, components, n_layers, each.prompt) for each in part]
         jobs = [each.job([cell for _, cell in cells_]) for each, cells_ in zip(part, grids, strict=True)]
-        with _precision(model, settings):
+        with in_precision(model, settings):
             found = sweep(model, jobs, progress, memory=int(settings.memory * GIGABYTE))
         seconds = (time.perf_counter() - began) / len(part)
         for each, cells_, swept in zip(part, grids, found, strict=True):
@@ -274,7 +274,7 @@ def restore(
     settings = replace(settings, prepend_bos=prompts.resolve_bos(model, settings.prepend_bos))
     prepared = prepare(model, fact, settings, family=family, known=known, other=other)
     chosen = cells(prepared.prompt) if callable(cells) else cells
-    with _precision(model, settings):
+    with in_precision(model, settings):
         (swept,) = sweep(model, [prepared.job(chosen)], progress, memory=int(settings.memory * GIGABYTE))
     return (
         measured(settings, swept.cells),
@@ -362,7 +362,8 @@ def grid(
     return grid
 
 
-def _precision(model: HookedModel, settings: TraceSettings) -> contextlib.AbstractContextManager[None]:
+def in_precision(model: HookedModel, settings: TraceSettings) -> contextlib.AbstractContextManager[None]:
+    """The model in the number format that the settings ask for, for the length of a `with` block."""
     return models.cast(model, torch.bfloat16) if settings.precision == "bfloat16" else contextlib.nullcontext()
 
 

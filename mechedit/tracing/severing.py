@@ -20,7 +20,7 @@ from mechedit.facts import Fact
 from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
 from mechedit.settings import SettingsError, TraceSettings
-from mechedit.tracing import measured, prepare
+from mechedit.tracing import in_precision, measured, prepare
 from mechedit.tracing.cells import ATTN_OUT, MLP_OUT, RESID_POST, Cell, Patch
 from mechedit.tracing.engine import GIGABYTE, sweep
 from mechedit.tracing.roles import positions
@@ -88,6 +88,8 @@ def severed(
     """The three curves of one fact, restoring the (first) position that has a token role. `kinds` and windows play no part."""
     settings = settings or TraceSettings()
     settings = replace(settings, prepend_bos=prompts.resolve_bos(model, settings.prepend_bos))
+    if not shared_draws and settings.draws < 2:
+        raise SettingsError("held values of another draw need at least 2 draws; there is 1.")
     known = known or corruption.needed(model, settings)
     prepared = prepare(model, fact, settings, known=known)
     found = positions(role, len(prepared.prompt.ids), prepared.prompt.subject)
@@ -103,7 +105,8 @@ def severed(
         for layer in range(n_layers)
     ]
     job = prepared.job(cells, held_shift=0 if shared_draws else 1)
-    (swept,) = sweep(model, [job], progress, memory=int(settings.memory * GIGABYTE))
+    with in_precision(model, settings):
+        (swept,) = sweep(model, [job], progress, memory=int(settings.memory * GIGABYTE))
     values = measured(settings, swept.cells).unflatten(0, (len(CURVES), n_layers))
     return Severed(
         prompt=fact.prompt,
