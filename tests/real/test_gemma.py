@@ -99,7 +99,7 @@ def test_severing_mlps_takes_most_of_the_early_sites_effect(gemma):
 def test_bfloat16_says_what_it_costs(gemma):
     before = models.weight_hash(gemma)
     error = sample_error(gemma, FACT, TraceSettings(draws=4, precision="bfloat16"), cells=12)
-    assert 1e-4 < error.largest < 0.08
+    assert 1e-4 < error.largest < 0.15  # of bfloat16 and of four draws for ten
     assert models.weight_hash(gemma) == before
 
 
