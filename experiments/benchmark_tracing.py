@@ -16,6 +16,7 @@ the time is scaled up.
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class BenchmarkTracing:
     device: str = "cpu"
     draws: int = 10
     repeats: int = 3  # of the sweep; its median is reported
-    loop_cells: int = 0  # cells a kind that the loop runs, evenly spread; 0 means all of them
+    loop_cells: int = 0  # cells a kind that the loop runs; 0 means all of them
     plain_cells: int = 10  # cells a kind of the loop with TransformerLens's own layout, and of its patching functions
     threads: int = 2
 
@@ -94,13 +95,20 @@ def seconds(work: Callable[[], Any], device: str) -> tuple[Any, float]:
     return result, time.perf_counter() - began
 
 
+def sample(cells: list[Any], n: int) -> list[Any]:
+    """`n` of the cells, the same ones each time, in order; all of them for 0. A stride would keep meeting the same tokens."""
+    if not 0 < n < len(cells):
+        return cells
+    return [cells[index] for index in sorted(random.Random(0).sample(range(len(cells)), n))]  # noqa: S311 (a sample)
+
+
 def run_loop(
     model: models.HookedModel, prepared: Prepared, found: Trace, kind: str, n: int, device: str
 ) -> dict[str, Any]:
-    """The loop over `n` evenly spread cells of a kind (0: all), scaled to all; and its largest difference from the sweep."""
+    """The loop over `n` cells of a kind (0: all), scaled to all; and its largest difference from the sweep."""
     only = replace(found.settings, kinds=(kind,))
     whole = cells_of(only, (), int(model.cfg.n_layers), prepared.prompt)
-    chosen = whole[:: max(1, len(whole) // n) if n else 1]
+    chosen = sample(whole, n)
     cells: list[Cell] = [cell for _, cell in chosen]
     slow, took = seconds(
         lambda: loop(model, prepared.ids, prepared.corrupted.to(device), prepared.answer_ids[0], cells), device
@@ -125,7 +133,7 @@ def run_patching(
         return None
     n_layers, n_positions = int(model.cfg.n_layers), len(prepared.ids)
     places = [(layer, position) for layer in range(n_layers) for position in range(n_positions)]
-    chosen = places[:: max(1, len(places) // n)]
+    chosen = sample(places, n)
     corrupted = prepared.corrupted.to(device)
     tokens = torch.tensor([list(prepared.ids)], device=device).expand(len(corrupted), -1)
     index = pd.DataFrame(chosen, columns=["layer", "pos"])
