@@ -68,7 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mechedit", description="Find where a transformer recalls a fact, and rewrite it there.")
     parser.add_argument("--version", action="version", version=f"mechedit {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_tracing(commands)
+    _add_editing(commands)
+    _add_looking(commands)
+    return parser
 
+
+def _add_tracing(commands: Any) -> None:
+    """demo, trace, sever"""
     demo = _command(commands, "demo", _demo, "trace and edit one fact, and show what happened", model=True)
     demo.add_argument(
         "--out",
@@ -101,11 +108,15 @@ def _parser() -> argparse.ArgumentParser:
     sever = _command(commands, "sever", _sever, "trace a restored state with MLPs or attention cut off", model=True)
     _add_prompt(sever)
     sever.add_argument("--answer", help="the answer to measure (default: what the model says)")
+    sever.add_argument("--other", help="with --corruption tokens: the subject that takes the subject's place")
     sever.add_argument("--role", default="subject_last", help="token role that is restored (default: subject_last)")
-    _add_settings(sever, TraceSettings)
+    _add_settings(sever, TraceSettings, without=("kinds", "window", "centre", "roles"))  # of grids
     sever.add_argument("--out", type=Path, metavar="DIR", help="write the curves, as picture and as file, there")
     _add_json(sever)
 
+
+def _add_editing(commands: Any) -> None:
+    """edit, apply, moments"""
     edit = _command(commands, "edit", _edit, "rewrite a fact by a rank-one change of one W_out", model=True)
     _add_prompt(edit)
     edit.add_argument("--target", required=True, help="what the model shall say instead")
@@ -132,6 +143,25 @@ def _parser() -> argparse.ArgumentParser:
     apply.add_argument("--force", action="store_true", help="apply even to other weights than the edit was made for")
     _add_json(apply)
 
+    moments = _command(
+        commands, "moments", _moments, "estimate C, the second moment of a layer's keys, into the cache", model=True
+    )
+    moments.add_argument("--layer", type=int, default=-1, help="block, from 0 (default: the model's preset)")
+    moments.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text files (default: text sampled from the model)",
+    )
+    _add_settings(moments, MomentSettings)
+    moments.add_argument("--out", type=Path, metavar="FILE", help="also write it there (.safetensors)")
+    _add_json(moments)
+
+
+def _add_looking(commands: Any) -> None:
+    """inspect, audit, models, doctor"""
     inspect = _command(
         commands, "inspect", _inspect, "show what is in an edit, trace or moment file; no model is loaded"
     )
@@ -149,22 +179,6 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--answer", help="the true answer")
     audit.add_argument("--target", help="a new answer")
 
-    moments = _command(
-        commands, "moments", _moments, "estimate C, the second moment of a layer's keys, into the cache", model=True
-    )
-    moments.add_argument("--layer", type=int, default=-1, help="block, from 0 (default: the model's preset)")
-    moments.add_argument(
-        "--text",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="text files (default: text sampled from the model)",
-    )
-    _add_settings(moments, MomentSettings)
-    moments.add_argument("--out", type=Path, metavar="FILE", help="also write it there (.safetensors)")
-    _add_json(moments)
-
     models = _command(
         commands, "models", _models, "list the models that can be loaded, or check one against Hugging Face"
     )
@@ -173,7 +187,6 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = _command(commands, "doctor", _doctor, "check that this installation works")
     _add_json(doctor)
-    return parser
 
 
 def _command(
@@ -221,11 +234,11 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
+def _add_settings(parser: argparse.ArgumentParser, settings: type, without: Sequence[str] = ()) -> None:
     """An option for each field of a settings dataclass, with its default and its sentence. An option not given is None."""
     for name, default, text in knobs(settings):
         flag = "--" + name.replace("_", "-")
-        if flag in parser._option_string_actions:
+        if name in without or flag in parser._option_string_actions:
             continue
         shown = "" if default is None else f" (default: {_shown(default)})"
         if default is None or isinstance(default, bool):
@@ -336,6 +349,7 @@ def _statistics(arguments: argparse.Namespace, model: HookedModel, facts: Sequen
 def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None:
     from mechedit import facts, figures, sites
     from mechedit.runs import tracing as runs
+    from mechedit.tracing import accuracy
     from mechedit.tracing.averages import average
 
     if arguments.out is None:
@@ -366,14 +380,16 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
                 f"{there} of {len(chosen)} facts are kept in {arguments.out}; the same command goes on from there"
             ) from None
     mean = average(traces, seed=settings.seed)
+    if not accuracy.is_exact(settings) and settings.corruption != "tokens":
+        error = accuracy.sample_error(model, chosen[0], settings, known=statistics)
+        console.print(f"not exact; of {chosen[0].prompt!r}, against ten draws, {error}", markup=False, highlight=False)
     console.print(f"{mean.n} facts. clean {mean.clean}, corrupted {mean.corrupted}, total effect {mean.total}")
     _show_average(console, mean)
     for name, find in (("early", sites.early), ("late", sites.late)):
         with suppress(sites.SiteError):
             console.print(f"{name} site: {find(mean)}", markup=False, highlight=False)
-    _write_json(arguments.out / "average.json", mean.to_json())
-    _show_files(console, [*figures.save_average(mean, arguments.out), arguments.out / "average.json"])
-    _write_json(arguments.json, mean.to_json())
+    written = figures.save_average(mean, arguments.out) + _write_json(arguments.out / "average.json", mean.to_json())
+    _show_files(console, written + _write_json(arguments.json, mean.to_json()))
 
 
 def _show_average(console: Console, mean: Average) -> None:
@@ -404,7 +420,7 @@ def _sever(arguments: argparse.Namespace) -> None:
     _check_places(arguments.json, arguments.out and arguments.out / "severed.safetensors")
     model = _load(arguments)
     with _progress() as progress:
-        found = severed(model, fact, settings, role=arguments.role, progress=progress)
+        found = severed(model, fact, settings, role=arguments.role, other=arguments.other, progress=progress)
     console = _console(arguments)
     console.print(f"{found.prompt!r}: clean {found.p_clean:.3f}, corrupted {found.p_corrupted:.3f}", highlight=False)
     means = {name: curve.mean(-1).tolist() for name, curve in found.curves.items()}

@@ -30,6 +30,7 @@ __all__ = [
     "Noise",
     "Statistics",
     "corrupt",
+    "describe",
     "gaussian",
     "generator",
     "multivariate",
@@ -221,6 +222,14 @@ def corrupt(
     corrupted = clean.repeat(settings.draws, 1, 1)
     corrupted[:, begin:end] = noise if settings.replace else clean[begin:end] + noise
     return corrupted, settings.noise * unit
+
+
+def describe(settings: TraceSettings, known: Statistics, family: Family | None, other: str | None) -> str:
+    """What corrupted a fact, in words: the noise and whose sigma it has, or the other subject."""
+    if settings.corruption == "tokens" and family is None:
+        return f"the subject {other!r}"
+    name = settings.corruption if family is None else getattr(family, "__qualname__", repr(family))
+    return f"{name} noise, " + ("absolute scale" if settings.scale == "absolute" else f"sigma of {known.source}")
 
 
 def _replaced(model: HookedModel, fact: Fact, prompt: Prompt, other: str | None) -> Float[Tensor, "one pos d_model"]:

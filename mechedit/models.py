@@ -77,8 +77,8 @@ def _settle_vector_math() -> None:
     """Call each function of MKL's vector mathematics once, from one thread.
 
     MKL before 2025.0 picks a function's kernel in its first call. Where several threads make that call together, one of
-    them can get a kernel of low precision: the rotary embedding of a process's first prompt was off by 1.5e-4, and Gemma's
-    logits by 2e-3, in about every tenth process (pytorch/pytorch#188792). One element is computed by one thread.
+    them can get a kernel of low precision (pytorch/pytorch#188792): the rotary embedding of a process's first prompt was off
+    by 1.5e-4, and Gemma's logits by 2e-3, now and then. One element is computed by one thread.
     """
     for dtype in (torch.float32, torch.float64):
         one = torch.ones(1, dtype=dtype)
@@ -86,9 +86,6 @@ def _settle_vector_math() -> None:
                          torch.exp, torch.expm1, torch.log, torch.log10, torch.log1p, torch.log2, torch.rsqrt, torch.sin,
                          torch.sinh, torch.sqrt, torch.tan, torch.tanh, torch.lgamma):  # fmt: skip
             function(one)
-
-
-_settle_vector_math()
 
 
 class ModelError(MecheditError, ValueError):
@@ -256,6 +253,7 @@ def _hugging_face(folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, Any
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _settle_vector_math()  # every model comes through here, before its first prompt
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="eager", local_files_only=True

@@ -28,6 +28,7 @@ def made(effects, corrupted=0.1, clean=0.6, subject=(1, 3), prompt="a", settings
         relation=None,
         answer="x",
         answer_ids=(1,),
+        corrupted_by="gaussian noise, sigma of vocabulary",
         p_clean=clean,
         p_corrupted=corrupted,
         effects=grids,

@@ -180,6 +180,7 @@ def test_a_run_over_facts_is_kept_resumed_and_averaged(run, known_file, tmp_path
     status, out, _ = run(*command)
     assert status == 0
     assert "3 facts. clean" in out
+    assert "not exact; of 'London is in the city of', against ten draws, on 24 cells" in " ".join(out.split())
     assert "last subject token" in out
     assert "early site: mlp at layer" in out
     first = {path.name: path.read_bytes() for path in (folder / "units").iterdir()}
@@ -216,7 +217,7 @@ def test_an_interrupted_run_says_what_is_kept_and_how_to_go_on(run, known_file, 
     assert len(calls) == 5
 
 
-@pytest.mark.parametrize("wrong", [["trace", "x", "--draws", "many"], ["edit", "x"], ["no-such-command"], ["trace", "--no-such-option"]])  # fmt: skip
+@pytest.mark.parametrize("wrong", [["trace", "x", "--draws", "many"], ["edit", "x"], ["no-such-command"], ["trace", "--no-such-option"], ["sever", "x", "--subject", "x", "--window", "3"]])  # fmt: skip
 def test_wrong_options_end_in_one_line(wrong, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(wrong)

@@ -114,6 +114,9 @@ def test_statistics_are_of_the_tokens_given(model):
     assert some.sigma == pytest.approx(float(models.embed(model, torch.tensor([ids])).std()), rel=1e-5)
     (_, scale), _ = corrupted(model, known=some)
     assert scale == pytest.approx(3 * some.sigma)
+    assert trace(model, FACT, SMALL, known=some).corrupted_by == "gaussian noise, sigma of subjects"
+    absolute = replace(SMALL, scale="absolute", corruption="uniform")
+    assert trace(model, FACT, absolute).corrupted_by == "uniform noise, absolute scale"
     with pytest.raises(CorruptionError, match="at least 2 tokens"):
         statistics(model, [])
 
@@ -127,6 +130,7 @@ def test_another_subject_of_equal_length_takes_the_subjects_place(model):
     assert embeddings.shape[0] == 1
     assert torch.equal(embeddings[0], models.embed(model, torch.tensor([theirs.ids]))[0])
     found = trace(model, fact, chosen, other="London")
+    assert found.corrupted_by == "the subject 'London'"
     assert found.draws["mlp"].shape[-1] == 1
     with torch.no_grad():
         log_p = model(torch.tensor([theirs.ids]))[0, -1].log_softmax(-1)
@@ -165,7 +169,9 @@ def test_noise_of_ones_own_is_used_and_checked(model):
     clean = models.embed(model, torch.tensor([prompt.ids]))[0]
     begin, end = prompt.subject
     torch.testing.assert_close(embeddings[:, begin:end], (clean[begin:end] + scale).expand(3, -1, -1))
-    assert trace(model, FACT, SMALL, family=ones).draws["mlp"].std(-1).max() < 1e-6
+    found = trace(model, FACT, SMALL, family=ones)
+    assert found.draws["mlp"].std(-1).max() < 1e-6
+    assert "ones noise, sigma of vocabulary" in found.corrupted_by
     with pytest.raises(CorruptionError, match=r"shape .*; bad gave \(1,\)"):
 
         def bad(noise: Noise) -> torch.Tensor:

@@ -117,6 +117,8 @@ def test_other_tokens_take_partners_from_the_same_relation(model, tmp_path):
     assert "The Space Needle" not in {each.subject for each in found}, "it alone has its relation, so it has no partner"
     assert len(found) >= 2
     assert all(each.draws["mlp"].shape[-1] == 1 for each in found)
+    cut = sever_facts(model, facts, tmp_path / "severed", replace(SMALL, corruption="tokens"))
+    assert [each.corrupted_by for each in cut] == [each.corrupted_by for each in found]
 
 
 def test_severed_runs_resume_too(model, tmp_path):

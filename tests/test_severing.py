@@ -84,6 +84,13 @@ def test_one_draw_has_no_other(model, fact):
         severed(model, fact, replace(SMALL, draws=1), shared_draws=False)
 
 
+def test_another_subject_can_take_its_place(model):
+    fact = Fact("Seattle", "The city of {} is in", "Paris", relation="city")
+    found = severed(model, fact, replace(SMALL, corruption="tokens"), other="London")
+    assert found.curves["mlp"].shape == (4, 1)
+    assert found.corrupted_by == "the subject 'London'"
+
+
 def test_precision_is_obeyed(model, fact):
     half, exact = (severed(model, fact, replace(SMALL, precision=each)) for each in ("bfloat16", "model"))
     assert not torch.equal(half.curves["mlp"], exact.curves["mlp"])

@@ -80,8 +80,30 @@ def edit(
     moment = moment or moments.estimate(
         model, settings.layer, settings=MomentSettings(prepend_bos=settings.prepend_bos), progress=progress
     )
-    before_prompts = keys.prefixes(model, settings)
-    rows = keys.contexts(model, fact, before_prompts, prepend_bos=settings.prepend_bos)
+    change, report, details = _find(model, fact, target, moment, settings, progress)
+    with rank_one.edited(model, change):
+        after = _measure(model, fact, settings)
+    return Edit(
+        method="rome",
+        changes=(change,),
+        fact=_describe(fact),
+        report=report,
+        before=before,
+        after=after,
+        origin=provenance.origin(model),
+        settings=asdict(settings),
+        versions=provenance.versions(),
+        seconds=time.perf_counter() - began,
+        details=details,
+    )
+
+
+def _find(
+    model: HookedModel, fact: Fact, target: list[int], moment: Moment, settings: RomeSettings, progress: Progress
+) -> tuple[rank_one.RankOneEdit, dict[str, float], dict[str, Any]]:
+    """The change, its numbers, found in range, and what it was made from."""
+    before = keys.prefixes(model, settings)
+    rows = keys.contexts(model, fact, before, prepend_bos=settings.prepend_bos)
     (essence,) = keys.contexts(model, Fact(fact.subject, "{} is a"), ("",), prepend_bos=settings.prepend_bos)
     *subject_keys, essence_key = keys.subject_keys(model, settings.layer, (*rows, essence)).cpu()
     W_out = models.W_out(model, settings.layer).detach().float().cpu()
@@ -104,31 +126,18 @@ def edit(
         "cond_C": moment.cond,
     }
     _check_report(report, share=change.divisor / float(change.u @ key.double()), settings=settings)
-    with rank_one.edited(model, change):
-        after = _measure(model, fact, settings)
-    return Edit(
-        method="rome",
-        changes=(change,),
-        fact=_describe(fact),
-        report=report,
-        before=before,
-        after=after,
-        origin=provenance.origin(model),
-        settings=asdict(settings),
-        versions=provenance.versions(),
-        seconds=time.perf_counter() - began,
-        details={
-            "prefixes": list(before_prompts),
-            "losses": [list(step) for step in value.losses],
-            "shares": shares.tolist(),
-            "moment": {
-                "source": moment.source,
-                "keys": moment.keys,
-                "settings": asdict(moment.settings),
-                "origin": moment.origin,
-            },
+    details = {
+        "prefixes": list(before),
+        "losses": [list(step) for step in value.losses],
+        "shares": shares.tolist(),
+        "moment": {
+            "source": moment.source,
+            "keys": moment.keys,
+            "settings": asdict(moment.settings),
+            "origin": moment.origin,
         },
-    )
+    }
+    return change, report, details
 
 
 def _measure(model: HookedModel, fact: Fact, settings: RomeSettings) -> dict[str, float]:

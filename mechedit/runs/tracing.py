@@ -70,11 +70,12 @@ def sever_facts(
 ) -> list[Severed]:
     """`tracing.severing.severed` of each fact, resumably as `trace_facts`."""
     settings, statistics, what = _run(model, settings, statistics)
-    by_unit = {unit(fact): fact for fact in facts}
+    by_unit = {unit(fact): (fact, other) for fact, other in partners(model, facts, settings)}
     store: Store[Severed] = Store(folder, what | {"shared_draws": shared_draws}, Severed.load, Severed.save)
 
     def compute(name: str) -> Severed:
-        return severed(model, by_unit[name], settings, shared_draws=shared_draws, known=statistics)
+        fact, other = by_unit[name]
+        return severed(model, fact, settings, shared_draws=shared_draws, known=statistics, other=other)
 
     return list(store.run(list(by_unit), compute, progress))
 

@@ -44,7 +44,8 @@ class Trace:
     `effects[kind]` is [layer, position]: the mean over draws of what is measured (P of the answer's first token, unless
     `settings.measure` says otherwise) with that state, or the window of outputs around that layer, restored at that
     position; nan where `settings.roles` left a position out. `draws[kind]` is [layer, position, draw]. `p_clean` and
-    `p_corrupted` are the same measure of the other two runs.
+    `p_corrupted` are the same measure of the other two runs. `corrupted_by` says what the settings do not: a family of noise
+    of one's own, whose sigma it is, the subject that took the subject's place.
     """
 
     prompt: str
@@ -54,6 +55,7 @@ class Trace:
     relation: str | None
     answer: str
     answer_ids: tuple[int, ...]
+    corrupted_by: str
     p_clean: float
     p_corrupted: float
     effects: dict[str, Float[Tensor, "layer position"]]
@@ -89,6 +91,7 @@ class Trace:
             "relation": self.relation,
             "answer": self.answer,
             "answer_ids": list(self.answer_ids),
+            "corrupted_by": self.corrupted_by,
             "p_clean": self.p_clean,
             "p_corrupted": self.p_corrupted,
             "noise_std": self.noise_std,
@@ -120,6 +123,7 @@ class Trace:
                 relation=record["relation"],
                 answer=record["answer"],
                 answer_ids=tuple(record["answer_ids"]),
+                corrupted_by=record["corrupted_by"],
                 p_clean=record["p_clean"],
                 p_corrupted=record["p_corrupted"],
                 effects={kind: grid.mean(-1) for kind, grid in draws.items()},
@@ -145,6 +149,7 @@ class Prepared:
     ids: tuple[int, ...]
     corrupted: Float[Tensor, "draws pos d_model"]
     noise_std: float
+    corrupted_by: str
     reads: tuple[Read, ...]
     settings: TraceSettings
 
@@ -243,6 +248,7 @@ def _trace(
         relation=prepared.fact.relation,
         answer=str(model.tokenizer.decode(list(prepared.answer_ids))),
         answer_ids=prepared.answer_ids,
+        corrupted_by=prepared.corrupted_by,
         p_clean=float(measured(settings, swept.clean)),
         p_corrupted=float(measured(settings, swept.corrupted).mean()),
         effects={kind: each.mean(-1) for kind, each in draws.items()},
@@ -299,6 +305,7 @@ def prepare(
     )
     known = known or corruption.needed(model, settings)
     corrupted, scale = corruption.corrupt(model, fact, prompt, settings, known=known, family=family, other=other)
+    by = corruption.describe(settings, known, family, other)
     last = len(prompt.ids) - 1
     ids = prompt.ids
     if settings.measure == "p_answer":
@@ -319,7 +326,7 @@ def prepare(
         reads = (Read(last, (answer[0], second)),)
     else:
         reads = (Read(last, (answer[0],)),)
-    return Prepared(fact, prompt, tuple(answer), ids, corrupted, scale, reads, settings)
+    return Prepared(fact, prompt, tuple(answer), ids, corrupted, scale, by, reads, settings)
 
 
 def measured(settings: TraceSettings, log_p: Float[Tensor, "*runs targets"]) -> Float[Tensor, "*runs"]:

@@ -44,6 +44,7 @@ class Severed:
     curves: dict[str, Float[Tensor, "layer draw"]]
     settings: TraceSettings
     shared_draws: bool
+    corrupted_by: str
     origin: dict[str, Any]
     versions: dict[str, str]
 
@@ -83,6 +84,7 @@ def severed(
     role: str = "subject_last",
     shared_draws: bool = True,
     known: Statistics | None = None,
+    other: str | None = None,
     progress: Progress = silent,
 ) -> Severed:
     """The three curves of one fact, restoring the (first) position that has a token role. `kinds` and windows play no part."""
@@ -91,7 +93,7 @@ def severed(
     if not shared_draws and settings.draws < 2:
         raise SettingsError("held values of another draw need at least 2 draws; there is 1.")
     known = known or corruption.needed(model, settings)
-    prepared = prepare(model, fact, settings, known=known)
+    prepared = prepare(model, fact, settings, known=known, other=other)
     found = positions(role, len(prepared.prompt.ids), prepared.prompt.subject)
     if not found:
         raise SettingsError(f"no token of {fact.prompt!r} has the role {role}.")
@@ -118,6 +120,7 @@ def severed(
         curves=dict(zip(CURVES, values, strict=True)),
         settings=settings,
         shared_draws=shared_draws,
+        corrupted_by=prepared.corrupted_by,
         origin=provenance.origin(model),
         versions=provenance.versions(),
     )
