@@ -49,18 +49,22 @@ class BenchmarkTracing:
     threads: int = 2
 
 
-def load(settings: BenchmarkTracing) -> models.HookedModel:
-    """The model, or random weights of a published shape with Gemma's tokenizer or none of its own."""
+def load(settings: Any) -> models.HookedModel:
+    """The model that the settings name, or random weights of a published shape."""
     if settings.model not in SHAPES:
         return models.load(settings.model, device=settings.device)
+    model = random_gpt2(*SHAPES[settings.model], settings.device)
+    model.cfg.model_name = settings.model
+    return model
+
+
+def random_gpt2(n_layers: int, n_heads: int, width: int, device: str) -> models.HookedModel:
+    """A GPT-2 of that shape with random weights."""
     from tests.conftest import make_random_gpt2
 
     with tempfile.TemporaryDirectory() as folder:
-        layers, heads, width = SHAPES[settings.model]
-        make_random_gpt2(Path(folder), layers, heads, width)
-        model = models.load(folder, device=settings.device)
-    model.cfg.model_name = settings.model
-    return model
+        make_random_gpt2(Path(folder), n_layers, n_heads, width)
+        return models.load(folder, device=device)
 
 
 def floor_operations(model: models.HookedModel, found: Trace) -> float:

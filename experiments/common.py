@@ -28,9 +28,13 @@ def parse(settings: type[Settings], argv: list[str] | None = None) -> Settings:
         description=settings.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     for each in fields(settings):  # type: ignore[arg-type]
-        kind = Path if isinstance(each.default, Path) else type(each.default)
-        parser.add_argument("--" + each.name.replace("_", "-"), type=kind, default=each.default)
-    return settings(**vars(parser.parse_args(argv)))
+        several = isinstance(each.default, tuple)
+        example = each.default[0] if several else each.default
+        kind = Path if isinstance(example, Path) else type(example)
+        flag = "--" + each.name.replace("_", "-")
+        parser.add_argument(flag, type=kind, default=each.default, nargs="+" if several else None)
+    chosen = vars(parser.parse_args(argv))
+    return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
 
 
 def write(name: str, model: HookedModel, settings: Any, result: dict[str, Any]) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import (
+    benchmark_scaling,
     benchmark_tracing,
     common,
     edit_built_in,
@@ -61,6 +62,21 @@ def test_the_tracing_benchmark_runs_and_its_sweep_equals_its_loops(tiny, tmp_pat
     assert record["floor_seconds"] > 0
 
 
+def test_the_scaling_benchmark_measures_every_size(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_scaling, "FIGURES", tmp_path)
+    monkeypatch.setattr(benchmark_scaling, "random_gpt2", lambda n_layers, *shape: benchmark_tracing.random_gpt2(n_layers, 2, 16, "cpu"))  # fmt: skip
+    small = ["--tokens", "6", "9", "--draws", "1", "2", "--layers", "1", "3", "--facts", "2"]
+    benchmark_scaling.main(common.parse(benchmark_scaling.BenchmarkScaling, ["--model", few, *small]))
+    record = read(tmp_path, "benchmark_scaling")
+    assert [row["draws"] for row in record["draws"]] == [1, 2]
+    assert [row["layers"] for row in record["layers"]] == [1, 3]
+    first, second = record["tokens"]
+    assert second["tokens"] > first["tokens"]
+    assert second["floor_seconds"] > first["floor_seconds"] > 0
+    assert record["facts_bfloat16"]["n"] == 2
+    assert next(tmp_path.rglob("benchmark_scaling.png")).stat().st_size > 0
+
+
 def test_random_shapes_are_those_of_their_names(monkeypatch):
     monkeypatch.setitem(benchmark_tracing.SHAPES, "random-gpt2", (2, 2, 16))
     model = benchmark_tracing.load(benchmark_tracing.BenchmarkTracing(model="random-gpt2"))
@@ -71,7 +87,14 @@ def test_random_shapes_are_those_of_their_names(monkeypatch):
 def few(tiny, tmp_path, monkeypatch):
     """Experiments over facts take four made-up ones."""
     monkeypatch.setattr(common, "OUT", tmp_path / "out")
-    for module in (figure2_average_effects, figure3_severed, figure7_lines, figure13_noise, figure16_attribution):
+    for module in (
+        benchmark_scaling,
+        figure2_average_effects,
+        figure3_severed,
+        figure7_lines,
+        figure13_noise,
+        figure16_attribution,
+    ):
         if hasattr(module, "FIGURES"):
             monkeypatch.setattr(module, "FIGURES", tmp_path)
         if hasattr(module, "OUT"):
