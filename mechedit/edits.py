@@ -32,8 +32,9 @@ class EditError(MecheditError, ValueError):
 class Edit:
     """What an editor returns. `record` holds JSON values only.
 
-    `report` has `divisor` (u @ key), `update_norm` (Frobenius norm of the change of W_out), `relative_norm` (that over the
-    norm of W_out) and `cond_C`; `before` and `after` have the probabilities `p_new` and `p_true` of the whole targets.
+    `report` has `divisor` (u @ key), `update_norm` (Frobenius norm of the change of W_out), `cond_C`, and the numbers that
+    `mechedit.guards` explains; `reasons` says which of them are out of their bands, and an edit without changes is one that
+    was rolled back for them. `before` and `after` have the probabilities `p_new` and `p_true` of the whole targets.
     """
 
     method: str
@@ -47,11 +48,12 @@ class Edit:
     versions: dict[str, str]
     seconds: float
     details: dict[str, Any] = field(default_factory=dict)
+    reasons: tuple[str, ...] = ()
 
     @property
     def layer(self) -> int:
-        """The block of the first change."""
-        return self.changes[0].layer
+        """The block that is edited."""
+        return self.changes[0].layer if self.changes else int(self.settings["layer"])
 
     def to_json(self) -> dict[str, Any]:
         """What `mechedit edit --json` writes."""
@@ -66,6 +68,7 @@ class Edit:
             "before": self.before,
             "after": self.after,
             "edit": self.report,
+            "reasons": list(self.reasons),
             "seconds": self.seconds,
             "settings": self.settings,
             "origin": self.origin,
@@ -73,7 +76,19 @@ class Edit:
         }
 
 
-_RECORD = ("method", "fact", "report", "before", "after", "origin", "settings", "versions", "seconds", "details")
+_RECORD = (
+    "method",
+    "fact",
+    "report",
+    "before",
+    "after",
+    "origin",
+    "settings",
+    "versions",
+    "seconds",
+    "details",
+    "reasons",
+)
 
 
 def save(edit: Edit, path: str | Path) -> Path:
@@ -106,7 +121,7 @@ def load(path: str | Path) -> Edit:
             RankOneEdit(int(each["layer"]), tensors[f"{index}.u"], tensors[f"{index}.step"], float(each["divisor"]))
             for index, each in enumerate(record["changes"])
         )
-        edit = Edit(changes=changes, **{name: record[name] for name in _RECORD})
+        edit = Edit(changes=changes, **{name: record[name] for name in _RECORD} | {"reasons": tuple(record["reasons"])})
         for needed in (
             edit.origin["weight_hash"],
             edit.fact["prompt"],
@@ -117,7 +132,7 @@ def load(path: str | Path) -> Edit:
                 raise TypeError("a value that may not be null is")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileError(f"{path} is an edit whose record is not whole ({type(error).__name__} {error}).") from error
-    if not changes:
+    if not changes and not edit.reasons:
         raise FileError(f"{path} is an edit without changes.")
     return edit
 

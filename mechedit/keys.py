@@ -2,7 +2,7 @@
 
     k* = 1/N sum_j k(x_j + p)        (Meng et al. 2022, eq. 3)
 
-p is the fact's prompt; the x_j are the empty text and short texts sampled from the model. The published code samples 10 of
+Another token than the subject's last can be chosen, by its position in the whole text. p is the fact's prompt; the x_j are the empty text and short texts sampled from the model. The published code samples 10 of
 length 5 and 10 of length 10 with top-k 5, and joins them by ". "; its lengths count the token it starts from, ours do not.
 """
 
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechedit.corruption import generator
-from mechedit.facts import Fact
+from mechedit.facts import Fact, FactError
 from mechedit.generation import sample
 from mechedit.interventions import intervened, read
 from mechedit.models import HookedModel
@@ -29,10 +29,10 @@ TOP_K = 5
 
 @dataclass(frozen=True)
 class Context:
-    """A fact's prompt behind a prefix: token ids, and the positions of the subject's last token and of the last token."""
+    """A fact's prompt behind a prefix: token ids, and the position whose key is looked up."""
 
     ids: tuple[int, ...]
-    subject: int
+    lookup: int
 
     @property
     def last(self) -> int:
@@ -49,12 +49,17 @@ def prefixes(model: HookedModel, settings: RomeSettings) -> tuple[str, ...]:
 
 
 def contexts(
-    model: HookedModel, fact: Fact, before: tuple[str, ...], *, prepend_bos: bool | None = None
+    model: HookedModel,
+    fact: Fact,
+    before: tuple[str, ...],
+    place: str = "subject_last",
+    *,
+    prepend_bos: bool | None = None,
 ) -> tuple[Context, ...]:
     """The fact's prompt behind each prefix. The subject is found by characters, so no prefix can shift it.
 
     Raises:
-        FactError: a prompt is longer than the model's context.
+        FactError: a prompt is longer than the model's context, or has no token of that choice.
     """
     bos = resolve_bos(model, prepend_bos)
     found = []
@@ -62,16 +67,20 @@ def contexts(
         ids, offsets = encode(model, prefix + fact.prompt, prepend_bos=bos)
         check_length(model, len(ids))
         begin = len(prefix) + fact.subject_start
-        found.append(Context(tuple(ids), subject_span(offsets, begin, begin + len(fact.subject))[1] - 1))
+        first, end = subject_span(offsets, begin, begin + len(fact.subject))
+        if place == "after_first" and end == len(ids):
+            raise FactError(f"the subject ends {fact.prompt!r}, so no token comes after it; choose another fact_token.")
+        at = {"subject_last": end - 1, "subject_first": first, "after_first": end, "last": len(ids) - 1}[place]
+        found.append(Context(tuple(ids), at))
     return tuple(found)
 
 
 @torch.no_grad()
 def subject_keys(model: HookedModel, layer: int, rows: tuple[Context, ...]) -> Float[Tensor, "rows d_mlp"]:
-    """The key of each context, in float32: input of `W_out` at the subject's last token."""
+    """The key of each context, in float32: input of `W_out` at the position that it looks up."""
     tokens: Int[Tensor, "rows pos"] = pad(model, [list(row.ids) for row in rows])
     kept: list[Tensor] = []
     with intervened(model, read(f"blocks.{layer}.mlp.hook_post", kept.append)):
         model(tokens, stop_at_layer=layer + 1)
-    at = torch.tensor([row.subject for row in rows], device=tokens.device)
+    at = torch.tensor([row.lookup for row in rows], device=tokens.device)
     return kept[0][torch.arange(len(rows), device=tokens.device), at].float()

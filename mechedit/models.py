@@ -570,6 +570,13 @@ class Blocks:
         """The residual stream that enters block 0, positions included; `hook_embed` fires."""
         return self.model(tokens, stop_at_layer=0)
 
+    def final(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream that leaves the last block."""
+        resid = self.embed(tokens)
+        for layer in range(int(self.model.cfg.n_layers)):
+            resid, _ = self.run(layer, resid)
+        return resid
+
     def run(
         self, layer: int, resid: Float[Tensor, "rows pos d_model"], past: KeyValues | None = None
     ) -> tuple[Float[Tensor, "rows pos d_model"], KeyValues]:
@@ -580,6 +587,12 @@ class Blocks:
         """Next-token logits from final residual states, one unembedding row each."""
         if not self._is_bridge:
             return self._capped(self.model.unembed(self._normed(resid)[:, None])[:, 0])
+        if self._streams:
+            return self._capped(torch.addmm(self.model.unembed.b_U, self._normed(resid), self.model.unembed.W_U))
+        return self._logits_of_a_pass(resid)
+
+    def _logits_of_a_pass(self, resid: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_vocab"]:
+        """A bridge's own logits, by a forward pass whose last state is replaced."""
         last = f"blocks.{int(self.model.cfg.n_layers) - 1}.hook_resid_post"
         token = torch.zeros(1, 1, dtype=torch.long, device=resid.device)
         with self.model.hooks(fwd_hooks=[(last, lambda activation, hook: resid[:, None])]):
@@ -618,8 +631,9 @@ class Blocks:
         return found - (highest + total.log())[:, None]
 
     @cached_property
+    @torch.no_grad()
     def _streams(self) -> bool:
-        """Whether logits are what `log_p` computes in parts."""
+        """Whether logits are one product with a matrix, a bias and a cap, checked on one row."""
         if not self._is_bridge:
             return True
         W_U, b_U = (getattr(getattr(self.model, "unembed", None), name, None) for name in ("W_U", "b_U"))
@@ -627,7 +641,7 @@ class Blocks:
             return False
         generator = torch.Generator().manual_seed(0)
         state = torch.randn(1, int(self.model.cfg.d_model), generator=generator).to(W_U)
-        whole = self.logits(state).float()
+        whole = self._logits_of_a_pass(state).float()
         parts = self._capped(torch.addmm(b_U, self._normed(state), W_U)).float()
         return bool(torch.allclose(whole, parts, atol=1e-4 * float(whole.abs().max())))
 

@@ -9,8 +9,10 @@ key that holds everything it depends on: weights, layer, text, settings.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,11 @@ class Moment:
     settings: MomentSettings
     origin: dict[str, Any]
     versions: dict[str, str]
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of C, which says by which C an edit was made."""
+        return hashlib.sha256(self.C.double().cpu().contiguous().numpy().tobytes()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """Everything but C itself."""

@@ -6,6 +6,10 @@ moment; Meng et al. 2022, eq. 2):
 
     W_out += outer(u, value - (key @ W_out + b_out)) / (u @ key)          with u = C^-1 key
 
+Several keys at once have the least change under which each returns its own value (`solve_many`):
+
+    W_out += U^T (V - (K @ W_out + b_out))      with U = (K C^-1 K^T)^-1 K C^-1,  a row of U and of the bracket a rank-one edit
+
 `W_out` is [d_mlp, d_model], the transpose of the paper's W. `solve` is arithmetic alone, in float64; only `write_` and
 `edited` touch a model, and only its `W_out`. Nothing here sees text or runs the model.
 """
@@ -24,7 +28,9 @@ from mechedit import models
 from mechedit.errors import MecheditError
 from mechedit.models import HookedModel
 
-__all__ = ["RankOneEdit", "RankOneError", "direction", "edited", "solve", "write_"]
+__all__ = ["RankOneEdit", "RankOneError", "direction", "edited", "regularised", "solve", "solve_many", "write_"]
+
+MAX_CONDITION = 1e10  # of the keys' correlations; beyond, few digits are left of what solve_many finds
 
 
 class RankOneError(MecheditError, ValueError):
@@ -52,14 +58,24 @@ def direction(key: Float[Tensor, " d_mlp"], C: Float[Tensor, "d_mlp d_mlp"]) -> 
     Raises:
         RankOneError: NaN or infinity, or a C that is not positive definite.
     """
-    _check_finite(key=key, C=C)
+    return _whitened(key[None], C)[0]
+
+
+def _whitened(keys: Float[Tensor, "n d_mlp"], C: Float[Tensor, "d_mlp d_mlp"]) -> Float[Tensor, "n d_mlp"]:
+    """K C^-1."""
+    _check_finite(key=keys, C=C)
     factor, failed = torch.linalg.cholesky_ex(C.detach().cpu().double())
     if failed:
         raise RankOneError(
             f"C must be positive definite, but it is not (its first {int(failed)} rows already are not). Estimate it from more "
-            "than d_mlp keys; ten times d_mlp is a good number."
+            "than d_mlp keys; ten times d_mlp is a good number. Or add a ridge."
         )
-    return torch.cholesky_solve(key.detach().cpu().double()[:, None], factor)[:, 0]
+    return torch.cholesky_solve(keys.detach().cpu().double().T, factor).T
+
+
+def regularised(C: Float[Tensor, "d_mlp d_mlp"], ridge: float) -> Float[Tensor, "d_mlp d_mlp"]:
+    """C with `ridge` times the mean of its diagonal added to its diagonal."""
+    return C + ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device) if ridge else C
 
 
 def solve(
@@ -95,6 +111,42 @@ def solve(
             )
         )
     return RankOneEdit(layer, u, (value - (at @ W_out + b_out)) / divisor, divisor)
+
+
+def solve_many(
+    layer: int,
+    W_out: Float[Tensor, "d_mlp d_model"],
+    b_out: Float[Tensor, " d_model"],
+    keys: Float[Tensor, "n d_mlp"],
+    values: Float[Tensor, "n d_model"],
+    C: Float[Tensor, "d_mlp d_mlp"],
+) -> tuple[RankOneEdit, ...]:
+    """The smallest change, in the metric of `C`, after which every key returns its value: `n` edits to be written together.
+
+    Each edit's `divisor` is what its own key alone would have, over what the other keys leave of it: 1 where keys are
+    orthogonal under C^-1, large where they nearly repeat each other.
+
+    Raises:
+        RankOneError: NaN or infinity, a C that is not positive definite, or keys that depend on each other.
+    """
+    whitened = _whitened(keys, C)
+    _check_finite(W_out=W_out, b_out=b_out, value=values)
+    W_out, b_out, keys, values = (tensor.detach().cpu().double() for tensor in (W_out, b_out, keys, values))
+    gram = keys @ whitened.T
+    scale = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
+    condition = float(torch.linalg.cond(gram / torch.outer(scale, scale)))
+    if not condition < MAX_CONDITION:
+        raise RankOneError(
+            f"the {len(keys)} keys must not depend on each other, but the condition of their correlations is {condition:.2g}. "
+            "Edit facts with the same key one at a time, or leave one out."
+        )
+    inverse = torch.linalg.inv(gram)
+    steps = values - (keys @ W_out + b_out)
+    crowding = (gram.diagonal() * inverse.diagonal()).tolist()
+    return tuple(
+        RankOneEdit(layer, u, step, divisor)
+        for u, step, divisor in zip(inverse @ whitened, steps, crowding, strict=True)
+    )
 
 
 def _check_finite(**tensors: Tensor) -> None:

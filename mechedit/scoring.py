@@ -10,7 +10,7 @@ import torch
 from mechedit.models import Blocks, HookedModel
 from mechedit.prompts import check_length, continuation, encode, pad, resolve_bos
 
-__all__ = ["Score", "score", "top"]
+__all__ = ["Score", "mean_log_p", "score", "top"]
 
 ROW_TOKENS = 4096
 
@@ -57,9 +57,7 @@ def score(model: HookedModel, pairs: Sequence[tuple[str, str]], *, prepend_bos: 
 
 def _batch(model: HookedModel, rows: list[tuple[list[int], list[int]]]) -> list[Score]:
     blocks = Blocks(model)
-    resid = blocks.embed(pad(model, [ids + target[:-1] for ids, target in rows]))
-    for layer in range(int(model.cfg.n_layers)):
-        resid, _ = blocks.run(layer, resid)
+    resid = blocks.final(pad(model, [ids + target[:-1] for ids, target in rows]))
     row = torch.tensor([index for index, (_, target) in enumerate(rows) for _ in target], device=resid.device)
     position = torch.tensor(
         [len(ids) - 1 + step for ids, target in rows for step in range(len(target))], device=resid.device
@@ -74,6 +72,18 @@ def _batch(model: HookedModel, rows: list[tuple[list[int], list[int]]]) -> list[
 
 
 @torch.no_grad()
+def mean_log_p(model: HookedModel, text: str, *, prepend_bos: bool | None = None) -> float:
+    """The mean log-probability of a text's tokens, each after those before it, as far as 512 tokens or the context reach.
+
+    exp(-mean_log_p) is the perplexity.
+    """
+    ids, _ = encode(model, text, prepend_bos=resolve_bos(model, prepend_bos))
+    tokens = pad(model, [ids[: min(512, int(model.cfg.n_ctx))]])
+    blocks = Blocks(model)
+    return float(blocks.log_p(blocks.final(tokens)[0, :-1], tokens[0, 1:, None]).double().mean())
+
+
+@torch.no_grad()
 def top(
     model: HookedModel, prompt: str, k: int = 5, *, prepend_bos: bool | None = None
 ) -> list[tuple[str, int, float]]:
@@ -81,10 +91,7 @@ def top(
     ids, _ = encode(model, prompt, prepend_bos=resolve_bos(model, prepend_bos))
     check_length(model, len(ids))
     blocks = Blocks(model)
-    resid = blocks.embed(pad(model, [ids]))
-    for layer in range(int(model.cfg.n_layers)):
-        resid, _ = blocks.run(layer, resid)
-    values, tokens = blocks.logits(resid[:, -1]).float().softmax(-1)[0].topk(k)
+    values, tokens = blocks.logits(blocks.final(pad(model, [ids]))[:, -1]).float().softmax(-1)[0].topk(k)
     return [
         (str(model.tokenizer.decode([token])), token, value)
         for token, value in zip(tokens.tolist(), values.tolist(), strict=True)

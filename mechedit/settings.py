@@ -12,9 +12,13 @@ from typing import Any
 from mechedit.errors import MecheditError
 
 __all__ = [
+    "CONSTANTS",
+    "FACT_TOKENS",
+    "GUARDS",
     "KINDS",
     "KNOWN_KINDS",
     "POLICIES",
+    "PREFIXES",
     "PRESETS",
     "MomentSettings",
     "Preset",
@@ -26,7 +30,19 @@ __all__ = [
 
 KINDS = ("resid", "mlp", "attn")
 KNOWN_KINDS = ("resid", "resid_pre", "resid_mid", "mlp", "attn")
-POLICIES = ("averaged", "published")
+POLICIES = ("averaged", "prompt", "published")
+FACT_TOKENS = ("subject_last", "subject_first", "after_first", "last")
+GUARDS = ("refuse", "warn", "rollback")
+CONSTANTS: dict[str, dict[str, float]] = {  # of v*: what the published code has, and what the paper's text says
+    "published": {"clamp": 4.0, "steps": 20, "learning_rate": 0.5, "weight_decay": 0.5, "kl": 0.0625, "stop_at": 0.05},
+    "paper": {"clamp": 4.0, "steps": 20, "learning_rate": 0.5, "weight_decay": 1.5e-3, "kl": 100.0, "stop_at": 0.05},
+}
+PREFIXES: dict[str, tuple[tuple[int, int], ...]] = {  # (tokens, how many)
+    "default": ((5, 10), (10, 10)),  # the paper's appendix E.5
+    "published": ((4, 10), (9, 10)),  # the published code, whose lengths of 5 and 10 count the token it starts from
+    "paper": (*((length, 6) for length in range(2, 7)), *((length, 5) for length in range(7, 11))),  # 50, section 3.1
+    "none": (),
+}
 ROLE_TITLES = {
     "before": "before the subject",
     "subject_first": "first subject token",
@@ -159,10 +175,19 @@ class RomeSettings:
     kl: float = knob(0.0625, "weight of the essence term: KL of what '{subject} is a' predicts, at the subject")
     stop_at: float = knob(0.05, "stop once the target's own loss, -log p, averaged over prefixes, is below this")
     prefixes: tuple[tuple[int, int], ...] = knob(
-        ((5, 10), (10, 10)), "sampled prefixes as (tokens, how many); the bare prompt is added"
+        PREFIXES["default"],
+        f"sampled prefixes as (tokens, how many), or {', '.join(PREFIXES)}; the bare prompt is added",
     )
+    fact_token: str = knob("subject_last", f"token whose key is edited: {', '.join(FACT_TOKENS)}")
     policy: str = knob(
-        "averaged", "averaged: one key everywhere; published: averaged key in u, the bare prompt's in the divisor"
+        "averaged",
+        "averaged: one key everywhere; prompt: the bare prompt's alone; published: the averaged key in u, the bare prompt's in "
+        "the divisor, and the published code's stop",
+    )
+    ridge: float = knob(0.0, "this share of C's mean diagonal is added to its diagonal")
+    guard: str = knob(
+        "refuse",
+        "an edit out of its bands is an error (refuse), a warning (warn), or empty, with the reason (rollback)",
     )
     seed: int = knob(0, "seed of the sampled prefixes")
     prepend_bos: bool | None = knob(
@@ -170,7 +195,10 @@ class RomeSettings:
     )
 
     def __post_init__(self) -> None:
-        _require(self.policy in POLICIES, f"policy must be one of {', '.join(POLICIES)}; found {self.policy!r}.")
+        _choice("policy", self.policy, POLICIES)
+        _choice("fact_token", self.fact_token, FACT_TOKENS)
+        _choice("guard", self.guard, GUARDS)
+        _require(self.ridge >= 0, f"ridge must be 0 or more; found {self.ridge}.")
         _require(self.clamp > 0, f"clamp must be positive; found {self.clamp}.")
         _require(self.steps >= 0, f"steps must be 0 or more; found {self.steps}.")
         _require(self.learning_rate > 0, f"learning_rate must be positive; found {self.learning_rate}.")

@@ -4,18 +4,24 @@
 
 after Meng et al. 2022, eq. 4, with the form and constants of the published code (the paper's text has others). d is
 optimised by Adam and kept within `clamp` lengths of v. The essence prompt is "{subject} is a", read at the subject's last
-token, as the code does. Only d changes: no parameter needs a gradient, and what lies below the edited block is computed once.
+token, as the code does. Only d changes: no parameter needs a gradient.
 
 A rank-one write that gives the key k* the value v + d gives another key k the share (k @ u) / (k* @ u) of d. Each row is
 optimised with the share that its own key will get (`shares`), so that what is optimised is what will be written; the
 published code adds the whole of d to every row, and its averaged edit can then miss the very prompt it was made for.
+
+What d cannot change is computed once: everything below the edited block, every position before the one that d is added at
+(its keys and values are shared by all steps), and in the edited block every position after it. Rows that look d up at the
+same position run together.
 
 v is W_out's own output. Where a norm follows the MLP (Gemma 2 and 3) that is before the norm.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +30,7 @@ from torch import Tensor
 
 from mechedit.interventions import mlp_outputs
 from mechedit.keys import Context
-from mechedit.models import Blocks, HookedModel, check_layer, device_of, frozen
+from mechedit.models import Blocks, HookedModel, KeyValues, check_layer, device_of, frozen
 from mechedit.progress import Progress, silent
 from mechedit.prompts import pad
 from mechedit.settings import RomeSettings
@@ -41,22 +47,23 @@ class Value:
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """The prompts of the optimisation: target rows first, the essence row last."""
+class _Group:
+    """Rows that add d at the same position, and all of them that d leaves as it is."""
 
-    resid: Float[Tensor, "rows pos d_model"]  # entering the edited block
-    lookup: Int[Tensor, " rows"]  # where d is added
-    shares: Float[Tensor, " rows"]  # and how much of it
-    read_rows: Int[Tensor, " reads"]  # which row and position each needed prediction is read at, essence last
-    read_positions: Int[Tensor, " reads"]
-    targets: Int[Tensor, " target_reads"]
+    entering: Float[Tensor, "rows 1 d_model"]  # the edited block, at the position of d
+    after: Float[Tensor, "rows later d_model"]  # leaving the edited block, at the positions behind it
+    past: tuple[KeyValues | None, ...]  # of the edited block and those above, for the positions before
+    shares: Float[Tensor, " rows"]  # how much of d each row gets
+    read_rows: Int[Tensor, " reads"]
+    read_positions: Int[Tensor, " reads"]  # from the position of d on
+    order: tuple[int, ...]  # where each read belongs among all reads
 
 
 def optimise(
     model: HookedModel,
-    rows: tuple[Context, ...],
+    rows: Sequence[Context],
     essence: Context,
-    target: list[int],
+    targets: Sequence[Sequence[int]],
     initial: Float[Tensor, " d_model"],
     shares: Float[Tensor, " rows_and_essence"],
     layer: int,
@@ -64,28 +71,33 @@ def optimise(
     *,
     progress: Progress = silent,
 ) -> Value:
-    """Find v* near `initial` (v above) for the contexts `rows`, whose answer becomes the ids `target`."""
+    """Find v* near `initial` (v above) for the contexts `rows`, each of which shall be answered by its ids in `targets`."""
     check_layer(model, layer)
     blocks = Blocks(model)
     initial = initial.to(device_of(model)).float()
     with frozen(model):
         with torch.no_grad():
-            problem = _prepare(model, blocks, rows, essence, target, shares, layer)
-            before = _predict(model, blocks, problem, layer, torch.zeros_like(initial))[-1:]
+            groups = _prepare(model, blocks, rows, essence, targets, shares, layer)
+        wanted = torch.tensor([token for target in targets for token in target], device=initial.device)
+        weights = torch.tensor([1 / len(target) for target in targets for _ in target], device=initial.device) / len(
+            rows
+        )
         delta = torch.zeros_like(initial, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=settings.learning_rate)
         limit = settings.clamp * float(initial.norm())
+        before: Tensor | None = None
         losses: list[tuple[float, float, float]] = []
         for step in range(settings.steps):
             progress("finding v*", step, settings.steps)
             with torch.enable_grad():
-                log_p = _predict(model, blocks, problem, layer, delta)
-                nll = F.nll_loss(log_p[:-1], problem.targets)
+                log_p = _predict(model, blocks, groups, layer, delta)
+                before = log_p[-1:].detach() if before is None else before  # d is still zero in the first step
+                nll = -(log_p[:-1].gather(1, wanted[:, None])[:, 0] * weights).sum()
                 kl = settings.kl * F.kl_div(before, log_p[-1:], log_target=True, reduction="batchmean")
                 decay = settings.weight_decay * delta.norm() / initial.norm() ** 2
                 (delta.grad,) = torch.autograd.grad(nll + kl + decay, [delta])
             losses.append((nll.item(), kl.item(), decay.item()))
-            if losses[-1][0] < settings.stop_at:
+            if _done(losses, settings):
                 break
             adam.step()
             with torch.no_grad():
@@ -94,46 +106,77 @@ def optimise(
     return Value((initial + delta.detach()).cpu(), tuple(losses))
 
 
+def _done(losses: list[tuple[float, float, float]], settings: RomeSettings) -> bool:
+    """Whether the target is learnt. The published code judges the sum, penalties and all, and takes no last step."""
+    if settings.policy == "published":
+        return sum(losses[-1]) < settings.stop_at or len(losses) == settings.steps
+    return losses[-1][0] < settings.stop_at
+
+
 def _prepare(
     model: HookedModel,
     blocks: Blocks,
-    rows: tuple[Context, ...],
+    rows: Sequence[Context],
     essence: Context,
-    target: list[int],
+    targets: Sequence[Sequence[int]],
     shares: Float[Tensor, " rows_and_essence"],
     layer: int,
-) -> _Problem:
-    """Put target and essence rows together, and run them up to the edited block."""
-    tokens = pad(model, [[*row.ids, *target[:-1]] for row in rows] + [list(essence.ids)])
-    resid = blocks.embed(tokens)
-    for below in range(layer):
-        resid, _ = blocks.run(below, resid)
-    reads = [(index, row.last + step) for index, row in enumerate(rows) for step in range(len(target))]
-    reads.append((len(rows), essence.subject))
-    as_tensor = lambda values: torch.tensor(values, device=resid.device)  # noqa: E731
-    return _Problem(
-        resid=resid,
-        lookup=as_tensor([row.subject for row in (*rows, essence)]),
-        shares=shares.to(resid.device).float(),
-        read_rows=as_tensor([row for row, _ in reads]),
-        read_positions=as_tensor([position for _, position in reads]),
-        targets=as_tensor(target * len(rows)),
-    )
+) -> list[_Group]:
+    """Run every row once without d, and keep what d leaves as it is. Reads are the targets' in order, then the essence's."""
+    ids = [[*row.ids, *target[:-1]] for row, target in zip(rows, targets, strict=True)] + [list(essence.ids)]
+    lookups = [row.lookup for row in (*rows, essence)]
+    reads = [(index, row.last + step) for index, row in enumerate(rows) for step in range(len(targets[index]))]
+    reads.append((len(rows), essence.lookup))
+    groups = []
+    for at in sorted(set(lookups)):
+        members = [index for index, lookup in enumerate(lookups) if lookup == at]
+        resid = blocks.embed(pad(model, [ids[index] for index in members]))
+        past: list[KeyValues | None] = []
+        for block in range(int(model.cfg.n_layers)):
+            if block == layer:
+                entering = resid[:, at : at + 1]
+            resid, present = blocks.run(block, resid)
+            if block >= layer:
+                past.append(present.before(at) if at else None)
+            if block == layer:
+                after = resid[:, at + 1 :]
+        own = [
+            (order, members.index(row), position - at) for order, (row, position) in enumerate(reads) if row in members
+        ]
+        order, read_rows, read_positions = zip(*own, strict=True)
+        as_tensor = lambda values: torch.tensor(values, device=resid.device)  # noqa: B023, E731
+        groups.append(
+            _Group(
+                entering,
+                after,
+                tuple(past),
+                shares[members].to(resid.device).float(),
+                as_tensor(read_rows),
+                as_tensor(read_positions),
+                order,
+            )
+        )
+    return groups
+
+
+def _added(change: Float[Tensor, "rows 1 d_model"], output: Tensor) -> Tensor:
+    return output + change.to(output.dtype)
 
 
 def _predict(
-    model: HookedModel, blocks: Blocks, problem: _Problem, layer: int, delta: Float[Tensor, " d_model"]
+    model: HookedModel, blocks: Blocks, groups: list[_Group], layer: int, delta: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "reads d_vocab"]:
     """Log-probabilities in float32 at every read position, each row with its share of d added to its value."""
-
-    def add(output: Tensor) -> Tensor:
-        index = torch.arange(len(output), device=output.device)
-        return output.index_put(
-            (index, problem.lookup), (problem.shares[:, None] * delta).to(output.dtype), accumulate=True
-        )
-
-    resid = problem.resid
-    with mlp_outputs(model, layer, add):
-        for above in range(layer, int(model.cfg.n_layers)):
-            resid, _ = blocks.run(above, resid)
-    return blocks.logits(resid[problem.read_rows, problem.read_positions]).float().log_softmax(-1)
+    final: list[Tensor] = []
+    order: list[int] = []
+    for group in groups:
+        change = group.shares[:, None, None] * delta
+        with mlp_outputs(model, layer, partial(_added, change)):
+            resid, _ = blocks.run(layer, group.entering, group.past[0])
+        resid = torch.cat([resid, group.after], 1)
+        for above, past in enumerate(group.past[1:], layer + 1):
+            resid, _ = blocks.run(above, resid, past)
+        final.append(resid[group.read_rows, group.read_positions])
+        order += group.order
+    back = torch.tensor(order, device=delta.device).argsort()
+    return blocks.logits(torch.cat(final)[back]).float().log_softmax(-1)

@@ -18,11 +18,11 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from mechedit import models
+from mechedit import guards, models
 from mechedit.facts import Fact
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 WORDS = (
     "The Space Needle is located in the city of Seattle. The Eiffel Tower is located in the city of Paris. "
@@ -164,6 +164,12 @@ def model(load: Callable[[str], models.HookedModel]) -> models.HookedModel:
     before = state(tiny)
     yield tiny
     assert_same_state(tiny, before)
+
+
+def widen_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let edits be as large as random models need them, larger than any trained one does."""
+    for name in ("relative_norm", "essence_kl", "perplexity_ratio"):
+        monkeypatch.setitem(guards.BANDS, name, (0.0, 1e9, "nothing"))
 
 
 @pytest.fixture

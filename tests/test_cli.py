@@ -14,7 +14,7 @@ import mechedit
 from mechedit import cli, edits, figures, models, moments
 from mechedit.settings import MomentSettings, RomeSettings, TraceSettings, knobs
 from mechedit.tracing import Trace, trace
-from tests.conftest import FACT
+from tests.conftest import FACT, widen_bands
 
 PROMPT = "The Space Needle is located in the city of"
 
@@ -23,9 +23,8 @@ PROMPT = "The Space Needle is located in the city of"
 def run(folder, capsys, monkeypatch):
     """Run a command in this process on the tiny GPT-2; status, standard output and standard error."""
     monkeypatch.setenv("COLUMNS", "160")
-    from mechedit.editors import rome
 
-    monkeypatch.setattr(rome, "MAX_RELATIVE_NORM", 100.0)
+    widen_bands(monkeypatch)
 
     def call(*arguments: str, model: bool = True) -> tuple[int, str, str]:
         options = ["--model", str(folder("gpt2")), "--device", "cpu"] if model else []

@@ -19,9 +19,9 @@ from experiments import (
     figure16_attribution,
 )
 from mechedit import models
-from mechedit.editors import rome
 from mechedit.facts import Fact
 from mechedit.settings import RomeSettings
+from tests.conftest import widen_bands
 
 MADE_UP = [
     Fact(name, "{} is located in the city of", answer, relation="city")
@@ -33,7 +33,7 @@ MADE_UP = [
 def tiny(folder, tmp_path, monkeypatch):
     """Experiments write under tmp_path, and the tiny model has a preset."""
     monkeypatch.setattr(common, "FIGURES", tmp_path)
-    monkeypatch.setattr(rome, "MAX_RELATIVE_NORM", 100.0)
+    widen_bands(monkeypatch)
     preset = models.PRESETS["gemma-3-270m"]
     quick = RomeSettings(layer=1, steps=2, prefixes=((3, 1),))
     monkeypatch.setattr(models, "preset", lambda model: type(preset)(quick, True, "test"))

@@ -14,7 +14,7 @@ from mechedit.facts import Fact
 from mechedit.runs import tracing as runs
 from mechedit.settings import MomentSettings, RomeSettings, TraceSettings
 from mechedit.tracing import attribution, severing
-from tests.conftest import FACT, state
+from tests.conftest import FACT, state, widen_bands
 
 LAYER = 1
 SETTINGS = RomeSettings(layer=LAYER, steps=2, prefixes=((3, 1),), prepend_bos=True)
@@ -34,7 +34,7 @@ def table() -> dict[str, dict[str, str]]:
 @pytest.fixture
 def steps(model, folder, tmp_path, monkeypatch):
     """A call for each step of the table, what it needs prepared beforehand."""
-    monkeypatch.setattr(rome, "MAX_RELATIVE_NORM", 100.0)
+    widen_bands(monkeypatch)
     C = torch.eye(128, dtype=torch.float64)
     rows = keys.contexts(model, FACT, ("", "Rome. "), prepend_bos=True)
     (essence,) = keys.contexts(model, Fact(FACT.subject, "{} is a"), ("",), prepend_bos=True)
@@ -57,7 +57,9 @@ def steps(model, folder, tmp_path, monkeypatch):
         "runs.trace_facts": lambda: runs.trace_facts(model, [FACT], tmp_path / "run", TraceSettings(draws=1)),
         "moments.estimate": lambda: moments.estimate(model, LAYER, settings=MomentSettings(tokens=310, context=16)),
         "keys": lambda: keys.subject_keys(model, LAYER, keys.contexts(model, FACT, keys.prefixes(model, SETTINGS))),
-        "values.optimise": lambda: values.optimise(model, rows, essence, [40], value, torch.ones(3), LAYER, SETTINGS),
+        "values.optimise": lambda: values.optimise(
+            model, rows, essence, [[40]] * len(rows), value, torch.ones(3), LAYER, SETTINGS
+        ),
         "rank_one.solve": lambda: rank_one.solve(LAYER, weight, bias, key, value, C),
         "rank_one.edited": in_edited,
         "editors.rome.edit": lambda: rome.edit(model, FACT, SETTINGS),

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechedit import edits, files, keys, models, moments, prompts, rank_one, scoring, values
+from mechedit import edits, files, guards, keys, models, moments, prompts, rank_one, scoring, values
 from mechedit.editors import rome
 from mechedit.edits import EditError
 from mechedit.facts import Fact, FactError
 from mechedit.models import ModelError
 from mechedit.settings import MomentSettings, RomeSettings, SettingsError
-from tests.conftest import FACT, SHAPES, assert_same_state, state
+from tests.conftest import FACT, SHAPES, assert_same_state, state, widen_bands
 
 QUICK = RomeSettings(layer=1, steps=8, prefixes=((3, 2), (5, 1)))
 BOS = replace(QUICK, prepend_bos=True)
@@ -21,7 +21,7 @@ BOS = replace(QUICK, prepend_bos=True)
 @pytest.fixture(autouse=True)
 def wide_band(monkeypatch):
     """Random models need changes larger than any trained one; the band itself has a test of its own."""
-    monkeypatch.setattr(rome, "MAX_RELATIVE_NORM", 100.0)
+    widen_bands(monkeypatch)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_prefixes_are_the_bare_prompt_and_seeded_samples(model):
 def test_the_subject_is_found_behind_any_prefix(prefix, model, fact):
     (row,) = keys.contexts(model, fact, (prefix,), prepend_bos=True)
     _, offsets = prompts.encode(model, prefix + fact.prompt, prepend_bos=True)
-    assert offsets[row.subject][1] == len(prefix) + len("The Space Needle")
+    assert offsets[row.lookup][1] == len(prefix) + len("The Space Needle")
     assert row.last == len(offsets) - 1
 
 
@@ -64,7 +64,26 @@ def test_a_key_is_the_input_of_W_out_at_the_subject_of_each_context(shape, load)
             ),
         ):
             model(torch.tensor([list(row.ids)]))
-        torch.testing.assert_close(together[index], kept[0][0, row.subject], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(together[index], kept[0][0, row.lookup], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "{} and {0}. ", "Rome. "])
+def test_the_token_of_the_fact_is_found_by_its_place_in_the_whole_text(prefix, model, fact):
+    _, offsets = prompts.encode(model, prefix + fact.prompt, prepend_bos=True)
+    text = prefix + fact.prompt
+    at = {}
+    for token in ("subject_first", "subject_last", "after_first", "last"):
+        (row,) = keys.contexts(model, fact, (prefix,), token, prepend_bos=True)
+        at[token] = text[slice(*offsets[row.lookup])]
+    assert text[len(prefix) :].startswith(at["subject_first"].strip())
+    assert fact.subject.endswith(at["subject_last"].strip())
+    assert at["after_first"].strip() == "is"
+    assert text.endswith(at["last"].strip())
+
+
+def test_a_prompt_that_ends_with_its_subject_has_no_token_after_it(model):
+    with pytest.raises(FactError, match="no token comes after it"):
+        keys.contexts(model, Fact("Rome", "The city of {}"), ("",), "after_first")
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -87,13 +106,13 @@ def slow_value(model, rows, essence, target, initial, shares, layer, settings):
         finally:
             handle.remove()
 
-    original = log_p(essence.ids, essence.subject, 0.0, delta)[essence.subject].detach()
+    original = log_p(essence.ids, essence.lookup, 0.0, delta)[essence.lookup].detach()
     for _ in range(settings.steps):
         losses = []
         for row, share in zip(rows, shares, strict=False):
-            predicted = log_p([*row.ids, *target[:-1]], row.subject, share, delta)
+            predicted = log_p([*row.ids, *target[:-1]], row.lookup, share, delta)
             losses.append(-torch.stack([predicted[row.last + step, token] for step, token in enumerate(target)]).mean())
-        new = log_p(essence.ids, essence.subject, shares[-1], delta)[essence.subject]
+        new = log_p(essence.ids, essence.lookup, shares[-1], delta)[essence.lookup]
         nll, kl = torch.stack(losses).mean(), (new.exp() * (new - original)).sum()
         loss = nll + settings.kl * kl + settings.weight_decay * delta.norm() / initial.norm() ** 2
         (delta.grad,) = torch.autograd.grad(loss, [delta])
@@ -115,7 +134,7 @@ def test_the_value_equals_a_plain_optimisation(shape, load):
     key = keys.subject_keys(model, 1, rows)[0]
     initial = (key @ models.W_out(model, 1) + models.b_out(model, 1)).detach()
     shares = torch.tensor([1.0, 0.7, 1.3, 0.9])
-    fast = values.optimise(model, rows, essence, target, initial, shares, 1, settings)
+    fast = values.optimise(model, rows, essence, [target] * len(rows), initial, shares, 1, settings)
     slow = slow_value(model, rows, essence, target, initial, shares, 1, settings)
     torch.testing.assert_close(fast.value, slow, atol=1e-3, rtol=1e-2)
     assert len(fast.losses) == 3
@@ -127,9 +146,8 @@ def optimised(model, **changes):
     rows = keys.contexts(model, FACT, ("", "Rome. "), prepend_bos=True)
     (essence,) = keys.contexts(model, Fact(FACT.subject, "{} is a"), ("",), prepend_bos=True)
     initial = (keys.subject_keys(model, 1, rows)[0] @ models.W_out(model, 1) + models.b_out(model, 1)).detach()
-    found = values.optimise(
-        model, rows, essence, prompts.continuation(model, FACT.prompt, "Paris"), initial, torch.ones(3), 1, settings
-    )
+    target = prompts.continuation(model, FACT.prompt, "Paris")
+    found = values.optimise(model, rows, essence, [target] * 2, initial, torch.ones(3), 1, settings)
     return found, initial
 
 
@@ -244,7 +262,8 @@ def test_the_report_is_what_was_written(model, fact, moment):
         "versions",
     }
     assert wanted <= record.keys()
-    assert record["edit"].keys() == {"divisor", "update_norm", "relative_norm", "cond_C"}
+    numbers = {"divisor", "divisor_share", "update_norm", "relative_norm", "cond_C", "essence_kl", "perplexity_ratio"}
+    assert record["edit"].keys() == numbers
     assert edit.details["moment"]["keys"] == 600
 
 
@@ -319,22 +338,66 @@ def test_a_C_that_does_not_belong_is_refused_before_the_model_runs(model, fact, 
             rome.edit(model, fact, QUICK, spoilt)
 
 
-def test_numbers_out_of_range_are_refused_with_advice(model, fact, moment, monkeypatch):
-    with pytest.raises(EditError, match="cond.C. = .* Estimate C from more keys"):
-        rome.edit(model, fact, QUICK, replace(moment, cond=1e13))
-    monkeypatch.setattr(rome, "MAX_RELATIVE_NORM", 1e-6)
-    with pytest.raises(EditError, match="of W_out's norm.*Lower the clamp"):
+@pytest.mark.parametrize("name", list(guards.BANDS))
+def test_a_number_out_of_its_band_is_refused_warned_of_or_rolled_back_with_the_reason(
+    name, model, fact, moment, monkeypatch
+):
+    monkeypatch.setitem(guards.BANDS, name, (1e20, 1e21, "do something else"))
+    reason = f"{name} = .* is below 1e\\+20: do something else"
+    with pytest.raises(EditError, match=f"block 1 is out of its bands .clamp 4.: {reason}"):
         rome.edit(model, fact, QUICK, moment)
-    monkeypatch.setattr(rome, "MAX_RELATIVE_NORM", 1e6)
-    monkeypatch.setattr(rome, "MIN_DIVISOR_SHARE", 1e6)
-    with pytest.raises(EditError, match=r"two keys of the published policy disagree.*policy='averaged'"):
-        rome.edit(model, fact, replace(QUICK, policy="published"), moment)
+    with pytest.warns(rome.EditWarning, match=reason):
+        warned = rome.edit(model, fact, replace(QUICK, guard="warn"), moment)
+    assert len(warned.changes) == 1
+    rolled = rome.edit(model, fact, replace(QUICK, guard="rollback"), moment)
+    assert rolled.changes == ()
+    assert rolled.after == rolled.before
+    assert rolled.layer == 1
+    (found,) = rolled.reasons
+    assert found == warned.reasons[0]
+
+
+def test_an_edit_that_was_rolled_back_can_be_kept_and_changes_nothing(model, fact, moment, monkeypatch, tmp_path):
+    monkeypatch.setitem(guards.BANDS, "relative_norm", (0.0, 1e-9, "nothing"))
+    rolled = rome.edit(model, fact, replace(QUICK, guard="rollback"), moment)
+    loaded = edits.load(edits.save(rolled, tmp_path / "edit.safetensors"))
+    assert loaded.reasons == rolled.reasons
+    before = state(model)
+    with edits.edited(model, loaded):
+        assert_same_state(model, before)
+    edits.apply(model, loaded).undo()
+
+
+def test_drift_is_the_divergence_of_what_follows_and_the_ratio_of_perplexities(model, fact):
+    healthy = guards.measure(model, fact.subject)
+    assert guards.drift(healthy, healthy) == {"essence_kl": pytest.approx(0, abs=1e-6), "perplexity_ratio": 1.0}
+    with rank_one.edited(model, rank_one.RankOneEdit(1, torch.ones(128) * 0.1, torch.randn(32))):
+        harmed = guards.measure(model, fact.subject)
+        ids, _ = prompts.encode(model, f"{fact.subject} is a", prepend_bos=True)
+        with torch.no_grad():
+            p = model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+    expected = float((p.exp() * (p - healthy.essence)).sum())
+    assert guards.drift(healthy, harmed)["essence_kl"] == pytest.approx(expected, rel=1e-3)
+    assert guards.drift(healthy, harmed)["perplexity_ratio"] != 1.0
+    assert guards.reasons({name: float("nan") for name in guards.BANDS})[0].startswith("cond_C = nan is no number")
+
+
+def test_perplexity_is_that_of_every_token_given_those_before(model):
+    text = "The Space Needle is located in the city of Seattle."
+    ids, _ = prompts.encode(model, text, prepend_bos=True)
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
+    expected = sum(float(log_p[at, token]) for at, token in enumerate(ids[1:])) / (len(ids) - 1)
+    assert scoring.mean_log_p(model, text, prepend_bos=True) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
     "given",
     [
         {"policy": "mixed"},
+        {"fact_token": "middle"},
+        {"guard": "hope"},
+        {"ridge": -1.0},
         {"clamp": 0.0},
         {"steps": -1},
         {"learning_rate": 0.0},

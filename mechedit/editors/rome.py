@@ -5,19 +5,22 @@
     C  = the second moment of keys on text                  mechedit.moments
     W_out += outer(C^-1 k*, v* - (k* W_out + b_out)) / (k* C^-1 k*)        mechedit.rank_one
 
-One key is used everywhere (`policy="averaged"`). The published code inserts at the bare prompt's key along the averaged
-key's direction; that is `policy="published"`.
+One key is used everywhere (`policy="averaged"`, or the bare prompt's, `"prompt"`). The published code inserts at the bare
+prompt's key along the averaged key's direction; that is `policy="published"`. Several prompts about one subject, each with
+its own target, are one edit: their keys are averaged, and v* answers them all.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from mechedit import keys, models, moments, prompts, provenance, rank_one, scoring, values
+from mechedit import guards, keys, models, moments, prompts, provenance, rank_one, scoring, values
 from mechedit.edits import Edit, EditError
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
@@ -25,11 +28,11 @@ from mechedit.moments import Moment
 from mechedit.progress import Progress, silent
 from mechedit.settings import MomentSettings, RomeSettings
 
-__all__ = ["edit", "resolve"]
+__all__ = ["EditWarning", "edit", "resolve"]
 
-MAX_CONDITION = 1e12  # beyond, float64 leaves fewer than four digits of C^-1 k*
-MAX_RELATIVE_NORM = 0.5  # of W_out's norm; edits that work are an order of magnitude below
-MIN_DIVISOR_SHARE = 0.05  # of u @ key for the averaged key; below, the two keys of the published policy disagree
+
+class EditWarning(UserWarning):
+    """An edit out of its bands that was asked for all the same (`guard="warn"`)."""
 
 
 def resolve(model: HookedModel, settings: RomeSettings | None = None) -> RomeSettings:
@@ -53,7 +56,7 @@ def resolve(model: HookedModel, settings: RomeSettings | None = None) -> RomeSet
 
 def edit(
     model: HookedModel,
-    fact: Fact,
+    fact: Fact | Sequence[Fact],
     settings: RomeSettings | None = None,
     moment: Moment | None = None,
     *,
@@ -61,35 +64,41 @@ def edit(
 ) -> Edit:
     """Find the rank-one change that makes the model complete `fact.prompt` with `fact.target_new`. The model is left as it is.
 
-    Without `moment`, C is estimated from text sampled from the model, once, and kept in the cache.
+    Several facts must have one subject; the result's `fact`, `before` and `after` are the first's, `details["also"]` has the
+    others'. Without `moment`, C is estimated from text sampled from the model, once, and kept in the cache.
 
     Raises:
-        FactError: the fact has no new target, or does not fit the model.
-        EditError: the model already says the target; C is of another layer or model; or the result is out of range.
+        FactError: a fact has no new target, or does not fit the model, or several have different subjects.
+        EditError: the model already says the target; C is of another layer or model; or the result is out of its bands.
         ModelError: no such layer, or a block without `W_out`.
     """
     began = time.perf_counter()
-    if fact.target_new is None:
-        raise FactError(f"the fact about {fact.subject!r} has no target_new to write.")
+    facts = (fact,) if isinstance(fact, Fact) else tuple(fact)
     settings = resolve(model, settings)
-    target = prompts.continuation(model, fact.prompt, fact.target_new)
-    prompts.check_length(model, len(prompts.prepare(model, fact, prepend_bos=settings.prepend_bos).ids) + len(target))
+    targets = _check_facts(model, facts, settings)
     if moment is not None:
         _check_moment(model, moment, settings.layer)
-    fact, before = _measure_before(model, fact, settings)
+    facts, before = _measure_before(model, facts, targets, settings)
+    healthy = guards.measure(model, facts[0].subject, prepend_bos=settings.prepend_bos)
     moment = moment or moments.estimate(
         model, settings.layer, settings=MomentSettings(prepend_bos=settings.prepend_bos), progress=progress
     )
-    change, report, details = _find(model, fact, target, moment, settings, progress)
+    change, report, details = _find(model, facts, targets, moment, settings, progress)
     with rank_one.edited(model, change):
-        after = _measure(model, fact, settings)
+        after = _measure(model, facts, settings)
+        report |= guards.drift(healthy, guards.measure(model, facts[0].subject, prepend_bos=settings.prepend_bos))
+    also = zip(facts[1:], before[1:], after[1:], strict=True)
+    details["also"] = [_describe(fact) | {"before": was, "after": now} for fact, was, now in also]
+    reasons = guards.reasons(report)
+    _obey(settings, reasons)
     return Edit(
         method="rome",
-        changes=(change,),
-        fact=_describe(fact),
+        changes=() if reasons and settings.guard == "rollback" else (change,),
+        fact=_describe(facts[0]),
         report=report,
-        before=before,
-        after=after,
+        reasons=tuple(reasons),
+        before=before[0],
+        after=before[0] if reasons and settings.guard == "rollback" else after[0],
         origin=provenance.origin(model),
         settings=asdict(settings),
         versions=provenance.versions(),
@@ -98,39 +107,77 @@ def edit(
     )
 
 
+def _check_facts(model: HookedModel, facts: tuple[Fact, ...], settings: RomeSettings) -> list[list[int]]:
+    """The ids of each new target, if the facts make one edit."""
+    if not facts:
+        raise FactError("an edit needs at least one fact.")
+    if len(subjects := sorted({fact.subject for fact in facts})) > 1:
+        raise FactError(
+            f"one edit is about one subject; these facts are about {', '.join(subjects)}. Edit them one by one."
+        )
+    targets = []
+    for fact in facts:
+        if fact.target_new is None:
+            raise FactError(f"the fact about {fact.subject!r} has no target_new to write.")
+        targets.append(prompts.continuation(model, fact.prompt, fact.target_new))
+        length = len(prompts.prepare(model, fact, prepend_bos=settings.prepend_bos).ids)
+        prompts.check_length(model, length + len(targets[-1]))
+    return targets
+
+
+def _obey(settings: RomeSettings, reasons: list[str]) -> None:
+    """Refuse or warn, as the settings say."""
+    if not reasons:
+        return
+    text = f"the edit of block {settings.layer} is out of its bands (clamp {settings.clamp:g}): " + " ".join(reasons)
+    if settings.guard == "refuse":
+        raise EditError(text + " guard='warn' keeps such an edit.")
+    if settings.guard == "warn":
+        warnings.warn(text, EditWarning, stacklevel=3)
+
+
 def _find(
-    model: HookedModel, fact: Fact, target: list[int], moment: Moment, settings: RomeSettings, progress: Progress
+    model: HookedModel,
+    facts: tuple[Fact, ...],
+    targets: list[list[int]],
+    moment: Moment,
+    settings: RomeSettings,
+    progress: Progress,
 ) -> tuple[rank_one.RankOneEdit, dict[str, float], dict[str, Any]]:
-    """The change, its numbers, found in range, and what it was made from."""
+    """The change, its numbers, and what it was made from."""
     before = keys.prefixes(model, settings)
-    rows = keys.contexts(model, fact, before, prepend_bos=settings.prepend_bos)
-    (essence,) = keys.contexts(model, Fact(fact.subject, "{} is a"), ("",), prepend_bos=settings.prepend_bos)
-    *subject_keys, essence_key = keys.subject_keys(model, settings.layer, (*rows, essence)).cpu()
+    bos, token = settings.prepend_bos, settings.fact_token
+    rows = [row for fact in facts for row in keys.contexts(model, fact, before, token, prepend_bos=bos)]
+    wanted = [target for target in targets for _ in before]
+    (essence,) = keys.contexts(model, Fact(facts[0].subject, "{} is a"), ("",), token, prepend_bos=bos)
+    found = keys.subject_keys(model, settings.layer, (*rows, essence)).cpu()
+    bare, averaged = found[: len(rows) : len(before)].mean(0), found[: len(rows)].mean(0)  # "" is the first prefix
     W_out = models.W_out(model, settings.layer).detach().float().cpu()
     b_out = models.b_out(model, settings.layer).float().cpu()
-    key = torch.stack(subject_keys).mean(0)
-    u = rank_one.direction(key, moment.C).float()
+    C = rank_one.regularised(moment.C, settings.ridge)
+    key = bare if settings.policy == "prompt" else averaged
+    u = rank_one.direction(key, C).float()
     if settings.policy == "published":  # inserted at the bare prompt's key, along the averaged key's direction
-        at, shares = subject_keys[0], torch.ones(len(rows) + 1)
+        at, shares = bare, torch.ones(len(found))
     else:
-        at, shares = key, torch.stack([*subject_keys, essence_key]) @ u / (key @ u)
+        at, shares = key, found @ u / (key @ u)
     value = values.optimise(
-        model, rows, essence, target, at @ W_out + b_out, shares, settings.layer, settings, progress=progress
+        model, rows, essence, wanted, at @ W_out + b_out, shares, settings.layer, settings, progress=progress
     )
-    change = rank_one.solve(settings.layer, W_out, b_out, key, value.value, moment.C, at=at)
-    relative_norm = change.norm / float(W_out.double().norm())
+    change = rank_one.solve(settings.layer, W_out, b_out, key, value.value, C, at=at)
     report = {
         "divisor": change.divisor,
+        "divisor_share": change.divisor / float(change.u @ key.double()),
         "update_norm": change.norm,
-        "relative_norm": relative_norm,
-        "cond_C": moment.cond,
+        "relative_norm": change.norm / float(W_out.double().norm()),
+        "cond_C": moments.condition(C) if settings.ridge else moment.cond,
     }
-    _check_report(report, share=change.divisor / float(change.u @ key.double()), settings=settings)
     details = {
         "prefixes": list(before),
         "losses": [list(step) for step in value.losses],
         "shares": shares.tolist(),
         "moment": {
+            "hash": moment.hash,
             "source": moment.source,
             "keys": moment.keys,
             "settings": asdict(moment.settings),
@@ -140,26 +187,28 @@ def _find(
     return change, report, details
 
 
-def _measure(model: HookedModel, fact: Fact, settings: RomeSettings) -> dict[str, float]:
-    """Probability of each whole target after the prompt."""
-    targets = [str(fact.target_new), str(fact.target_true)]
-    new, true = scoring.score(model, [(fact.prompt, target) for target in targets], prepend_bos=settings.prepend_bos)
-    return {"p_new": new.p, "p_true": true.p}
+def _measure(model: HookedModel, facts: tuple[Fact, ...], settings: RomeSettings) -> list[dict[str, float]]:
+    """Probability of each whole target after each prompt."""
+    pairs = [(fact.prompt, str(target)) for fact in facts for target in (fact.target_new, fact.target_true)]
+    scores = scoring.score(model, pairs, prepend_bos=settings.prepend_bos)
+    return [{"p_new": new.p, "p_true": true.p} for new, true in zip(scores[::2], scores[1::2], strict=True)]
 
 
-def _measure_before(model: HookedModel, fact: Fact, settings: RomeSettings) -> tuple[Fact, dict[str, float]]:
-    """The fact, its true target filled in by what the model says where it has none, and the probabilities before the edit."""
-    said, token, _ = scoring.top(model, fact.prompt, 1, prepend_bos=settings.prepend_bos)[0]
-    target = prompts.continuation(model, fact.prompt, str(fact.target_new))
-    if target == [token]:
-        raise EditError(
-            f"the target {fact.target_new!r} is what {model.cfg.model_name} already says after {fact.prompt!r}: there is nothing to edit."
-        )
-    if fact.target_true is None:
-        if not said.strip():
+def _measure_before(
+    model: HookedModel, facts: tuple[Fact, ...], targets: list[list[int]], settings: RomeSettings
+) -> tuple[tuple[Fact, ...], list[dict[str, float]]]:
+    """The facts, their true targets filled in by what the model says where they have none, and the probabilities now."""
+    filled = []
+    for fact, target in zip(facts, targets, strict=True):
+        said, token, _ = scoring.top(model, fact.prompt, 1, prepend_bos=settings.prepend_bos)[0]
+        if target == [token]:
+            raise EditError(
+                f"the target {fact.target_new!r} is what {model.cfg.model_name} already says after {fact.prompt!r}: there is nothing to edit."
+            )
+        if fact.target_true is None and not said.strip():
             raise FactError(f"the model's own answer to {fact.prompt!r} is {said!r}; name the true target.")
-        fact = replace(fact, target_true=said.strip())
-    return fact, _measure(model, fact, settings)
+        filled.append(fact if fact.target_true is not None else replace(fact, target_true=said.strip()))
+    return tuple(filled), _measure(model, tuple(filled), settings)
 
 
 def _check_moment(model: HookedModel, moment: Moment, layer: int) -> None:
@@ -181,24 +230,6 @@ def _check_moment(model: HookedModel, moment: Moment, layer: int) -> None:
         )
     if moment.origin["weight_hash"] != models.weight_hash(model):
         raise EditError(f"C was estimated on other weights ({moment.origin['name']}). Estimate it on this model.")
-
-
-def _check_report(report: dict[str, float], *, share: float, settings: RomeSettings) -> None:
-    """Refuse an edit whose numbers say that it would not be what was asked for."""
-    if report["cond_C"] > MAX_CONDITION:
-        raise EditError(
-            f"cond(C) = {report['cond_C']:.2g} is above {MAX_CONDITION:.0e}: C^-1 k* would be noise. Estimate C from more keys."
-        )
-    if share < MIN_DIVISOR_SHARE:
-        raise EditError(
-            f"the divisor is {share:.2g} of what the averaged key gives: the two keys of the published policy disagree, and such an edit "
-            "breaks the model. Use policy='averaged'."
-        )
-    if report["relative_norm"] > MAX_RELATIVE_NORM:
-        raise EditError(
-            f"the change is {report['relative_norm']:.0%} of W_out's norm, above {MAX_RELATIVE_NORM:.0%}, and would damage much else. "
-            f"Lower the clamp (now {settings.clamp:g}), or edit another layer than {settings.layer}."
-        )
 
 
 def _describe(fact: Fact) -> dict[str, Any]:
