@@ -23,6 +23,7 @@ from mechedit.scoring import mean_log_p
 
 __all__ = ["BANDS", "Health", "drift", "measure", "reasons"]
 
+HELD_OUT_TOKENS = 128  # enough to see damage, and a small part of an edit's time
 BANDS: dict[str, tuple[float, float, str]] = {
     "cond_C": (0.0, 1e12, "C^-1 k* would be noise; estimate C from more keys, or add a ridge"),
     "divisor_share": (
@@ -56,13 +57,13 @@ def measure(model: HookedModel, subject: str, *, prepend_bos: bool | None = None
     blocks = Blocks(model)
     essence = blocks.logits(blocks.final(pad(model, [ids]))[:, -1])[0].float().log_softmax(-1)
     text = resources.files("mechedit").joinpath("data/held_out.txt").read_text(encoding="utf-8")
-    return Health(essence.cpu(), mean_log_p(model, text, prepend_bos=prepend_bos))
+    return Health(essence.cpu(), mean_log_p(model, text, HELD_OUT_TOKENS, prepend_bos=prepend_bos))
 
 
 def drift(before: Health, after: Health) -> dict[str, float]:
     """`essence_kl` and `perplexity_ratio` between two healths."""
     kl = float((after.essence.exp() * (after.essence - before.essence)).sum())
-    return {"essence_kl": kl, "perplexity_ratio": float(torch.tensor(before.text - after.text).exp())}
+    return {"essence_kl": max(kl, 0.0), "perplexity_ratio": float(torch.tensor(before.text - after.text).exp())}
 
 
 def reasons(report: dict[str, float]) -> list[str]:

@@ -8,17 +8,20 @@ length 5 and 10 of length 10 with top-k 5, and joins them by ". "; its lengths c
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechedit import cache
 from mechedit.corruption import generator
 from mechedit.facts import Fact, FactError
 from mechedit.generation import sample
 from mechedit.interventions import intervened, read
-from mechedit.models import HookedModel
+from mechedit.models import HookedModel, weight_hash
 from mechedit.prompts import check_length, encode, pad, resolve_bos, subject_span
 from mechedit.settings import RomeSettings
 
@@ -40,11 +43,19 @@ class Context:
 
 
 def prefixes(model: HookedModel, settings: RomeSettings) -> tuple[str, ...]:
-    """The empty prefix and the sampled ones, in a fixed order, seeded by the settings."""
+    """The empty prefix and the sampled ones, in a fixed order, seeded by the settings; sampled once, and kept in the cache."""
+    if not settings.prefixes:
+        return ("",)
+    path = cache.root() / "prefixes" / f"{cache.content_key(weight_hash(model), settings.prefixes, settings.seed)}.json"
+    if path.is_file():
+        with suppress(ValueError):  # damaged: sampled again below
+            return tuple(json.loads(path.read_text(encoding="utf-8")))
     found = [""]
     for length, count in settings.prefixes:
         rows = sample(model, count, length, generator(settings.seed, "prefixes", str(length)), top_k=TOP_K)
         found += [model.tokenizer.decode(row, skip_special_tokens=True) + ". " for row in rows.tolist()]
+    with cache.atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
     return tuple(found)
 
 

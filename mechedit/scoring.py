@@ -72,15 +72,15 @@ def _batch(model: HookedModel, rows: list[tuple[list[int], list[int]]]) -> list[
 
 
 @torch.no_grad()
-def mean_log_p(model: HookedModel, text: str, *, prepend_bos: bool | None = None) -> float:
-    """The mean log-probability of a text's tokens, each after those before it, as far as 512 tokens or the context reach.
+def mean_log_p(model: HookedModel, text: str, tokens: int = 512, *, prepend_bos: bool | None = None) -> float:
+    """The mean log-probability of a text's first `tokens` tokens (or as many as fit), each after those before it.
 
     exp(-mean_log_p) is the perplexity.
     """
     ids, _ = encode(model, text, prepend_bos=resolve_bos(model, prepend_bos))
-    tokens = pad(model, [ids[: min(512, int(model.cfg.n_ctx))]])
+    row = pad(model, [ids[: min(tokens, int(model.cfg.n_ctx))]])
     blocks = Blocks(model)
-    return float(blocks.log_p(blocks.final(tokens)[0, :-1], tokens[0, 1:, None]).double().mean())
+    return float(blocks.log_p(blocks.final(row)[0, :-1], row[0, 1:, None]).double().mean())
 
 
 @torch.no_grad()

@@ -10,9 +10,8 @@ A rank-one write that gives the key k* the value v + d gives another key k the s
 optimised with the share that its own key will get (`shares`), so that what is optimised is what will be written; the
 published code adds the whole of d to every row, and its averaged edit can then miss the very prompt it was made for.
 
-What d cannot change is computed once: everything below the edited block, every position before the one that d is added at
-(its keys and values are shared by all steps), and in the edited block every position after it. Rows that look d up at the
-same position run together.
+What d cannot change is computed once: everything below the edited block, and every position before the first that d is
+added at, whose keys and values all steps share. Rows that add d at nearby positions run together.
 
 v is W_out's own output. Where a norm follows the MLP (Gemma 2 and 3) that is before the norm.
 """
@@ -46,16 +45,19 @@ class Value:
     losses: tuple[tuple[float, float, float], ...]
 
 
+GROUP_COST = 24  # what running one more group costs, in positions of a row: the weights are read once for each
+
+
 @dataclass(frozen=True)
 class _Group:
-    """Rows that add d at the same position, and all of them that d leaves as it is."""
+    """Rows that run together, from the first position that d is added at in any of them."""
 
-    entering: Float[Tensor, "rows 1 d_model"]  # the edited block, at the position of d
-    after: Float[Tensor, "rows later d_model"]  # leaving the edited block, at the positions behind it
+    entering: Float[Tensor, "rows pos d_model"]  # the edited block
     past: tuple[KeyValues | None, ...]  # of the edited block and those above, for the positions before
-    shares: Float[Tensor, " rows"]  # how much of d each row gets
+    lookup: Int[Tensor, " rows"]  # where each row adds d, and how much of it
+    shares: Float[Tensor, " rows"]
     read_rows: Int[Tensor, " reads"]
-    read_positions: Int[Tensor, " reads"]  # from the position of d on
+    read_positions: Int[Tensor, " reads"]
     order: tuple[int, ...]  # where each read belongs among all reads
 
 
@@ -128,39 +130,57 @@ def _prepare(
     reads = [(index, row.last + step) for index, row in enumerate(rows) for step in range(len(targets[index]))]
     reads.append((len(rows), essence.lookup))
     groups = []
-    for at in sorted(set(lookups)):
-        members = [index for index, lookup in enumerate(lookups) if lookup == at]
+    for members in _together(lookups, [len(row) for row in ids]):
+        begin = min(lookups[index] for index in members)
         resid = blocks.embed(pad(model, [ids[index] for index in members]))
         past: list[KeyValues | None] = []
         for block in range(int(model.cfg.n_layers)):
             if block == layer:
-                entering = resid[:, at : at + 1]
+                entering = resid[:, begin:]
             resid, present = blocks.run(block, resid)
             if block >= layer:
-                past.append(present.before(at) if at else None)
-            if block == layer:
-                after = resid[:, at + 1 :]
+                past.append(present.before(begin) if begin else None)
         own = [
-            (order, members.index(row), position - at) for order, (row, position) in enumerate(reads) if row in members
+            (order, members.index(row), position - begin)
+            for order, (row, position) in enumerate(reads)
+            if row in members
         ]
         order, read_rows, read_positions = zip(*own, strict=True)
-        as_tensor = lambda values: torch.tensor(values, device=resid.device)  # noqa: B023, E731
-        groups.append(
-            _Group(
-                entering,
-                after,
-                tuple(past),
-                shares[members].to(resid.device).float(),
-                as_tensor(read_rows),
-                as_tensor(read_positions),
-                order,
-            )
-        )
+        lookup = [lookups[index] - begin for index in members]
+        places = (torch.tensor(each, device=resid.device) for each in (lookup, read_rows, read_positions))
+        at, row, position = places
+        groups.append(_Group(entering, tuple(past), at, shares[members].to(resid.device).float(), row, position, order))
     return groups
 
 
-def _added(change: Float[Tensor, "rows 1 d_model"], output: Tensor) -> Tensor:
-    return output + change.to(output.dtype)
+def _together(lookups: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Which rows to run together, so that few positions are computed for nothing and few groups are made.
+
+    A group computes, for each of its rows, the positions from its first lookup to its longest row's end. Rows in order of
+    lookup are cut where that costs least, found from the end backwards.
+    """
+    rows = sorted(range(len(lookups)), key=lambda index: (lookups[index], lengths[index]))
+    best: list[tuple[float, int]] = [(0.0, 0)] * (
+        len(rows) + 1
+    )  # cost of the rows from here on, and the first group's end
+    for begin in reversed(range(len(rows))):
+        options = []
+        longest = 0
+        for end in range(begin + 1, len(rows) + 1):
+            longest = max(longest, lengths[rows[end - 1]])
+            positions = (end - begin) * (longest - lookups[rows[begin]])
+            options.append((GROUP_COST + positions + best[end][0], end))
+        best[begin] = min(options)
+    groups, begin = [], 0
+    while begin < len(rows):
+        groups.append(rows[begin : best[begin][1]])
+        begin = best[begin][1]
+    return groups
+
+
+def _added(change: Float[Tensor, "rows d_model"], lookup: Int[Tensor, " rows"], output: Tensor) -> Tensor:
+    rows = torch.arange(len(output), device=output.device)
+    return output.index_put((rows, lookup), change.to(output.dtype), accumulate=True)
 
 
 def _predict(
@@ -170,12 +190,11 @@ def _predict(
     final: list[Tensor] = []
     order: list[int] = []
     for group in groups:
-        change = group.shares[:, None, None] * delta
-        with mlp_outputs(model, layer, partial(_added, change)):
-            resid, _ = blocks.run(layer, group.entering, group.past[0])
-        resid = torch.cat([resid, group.after], 1)
-        for above, past in enumerate(group.past[1:], layer + 1):
-            resid, _ = blocks.run(above, resid, past)
+        change = group.shares[:, None] * delta
+        resid = group.entering
+        with mlp_outputs(model, layer, partial(_added, change, group.lookup)):
+            for block, past in enumerate(group.past, layer):
+                resid, _ = blocks.run(block, resid, past)
         final.append(resid[group.read_rows, group.read_positions])
         order += group.order
     back = torch.tensor(order, device=delta.device).argsort()

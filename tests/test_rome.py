@@ -1,18 +1,20 @@
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from mechedit import edits, files, guards, keys, models, moments, prompts, rank_one, scoring, values
+from mechedit import cache, edits, files, guards, keys, models, moments, prompts, rank_one, scoring, values
 from mechedit.editors import rome
 from mechedit.edits import EditError
 from mechedit.facts import Fact, FactError
 from mechedit.models import ModelError
 from mechedit.settings import MomentSettings, RomeSettings, SettingsError
 from tests.conftest import FACT, SHAPES, assert_same_state, state, widen_bands
+from tests.slow_edit import assert_same_edit, both
 
 QUICK = RomeSettings(layer=1, steps=8, prefixes=((3, 2), (5, 1)))
 BOS = replace(QUICK, prepend_bos=True)
@@ -40,6 +42,18 @@ def test_prefixes_are_the_bare_prompt_and_seeded_samples(model):
     assert all(prefix.endswith(". ") for prefix in found[1:])
     assert keys.prefixes(model, replace(QUICK, seed=1)) != found
     assert keys.prefixes(model, replace(QUICK, prefixes=())) == ("",)
+
+
+def test_prefixes_are_sampled_once_for_a_model_and_again_where_the_file_is_damaged(model, monkeypatch):
+    found = keys.prefixes(model, QUICK)
+    real, sampled = keys.sample, []
+    monkeypatch.setattr(keys, "sample", lambda *args, **kwargs: sampled.append(1) or real(*args, **kwargs))
+    assert keys.prefixes(model, QUICK) == found
+    assert sampled == []
+    (entry,) = (cache.root() / "prefixes").iterdir()
+    entry.write_text(entry.read_text()[:5])
+    assert keys.prefixes(model, QUICK) == found
+    assert len(sampled) == 2
 
 
 @pytest.mark.parametrize("prefix", ["", "{} and {0}. ", "日本 é. ", "The Space Needle. "])
@@ -141,6 +155,30 @@ def test_the_value_equals_a_plain_optimisation(shape, load):
     assert_same_state(model, before)
 
 
+def test_rows_run_together_where_that_computes_least():
+    assert values._together([3, 5, 4, 9], [10, 11, 10, 12]) == [[0, 2, 1, 3]], "few rows: one group"
+    many = values._together([3] * 20 + [40] * 20, [10] * 20 + [48] * 20)
+    assert [len(group) for group in many] == [20, 20]
+    lookups, lengths = [5, 2, 9, 2, 30, 31], [9, 12, 20, 4, 40, 41]
+    found = values._together(lookups, lengths)
+    assert sorted(index for group in found for index in group) == list(range(6))
+
+    def cost(groups):
+        return sum(values.GROUP_COST + len(group) * (max(lengths[i] for i in group) - min(lookups[i] for i in group)) for group in groups)  # fmt: skip
+
+    order = sorted(range(6), key=lambda index: (lookups[index], lengths[index]))
+    cuts = itertools.chain.from_iterable(itertools.combinations(range(1, 6), size) for size in range(6))
+    every = [[order[a:b] for a, b in itertools.pairwise([0, *cut, 6])] for cut in cuts]
+    assert cost(found) == min(map(cost, every))
+
+
+@pytest.mark.parametrize("cost", [0, 1000])
+def test_one_group_or_many_give_the_same_value(cost, model, monkeypatch):
+    together, _ = optimised(model, stop_at=0.0)
+    monkeypatch.setattr(values, "GROUP_COST", cost)
+    torch.testing.assert_close(optimised(model, stop_at=0.0)[0].value, together.value, atol=1e-4, rtol=1e-3)
+
+
 def optimised(model, **changes):
     settings = replace(BOS, **changes)
     rows = keys.contexts(model, FACT, ("", "Rome. "), prepend_bos=True)
@@ -236,6 +274,14 @@ def test_the_published_policy_inserts_at_the_bare_prompts_key(model, fact, momen
     assert edit.details["shares"] == [1.0] * 5
     assert edit.settings["policy"] == "published"
     assert not torch.allclose(change.step, rome.edit(model, fact, BOS, moment).changes[0].step)
+
+
+@pytest.mark.parametrize(("target", "stop_at"), [("Paris", 0.0), ("zebra", 0.0), ("Paris", 5.27)])
+def test_the_published_policy_is_the_published_code(target, stop_at, model, fact, moment):
+    settings = replace(QUICK, steps=6, stop_at=stop_at, prepend_bos=False, learning_rate=0.1)
+    edit, plain = both(model, replace(fact, target_new=target), moment, settings)
+    assert (len(edit.details["losses"]) < 6) == (stop_at > 0)
+    assert_same_edit(model, edit, plain)
 
 
 def test_the_report_is_what_was_written(model, fact, moment):

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,11 +16,12 @@ import torch
 from experiments import edit_built_in
 from mechedit import cache, edits, facts, models, moments, scoring, sites
 from mechedit.editors import rome
-from mechedit.settings import KINDS, MomentSettings, TraceSettings
+from mechedit.settings import KINDS, MomentSettings, RomeSettings, TraceSettings
 from mechedit.tracing import grid, prepare, trace
 from mechedit.tracing.accuracy import sample_error
 from mechedit.tracing.severing import severed
 from tests.conftest import assert_same_state, state
+from tests.slow_edit import assert_same_edit, both
 from tests.slow_trace import loop
 
 pytestmark = [
@@ -228,3 +230,14 @@ def test_a_damaged_conversion_is_noticed():
     manifest = json.loads((folder / "mechedit.json").read_text())
     assert manifest["sha256"]["model.safetensors"] == cache.file_hash(folder / "model.safetensors")
     assert "tokenizer.json" in manifest["sha256"]
+
+
+@pytest.mark.parametrize("index", [0, 40])
+def test_on_real_weights_the_published_policy_is_the_published_code(index, gemma):
+    fact = facts.built_in()[index]
+    constants = RomeSettings(steps=4, prefixes=((4, 2), (9, 2)), clamp=4.0, guard="warn", layer=5)
+    C = moments.estimate(gemma, 5, settings=MomentSettings(tokens=4096, context=32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rome.EditWarning)
+        edit, plain = both(gemma, fact, C, constants)
+    assert_same_edit(gemma, edit, plain)
