@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mechedit import __version__
 from mechedit.errors import MecheditError
-from mechedit.settings import KINDS, KNOWN_KINDS, MomentSettings, RomeSettings, TraceSettings, knobs
+from mechedit.settings import (
+    CONSTANTS,
+    KINDS,
+    KNOWN_KINDS,
+    PREFIXES,
+    MomentSettings,
+    RomeSettings,
+    TraceSettings,
+    knobs,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
     from mechedit.corruption import Statistics
     from mechedit.facts import Fact
     from mechedit.models import HookedModel
+    from mechedit.moments import Corpus, Moment
     from mechedit.progress import Progress
     from mechedit.tracing import Trace
     from mechedit.tracing.averages import Average
@@ -116,21 +126,24 @@ def _add_tracing(commands: Any) -> None:
 
 
 def _add_editing(commands: Any) -> None:
-    """edit, apply, moments"""
+    """edit, apply, compose, diff, export, moments, merge"""
     edit = _command(commands, "edit", _edit, "rewrite a fact by a rank-one change of one W_out", model=True)
-    _add_prompt(edit)
-    edit.add_argument("--target", required=True, help="what the model shall say instead")
+    _add_prompt(edit, required=False)
+    edit.add_argument("--target", help="what the model shall say instead")
     edit.add_argument("--true", help="the answer it replaces (default: what the model says)")
-    _add_settings(edit, RomeSettings)
     edit.add_argument(
-        "--text",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="text files to estimate C on (default: text sampled from the model)",
+        "--facts", type=Path, metavar="FILE", help="edit every fact of a JSON file, each alone, into --out DIR"
     )
-    edit.add_argument("--out", type=Path, metavar="FILE", help="write the edit there (.safetensors)")
+    edit.add_argument("--limit", type=int, metavar="N", help="of --facts, the first N")
+    edit.add_argument(
+        "--constants", choices=CONSTANTS, help="constants of v* as published, or as the paper's text has them"
+    )
+    _add_settings(edit, RomeSettings)
+    _add_text(edit)
+    edit.add_argument("--moment", type=Path, metavar="FILE", help="C from a file of mechedit, or a published .npz")
+    edit.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the edit there (.safetensors); with --facts a folder"
+    )
     _add_json(edit)
 
     apply = _command(
@@ -143,21 +156,51 @@ def _add_editing(commands: Any) -> None:
     apply.add_argument("--force", action="store_true", help="apply even to other weights than the edit was made for")
     _add_json(apply)
 
+    compose = _command(commands, "compose", _compose, "make one edit file of several; no model is loaded")
+    compose.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    compose.add_argument("--out", type=Path, required=True, metavar="FILE", help="where it goes (.safetensors)")
+
+    diff = _command(commands, "diff", _diff, "show how alike what two edits write is; no model is loaded")
+    diff.add_argument("files", type=Path, nargs=2, metavar="FILE")
+    _add_json(diff)
+
+    export = _command(commands, "export", _export, "write an edited model, or its edits as a LoRA adapter", model=True)
+    export.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    export.add_argument("--adapter", action="store_true", help="a LoRA adapter for peft, not the whole model")
+    export.add_argument("--force", action="store_true", help="even from other weights than the edits were made for")
+
     moments = _command(
         commands, "moments", _moments, "estimate C, the second moment of a layer's keys, into the cache", model=True
     )
-    moments.add_argument("--layer", type=int, default=-1, help="block, from 0 (default: the model's preset)")
     moments.add_argument(
+        "--layer", type=int, nargs="+", default=[-1], help="blocks, from 0, in one pass (default: the model's preset)"
+    )
+    _add_text(moments)
+    moments.add_argument(
+        "--dataset", metavar="NAME", help="a dataset of the Hugging Face hub, or a folder of one, instead"
+    )
+    for name, default in (("config", None), ("split", "train"), ("column", "text"), ("revision", None)):
+        moments.add_argument(f"--{name}", default=default, help=f"of the dataset (default: {default or 'its own'})")
+    _add_settings(moments, MomentSettings)
+    moments.add_argument("--out", type=Path, metavar="FILE", help="also write it there (.safetensors); of one layer")
+    _add_json(moments)
+
+    merge = _command(commands, "merge", _merge, "put second moments of parts of a text, or of several texts, together")
+    merge.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    merge.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the whole goes (.safetensors)")
+    _add_json(merge)
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--text",
         type=Path,
         nargs="+",
         default=[],
         metavar="FILE",
-        help="text files (default: text sampled from the model)",
+        help="text files to estimate C on (default: text sampled from the model)",
     )
-    _add_settings(moments, MomentSettings)
-    moments.add_argument("--out", type=Path, metavar="FILE", help="also write it there (.safetensors)")
-    _add_json(moments)
 
 
 def _add_looking(commands: Any) -> None:
@@ -277,12 +320,14 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _pairs(text: str) -> tuple[tuple[int, int], ...]:
+    if text in PREFIXES:
+        return PREFIXES[text]
     try:
-        pairs = [tuple(int(number) for number in part.split("x")) for part in _names(text) if part != "none"]
+        pairs = [tuple(int(number) for number in part.split("x")) for part in _names(text)]
         return tuple((first, second) for first, second in pairs)
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no list of TOKENSxHOWMANY such as 5x10,10x10, nor 'none'"
+            f"{text!r} is no list of TOKENSxHOWMANY such as 5x10,10x10, nor one of {', '.join(PREFIXES)}"
         ) from error
 
 
@@ -438,40 +483,108 @@ def _sever(arguments: argparse.Namespace) -> None:
 def _edit(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from mechedit import edits, models, moments
+    from mechedit import edits, models
     from mechedit.editors import rome
+
+    given: dict[str, Any] = CONSTANTS.get(arguments.constants, {}) | _given(arguments, RomeSettings)
+    RomeSettings(**given)  # mistakes are reported before the model is loaded
+    if arguments.text and arguments.moment:
+        raise UsageError("C comes from --text or from --moment, not from both.")
+    if arguments.facts:
+        chosen = _facts_to_edit(arguments)
+    elif None in (arguments.prompt, arguments.subject, arguments.target):
+        raise UsageError("edit needs PROMPT, --subject and --target, or --facts FILE and --out DIR.")
+    else:
+        chosen = [_fact_to_edit(arguments)]
+        _check_places(arguments.json, arguments.out)
+    _check_files(*arguments.text, arguments.moment)
+    model = _load(arguments)
+    known = models.preset(model)
+    settings = rome.resolve(model, replace(known.rome if known else RomeSettings(), **given))
+    with _progress() as progress:
+        moment = _moment(arguments, model, settings, progress)
+        if arguments.facts:
+            return _edit_facts(arguments, model, chosen, settings, moment, progress)
+        edit = rome.edit(model, chosen[0], settings, moment, progress=progress)
+    console = _console(arguments)
+    _show_edit(console, edit.to_json())
+    if arguments.out:
+        _show_files(console, [edits.save(edit, arguments.out)])
+    _write_json(arguments.json, edit.to_json())
+    return None
+
+
+def _fact_to_edit(arguments: argparse.Namespace) -> Fact:
     from mechedit.facts import from_prompt
 
-    given = _given(arguments, RomeSettings)
-    RomeSettings(**given)  # mistakes are reported before the model is loaded
-    fact = from_prompt(
+    return from_prompt(
         arguments.prompt,
         arguments.subject,
         target_true=arguments.true,
         target_new=arguments.target,
         occurrence=arguments.occurrence,
     )
-    _check_places(arguments.json, arguments.out)
-    _check_files(*arguments.text)
-    model = _load(arguments)
-    known = models.preset(model)
-    settings = rome.resolve(model, replace(known.rome if known else RomeSettings(), **given))
-    with _progress() as progress:
-        moment = None
-        if arguments.text:
-            moment = moments.estimate(
-                model,
-                settings.layer,
-                arguments.text,
-                MomentSettings(prepend_bos=settings.prepend_bos),
-                progress=progress,
-            )
-        edit = rome.edit(model, fact, settings, moment, progress=progress)
+
+
+def _facts_to_edit(arguments: argparse.Namespace) -> list[Fact]:
+    """The facts of --facts, checked before anything is loaded."""
+    from mechedit import facts
+
+    if arguments.out is None:
+        raise UsageError("--facts needs --out DIR, where each edit is kept as soon as it is done.")
+    if arguments.prompt is not None or arguments.target is not None:
+        raise UsageError("--facts takes its prompts and targets from the file; leave PROMPT and --target out.")
+    chosen = list(facts.read(arguments.facts))[: arguments.limit]
+    if not any(fact.target_new for fact in chosen):
+        raise UsageError(f"no fact of {arguments.facts} has a new target; COUNTERFACT and zsRE files have.")
+    _check_places(arguments.json, arguments.out / "edits.json")
+    return chosen
+
+
+def _moment(
+    arguments: argparse.Namespace, model: HookedModel, settings: RomeSettings, progress: Progress
+) -> Moment | None:
+    """C from where the options say; None for the default."""
+    from mechedit import moments
+
+    if arguments.moment:
+        if arguments.moment.suffix == ".npz":
+            return moments.read_published(arguments.moment, model, settings.layer)
+        return moments.Moment.load(arguments.moment)
+    if arguments.text:
+        windows = MomentSettings(prepend_bos=settings.prepend_bos)
+        return moments.estimate(model, settings.layer, arguments.text, windows, progress=progress)
+    return None
+
+
+def _edit_facts(
+    arguments: argparse.Namespace,
+    model: HookedModel,
+    chosen: list[Fact],
+    settings: RomeSettings,
+    moment: Moment | None,
+    progress: Progress,
+) -> None:
+    from mechedit.runs.editing import edit_facts
+
+    found = edit_facts(model, chosen, arguments.out, settings, moment, progress=progress)
     console = _console(arguments)
-    _show_edit(console, edit.to_json())
-    if arguments.out:
-        _show_files(console, [edits.save(edit, arguments.out)])
-    _write_json(arguments.json, edit.to_json())
+    rows = [
+        (
+            edit.fact["prompt"],
+            str(edit.fact["target_new"]),
+            f"{edit.before['p_new']:.3f}",
+            f"{edit.after['p_new']:.3f}",
+            "; ".join(edit.reasons),
+        )
+        for edit in found
+    ]
+    _show_table(console, ("prompt", "new target", "P before", "P after", "why not"), rows)
+    done = sum(bool(edit.changes) for edit in found)
+    console.print(f"{done} of {len(found)} facts edited, each alone; their files are in {arguments.out / 'units'}")
+    record = [edit.to_json() for edit in found]
+    written = _write_json(arguments.out / "edits.json", record)
+    _show_files(console, written + _write_json(arguments.json, record))
 
 
 def _apply(arguments: argparse.Namespace) -> None:
@@ -496,6 +609,43 @@ def _apply(arguments: argparse.Namespace) -> None:
             "completions": [{"prompt": prompt, "before": before[prompt], "after": after[prompt]} for prompt in asked],
         },
     )
+
+
+def _compose(arguments: argparse.Namespace) -> None:
+    from mechedit import edits
+
+    _check_places(arguments.out)
+    whole = edits.compose(*(edits.load(path) for path in arguments.files))
+    _show_files(_console(arguments), [edits.save(whole, arguments.out)])
+
+
+def _diff(arguments: argparse.Namespace) -> None:
+    from mechedit import edits
+
+    _check_places(arguments.json)
+    first, second = (edits.load(path) for path in arguments.files)
+    found = edits.diff(first, second)
+    console = _console(arguments)
+    if first.origin["weight_hash"] != second.origin["weight_hash"]:
+        console.print("note: these edits were made for different weights", highlight=False)
+    if not found:
+        console.print(f"they write in different layers: {first.layer} and {second.layer}", highlight=False)
+    else:
+        rows = [
+            (str(each.layer), *(f"{value:.3f}" for value in (each.u, each.step, each.change, each.ratio)))
+            for each in found
+        ]
+        _show_table(console, ("layer", "cos of u", "cos of step", "cos of change", "norm ratio"), rows)
+    _write_json(arguments.json, [vars(each) for each in found])
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from mechedit import edits, export
+
+    loaded = [edits.load(path) for path in arguments.files]
+    write = export.adapter if arguments.adapter else export.checkpoint
+    folder = write(_load(arguments), arguments.model, loaded, arguments.out, force=arguments.force)
+    _show_files(_console(arguments), sorted(folder.iterdir()))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -546,17 +696,43 @@ def _moments(arguments: argparse.Namespace) -> None:
     from mechedit.editors import rome
 
     settings = MomentSettings(**_given(arguments, MomentSettings))
+    if arguments.out and len(arguments.layer) > 1:
+        raise UsageError("--out is a file for one layer; several layers are kept in the cache.")
+    if arguments.dataset and arguments.text:
+        raise UsageError("C comes from --text or from --dataset, not from both.")
     _check_places(arguments.json, arguments.out)
     _check_files(*arguments.text)
+    texts: list[str | Path | Corpus] = list(arguments.text)
+    if arguments.dataset:
+        texts = [
+            moments.Corpus(arguments.dataset, arguments.config, arguments.split, arguments.column, arguments.revision)
+        ]
     model = _load(arguments)
-    layer = rome.resolve(model, RomeSettings(layer=arguments.layer)).layer
+    layers = [rome.resolve(model, RomeSettings(layer=layer)).layer for layer in arguments.layer]
     with _progress() as progress:
-        moment = moments.estimate(model, layer, arguments.text, settings, progress=progress)
+        found = moments.estimate_layers(model, layers, texts, settings, progress=progress)
     console = _console(arguments)
-    _show_table(console, ("", "second moment"), [(name, json.dumps(value)) for name, value in moment.to_json().items()])
+    for moment in found.values():
+        _show_moment(console, moment)
     if arguments.out:
-        _show_files(console, [moment.save(arguments.out)])
-    _write_json(arguments.json, moment.to_json())
+        _show_files(console, [found[layers[0]].save(arguments.out)])
+    records = [moment.to_json() for moment in found.values()]
+    _write_json(arguments.json, records[0] if len(records) == 1 else records)
+
+
+def _show_moment(console: Console, moment: Moment) -> None:
+    _show_table(console, ("", "second moment"), [(name, json.dumps(value)) for name, value in moment.to_json().items()])
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from mechedit import moments
+
+    _check_places(arguments.json, arguments.out)
+    whole = moments.merge([moments.Moment.load(path) for path in arguments.files])
+    console = _console(arguments)
+    _show_moment(console, whole)
+    _show_files(console, [whole.save(arguments.out)])
+    _write_json(arguments.json, whole.to_json())
 
 
 def _models(arguments: argparse.Namespace) -> None:
@@ -776,10 +952,13 @@ def _show_edit(console: Console, edit: dict[str, Any]) -> None:
     _show_table(console, (edit["prompt"], "before", "after"), rows)
     console.print(
         f"{edit['method']} at layer {edit['layer']} in {edit['seconds']:.1f} s: divisor {report['divisor']:.4g}, "
-        f"update norm {report['update_norm']:.3g} ({report['relative_norm']:.1%} of W_out's), cond(C) {report['cond_C']:.2g}",
+        f"update norm {report['update_norm']:.3g} ({report['relative_norm']:.1%} of W_out's), cond(C) {report['cond_C']:.2g}; "
+        f"perplexity of other text x {report['perplexity_ratio']:.3f}, KL after '{edit['subject']} is a' {report['essence_kl']:.2f}",
         markup=False,
         highlight=False,
     )
+    for reason in edit["reasons"]:
+        console.print(f"out of its band: {reason}", markup=False, highlight=False)
 
 
 def _show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

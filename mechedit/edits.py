@@ -21,7 +21,10 @@ from mechedit.files import FileError
 from mechedit.models import HookedModel
 from mechedit.rank_one import RankOneEdit
 
-__all__ = ["Applied", "Edit", "EditError", "apply", "edited", "load", "save"]
+__all__ = ["Applied", "Edit", "EditError", "Overlap", "apply", "compose", "diff", "edited", "load", "revert", "save"]
+
+
+COMPOSED = "composed"
 
 
 class EditError(MecheditError, ValueError):
@@ -122,14 +125,11 @@ def load(path: str | Path) -> Edit:
             for index, each in enumerate(record["changes"])
         )
         edit = Edit(changes=changes, **{name: record[name] for name in _RECORD} | {"reasons": tuple(record["reasons"])})
-        for needed in (
-            edit.origin["weight_hash"],
-            edit.fact["prompt"],
-            edit.report["relative_norm"],
-            edit.before["p_new"],
-        ):
-            if needed is None:
-                raise TypeError("a value that may not be null is")
+        needed = [edit.origin["weight_hash"], edit.fact["prompt"], edit.report["update_norm"]]
+        if edit.method != COMPOSED:  # whose parts were measured, each alone
+            needed += [edit.report["relative_norm"], edit.before["p_new"], edit.after["p_new"]]
+        if None in needed:
+            raise TypeError("a value that may not be null is")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileError(f"{path} is an edit whose record is not whole ({type(error).__name__} {error}).") from error
     if not changes and not edit.reasons:
@@ -201,3 +201,95 @@ def edited(model: HookedModel, *edits: Edit, force: bool = False) -> Iterator[No
         check(model, edits)
     with rank_one.edited(model, *(change for edit in edits for change in edit.changes)):
         yield
+
+
+@torch.no_grad()
+def revert(model: HookedModel, *edits: Edit) -> None:
+    """Take edits out of a model that was loaded with them in, an exported one, say. Exact up to rounding; `Applied.undo` is exact.
+
+    Raises:
+        RankOneError: an edit does not fit the model's shapes.
+    """
+    for change in [change for edit in edits for change in edit.changes]:
+        rank_one.write_(model, RankOneEdit(change.layer, change.u, -change.step, change.divisor))
+
+
+def compose(*edits: Edit) -> Edit:
+    """One edit that writes what these write, in order. What was measured stays with its part, in `details["parts"]`.
+
+    `report` has the Frobenius norm of all changes together.
+
+    Raises:
+        EditError: fewer than two edits, or edits made for different weights.
+    """
+    if len(edits) < 2:
+        raise EditError(f"composing takes two edits or more; found {len(edits)}.")
+    first = edits[0]
+    for edit in edits[1:]:
+        if edit.origin["weight_hash"] != first.origin["weight_hash"]:
+            raise EditError(
+                f"edits must be made for the same weights to be one; these are for {first.origin['name']} "
+                f"{first.origin['weight_hash'][:12]}… and {edit.origin['name']} {edit.origin['weight_hash'][:12]}…."
+            )
+    changes = tuple(change for edit in edits for change in edit.changes)
+    layers = sorted({change.layer for change in changes})
+    by_layer = [[change for change in changes if change.layer == layer] for layer in layers]
+    return Edit(
+        method=COMPOSED,
+        changes=changes,
+        fact=first.fact,
+        report={"update_norm": sum(_inner(each, each) for each in by_layer) ** 0.5},
+        before={},
+        after={},
+        origin=first.origin,
+        settings={"layer": first.layer},
+        versions=first.versions,
+        seconds=sum(edit.seconds for edit in edits),
+        details={"parts": [edit.to_json() for edit in edits]},
+        reasons=tuple(reason for edit in edits for reason in edit.reasons),
+    )
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How alike what two edits write in one layer is: cosines, 1 alike, 0 independent, -1 opposite.
+
+    `change` is that of the whole changes of W_out, as vectors; `u` and `step` are those of the factors, nan where an edit has
+    several changes in the layer. `ratio` is the second's Frobenius norm over the first's.
+    """
+
+    layer: int
+    u: float
+    step: float
+    change: float
+    ratio: float
+
+
+def diff(first: Edit, second: Edit) -> list[Overlap]:
+    """Where both edits write, and how alike it is, layer by layer; empty where they share no layer."""
+    found = []
+    for layer in sorted({change.layer for change in first.changes} & {change.layer for change in second.changes}):
+        mine, theirs = ([change for change in edit.changes if change.layer == layer] for edit in (first, second))
+        sizes = [_inner(each, each) ** 0.5 for each in (mine, theirs)]
+        single = len(mine) == len(theirs) == 1
+        found.append(
+            Overlap(
+                layer,
+                _cosine(mine[0].u, theirs[0].u) if single else float("nan"),
+                _cosine(mine[0].step, theirs[0].step) if single else float("nan"),
+                _inner(mine, theirs) / (sizes[0] * sizes[1]),
+                sizes[1] / sizes[0],
+            )
+        )
+    return found
+
+
+def _inner(first: Sequence[RankOneEdit], second: Sequence[RankOneEdit]) -> float:
+    """The Frobenius inner product of two sums of outer(u, step)."""
+    return sum(
+        float(a.u.double() @ b.u.double()) * float(a.step.double() @ b.step.double()) for a in first for b in second
+    )
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0))

@@ -116,6 +116,16 @@ def load(name: str = GEMMA, *, device: str | None = None, dtype: torch.dtype = t
     return model.eval()
 
 
+def hugging_face(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Hugging Face's own model and tokenizer of what `load` calls `name`, on the CPU.
+
+    Raises:
+        ModelError: as in `load`.
+    """
+    with _quiet():
+        return _hugging_face(_resolve(str(name)), str(name), dtype)
+
+
 def _device(name: str | None) -> str:
     """A device that is here: the one asked for, or CUDA where there is one, else the CPU."""
     if name is None:

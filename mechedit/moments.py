@@ -2,20 +2,28 @@
 
     C = E[k k^T]        over the keys k (post-activations, [d_mlp]) of one block on text
 
-Text comes from files, streamed, or is sampled from the model itself where the user has none (the offline default). Keys of
-BOS are left out: every text has the same one, and it is far from all others. Sums are float64. A result is cached under a
-key that holds everything it depends on: weights, layer, text, settings.
+Text comes from files or from a dataset of the Hugging Face hub, streamed, or is sampled from the model itself where the user
+has none (the offline default). It is one stream, cut into windows of equal length, so nothing is padded. Keys of BOS are left
+out: every text has the same one, and it is far from all others. Each batch's product is float32, the sum of batches float64.
+
+A result is cached under a key that holds everything it depends on: weights, layer, text, settings. A job that is killed goes
+on from its last checkpoint and ends with the same bits; jobs on several machines take parts of the text, and `merge` puts them
+together.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -30,13 +38,26 @@ from mechedit.progress import Progress, silent
 from mechedit.prompts import encode, resolve_bos
 from mechedit.settings import MomentSettings
 
-__all__ = ["Moment", "MomentError", "estimate"]
+__all__ = ["Corpus", "Moment", "MomentError", "estimate", "estimate_layers", "merge", "read_published"]
 
 BATCH_TOKENS = 4096
+CHECKPOINT_SECONDS = 60.0
+RULE = "one stream in windows, BOS not counted"  # of what is a key; part of the cache's key
 
 
 class MomentError(MecheditError, ValueError):
     """A second moment that cannot be estimated, or cannot be used."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A dataset of the Hugging Face hub, or a folder in its formats: which rows' `column` is the text."""
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,48 +111,142 @@ class Moment:
             raise files.FileError(f"{path} is a moment that lacks {error}.") from error
 
 
+Text = str | Path | Corpus
+
+
 def estimate(
     model: HookedModel,
     layer: int,
-    texts: Sequence[str | Path] = (),
+    texts: Sequence[Text] = (),
     settings: MomentSettings | None = None,
     *,
     progress: Progress = silent,
 ) -> Moment:
-    """C of block `layer`, from text files or, without any, from text sampled from the model; from the cache if it is there.
+    """C of block `layer`, from texts or, without any, from text sampled from the model; from the cache if it is there.
 
     Raises:
-        MomentError: a text file that cannot be read, or fewer keys than d_mlp, with which C cannot be inverted.
+        MomentError: a text that cannot be read, or fewer keys than d_mlp, with which C cannot be inverted.
         ModelError: no such layer, or a block without `W_out`.
     """
+    return estimate_layers(model, [layer], texts, settings, progress=progress)[layer]
+
+
+def estimate_layers(
+    model: HookedModel,
+    layers: Sequence[int],
+    texts: Sequence[Text] = (),
+    settings: MomentSettings | None = None,
+    *,
+    progress: Progress = silent,
+) -> dict[int, Moment]:
+    """C of several blocks from one pass over the text; errors as in `estimate`."""
+    settings = _resolved(model, layers, settings or MomentSettings())
+    source, origin = _source(texts), provenance.origin(model)
+    rest = (origin["weight_hash"], source, settings, origin["dtype"], RULE)
+    places = {layer: cache.root() / "moments" / f"{cache.content_key(layer, *rest)}.safetensors" for layer in layers}
+    found = {layer: moment for layer, path in places.items() if (moment := _cached(path)) is not None}
+    wanted = [layer for layer in layers if layer not in found]
+    if wanted:
+        checkpoint = cache.root() / "moments" / f"{cache.content_key(wanted, *rest)}.part.safetensors"
+        sums = _accumulate(model, wanted, texts, settings, checkpoint, progress)
+        for layer, total in sums.totals.items():
+            C = total / max(sums.keys, 1)
+            _check_enough(len(C), sums.keys, settings)
+            cond = condition(C)
+            found[layer] = Moment(layer, C, sums.keys, cond, source, settings, origin, provenance.versions())
+            found[layer].save(places[layer])
+        checkpoint.unlink(missing_ok=True)
+    return {layer: found[layer] for layer in layers}
+
+
+def merge(moments: Sequence[Moment]) -> Moment:
+    """One C from all parts of a text, or from different texts: each counts as much as it has keys.
+
+    Raises:
+        MomentError: another model, layer or window among them, the same text twice, or a part that is missing.
+    """
+    if not moments:
+        raise MomentError("there is nothing to merge.")
+    first = moments[0]
+    for each in moments:
+        for what, mine, theirs in (
+            ("layer", first.layer, each.layer),
+            ("weights", first.origin["weight_hash"], each.origin["weight_hash"]),
+            ("window", first.settings.context, each.settings.context),
+            ("BOS rule", first.settings.prepend_bos, each.settings.prepend_bos),
+        ):
+            if mine != theirs:
+                raise MomentError(f"moments that are merged must have one {what}; found {mine} and {theirs}.")
+    texts: dict[str, list[int]] = {}
+    for each in moments:
+        whole = replace(each.settings, part=0)
+        texts.setdefault(f"{each.source} {cache.content_key(whole)}", []).append(each.settings.part)
+    for each in moments:
+        parts = sorted(texts[f"{each.source} {cache.content_key(replace(each.settings, part=0))}"])
+        if parts != list(range(each.settings.parts)):
+            raise MomentError(
+                f"each of the {each.settings.parts} parts of a text must be there exactly once; found {parts} (counted from 0)."
+            )
+    keys = sum(each.keys for each in moments)
+    C = sum((each.C * each.keys for each in moments), torch.zeros_like(first.C)) / keys
+    sources = sorted({each.source for each in moments})
+    source = sources[0] if len(sources) == 1 else "merged: " + "; ".join(sources)
+    settings = replace(first.settings, part=0, parts=1, tokens=keys)
+    return Moment(first.layer, C, keys, condition(C), source, settings, first.origin, provenance.versions())
+
+
+def read_published(path: str | Path, model: HookedModel, layer: int) -> Moment:
+    """C of a layer from a `.npz` of the published code, which holds the sum of k k^T and the number of keys.
+
+    The file does not say which model or text it is of; that is the reader's word.
+
+    Raises:
+        MomentError: no such file, or not what the published code writes for a model of this width.
+    """
     d_mlp = W_out(model, layer).shape[0]
-    settings = settings or MomentSettings()
-    settings = replace(
-        settings, tokens=settings.tokens or 10 * d_mlp, prepend_bos=resolve_bos(model, settings.prepend_bos)
-    )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            total, keys = file["mom2.mom2"], int(file["mom2.count"])
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise MomentError(f"{path} is no .npz of second moments with mom2.mom2 and mom2.count ({error}).") from error
+    if total.shape != (d_mlp, d_mlp) or keys < 1 or not np.isfinite(total).all():
+        raise MomentError(
+            f"{path} must hold a finite sum [{d_mlp}, {d_mlp}] over one or more keys; it has {list(total.shape)} over {keys}."
+        )
+    C = torch.from_numpy(total.astype(np.float64)) / keys
+    settings = MomentSettings(tokens=keys, context=int(model.cfg.n_ctx), prepend_bos=False)
+    source = f"published file {cache.file_hash(Path(path))}"
+    return Moment(layer, C, keys, condition(C), source, settings, provenance.origin(model), provenance.versions())
+
+
+def _resolved(model: HookedModel, layers: Sequence[int], settings: MomentSettings) -> MomentSettings:
+    """The settings with the number of keys and BOS filled in, if they can be meant."""
+    d_mlp = max(W_out(model, layer).shape[0] for layer in layers)
+    bos = resolve_bos(model, settings.prepend_bos)
+    settings = replace(settings, tokens=settings.tokens or 10 * d_mlp, prepend_bos=bos)
     if settings.tokens <= d_mlp:
         raise MomentError(
             f"C needs more keys than d_mlp = {d_mlp} to be invertible; {settings.tokens} were asked for. Ten times d_mlp is a good number."
         )
     if settings.context > int(model.cfg.n_ctx):
         raise MomentError(f"context must fit the model's {model.cfg.n_ctx} tokens; found {settings.context}.")
-    source = _source(texts)
-    origin = provenance.origin(model)
-    key = cache.content_key(origin["weight_hash"], layer, source, settings, origin["dtype"])
-    path = cache.root() / "moments" / f"{key}.safetensors"
-    if path.is_file():
-        try:
-            return Moment.load(path)
-        except files.FileError:
-            path.unlink()  # damaged: made again below
-    C, n = _accumulate(model, layer, _windows(model, texts, settings, progress), settings, progress)
-    if n <= d_mlp:
+    return settings
+
+
+def _check_enough(d_mlp: int, keys: int, settings: MomentSettings) -> None:
+    if settings.parts == 1 and keys <= d_mlp:
         raise MomentError(
-            f"C needs more keys than d_mlp = {d_mlp} to be invertible; the text gave {n}. Add text, or leave it out to sample from the model."
+            f"C needs more keys than d_mlp = {d_mlp} to be invertible; the text gave {keys}. Add text, or leave it out to sample from the model."
         )
-    moment = Moment(layer, C / n, n, condition(C), source, settings, origin, provenance.versions())
-    moment.save(path)
-    return moment
+
+
+def _cached(path: Path) -> Moment | None:
+    """The moment at `path`; a damaged one is made again."""
+    if path.is_file():
+        with suppress(files.FileError):
+            return Moment.load(path)
+        path.unlink()
+    return None
 
 
 def condition(C: Float[Tensor, "d_mlp d_mlp"]) -> float:
@@ -140,77 +255,143 @@ def condition(C: Float[Tensor, "d_mlp d_mlp"]) -> float:
     return float(eigenvalues[-1] / eigenvalues[0]) if eigenvalues[0] > 0 else float("inf")
 
 
-def _source(texts: Sequence[str | Path]) -> str:
-    """What the text is, by content."""
+def _source(texts: Sequence[Text]) -> str:
+    """What the text is, by content: hashes of files, fingerprints of datasets."""
     if not texts:
         return "sampled from the model"
     try:
-        return "files " + " ".join(cache.file_hash(Path(path)) for path in texts)
+        names = [
+            f"{each.name}/{each.config}/{each.split}/{each.column} {_dataset(each)._fingerprint}"
+            if isinstance(each, Corpus)
+            else cache.file_hash(Path(each))
+            for each in texts
+        ]
     except OSError as error:
         raise MomentError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    return "texts " + " ".join(names)
 
 
-def _windows(
-    model: HookedModel, texts: Sequence[str | Path], settings: MomentSettings, progress: Progress
-) -> Iterator[Int[Tensor, "rows pos"]]:
-    """Batches of text windows of equal length, BOS first where the settings say so."""
+def _dataset(corpus: Corpus) -> Any:
+    """The rows of a corpus."""
+    import datasets  # type: ignore[import-untyped]
+
+    try:
+        rows = datasets.load_dataset(corpus.name, corpus.config, split=corpus.split, revision=corpus.revision)
+    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise MomentError(f"the dataset {corpus.name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if corpus.column not in rows.column_names:
+        raise MomentError(
+            f"the dataset {corpus.name!r} has no column {corpus.column!r}; it has {', '.join(rows.column_names)}."
+        )
+    return rows
+
+
+def _batches(
+    model: HookedModel, texts: Sequence[Text], settings: MomentSettings, progress: Progress
+) -> Iterator[tuple[int, Callable[[], Int[Tensor, "rows pos"]]]]:
+    """Batches of text windows of equal length: how many keys each has, and its tokens, BOS first where the settings say so."""
     body = settings.context - bool(settings.prepend_bos)
     rows = max(1, BATCH_TOKENS // settings.context)
+
+    def windows(ids: Int[Tensor, "rows pos"]) -> Int[Tensor, "rows pos2"]:
+        bos = ids.new_full((len(ids), 1), int(model.tokenizer.bos_token_id or 0))
+        return torch.cat([bos, ids], dim=1) if settings.prepend_bos else ids
+
     if not texts:
-        needed = -(-settings.tokens // body)
-        sampled = sample(model, needed, body, generator(settings.seed, "moment text"), progress=progress)
-        for batch in sampled.cpu().split(rows):
-            yield _with_bos(model, batch, settings)
+        for index, begin in enumerate(range(0, settings.tokens, rows * body)):
+            some = min(rows, -(-(settings.tokens - begin) // body))
+            numbers = generator(settings.seed, "moment text", str(index))
+            yield some * body, lambda some=some, numbers=numbers: windows(sample(model, some, body, numbers, progress=progress))  # type: ignore[misc]  # fmt: skip
         return
     pending: list[int] = []
-    for path in texts:
-        for ids in _encoded(model, Path(path)):
+    for text in texts:
+        for ids in _encoded(model, text):
             pending += ids
             while len(pending) >= rows * body:
-                yield _with_bos(model, torch.tensor(pending[: rows * body]).view(rows, body), settings)
+                batch = torch.tensor(pending[: rows * body]).view(rows, body)
                 del pending[: rows * body]
-    whole = len(pending) // body * body
-    if whole:
-        yield _with_bos(model, torch.tensor(pending[:whole]).view(-1, body), settings)
+                yield batch.numel(), partial(windows, batch)
+    if whole := len(pending) // body * body:
+        batch = torch.tensor(pending[:whole]).view(-1, body)
+        yield whole, partial(windows, batch)
 
 
-def _encoded(model: HookedModel, path: Path) -> Iterator[list[int]]:
-    """The tokens of a text file, in pieces that end with a line."""
+def _encoded(model: HookedModel, text: Text) -> Iterator[list[int]]:
+    """The tokens of a text, in pieces that end with a line, or of a dataset, row by row."""
+    if isinstance(text, Corpus):
+        for row in _dataset(text):
+            yield encode(model, str(row[text.column]), prepend_bos=False)[0]
+        return
     try:
-        with path.open(encoding="utf-8") as file:
+        with Path(text).open(encoding="utf-8") as file:
             while lines := file.readlines(1 << 16):
                 yield encode(model, "".join(lines), prepend_bos=False)[0]
     except UnicodeDecodeError as error:
-        raise MomentError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}).") from error
+        raise MomentError(f"{text} is no UTF-8 text ({error.reason} at byte {error.start}).") from error
 
 
-def _with_bos(model: HookedModel, ids: Int[Tensor, "rows pos"], settings: MomentSettings) -> Int[Tensor, "rows pos2"]:
-    return (
-        torch.cat([ids.new_full((len(ids), 1), model.tokenizer.bos_token_id), ids], dim=1)
-        if settings.prepend_bos
-        else ids
-    )
+@dataclass(frozen=True)
+class _Sums:
+    """The sum of k k^T of each layer in float64, over so many keys, and how many batches of the text are done."""
+
+    totals: dict[int, Float[Tensor, "d_mlp d_mlp"]]
+    keys: int = 0
+    batches: int = 0
+
+    def save(self, path: Path) -> None:
+        tensors = {str(layer): total for layer, total in self.totals.items()}
+        files.write(path, "moment-part", tensors, {"keys": self.keys, "batches": self.batches})
+
+    @staticmethod
+    def load(path: Path) -> _Sums:
+        tensors, record = files.read(path, "moment-part")
+        return _Sums({int(name): total for name, total in tensors.items()}, record["keys"], record["batches"])
 
 
 @torch.no_grad()
 def _accumulate(
-    model: HookedModel, layer: int, batches: Iterator[Tensor], settings: MomentSettings, progress: Progress
-) -> tuple[Float[Tensor, "d_mlp d_mlp"], int]:
-    """The sum of k k^T over the first `settings.tokens` keys, and how many there were."""
-    d_mlp = W_out(model, layer).shape[0]
-    total, n = torch.zeros(d_mlp, d_mlp, dtype=torch.float64), 0
-    kept: list[Tensor] = []
-    with intervened(model, read(f"blocks.{layer}.mlp.hook_post", kept.append)):
-        for batch in batches:
-            progress("second moment", n, settings.tokens)
-            model(batch.to(device_of(model)), stop_at_layer=layer + 1)
-            keys = kept.pop()[:, int(bool(settings.prepend_bos)) :].flatten(0, 1)[: settings.tokens - n].double()
-            total += (keys.T @ keys).cpu()
-            n += len(keys)
-            if n >= settings.tokens:
+    model: HookedModel,
+    layers: Sequence[int],
+    texts: Sequence[Text],
+    settings: MomentSettings,
+    checkpoint: Path,
+    progress: Progress,
+) -> _Sums:
+    """Sums over the first `settings.tokens` keys of the text, or this part's of them, from the checkpoint on if there is one."""
+    sums = _Sums({layer: torch.zeros(2 * W_out(model, layer).shape[:1], dtype=torch.float64) for layer in layers})
+    with suppress(files.FileError):
+        sums = _Sums.load(checkpoint)
+    kept: dict[int, Tensor] = {}
+    reads = [read(f"blocks.{layer}.mlp.hook_post", partial(kept.__setitem__, layer)) for layer in layers]
+    position, saved = 0, time.monotonic()
+    try:
+        for index, (size, tokens) in enumerate(_batches(model, texts, settings, progress)):
+            take, position = min(size, settings.tokens - position), position + size
+            if index >= sums.batches and index % settings.parts == settings.part:
+                batch = tokens().to(device_of(model))
+                with intervened(model, *reads):
+                    model(batch, stop_at_layer=max(layers) + 1)
+                sums = _with(sums, kept, take, index, skip=int(bool(settings.prepend_bos)))
+                progress("second moment", min(position, settings.tokens), settings.tokens)
+                if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    sums.save(checkpoint)
+                    saved = time.monotonic()
+            if position >= settings.tokens:
                 break
-        else:
-            if n == 0:
-                raise MomentError("the text is shorter than one window; add text or lower the context.")
-    progress("second moment", n, n)
-    return total, n
+    except BaseException:  # Ctrl-C too: what is done stays done
+        if sums.batches:
+            sums.save(checkpoint)
+        raise
+    if position == 0:
+        raise MomentError("the text is shorter than one window; add text or lower the context.")
+    progress("second moment", settings.tokens, settings.tokens)
+    return sums
+
+
+def _with(sums: _Sums, kept: dict[int, Tensor], take: int, index: int, skip: int) -> _Sums:
+    """The sums with one batch's keys, the first `take` of them."""
+    totals = {}
+    for layer, total in sums.totals.items():
+        keys = kept[layer][:, skip:].flatten(0, 1)[:take].float()
+        totals[layer] = total + (keys.T @ keys).double().cpu()
+    return _Sums(totals, sums.keys + take, index + 1)

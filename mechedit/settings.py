@@ -155,8 +155,13 @@ class MomentSettings:
     prepend_bos: bool | None = knob(
         None, "put the beginning-of-sequence token first; by default what the model was made for"
     )
+    part: int = knob(0, "which of `parts` shares of the text this is, from 0; `mechedit merge` puts them together")
+    parts: int = knob(1, "into how many shares the text is dealt, so that several machines can share the work")
 
     def __post_init__(self) -> None:
+        _require(
+            0 <= self.part < self.parts, f"part must be from 0 to parts - 1 = {self.parts - 1}; found {self.part}."
+        )
         _require(self.tokens >= 0, f"tokens must be positive, or 0 for ten times d_mlp; found {self.tokens}.")
         _require(self.context >= 2, f"context must be at least 2 tokens; found {self.context}.")
 

@@ -12,6 +12,7 @@ import torch
 
 import mechedit
 from mechedit import cli, edits, figures, models, moments
+from mechedit.moments import Moment
 from mechedit.settings import MomentSettings, RomeSettings, TraceSettings, knobs
 from mechedit.tracing import Trace, trace
 from tests.conftest import FACT, widen_bands
@@ -216,7 +217,7 @@ def test_an_interrupted_run_says_what_is_kept_and_how_to_go_on(run, known_file, 
     assert len(calls) == 5
 
 
-@pytest.mark.parametrize("wrong", [["trace", "x", "--draws", "many"], ["edit", "x"], ["no-such-command"], ["trace", "--no-such-option"], ["sever", "x", "--subject", "x", "--window", "3"]])  # fmt: skip
+@pytest.mark.parametrize("wrong", [["trace", "x", "--draws", "many"], ["diff", "x"], ["no-such-command"], ["trace", "--no-such-option"], ["sever", "x", "--subject", "x", "--window", "3"]])  # fmt: skip
 def test_wrong_options_end_in_one_line(wrong, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(wrong)
@@ -300,7 +301,7 @@ def test_an_edit_takes_c_from_text(run, tmp_path):
     path = tmp_path / "edit.safetensors"
     status, _, _ = run(*EDIT, "--text", str(text), "--out", str(path))
     assert status == 0
-    assert edits.load(path).details["moment"]["source"].startswith("files ")
+    assert edits.load(path).details["moment"]["source"].startswith("texts ")
 
 
 def test_moments_are_estimated_written_and_inspected(run, tmp_path):
@@ -483,3 +484,106 @@ def test_results_are_files_like_any_other(load, tmp_path):
     os.umask(mask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask
     assert [each.name for each in Path(tmp_path).iterdir()] == ["t.safetensors"]
+
+
+@pytest.fixture
+def counterfact(tmp_path):
+    path = tmp_path / "counterfact.json"
+    rows = [
+        {"prompt": PROMPT, "subject": "The Space Needle", "ground_truth": "Seattle", "target_new": "Paris"},
+        {"prompt": "The city of Rome is", "subject": "Rome", "ground_truth": "Paris", "target_new": "London"},
+    ]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_edits_of_many_facts_are_kept_and_can_be_composed_compared_and_exported(run, counterfact, tmp_path):
+    quick = ("--layer", "1", "--steps", "3", "--prefixes", "none")
+    folder = tmp_path / "run"
+    status, out, _ = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder))
+    assert status == 0
+    assert "2 of 2 facts edited, each alone" in out
+    first, second = (str(path) for path in sorted((folder / "units").iterdir()))
+    assert len(json.loads((folder / "edits.json").read_text())) == 2
+    whole = tmp_path / "whole.safetensors"
+    assert run("compose", first, second, "--out", str(whole), model=False)[0] == 0
+    assert len(edits.load(whole).changes) == 2
+    status, out, _ = run("diff", first, second, "--json", str(tmp_path / "diff.json"), model=False)
+    assert "cos of change" in out
+    (found,) = json.loads((tmp_path / "diff.json").read_text())
+    assert found["change"] == pytest.approx(edits.diff(edits.load(first), edits.load(second))[0].change)
+    status, out, _ = run("export", str(whole), "--out", str(tmp_path / "edited"))
+    assert status == 0
+    assert (tmp_path / "edited" / "model.safetensors").is_file()
+    status, out, _ = run("export", str(whole), "--adapter", "--out", str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert run("apply", str(whole))[0] == 0
+    assert run("inspect", str(whole), model=False)[0] == 0
+    status, _, err = run("export", str(whole), "--out", str(tmp_path / "edited"))
+    assert status == 2
+    assert "is not empty; export into a new folder" in err
+
+
+def test_constants_and_prefixes_go_by_name(run, tmp_path):
+    path = tmp_path / "edit.safetensors"
+    run(*EDIT, "--constants", "paper", "--prefixes", "published", "--guard", "warn", "--out", str(path))
+    settings = edits.load(path).settings
+    assert (settings["kl"], settings["weight_decay"]) == (100.0, 1.5e-3)
+    assert settings["steps"] == 4, "an option of its own goes before the constants"
+    assert settings["prefixes"] == [[4, 10], [9, 10]]
+
+
+def test_parts_of_a_moment_are_merged_and_used(run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{number} {PROMPT} Seattle." for number in range(300)))
+    common = ("moments", "--layer", "1", "--text", str(text), "--tokens", "1200", "--context", "16", "--parts", "2")
+    paths = [tmp_path / f"{part}.safetensors" for part in (0, 1)]
+    for part, path in enumerate(paths):
+        assert run(*common, "--part", str(part), "--out", str(path))[0] == 0
+    whole = tmp_path / "whole.safetensors"
+    status, _, _ = run("merge", *map(str, paths), "--out", str(whole), model=False)
+    assert status == 0
+    assert Moment.load(whole).keys == 1200
+    path = tmp_path / "edit.safetensors"
+    assert run(*EDIT, "--moment", str(whole), "--out", str(path))[0] == 0
+    assert edits.load(path).details["moment"]["hash"] == Moment.load(whole).hash
+    status, _, err = run("merge", str(paths[0]), "--out", str(whole), model=False)
+    assert status == 2
+    assert "each of the 2 parts" in err
+
+
+def test_several_layers_and_a_dataset_make_moments(run, tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"body": f"{number} {PROMPT}"}) for number in range(200)))
+    command = ("moments", "--layer", "0", "2", "--dataset", str(folder), "--column", "body", "--tokens", "600")
+    status, _, _ = run(*command, "--context", "16", "--json", str(tmp_path / "m.json"))
+    assert status == 0
+    assert [record["layer"] for record in json.loads((tmp_path / "m.json").read_text())] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("edit", PROMPT, "--subject", "Rome"), "edit needs PROMPT, --subject and --target"),
+        (("edit", "--facts", "FILE"), "--facts needs --out DIR"),
+        (("edit", PROMPT, "--facts", "FILE", "--out", "x"), "leave PROMPT and --target out"),
+        ((*EDIT, "--text", "a", "--moment", "b"), "not from both"),
+        ((*EDIT, "--moment", "none.safetensors"), "there is no such file"),
+        (("moments", "--text", "a", "--dataset", "b"), "not from both"),
+        (("moments", "--layer", "1", "2", "--out", "x.safetensors"), "a file for one layer"),
+    ],
+)
+def test_options_of_edits_that_do_not_go_together_are_errors_before_a_model_is_loaded(
+    command, message, run, counterfact, monkeypatch
+):
+    monkeypatch.setattr(models, "load", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    status, _, err = run(*(str(counterfact) if word == "FILE" else word for word in command))
+    assert status == 2
+    assert message in err
+
+
+def test_a_file_without_new_targets_cannot_be_edited(run, known_file, tmp_path):
+    status, _, err = run("edit", "--facts", str(known_file), "--out", str(tmp_path / "run"))
+    assert status == 2
+    assert "no fact of" in err

@@ -1,7 +1,14 @@
 from __future__ import annotations
 
+import json
+import os
+import random
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,7 +64,7 @@ def test_C_is_the_mean_of_outer_products_of_keys(shape, load, text):
 def test_C_of_sampled_text_is_that_of_the_text(model):
     settings = MomentSettings(tokens=300, context=16, seed=3, prepend_bos=True)
     moment = moments.estimate(model, 1, settings=settings)
-    ids = generation.sample(model, 20, 15, generator(3, "moment text"))
+    ids = generation.sample(model, 20, 15, generator(3, "moment text", "0"))
     torch.testing.assert_close(moment.C, slow_moment(model, 1, ids, 300), atol=1e-5, rtol=1e-4)
     assert moment.source == "sampled from the model"
 
@@ -153,3 +160,187 @@ def test_layer_and_context_are_checked_before_anything_runs(model):
 def test_a_C_without_full_rank_has_infinite_condition():
     assert moments.condition(torch.diag(torch.tensor([1.0, 4.0]))) == pytest.approx(4.0)
     assert moments.condition(torch.diag(torch.tensor([1.0, 0.0]))) == float("inf")
+
+
+# --- several layers, parts, checkpoints -------------------------------------------------------------------------------
+
+SMALL = MomentSettings(tokens=900, context=16)
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(moments, "BATCH_TOKENS", 64)
+
+
+def test_several_layers_in_one_pass_are_what_each_is_alone(model, text, monkeypatch, small_batches):
+    together = moments.estimate_layers(model, [0, 2, 3], [text], SMALL)
+    assert list(together) == [0, 2, 3]
+    monkeypatch.setenv("MECHEDIT_CACHE", str(text.parent / "other"))
+    for layer, moment in together.items():
+        alone = moments.estimate(model, layer, [text], SMALL)
+        assert torch.equal(alone.C, moment.C)
+        assert alone.hash == moment.hash
+        assert moment.layer == layer
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_job_that_is_stopped_goes_on_and_ends_with_the_same_bits(sampled, model, text, monkeypatch, small_batches):
+    texts = [] if sampled else [text]
+    whole = moments.estimate(model, 1, texts, SMALL)
+    passes = []
+    watched = model.blocks[0].register_forward_pre_hook(lambda module, args: passes.append(1))
+    for stop in (1, 5, 9):
+        monkeypatch.setenv("MECHEDIT_CACHE", str(text.parent / f"stopped{stop}"))
+        done = []
+
+        def interrupt(what, at, of, done=done, stop=stop):
+            done.append(what)
+            if done.count("second moment") == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            moments.estimate(model, 1, texts, SMALL, progress=interrupt)
+        (kept,) = (cache.root() / "moments").iterdir()
+        assert kept.name.endswith(".part.safetensors")
+        passes.clear()
+        again = moments.estimate(model, 1, texts, SMALL)
+        assert torch.equal(again.C, whole.C)
+        assert again.keys == whole.keys
+        if not sampled:
+            assert len(passes) == 15 - stop, "no batch is run twice"
+        assert [path.name for path in (cache.root() / "moments").iterdir() if ".part." in path.name] == []
+    watched.remove()
+
+
+def test_a_damaged_checkpoint_counts_as_none(model, text, monkeypatch, small_batches):
+    whole = moments.estimate(model, 1, [text], SMALL)
+    monkeypatch.setenv("MECHEDIT_CACHE", str(text.parent / "damaged"))
+
+    def interrupt(what, at, of):
+        if at > 300:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        moments.estimate(model, 1, [text], SMALL, progress=interrupt)
+    (kept,) = (cache.root() / "moments").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-3])
+    assert torch.equal(moments.estimate(model, 1, [text], SMALL).C, whole.C)
+
+
+@pytest.mark.slow
+def test_a_job_killed_at_random_moments_ends_with_the_same_bits(folder, text, tmp_path):
+    """Each round starts the job anew; it is killed ten times at random moments, and then left to end."""
+    code = (
+        "import sys; from mechedit import models, moments; from mechedit.settings import MomentSettings; "
+        "moments.BATCH_TOKENS, moments.CHECKPOINT_SECONDS = 64, 0.0; "
+        f"model = models.load({str(folder('gpt2'))!r}, device='cpu'); print('ready', flush=True); "
+        f"print(moments.estimate(model, 1, [{str(text)!r}] * 40, MomentSettings(tokens=30000, context=16)).hash)"
+    )
+
+    def start(where):
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | {"MECHEDIT_CACHE": str(where)})  # fmt: skip
+
+    whole, _ = start(tmp_path / "whole").communicate()
+    numbers = random.Random(0)
+    for _ in range(10):
+        job = start(tmp_path / "killed")
+        job.stdout.readline()
+        time.sleep(numbers.uniform(0.0, 0.5))
+        job.kill()
+        job.wait()
+    again, _ = start(tmp_path / "killed").communicate()
+    assert again == whole
+    assert len(whole.split()[-1]) == 64
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_parts_computed_apart_are_the_whole(sampled, model, text, small_batches):
+    texts = [] if sampled else [text]
+    whole = moments.estimate(model, 1, texts, SMALL)
+    parts = [moments.estimate(model, 1, texts, replace(SMALL, part=part, parts=3)) for part in range(3)]
+    merged = moments.merge(parts[::-1])
+    assert merged.keys == whole.keys == 900
+    assert float((merged.C - whole.C).norm() / whole.C.norm()) < 1e-12
+    assert merged.cond == pytest.approx(whole.cond, rel=1e-6)
+    assert merged.source == whole.source
+    assert (merged.settings.part, merged.settings.parts) == (0, 1)
+
+
+def test_different_texts_are_merged_by_their_numbers_of_keys(model, text):
+    first = moments.estimate(model, 1, [text], SMALL)
+    second = moments.estimate(model, 1, [], replace(SMALL, tokens=300))
+    merged = moments.merge([first, second])
+    torch.testing.assert_close(merged.C, (first.C * 900 + second.C * 300) / 1200)
+    assert merged.source.startswith("merged: ")
+
+
+def test_moments_that_do_not_belong_together_are_not_merged(model, text):
+    first = moments.estimate(model, 1, [text], SMALL)
+    half = moments.estimate(model, 1, [text], replace(SMALL, part=1, parts=2))
+    cases = {
+        "nothing to merge": [],
+        "one layer; found 1 and 2": [first, replace(first, layer=2)],
+        "one weights": [first, replace(first, origin={**first.origin, "weight_hash": "0"})],
+        "one window; found 16 and 8": [first, replace(first, settings=replace(first.settings, context=8))],
+        "one BOS rule": [
+            first,
+            replace(first, settings=replace(first.settings, prepend_bos=not first.settings.prepend_bos)),
+        ],
+        r"each of the 1 parts .* found \[0, 0\]": [first, first],
+        r"each of the 2 parts .* found \[1\]": [half],
+    }
+    for message, wrong in cases.items():
+        with pytest.raises(MomentError, match=message):
+            moments.merge(wrong)
+    with pytest.raises(SettingsError, match="part must be from 0 to"):
+        MomentSettings(part=2, parts=2)
+
+
+# --- other sources ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_the_hubs_formats_is_a_corpus(model, tmp_path, text):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    rows = [f"{number} {WORDS}" for number in range(60)]
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps({"id": 1, "body": row}) for row in rows))
+    corpus = moments.Corpus(str(folder), column="body")
+    moment = moments.estimate(model, 1, [corpus], replace(SMALL, prepend_bos=True))
+    ids = [token for row in rows for token in model.tokenizer(row, add_special_tokens=False).input_ids]
+    expected = slow_moment(model, 1, torch.tensor(ids[: 60 * 15]).view(-1, 15), 900)
+    torch.testing.assert_close(moment.C, expected, atol=1e-5, rtol=1e-4)
+    assert moment.source.startswith(f"texts {folder}/None/train/body ")
+    with pytest.raises(MomentError, match="no column 'text'; it has id, body"):
+        moments.estimate(model, 1, [moments.Corpus(str(folder))], SMALL)
+    with pytest.raises(MomentError, match="cannot be loaded"):
+        moments.estimate(model, 1, [moments.Corpus(str(tmp_path / "none"))], SMALL)
+
+
+def test_a_published_file_is_read(model, tmp_path):
+    keys = np.random.default_rng(0).standard_normal((300, 128)).astype(np.float32)
+    path = tmp_path / "transformer.h.1.mlp.c_proj_float32_mom2_100000.npz"
+    np.savez(path, **{"mom2.mom2": keys.T @ keys, "mom2.count": 300, "mom2.constructor": "SecondMoment()"})
+    moment = moments.read_published(path, model, 1)
+    np.testing.assert_allclose(moment.C.numpy(), keys.T.astype(float) @ keys / 300, rtol=1e-3, atol=1e-4)
+    assert (moment.layer, moment.keys) == (1, 300)
+    assert moment.source.startswith("published file ")
+
+
+def test_a_file_that_is_no_published_one_is_refused(model, tmp_path):
+    path = tmp_path / "x.npz"
+    cases = {
+        "mom2.mom2": {"other": np.zeros(3)},
+        r"finite sum \[128, 128\] .* it has \[3, 3\] over 5": {"mom2.mom2": np.zeros((3, 3)), "mom2.count": 5},
+        "over 0": {"mom2.mom2": np.zeros((128, 128)), "mom2.count": 0},
+        "finite sum": {"mom2.mom2": np.full((128, 128), np.nan), "mom2.count": 5},
+        "allow_pickle": {"mom2.mom2": np.array([{}]), "mom2.count": 5},
+    }
+    for message, arrays in cases.items():
+        np.savez(path, **arrays)
+        with pytest.raises(MomentError, match=message):
+            moments.read_published(path, model, 1)
+    path.write_bytes(b"no zip")
+    with pytest.raises(MomentError, match="no .npz"):
+        moments.read_published(path, model, 1)
+    with pytest.raises(MomentError, match="no .npz"):
+        moments.read_published(tmp_path / "none.npz", model, 1)

@@ -160,3 +160,57 @@ def test_an_edit_of_another_shape_or_layer_is_refused_and_nothing_is_written(mod
     ):
         raise AssertionError("the body must not run")
     assert_same_state(model, before)
+
+
+# --- several keys at once ---------------------------------------------------------------------------------------------
+
+
+def many(model, problem, keys, values):
+    return rank_one.solve_many(LAYER, models.W_out(model, LAYER), models.b_out(model, LAYER), keys, values, problem[2])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_key_returns_its_value_after_a_batch_is_written(shape, load):
+    model = load(shape)
+    weight, bias = models.W_out(model, LAYER), models.b_out(model, LAYER)
+    keys, values = torch.randn(5, weight.shape[0]), torch.randn(5, weight.shape[1])
+    C = torch.diag(torch.linspace(0.5, 2.0, weight.shape[0], dtype=torch.float64))
+    batch = rank_one.solve_many(LAYER, weight, bias, keys, values, C)
+    with rank_one.edited(model, *batch):
+        torch.testing.assert_close(keys @ models.W_out(model, LAYER) + bias, values, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_of_one_is_the_single_edit(model, problem):
+    key, value, _ = problem
+    (batch,) = many(model, problem, key[None], value[None])
+    single = solve(model, problem)
+    torch.testing.assert_close(torch.outer(batch.u, batch.step), torch.outer(single.u, single.step))
+    assert batch.divisor == pytest.approx(1.0)
+
+
+def test_a_batch_moves_ordinary_keys_least_and_less_than_edits_one_after_another(model, problem):
+    """Against a constrained minimiser written with a general solver: min trace(D^T C D) with K D = R."""
+    C = problem[2]
+    keys, values = torch.randn(3, len(C), dtype=torch.float64), torch.randn(3, 32, dtype=torch.float64)
+    weight, bias = models.W_out(model, LAYER).detach().double(), models.b_out(model, LAYER).double()
+    batch = many(model, problem, keys, values)
+    change = sum(torch.outer(edit.u, edit.step) for edit in batch)
+    wanted = values - (keys @ weight + bias)
+    kkt = torch.cat([torch.cat([2 * C, keys.T], 1), torch.cat([keys, torch.zeros(3, 3, dtype=torch.float64)], 1)])
+    optimum = torch.linalg.solve(kkt, torch.cat([torch.zeros(len(C), 32, dtype=torch.float64), wanted]))[: len(C)]
+    torch.testing.assert_close(change, optimum, atol=1e-8, rtol=1e-6)
+    assert all(edit.divisor > 1 for edit in batch), "keys that overlap crowd each other"
+
+
+def test_keys_that_repeat_each_other_are_refused(model, problem):
+    key, value, _ = problem
+    with pytest.raises(RankOneError, match="2 keys must not depend on each other"):
+        many(model, problem, torch.stack([key, 2 * key]), torch.stack([value, value]))
+    with pytest.raises(RankOneError, match="value must be finite"):
+        many(model, problem, key[None], torch.full((1, 32), float("nan")))
+
+
+def test_a_ridge_is_a_share_of_the_mean_diagonal(problem):
+    C = problem[2]
+    assert rank_one.regularised(C, 0.0) is C
+    torch.testing.assert_close(rank_one.regularised(C, 0.1) - C, 0.1 * C.diagonal().mean() * torch.eye(len(C)).double())

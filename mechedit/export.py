@@ -1,0 +1,138 @@
+"""An edited model for other tools: a Hugging Face checkpoint, or a LoRA adapter for `peft`.
+
+The checkpoint is the original with the changed `W_out`s in the place and layout that its architecture has for them. The adapter
+adds the same changes to the plain model: an edit is `outer(u, step)`, so that n edits of one layer are exactly an adapter of rank n:
+
+    A = the u's, [n, d_mlp]      B = the steps, [d_model, n]      lora_alpha = r = n, so that B A is added unscaled
+
+Hugging Face's parameter is found by its values, not by a table of names: it is the matrix of that block which equals `W_out`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechedit import edits, models, provenance
+from mechedit.cache import atomic_write, check_writable
+from mechedit.edits import Edit, EditError
+from mechedit.models import HookedModel
+
+__all__ = ["adapter", "checkpoint"]
+
+
+def checkpoint(
+    model: HookedModel, name: str, edited: Sequence[Edit], folder: str | Path, *, force: bool = False
+) -> Path:
+    """Write the model `name`, with the edits in it, as a folder in Hugging Face's format, tokenizer included.
+
+    `model` is that model as `models.load` gives it, unedited. The weights keep its number format.
+
+    Raises:
+        EditError: an edit was made for other weights (and `force` is not given), or no parameter equals the model's `W_out`.
+        WriteError: the folder cannot be written.
+    """
+    folder = _new_folder(folder)
+    if not force:
+        edits.check(model, edited)
+    plain, tokenizer = models.hugging_face(name, next(model.parameters()).dtype)
+    places = {layer: _parameter(plain, model, layer) for layer in _layers(edited)}
+    with edits.edited(model, *edited, force=True), torch.no_grad():
+        for layer, (_, parameter, transposed) in places.items():
+            weight = models.W_out(model, layer)
+            parameter.copy_(weight.T if transposed else weight)
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def adapter(model: HookedModel, name: str, edited: Sequence[Edit], folder: str | Path, *, force: bool = False) -> Path:
+    """Write the edits as a LoRA adapter of the plain model `name`, which `peft.PeftModel.from_pretrained` loads.
+
+    Raises:
+        EditError: an edit was made for other weights (and `force` is not given), or no parameter equals the model's `W_out`.
+        WriteError: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    folder = _new_folder(folder)
+    if not force:
+        edits.check(model, edited)
+    plain, _ = models.hugging_face(name, next(model.parameters()).dtype)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    stored_transposed = False
+    for layer in _layers(edited):
+        parameter, _, transposed = _parameter(plain, model, layer)
+        module = parameter.removesuffix(".weight")
+        changes = [change for edit in edited for change in edit.changes if change.layer == layer]
+        ranks[module] = len(changes)
+        stored_transposed = (
+            not transposed
+        )  # GPT-2's Conv1D keeps [in, out]; the adapter's matrices are the same either way
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.stack([change.u for change in changes]).float()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.stack(
+            [change.step for change in changes], 1
+        ).float()
+    rank = max(ranks.values())
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": name,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {module: n for module, n in ranks.items() if n != rank},
+        "alpha_pattern": {module: n for module, n in ranks.items() if n != rank},
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": stored_transposed,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    with atomic_write(folder / "adapter_model.safetensors") as temporary:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, {"format": "pt"})
+    _write_json(folder / "adapter_config.json", config)
+    _write_json(
+        folder / "mechedit.json", {"versions": provenance.versions(), "edits": [edit.to_json() for edit in edited]}
+    )
+    return folder
+
+
+def _new_folder(folder: str | Path) -> Path:
+    """A folder that can be written and holds no file yet, so that nothing of another model is mixed in."""
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise EditError(f"{folder} is not empty; export into a new folder.")
+    check_writable(folder / "config.json")
+    return folder
+
+
+def _layers(edited: Sequence[Edit]) -> list[int]:
+    layers = sorted({change.layer for edit in edited for change in edit.changes})
+    if not layers:
+        raise EditError("there is nothing to export: the edits have no changes.")
+    return layers
+
+
+def _parameter(plain: Any, model: HookedModel, layer: int) -> tuple[str, Tensor, bool]:
+    """Hugging Face's name of a block's `W_out`, the parameter, and whether it is stored [d_model, d_mlp]."""
+    weight = models.W_out(model, layer).detach().cpu()
+    for name, parameter in plain.named_parameters():
+        if f".{layer}." in name and sorted(parameter.shape) == sorted(weight.shape):
+            for transposed, each in ((False, parameter), (True, parameter.T)):
+                if each.shape == weight.shape and torch.equal(each, weight):
+                    return name, parameter, transposed
+    raise EditError(
+        f"no parameter of block {layer} of the Hugging Face model equals W_out of {model.cfg.model_name}: it is another model, or "
+        "it is edited. Load it afresh."
+    )
+
+
+def _write_json(path: Path, record: Any) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
