@@ -12,12 +12,15 @@ one module and may touch only what this table says; nothing is left changed exce
 | tracing.attribution| yes     | yes      | no                | no    | own generator         |
 | runs.trace_facts   | yes     | no       | no                | folder| own generator         |
 | moments.estimate   | yes     | no       | no                | cache | own generator         |
-| keys               | yes     | no       | no                | no    | own generator         |
+| keys               | yes     | no       | no                | cache | own generator         |
 | values.optimise    | yes     | yes      | no                | no    | no                    |
 | rank_one.solve     | no      | no       | no                | no    | no                    |
 | rank_one.edited    | no      | no       | and puts them back| no    | no                    |
 | editors.rome.edit  | yes     | yes      | and puts them back| cache | own generator         |
+| guards.measure     | yes     | no       | no                | no    | no                    |
+| runs.edit_facts    | yes     | yes      | and puts them back| folder| own generator         |
 | edits.apply        | no      | no       | yes, until undone | no    | no                    |
+| export.checkpoint  | no      | no       | and puts them back| folder| no                    |
 | scoring.score      | yes     | no       | no                | no    | no                    |
 """
 
@@ -32,9 +35,11 @@ _MODULES = (
     "corruption",
     "edits",
     "editors",
+    "export",
     "facts",
     "figures",
     "generation",
+    "guards",
     "interventions",
     "keys",
     "models",
