@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from experiments.common import parse, say, write
-from mechedit import edits, facts, models, moments, scoring
+from experiments.editing import success
+from mechedit import edits, facts, models, moments
 from mechedit.editors import rome
-from mechedit.facts import Fact
 from mechedit.settings import RomeSettings
 
 
@@ -33,17 +33,6 @@ class EditBuiltIn:
     text: Path = Path()  # a text file, e.g. WikiText
     rows: str = "default,text,published"
     threads: int = 2
-
-
-def success(model: models.HookedModel, fact: Fact) -> dict[str, float]:
-    """Efficacy, paraphrase and neighbourhood success of one fact, 0 to 1, and the new target's probability."""
-    prompts = (fact.prompt, *fact.paraphrases, *fact.neighbours)
-    scores = scoring.score(
-        model, [(prompt, str(target)) for prompt in prompts for target in (fact.target_new, fact.target_true)]
-    )
-    wins = [float(new.mean_log_p > true.mean_log_p) for new, true in zip(scores[::2], scores[1::2], strict=True)]
-    n = 1 + len(fact.paraphrases)
-    return {"ES": wins[0], "PS": statistics.mean(wins[1:n]), "NS": 1 - statistics.mean(wins[n:]), "p_new": scores[0].p}
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -38,7 +38,17 @@ from mechedit.progress import Progress, silent
 from mechedit.prompts import encode, resolve_bos
 from mechedit.settings import MomentSettings
 
-__all__ = ["Corpus", "Moment", "MomentError", "estimate", "estimate_layers", "merge", "read_published"]
+__all__ = [
+    "Corpus",
+    "Moment",
+    "MomentError",
+    "Sums",
+    "accumulate",
+    "estimate",
+    "estimate_layers",
+    "merge",
+    "read_published",
+]
 
 BATCH_TOKENS = 4096
 CHECKPOINT_SECONDS = 60.0
@@ -148,9 +158,15 @@ def estimate_layers(
     wanted = [layer for layer in layers if layer not in found]
     if wanted:
         checkpoint = cache.root() / "moments" / f"{cache.content_key(wanted, *rest)}.part.safetensors"
-        sums = _accumulate(model, wanted, texts, settings, checkpoint, progress)
+        sums = accumulate(model, wanted, _batches(model, texts, settings, progress), settings, checkpoint, progress)
+        if not sums.keys:
+            raise MomentError(
+                "the text is shorter than one window; add text or lower the context."
+                if settings.parts == 1
+                else f"the text has fewer than {settings.parts} batches of {BATCH_TOKENS} tokens; take fewer parts."
+            )
         for layer, total in sums.totals.items():
-            C = total / max(sums.keys, 1)
+            C = total / sums.keys
             _check_enough(len(C), sums.keys, settings)
             cond = condition(C)
             found[layer] = Moment(layer, C, sums.keys, cond, source, settings, origin, provenance.versions())
@@ -331,7 +347,7 @@ def _encoded(model: HookedModel, text: Text) -> Iterator[list[int]]:
 
 
 @dataclass(frozen=True)
-class _Sums:
+class Sums:
     """The sum of k k^T of each layer in float64, over so many keys, and how many batches of the text are done."""
 
     totals: dict[int, Float[Tensor, "d_mlp d_mlp"]]
@@ -343,29 +359,34 @@ class _Sums:
         files.write(path, "moment-part", tensors, {"keys": self.keys, "batches": self.batches})
 
     @staticmethod
-    def load(path: Path) -> _Sums:
+    def load(path: Path) -> Sums:
         tensors, record = files.read(path, "moment-part")
-        return _Sums({int(name): total for name, total in tensors.items()}, record["keys"], record["batches"])
+        return Sums({int(name): total for name, total in tensors.items()}, record["keys"], record["batches"])
 
 
 @torch.no_grad()
-def _accumulate(
+def accumulate(
     model: HookedModel,
     layers: Sequence[int],
-    texts: Sequence[Text],
+    batches: Iterator[tuple[int, Callable[[], Int[Tensor, "rows pos"]]]],
     settings: MomentSettings,
-    checkpoint: Path,
-    progress: Progress,
-) -> _Sums:
-    """Sums over the first `settings.tokens` keys of the text, or this part's of them, from the checkpoint on if there is one."""
-    sums = _Sums({layer: torch.zeros(2 * W_out(model, layer).shape[:1], dtype=torch.float64) for layer in layers})
-    with suppress(files.FileError):
-        sums = _Sums.load(checkpoint)
+    checkpoint: Path | None = None,
+    progress: Progress = silent,
+) -> Sums:
+    """Sums over the first `settings.tokens` keys of batches of text, or this part's of them.
+
+    A batch is how many keys it has and a function that makes its tokens, BOS first where the settings say so. With a
+    checkpoint, batches that it has are passed over, and what is done by an interruption is kept there.
+    """
+    sums = Sums({layer: torch.zeros(2 * W_out(model, layer).shape[:1], dtype=torch.float64) for layer in layers})
+    if checkpoint:
+        with suppress(files.FileError):
+            sums = Sums.load(checkpoint)
     kept: dict[int, Tensor] = {}
     reads = [read(f"blocks.{layer}.mlp.hook_post", partial(kept.__setitem__, layer)) for layer in layers]
     position, saved = 0, time.monotonic()
     try:
-        for index, (size, tokens) in enumerate(_batches(model, texts, settings, progress)):
+        for index, (size, tokens) in enumerate(batches):
             take, position = min(size, settings.tokens - position), position + size
             if index >= sums.batches and index % settings.parts == settings.part:
                 batch = tokens().to(device_of(model))
@@ -373,25 +394,23 @@ def _accumulate(
                     model(batch, stop_at_layer=max(layers) + 1)
                 sums = _with(sums, kept, take, index, skip=int(bool(settings.prepend_bos)))
                 progress("second moment", min(position, settings.tokens), settings.tokens)
-                if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                if checkpoint and time.monotonic() - saved > CHECKPOINT_SECONDS:
                     sums.save(checkpoint)
                     saved = time.monotonic()
             if position >= settings.tokens:
                 break
     except BaseException:  # Ctrl-C too: what is done stays done
-        if sums.batches:
+        if checkpoint and sums.batches:
             sums.save(checkpoint)
         raise
-    if position == 0:
-        raise MomentError("the text is shorter than one window; add text or lower the context.")
     progress("second moment", settings.tokens, settings.tokens)
     return sums
 
 
-def _with(sums: _Sums, kept: dict[int, Tensor], take: int, index: int, skip: int) -> _Sums:
+def _with(sums: Sums, kept: dict[int, Tensor], take: int, index: int, skip: int) -> Sums:
     """The sums with one batch's keys, the first `take` of them."""
     totals = {}
     for layer, total in sums.totals.items():
         keys = kept[layer][:, skip:].flatten(0, 1)[:take].float()
         totals[layer] = total + (keys.T @ keys).double().cpu()
-    return _Sums(totals, sums.keys + take, index + 1)
+    return Sums(totals, sums.keys + take, index + 1)

@@ -4,23 +4,30 @@ import json
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import (
+    benchmark_editing,
     benchmark_scaling,
     benchmark_tracing,
     common,
     edit_built_in,
+    edit_counterfact,
+    editing,
     figure1_trace,
     figure2_average_effects,
     figure3_severed,
     figure7_lines,
     figure13_noise,
     figure16_attribution,
+    key_policies,
+    moments_convergence,
 )
 from mechedit import models
+from mechedit.editors import rome
 from mechedit.facts import Fact
-from mechedit.settings import RomeSettings
+from mechedit.settings import CONSTANTS, PREFIXES, RomeSettings
 from tests.conftest import widen_bands
 
 MADE_UP = [
@@ -186,3 +193,88 @@ def test_a_summary_is_means_in_percent_and_their_harmonic_mean():
     summary = edit_built_in.summary(rows)
     assert (summary["ES"], summary["PS"], summary["NS"], summary["n"]) == (50, 50, 75, 2)
     assert summary["S"] == pytest.approx(3 / (1 / 50 + 1 / 50 + 1 / 75))
+
+
+# --- editing ----------------------------------------------------------------------------------------------------------
+
+TO_EDIT = [
+    Fact(
+        each.subject,
+        each.template,
+        each.target_true,
+        new,
+        paraphrases=(f"{each.subject} is in",),
+        neighbours=("Rome is in",),
+    )
+    for each, new in zip(MADE_UP, ("Apple", "Rome", "Paris", "London"), strict=True)
+]
+
+
+@pytest.fixture
+def to_edit(tiny, tmp_path, monkeypatch):
+    """Editing experiments take four made-up facts."""
+    monkeypatch.setattr(common, "OUT", tmp_path / "out")
+    for module in (edit_counterfact, key_policies, moments_convergence):
+        monkeypatch.setattr(module, "counterfact", lambda begin, n: TO_EDIT[begin : begin + n])
+    monkeypatch.setattr(moments_convergence, "FIGURES", tmp_path)
+    for constants in (CONSTANTS, PREFIXES):
+        monkeypatch.setitem(constants, "published", {"steps": 2, "clamp": 4.0} if constants is CONSTANTS else ((3, 1),))
+    return tiny
+
+
+def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path, monkeypatch):
+    arguments = ["--model", to_edit, "--facts", "4", "--control-facts", "2", "--around", "1"]
+    edit_counterfact.main(common.parse(edit_counterfact.EditCounterfact, arguments))
+    rows = read(tmp_path, "edit_counterfact")["rows"]
+    named = {"no edit", "no edit, controls' facts", "default", "published", "C = identity", "random layer", "random key", "layer 0", "layer 1", "layer 2"}  # fmt: skip
+    assert named <= rows.keys()
+    for name in named:
+        assert rows[name]["S"]["low"] <= rows[name]["S"]["mean"] <= rows[name]["S"]["high"]
+        assert rows[name]["ES"]["n"] in (2, 4)
+    assert rows["default"]["p_new"]["mean"] > rows["no edit"]["p_new"]["mean"]
+    assert rows["random key"]["p_new"]["mean"] < rows["default"]["p_new"]["mean"]
+    monkeypatch.setattr(rome, "edit", lambda *args, **kwargs: pytest.fail("an edit was found again"))
+    edit_counterfact.main(common.parse(edit_counterfact.EditCounterfact, arguments))
+    assert read(tmp_path, "edit_counterfact")["rows"] == rows
+
+
+def test_scores_of_edits_have_their_harmonic_mean_and_intervals():
+    rows = [{"ES": 1.0, "PS": 1.0, "NS": 0.5, "p_new": 0.9}, {"ES": 1.0, "PS": 0.5, "NS": 0.5, "p_new": 0.7}]
+    found = editing.means(rows)
+    assert found["S"]["mean"] == pytest.approx(3 / (1 / 100 + 1 / 75 + 1 / 50))
+    assert (found["PS"]["mean"], found["PS"]["n"], found["p_new"]["mean"]) == (75.0, 2, pytest.approx(0.8))
+    assert found["S"]["low"] <= found["S"]["mean"] <= found["S"]["high"]
+    assert editing.harmonic(np.array([0.0, 1.0])) == 0.0
+
+
+def test_policies_are_compared_by_what_they_break(to_edit, tmp_path):
+    key_policies.main(common.parse(key_policies.KeyPolicies, ["--model", to_edit, "--begin", "1", "--facts", "2"]))
+    policies = read(tmp_path, "key_policies")["policies"]
+    assert len(policies) == 6
+    for each in policies.values():
+        assert each["n"] == 2
+        assert each["quantiles"]["perplexity_ratio"]["0.0"] <= each["quantiles"]["perplexity_ratio"]["1.0"]
+    assert policies["preset constants, averaged"]["quantiles"]["divisor_share"]["0.5"] == pytest.approx(1.0)
+
+
+def test_more_keys_bring_the_direction_closer(to_edit, tmp_path):
+    arguments = ["--times-d-mlp", "1.5", "4", "12", "--begin", "0", "--direction-facts", "3", "--edit-facts", "2"]
+    moments_convergence.main(common.parse(moments_convergence.MomentsConvergence, ["--model", to_edit, *arguments]))
+    rows = read(tmp_path, "moments_convergence")["rows"]
+    cosines = [row["cosine"]["mean"] for row in rows]
+    assert cosines == sorted(cosines)
+    assert cosines[-1] == pytest.approx(1.0)
+    assert [row["keys"] for row in rows] == [192, 512, 1536]
+    assert next(tmp_path.rglob("moments_convergence.png")).stat().st_size > 0
+
+
+def test_the_editing_benchmark_finds_both_edits_equal(to_edit, capsys):
+    found = {}
+    for way in ("mechedit", "plain", "default"):
+        benchmark_editing.main(benchmark_editing.BenchmarkEditing(model=to_edit, steps=2, way=way))
+        found[way] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["mechedit"]["update_norm"] == pytest.approx(found["plain"]["update_norm"], rel=1e-4)
+    assert found["default"]["seconds"] > 0
+    model = models.load(to_edit, device="cpu")
+    found = benchmark_editing.rate(model, benchmark_editing.BenchmarkEditing(keys=4096))
+    assert 0 < found["moments_over_bare"] < 2

@@ -79,8 +79,8 @@ def test_batches_and_pieces_of_a_file_do_not_matter(model, text, monkeypatch):
 
 def test_a_moment_is_made_once_and_again_when_anything_it_depends_on_changes(model, text, monkeypatch):
     runs = []
-    real = moments._accumulate
-    monkeypatch.setattr(moments, "_accumulate", lambda *args: runs.append(1) or real(*args))
+    real = moments.accumulate
+    monkeypatch.setattr(moments, "accumulate", lambda *args: runs.append(1) or real(*args))
     settings = MomentSettings(tokens=300, context=16)
     first = moments.estimate(model, 1, [text], settings)
     assert torch.equal(moments.estimate(model, 1, [text], settings).C, first.C)
@@ -274,7 +274,7 @@ def test_different_texts_are_merged_by_their_numbers_of_keys(model, text):
     assert merged.source.startswith("merged: ")
 
 
-def test_moments_that_do_not_belong_together_are_not_merged(model, text):
+def test_moments_that_do_not_belong_together_are_not_merged(model, text, small_batches):
     first = moments.estimate(model, 1, [text], SMALL)
     half = moments.estimate(model, 1, [text], replace(SMALL, part=1, parts=2))
     cases = {
@@ -292,6 +292,8 @@ def test_moments_that_do_not_belong_together_are_not_merged(model, text):
     for message, wrong in cases.items():
         with pytest.raises(MomentError, match=message):
             moments.merge(wrong)
+    with pytest.raises(MomentError, match="fewer than 90 batches .* take fewer parts"):
+        moments.estimate(model, 1, [text], replace(SMALL, part=80, parts=90))
     with pytest.raises(SettingsError, match="part must be from 0 to"):
         MomentSettings(part=2, parts=2)
 

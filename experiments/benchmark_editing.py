@@ -1,0 +1,134 @@
+"""How fast is an edit, and is it the same?  python -m experiments.benchmark_editing   -> figures/MODEL/benchmark_editing.json
+
+In one run, on one fact, the published policy and constants with the same number of steps: mechedit's edit, and the published
+algorithm run plainly (tests/slow_edit.py: whole forward passes, all logits). Each run is a process of its own, which also gives
+its peak memory; medians of `repeats`. The prefixes and C are there beforehand for both. Beside them, the default edit, and C:
+keys a second against a bare forward pass to that layer over the same batches.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from experiments.common import parse, say, write
+from experiments.edit_counterfact import published
+from mechedit import facts, keys, models, moments, prompts
+from mechedit.editors import rome
+from mechedit.facts import Fact
+from mechedit.settings import MomentSettings
+from tests.slow_edit import published_edit
+
+
+@dataclass(frozen=True)
+class BenchmarkEditing:
+    """Settings of the editing benchmark."""
+
+    model: str = "gemma-3-270m"
+    steps: int = 20
+    repeats: int = 5
+    keys: int = 8192  # of the moment whose rate is measured
+    threads: int = 2
+    way: str = ""  # what a process of the benchmark itself runs: mechedit, plain, default
+
+
+def run_one(settings: BenchmarkEditing) -> dict[str, Any]:
+    """One edit in this process: its seconds, peak memory in bytes beside what the loaded model takes, and its change."""
+    from dataclasses import replace
+
+    torch.set_num_threads(settings.threads)
+    model = models.load(settings.model)
+    fact = facts.built_in()[0]
+    default = rome.resolve(model)
+    chosen = replace(published(default), steps=settings.steps, stop_at=0.0) if settings.way != "default" else default
+    moment = moments.estimate(model, chosen.layer)
+    before = keys.prefixes(model, chosen)
+    loaded = peak()
+    began = time.perf_counter()
+    if settings.way == "plain":
+        rows = keys.contexts(model, fact, before, prepend_bos=chosen.prepend_bos)
+        (essence,) = keys.contexts(model, Fact(fact.subject, "{} is a"), ("",), prepend_bos=chosen.prepend_bos)
+        target = prompts.continuation(model, fact.prompt, str(fact.target_new))
+        with models.frozen(model):
+            made = published_edit(model, list(rows), essence, target, moment.C, chosen)
+        norm = float(made.change.norm())
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rome.EditWarning)
+            norm = rome.edit(model, fact, chosen, moment).report["update_norm"]
+    return {"seconds": time.perf_counter() - began, "peak": peak(), "loaded": loaded, "update_norm": norm}
+
+
+def peak() -> int:
+    """The most memory that this process had so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rate(model: models.HookedModel, settings: BenchmarkEditing) -> dict[str, float]:
+    """Keys a second of C's sums, and of the bare forward pass to its layer over the same batches."""
+    layer = rome.resolve(model).layer
+    wanted = MomentSettings(tokens=settings.keys, prepend_bos=True)
+    width = wanted.context
+    rows = moments.BATCH_TOKENS // width
+    ids = torch.randint(int(model.cfg.d_vocab), (rows, width), generator=torch.Generator().manual_seed(0))
+    batches = [(rows * (width - 1), lambda: ids)] * (settings.keys // (rows * (width - 1)))
+    found: dict[str, float] = {}
+    for way in ("warm", "moments", "bare", "moments again", "bare again"):
+        began = time.perf_counter()
+        if way.startswith("bare"):
+            with torch.no_grad():
+                for _, make in batches:
+                    model(make(), stop_at_layer=layer + 1)
+        else:
+            moments.accumulate(model, [layer], iter(batches), wanted)
+        found[way] = len(batches) * rows * (width - 1) / (time.perf_counter() - began)
+    both = {way: max(found[way], found[f"{way} again"]) for way in ("moments", "bare")}
+    return both | {"moments_over_bare": both["moments"] / both["bare"]}
+
+
+def main(settings: BenchmarkEditing) -> None:
+    if settings.way:
+        sys.stdout.write(json.dumps(run_one(settings)) + "\n")
+        return
+    torch.set_num_threads(settings.threads)
+    model = models.load(settings.model)
+    rome_settings = rome.resolve(model)
+    moments.estimate(model, rome_settings.layer)
+    for each in (rome_settings, published(rome_settings)):
+        keys.prefixes(model, each)
+    result: dict[str, Any] = {"moments_keys_a_second": rate(model, settings)}
+    say(f"C: {result['moments_keys_a_second']['moments_over_bare']:.2f} of a bare forward pass's rate")
+    for repeat in range(settings.repeats):
+        for way in ("mechedit", "plain", "default"):
+            options = [
+                f"--{name.replace('_', '-')}={value}" for name, value in (asdict(settings) | {"way": way}).items()
+            ]
+            done = subprocess.run([sys.executable, "-m", "experiments.benchmark_editing", *options], capture_output=True, text=True, check=True)  # fmt: skip
+            found = json.loads(done.stdout.splitlines()[-1])
+            result.setdefault(way, []).append(found)
+            say(f"{repeat + 1}: {way}: {found['seconds']:.1f} s, peak {found['peak'] / 1e9:.2f} GB")
+    median = {way: {name: statistics.median(each[name] for each in result[way]) for name in ("seconds", "peak", "loaded")} for way in ("mechedit", "plain", "default")}  # fmt: skip
+    result |= {
+        "medians": median,
+        "plain_over_mechedit": median["plain"]["seconds"] / median["mechedit"]["seconds"],
+        "peak_of_plain": median["mechedit"]["peak"] / median["plain"]["peak"],
+        "largest_difference_of_norms": max(
+            abs(a["update_norm"] / b["update_norm"] - 1)
+            for a, b in zip(result["mechedit"], result["plain"], strict=True)
+        ),
+    }
+    say(f"plain over mechedit {result['plain_over_mechedit']:.1f}; peak {result['peak_of_plain']:.2f} of plain's")
+    say(f"wrote {write('benchmark_editing', model, settings, result)}")
+
+
+if __name__ == "__main__":
+    main(parse(BenchmarkEditing))
