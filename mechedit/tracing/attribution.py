@@ -24,7 +24,7 @@ from mechedit import prompts
 from mechedit.corruption import Statistics
 from mechedit.facts import Fact
 from mechedit.interventions import Change, intervened
-from mechedit.models import Blocks, HookedModel, device_of, frozen
+from mechedit.models import Blocks, HookedModel, KeyValues, device_of, frozen
 from mechedit.progress import Progress, silent
 from mechedit.settings import SettingsError, TraceSettings
 from mechedit.tracing import STATES, WINDOWED, Prepared, Trace, measured, prepare
@@ -84,23 +84,27 @@ def integrated_gradients(
     shares = torch.tensor(weights / 2, dtype=torch.float32, device=device_of(model))
     blocks = Blocks(model)
     result = torch.zeros(n_layers, n_positions, len(prepared.corrupted))
+    begin = prepared.prompt.subject[
+        0
+    ]  # what stands before it is alike in both runs: a share of zero, keys and values shared
     with frozen(model):
         with torch.no_grad():
             clean, _ = _kept(model, prepared, [RESID_POST], clean=True)
             corrupted, _ = _kept(model, prepared, [RESID_POST], clean=False)
+            past = _past(model, blocks, prepared, begin, rows=steps)
         for layer in range(n_layers):
             progress("integrated gradients", layer, n_layers)
-            start, end = corrupted[RESID_POST.at(layer)].detach(), clean[RESID_POST.at(layer)].detach()
+            start, end = (run[RESID_POST.at(layer)].detach()[:, begin:] for run in (corrupted, clean))
             for draw in range(len(start)):
                 change = end[0] - start[draw]
                 path = (start[draw] + alphas[:, None, None].to(change) * change).requires_grad_()
                 with torch.enable_grad():
                     resid = path
                     for above in range(layer + 1, n_layers):
-                        resid, _ = blocks.run(above, resid)
-                    (gradient,) = torch.autograd.grad(_measure(blocks, prepared, resid).sum(), [path])
+                        resid, _ = blocks.run(above, resid, past[above])
+                    (gradient,) = torch.autograd.grad(_measure(blocks, prepared, resid, begin).sum(), [path])
                 share = torch.einsum("s,spd,pd->p", shares, gradient.float(), change.float())
-                result[layer, :, draw] = share[:n_positions].cpu()
+                result[layer, begin:, draw] = share[: n_positions - begin].cpu()
     progress("integrated gradients", n_layers, n_layers)
     return result
 
@@ -162,9 +166,25 @@ def _kept(
         return kept, _measure(blocks, prepared, resid)
 
 
-def _measure(blocks: Blocks, prepared: Prepared, final: Float[Tensor, "rows pos d_model"]) -> Float[Tensor, " rows"]:
-    """The measure from final states, differentiably."""
+def _past(model: HookedModel, blocks: Blocks, prepared: Prepared, begin: int, rows: int) -> list[KeyValues | None]:
+    """Every block's keys and values at the positions before `begin`, for so many rows."""
+    if begin == 0:
+        return [None] * int(model.cfg.n_layers)
+    device = device_of(model)
+    resid = blocks.embed(torch.tensor([list(prepared.ids[:begin])], device=device))
+    found: list[KeyValues | None] = []
+    for layer in range(int(model.cfg.n_layers)):
+        resid, present = blocks.run(layer, resid)
+        found.append(present.rows(torch.zeros(rows, dtype=torch.long, device=device)))
+    return found
+
+
+def _measure(
+    blocks: Blocks, prepared: Prepared, final: Float[Tensor, "rows pos d_model"], begin: int = 0
+) -> Float[Tensor, " rows"]:
+    """The measure from final states of the positions from `begin` on, differentiably."""
     columns = [
-        blocks.logits(final[:, read.position]).float().log_softmax(-1)[:, list(read.targets)] for read in prepared.reads
+        blocks.logits(final[:, read.position - begin]).float().log_softmax(-1)[:, list(read.targets)]
+        for read in prepared.reads
     ]
     return measured(prepared.settings, torch.cat(columns, 1))
