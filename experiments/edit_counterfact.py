@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from experiments.common import parse, progress, runs, say, write
-from experiments.editing import counterfact, means, success, success_of
-from mechedit import keys, models, moments, rank_one
+from experiments.editing import counterfact, means, success_of
+from mechedit import keys, models, moments, rank_one, scoring
 from mechedit.corruption import generator
 from mechedit.editors import rome
 from mechedit.edits import Edit
@@ -95,8 +95,8 @@ def main(settings: EditCounterfact) -> None:
         return [success_of(model, fact, edit) for fact, edit in zip(facts, found, strict=True)]
 
     if "no edit" in settings.rows:
-        row("no edit", [success(model, fact) for fact in chosen])
-        row("no edit, controls' facts", [success(model, fact) for fact in few])
+        row("no edit", [scoring.success(model, fact) for fact in chosen])
+        row("no edit, controls' facts", [scoring.success(model, fact) for fact in few])
     if "default" in settings.rows:
         row("default", scored(chosen, edited("default", chosen, default, C)))
     if "published" in settings.rows:

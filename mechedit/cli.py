@@ -24,6 +24,7 @@ from mechedit.settings import (
     MomentSettings,
     RomeSettings,
     TraceSettings,
+    TuneSettings,
     knobs,
 )
 
@@ -126,7 +127,7 @@ def _add_tracing(commands: Any) -> None:
 
 
 def _add_editing(commands: Any) -> None:
-    """edit, apply, compose, diff, export, moments, merge"""
+    """edit, apply, compose, diff, export, tune, moments, merge"""
     edit = _command(commands, "edit", _edit, "rewrite a fact by a rank-one change of one W_out", model=True)
     _add_prompt(edit, required=False)
     edit.add_argument("--target", help="what the model shall say instead")
@@ -169,6 +170,13 @@ def _add_editing(commands: Any) -> None:
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     export.add_argument("--adapter", action="store_true", help="a LoRA adapter for peft, not the whole model")
     export.add_argument("--force", action="store_true", help="even from other weights than the edits were made for")
+
+    tune = _command(commands, "tune", _tune, "propose a layer, clamp and learning rate for a model", model=True)
+    tune.add_argument("--facts", metavar="FILE", default="built-in", help="facts with new targets (default: built-in)")
+    tune.add_argument("--begin", type=int, default=0, metavar="N", help="leave the first N out, to report on")
+    _add_settings(tune, TuneSettings)
+    tune.add_argument("--out", type=Path, required=True, metavar="DIR", help="every trace and edit is kept there")
+    _add_json(tune)
 
     moments = _command(
         commands, "moments", _moments, "estimate C, the second moment of a layer's keys, into the cache", model=True
@@ -289,7 +297,7 @@ def _add_settings(parser: argparse.ArgumentParser, settings: type, without: Sequ
         elif isinstance(default, tuple):
             parser.add_argument(
                 flag,
-                type=_pairs if default and isinstance(default[0], tuple) else _names,
+                type={tuple: _pairs, float: _numbers}.get(type(default[0]) if default else str, _names),
                 metavar=_shown(default) or "NAME,…",
                 help=text + (shown if default else ""),
             )
@@ -317,6 +325,10 @@ def _shown(value: Any) -> str:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in _names(text))
 
 
 def _pairs(text: str) -> tuple[tuple[int, int], ...]:
@@ -718,6 +730,40 @@ def _moments(arguments: argparse.Namespace) -> None:
         _show_files(console, [found[layers[0]].save(arguments.out)])
     records = [moment.to_json() for moment in found.values()]
     _write_json(arguments.json, records[0] if len(records) == 1 else records)
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    from mechedit import facts, models, tuning
+
+    settings = TuneSettings(**_given(arguments, TuneSettings))
+    chosen = facts.built_in() if arguments.facts == "built-in" else facts.read(arguments.facts)
+    _check_places(arguments.json, arguments.out / "tuned.json")
+    model = _load(arguments)
+    known = models.preset(model)
+    with _progress() as progress:
+        found = tuning.tune(
+            model,
+            chosen[arguments.begin :],
+            arguments.out,
+            settings,
+            known.rome if known else None,
+            progress=progress,
+        )
+    console = _console(arguments)
+    console.print(f"traced {found.traced} facts; early site: {found.site}", markup=False, highlight=False)
+    names = ("ES", "PS", "NS", "S", "relative_norm", "perplexity_ratio")
+    rows = [
+        (str(row.layer), f"{row.clamp:g}", f"{row.learning_rate:g}", *(f"{getattr(row, name):.3g}" for name in names))
+        for row in found.rows
+    ]
+    _show_table(console, ("layer", "clamp", "rate", *names), rows)
+    best = found.settings
+    console.print(
+        f"proposed: --layer {best.layer} --clamp {best.clamp:g} --learning-rate {best.learning_rate:g}",
+        highlight=False,
+    )
+    written = _write_json(arguments.out / "tuned.json", found.to_json())
+    _show_files(console, written + _write_json(arguments.json, found.to_json()))
 
 
 def _show_moment(console: Console, moment: Moment) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "RomeSettings",
     "SettingsError",
     "TraceSettings",
+    "TuneSettings",
     "knobs",
 ]
 
@@ -217,6 +218,28 @@ class RomeSettings:
 
 
 @dataclass(frozen=True)
+class TuneSettings:
+    """What `mechedit tune` tries on a model."""
+
+    traced: int = knob(30, "facts that are traced, of those the model knows")
+    edited: int = knob(20, "facts that are edited with every combination")
+    around: int = knob(1, "layers tried on each side of the traced one")
+    clamps: tuple[float, ...] = knob((0.5, 0.75, 1.0, 2.0, 4.0), "clamps tried")
+    learning_rates: tuple[float, ...] = knob((0.5,), "learning rates tried")
+    draws: int = knob(4, "noise draws of each trace")
+    seed: int = knob(0, "seed of the noise")
+
+    def __post_init__(self) -> None:
+        _require(self.traced >= 2, f"traced must be at least 2 facts; found {self.traced}.")
+        for name in ("edited", "draws"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}.")
+        _require(self.around >= 0, f"around must be 0 or more layers; found {self.around}.")
+        for name in ("clamps", "learning_rates"):
+            given = getattr(self, name)
+            _require(bool(given) and min(given) > 0, f"{name} must be one or more positive numbers; found {given}.")
+
+
+@dataclass(frozen=True)
 class Preset:
     """Editing constants for one model, and where they come from."""
 
@@ -232,6 +255,11 @@ PRESETS: dict[str, Preset] = {
         RomeSettings(layer=5, clamp=0.75),
         prepend_bos=True,
         source="tuned here; see experiments/README.md",
+    ),
+    "gpt2": Preset(
+        RomeSettings(layer=4, clamp=3.0),
+        prepend_bos=False,
+        source="not published: layer at gpt2-medium's share of depth, clamp as there; not tuned",
     ),
     "gpt2-medium": Preset(RomeSettings(layer=8, clamp=3.0), prepend_bos=False, source=_PAPER),
     "gpt2-large": Preset(RomeSettings(layer=12), prepend_bos=False, source=_PAPER),

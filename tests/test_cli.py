@@ -587,3 +587,27 @@ def test_a_file_without_new_targets_cannot_be_edited(run, known_file, tmp_path):
     status, _, err = run("edit", "--facts", str(known_file), "--out", str(tmp_path / "run"))
     assert status == 2
     assert "no fact of" in err
+
+
+def test_tuning_proposes_settings_and_keeps_its_runs(run, tmp_path, monkeypatch):
+    from mechedit.runs import tracing as runs
+
+    monkeypatch.setattr(runs, "known", lambda model, facts, **options: list(facts))
+    path = tmp_path / "facts.json"
+    rewrite = {"subject": "The Space Needle", "prompt": "{} is located in the city of"}
+    rows = [
+        {
+            "case_id": number,
+            "requested_rewrite": rewrite | {"target_true": {"str": "Seattle"}, "target_new": {"str": new}},
+            "paraphrase_prompts": ["The city of The Space Needle is"],
+            "neighborhood_prompts": ["The Eiffel Tower is located in the city of"],
+        }
+        for number, new in enumerate(("Paris", "Rome", "London"))
+    ]
+    path.write_text(json.dumps(rows))
+    command = ("tune", "--facts", str(path), "--begin", "1", "--traced", "2", "--edited", "1", "--around", "0")
+    status, out, _ = run(*command, "--clamps", "1,3", "--draws", "1", "--out", str(tmp_path / "tune"))
+    assert status == 0
+    assert "proposed: --layer" in out
+    record = json.loads((tmp_path / "tune" / "tuned.json").read_text())
+    assert [row["clamp"] for row in record["rows"]] == [1.0, 3.0]

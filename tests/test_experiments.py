@@ -4,7 +4,6 @@ import json
 import statistics
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from experiments import (
@@ -24,7 +23,7 @@ from experiments import (
     key_policies,
     moments_convergence,
 )
-from mechedit import models
+from mechedit import models, scoring
 from mechedit.editors import rome
 from mechedit.facts import Fact
 from mechedit.settings import CONSTANTS, PREFIXES, RomeSettings
@@ -244,7 +243,7 @@ def test_scores_of_edits_have_their_harmonic_mean_and_intervals():
     assert found["S"]["mean"] == pytest.approx(3 / (1 / 100 + 1 / 75 + 1 / 50))
     assert (found["PS"]["mean"], found["PS"]["n"], found["p_new"]["mean"]) == (75.0, 2, pytest.approx(0.8))
     assert found["S"]["low"] <= found["S"]["mean"] <= found["S"]["high"]
-    assert editing.harmonic(np.array([0.0, 1.0])) == 0.0
+    assert scoring.harmonic(0.0, 1.0) == 0.0
 
 
 def test_policies_are_compared_by_what_they_break(to_edit, tmp_path):

@@ -10,12 +10,26 @@ import pytest
 import torch
 
 import mechedit
-from mechedit import cache, edits, export, guards, keys, models, moments, prompts, rank_one, scoring, tracing, values
+from mechedit import (
+    cache,
+    edits,
+    export,
+    guards,
+    keys,
+    models,
+    moments,
+    prompts,
+    rank_one,
+    scoring,
+    tracing,
+    tuning,
+    values,
+)
 from mechedit.editors import rome
 from mechedit.facts import Fact
 from mechedit.runs import tracing as runs
 from mechedit.runs.editing import edit_facts
-from mechedit.settings import MomentSettings, RomeSettings, TraceSettings
+from mechedit.settings import MomentSettings, RomeSettings, TraceSettings, TuneSettings
 from mechedit.tracing import attribution, severing
 from tests.conftest import FACT, state, widen_bands
 
@@ -46,6 +60,7 @@ def steps(model, folder, tmp_path, monkeypatch):
     change = rank_one.solve(LAYER, weight, bias, key, value, C)
     moment = moments.estimate(model, LAYER, settings=MomentSettings(tokens=300, context=16))
     edit = rome.edit(model, FACT, SETTINGS, moment)
+    monkeypatch.setattr(runs, "known", lambda model, facts, **options: list(facts))  # it knows nothing
 
     def in_edited() -> None:
         with rank_one.edited(model, change):
@@ -70,6 +85,13 @@ def steps(model, folder, tmp_path, monkeypatch):
         "editors.rome.edit": lambda: rome.edit(model, FACT, SETTINGS),
         "guards.measure": lambda: guards.measure(model, FACT.subject),
         "runs.edit_facts": lambda: edit_facts(model, [FACT], tmp_path / "edits", SETTINGS, moment),
+        "tuning.tune": lambda: tuning.tune(
+            model,
+            [FACT, replace(FACT, target_new="Rome")],
+            tmp_path / "tune",
+            TuneSettings(2, 1, 0, (1.0,), draws=1),
+            SETTINGS,
+        ),
         "export.checkpoint": lambda: export.checkpoint(model, str(folder("gpt2")), [edit], tmp_path / "edited"),
         "edits.apply": lambda: edits.apply(model, edit),
         "scoring.score": lambda: scoring.score(model, [("A", "b")]),
@@ -139,6 +161,7 @@ def test_imports_point_one_way():
         "editors",
         "figures",
         "runs",
+        "tuning",
         "cli",
     ]
     root = Path(mechedit.__file__).parent

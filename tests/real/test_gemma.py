@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from experiments import edit_built_in
-from experiments.editing import success
 from mechedit import cache, edits, facts, models, moments, scoring, sites
 from mechedit.editors import rome
 from mechedit.settings import KINDS, MomentSettings, RomeSettings, TraceSettings
@@ -201,9 +200,9 @@ def test_twenty_facts_are_edited_well(gemma):
     moment = moments.estimate(gemma, rome.resolve(gemma).layer)
     before, after = [], []
     for fact in facts.built_in()[::19]:
-        before.append(success(gemma, fact))
+        before.append(scoring.success(gemma, fact))
         with edits.edited(gemma, rome.edit(gemma, fact, moment=moment)):
-            after.append(success(gemma, fact))
+            after.append(scoring.success(gemma, fact))
     unedited, edited = edit_built_in.summary(before), edit_built_in.summary(after)
     assert edited["n"] == 20
     assert edited["ES"] >= 95

@@ -1,0 +1,131 @@
+"""Which layer, clamp and learning rate suit a model: found by tracing facts, then editing others, kept as they come.
+
+1. The facts that the model knows are traced: MLP windows at the subject's last token. The best layer of the average, and those
+   `around` it, are the candidates.
+2. Facts with new targets, apart from those that will be reported on, are edited at every candidate with every clamp and learning
+   rate, each alone; what is out of its bands is kept, so that the whole picture is seen.
+3. The combination with the best S (harmonic mean of efficacy, paraphrase and neighbourhood success) is proposed. Ties go to the
+   smaller change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mechedit import edits, moments, prompts, provenance, scoring, sites
+from mechedit.editors import rome
+from mechedit.facts import Fact, FactError
+from mechedit.models import HookedModel
+from mechedit.progress import Progress, silent
+from mechedit.runs import tracing as runs
+from mechedit.runs.editing import edit_facts
+from mechedit.settings import MomentSettings, RomeSettings, TraceSettings, TuneSettings
+from mechedit.sites import Site
+from mechedit.tracing.averages import average
+
+__all__ = ["Row", "Tuned", "tune"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one combination did to the facts that were edited: success in percent, means of the edits' numbers."""
+
+    layer: int
+    clamp: float
+    learning_rate: float
+    ES: float
+    PS: float
+    NS: float
+    S: float
+    relative_norm: float
+    perplexity_ratio: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The settings that are proposed, the site they come from, and every combination that was tried."""
+
+    settings: RomeSettings
+    site: Site
+    rows: tuple[Row, ...]
+    traced: int
+    origin: dict[str, Any]
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON values."""
+        return asdict(self)
+
+
+def tune(
+    model: HookedModel,
+    facts: Sequence[Fact],
+    folder: str | Path,
+    settings: TuneSettings | None = None,
+    base: RomeSettings | None = None,
+    *,
+    progress: Progress = silent,
+) -> Tuned:
+    """Propose `RomeSettings` for a model: `base` with another layer, clamp and learning rate. Everything is kept in `folder`.
+
+    Of `facts`, the first that the model knows are traced, and the first with paraphrases and neighbours are edited.
+
+    Raises:
+        FactError: too few facts are known, or can be edited and scored.
+        RunError: the folder holds a run of other settings.
+    """
+    settings, folder = settings or TuneSettings(), Path(folder)
+    scored = [fact for fact in facts if fact.target_new and fact.target_true and fact.paraphrases and fact.neighbours]
+    if len(scored) < settings.edited:
+        raise FactError(
+            f"tuning edits {settings.edited} facts with a new target, paraphrases and neighbours; there are {len(scored)}."
+        )
+    known = runs.known(model, facts, progress=progress)[: settings.traced]
+    if len(known) < 2:
+        raise FactError(
+            f"tuning averages traces of known facts; {model.cfg.model_name} knows {len(known)} of these {len(facts)}."
+        )
+    wanted = TraceSettings(kinds=("mlp",), roles=("subject_last",), draws=settings.draws, seed=settings.seed)
+    site = sites.early(average(runs.trace_facts(model, known, folder / "traces", wanted, progress=progress)))
+    layers = range(max(0, site.layer - settings.around), min(int(model.cfg.n_layers), site.layer + settings.around + 1))
+    base = replace(base or RomeSettings(), guard="warn")
+    windows = MomentSettings(prepend_bos=prompts.resolve_bos(model, base.prepend_bos))
+    Cs = moments.estimate_layers(model, list(layers), settings=windows, progress=progress)
+    rows = []
+    for layer in layers:
+        for clamp in settings.clamps:
+            for rate in settings.learning_rates:
+                tried = rome.resolve(model, replace(base, layer=layer, clamp=clamp, learning_rate=rate))
+                place = folder / f"layer{layer}-clamp{clamp:g}-rate{rate:g}"
+                found = edit_facts(model, scored[: settings.edited], place, tried, Cs[layer], progress=progress)
+                rows.append(_row(model, scored[: settings.edited], found, tried))
+    best = max(rows, key=lambda row: (round(row.S, 6), -row.relative_norm))
+    proposed = replace(
+        base, layer=best.layer, clamp=best.clamp, learning_rate=best.learning_rate, guard=RomeSettings.guard
+    )
+    return Tuned(proposed, site, tuple(rows), len(known), provenance.origin(model), provenance.versions())
+
+
+def _row(model: HookedModel, facts: Sequence[Fact], found: Sequence[edits.Edit], settings: RomeSettings) -> Row:
+    scores = []
+    for fact, edit in zip(facts, found, strict=True):
+        with edits.edited(model, edit):
+            scores.append(scoring.success(model, fact, prepend_bos=settings.prepend_bos))
+    means = {name: 100 * float(np.mean([score[name] for score in scores])) for name in ("ES", "PS", "NS")}
+    done = [edit.report for edit in found if edit.changes]
+    return Row(
+        settings.layer,
+        settings.clamp,
+        settings.learning_rate,
+        **means,
+        S=scoring.harmonic(*means.values()),
+        relative_norm=float(np.mean([report["relative_norm"] for report in done])) if done else float("nan"),
+        perplexity_ratio=float(np.mean([report["perplexity_ratio"] for report in done])) if done else float("nan"),
+        n=len(scores),
+    )

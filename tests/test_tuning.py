@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from mechedit import scoring, tuning
+from mechedit.editors import rome
+from mechedit.facts import FactError
+from mechedit.settings import RomeSettings, SettingsError, TuneSettings
+from tests.conftest import FACT, widen_bands
+
+BASE = RomeSettings(steps=2, prefixes=())
+SMALL = TuneSettings(traced=2, edited=2, around=1, clamps=(1.0, 6.0), draws=2)
+
+
+@pytest.fixture
+def known(model, monkeypatch):
+    """Facts that count as known, with everything that scoring needs."""
+    widen_bands(monkeypatch)
+    monkeypatch.setattr(tuning.runs, "known", lambda model, facts, **options: list(facts))
+    return [replace(FACT, target_new=new) for new in ("Paris", "Rome", "London")]
+
+
+def test_every_combination_around_the_traced_layer_is_tried_and_the_best_is_proposed(model, known, tmp_path):
+    found = tuning.tune(model, known, tmp_path, SMALL, BASE)
+    tried = [(row.layer, row.clamp) for row in found.rows]
+    around = [layer for layer in range(found.site.layer - 1, found.site.layer + 2) if 0 <= layer < 4]
+    assert tried == [(layer, clamp) for layer in around for clamp in (1.0, 6.0)]
+    best = max(found.rows, key=lambda row: (round(row.S, 6), -row.relative_norm))
+    assert (found.settings.layer, found.settings.clamp) == (best.layer, best.clamp)
+    assert found.settings.guard == "refuse", "what is proposed is guarded again"
+    assert found.settings.steps == 2
+    for row in found.rows:
+        assert row.n == 2
+        assert pytest.approx(scoring.harmonic(row.ES, row.PS, row.NS)) == row.S
+    json.dumps(found.to_json())
+
+
+def test_what_was_tuned_is_kept(model, known, tmp_path, monkeypatch):
+    first = tuning.tune(model, known, tmp_path, SMALL, BASE)
+    monkeypatch.setattr(rome, "edit", lambda *args, **kwargs: pytest.fail("an edit was found again"))
+    assert tuning.tune(model, known, tmp_path, SMALL, BASE).rows == first.rows
+
+
+def test_facts_that_cannot_be_tuned_on_are_an_error(model, known, tmp_path, monkeypatch):
+    with pytest.raises(FactError, match="edits 2 facts with a new target, paraphrases and neighbours; there are 0"):
+        tuning.tune(model, [replace(fact, neighbours=()) for fact in known], tmp_path, SMALL, BASE)
+    monkeypatch.undo()
+    with pytest.raises(FactError, match="knows 0 of these 3"):
+        tuning.tune(model, [replace(fact, target_true="zebra") for fact in known], tmp_path, SMALL, BASE)
+    for wrong in ({"clamps": ()}, {"learning_rates": (0.0,)}, {"edited": 0}, {"traced": 1}, {"around": -1}):
+        with pytest.raises(SettingsError, match=next(iter(wrong))):
+            TuneSettings(**wrong)
+
+
+def test_success_is_counterfacts(model, known):
+    fact = replace(known[0], paraphrases=("The city of The Space Needle is",), neighbours=("Rome is", "London is"))
+    found = scoring.success(model, fact)
+    prompts = (fact.prompt, *fact.paraphrases, *fact.neighbours)
+    better = [
+        scoring.score(model, [(prompt, fact.target_new)])[0].mean_log_p
+        > scoring.score(model, [(prompt, fact.target_true)])[0].mean_log_p
+        for prompt in prompts
+    ]
+    assert found["ES"] == better[0]
+    assert found["PS"] == better[1]
+    assert found["NS"] == pytest.approx(1 - (better[2] + better[3]) / 2)
+    assert scoring.success(model, replace(fact, neighbours=()))["NS"] != scoring.success(model, fact)["NS"]
+    with pytest.raises(FactError, match="lacks one"):
+        scoring.success(model, replace(fact, target_new=None))
