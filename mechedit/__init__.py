@@ -20,7 +20,7 @@ one module and may touch only what this table says; nothing is left changed exce
 | guards.measure     | yes     | no       | no                | no    | no                    |
 | runs.edit_facts    | yes     | yes      | and puts them back| folder| own generator         |
 | edits.apply        | no      | no       | yes, until undone | no    | no                    |
-| tuning.tune        | yes     | yes      | and puts them back| folder| own generator         |
+| tuning.tune        | yes     | yes      | and puts them back| folder, cache | own generator |
 | export.checkpoint  | no      | no       | and puts them back| folder| no                    |
 | scoring.score      | yes     | no       | no                | no    | no                    |
 """

@@ -112,7 +112,7 @@ def test_every_step_touches_what_the_table_says_and_no_more(model, steps, monkey
         watched.remove()
         assert bool(forward) == (row["forward"] == "yes"), name
         assert bool(backward) == (row["backward"] == "yes"), name
-        assert (set(_files(cache.root())) != files) == (row["disk"] == "cache" and name != "models.load"), name
+        assert (set(_files(cache.root())) != files) == ("cache" in row["disk"] and name != "models.load"), name
         assert torch.equal(torch.get_rng_state(), stream), f"{name} touched the global random stream"
         after = state(model)
         changed = [weight for weight in before[0] if not torch.equal(before[0][weight], after[0][weight])]
