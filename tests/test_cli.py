@@ -12,6 +12,7 @@ import torch
 
 import mechedit
 from mechedit import cli, edits, figures, models, moments
+from mechedit.cli import options
 from mechedit.moments import Moment
 from mechedit.settings import MomentSettings, RomeSettings, TraceSettings, knobs
 from mechedit.tracing import Trace, trace
@@ -399,8 +400,8 @@ def test_inspecting_what_is_no_result_is_an_error(run, tmp_path):
 
 
 def test_prefixes_are_parsed(capsys):
-    assert cli._pairs("5x10,10x2") == ((5, 10), (10, 2))
-    assert cli._pairs("none") == ()
+    assert options._pairs("5x10,10x2") == ((5, 10), (10, 2))
+    assert options._pairs("none") == ()
     with pytest.raises(SystemExit):
         cli.main([*EDIT, "--prefixes", "5"])
     assert "TOKENSxHOWMANY" in capsys.readouterr().err
@@ -533,7 +534,8 @@ def test_constants_and_prefixes_go_by_name(run, tmp_path):
     assert settings["prefixes"] == [[4, 10], [9, 10]]
 
 
-def test_parts_of_a_moment_are_merged_and_used(run, tmp_path):
+def test_parts_of_a_moment_are_merged_and_used(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(moments, "BATCH_TOKENS", 64)
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{number} {PROMPT} Seattle." for number in range(300)))
     common = ("moments", "--layer", "1", "--text", str(text), "--tokens", "1200", "--context", "16", "--parts", "2")

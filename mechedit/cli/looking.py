@@ -1,0 +1,150 @@
+"""The commands inspect, audit, models and doctor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechedit.cli.options import add_command, add_json, add_prompt
+from mechedit.cli.terminal import console_of, load_model, show_table, write_json
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["add_looking"]
+
+
+def add_looking(commands: Any) -> None:
+    """inspect, audit, models, doctor"""
+    inspect = add_command(
+        commands, "inspect", _inspect, "show what is in an edit, trace or moment file; no model is loaded"
+    )
+    inspect.add_argument("file", type=Path, metavar="FILE")
+    add_json(inspect)
+
+    audit = add_command(
+        commands,
+        "audit",
+        _audit,
+        "show a prompt's tokens, subject span and target ids, and what looks wrong",
+        model=True,
+    )
+    add_prompt(audit)
+    audit.add_argument("--answer", help="the true answer")
+    audit.add_argument("--target", help="a new answer")
+
+    models = add_command(
+        commands, "models", _models, "list the models that can be loaded, or check one against Hugging Face"
+    )
+    models.add_argument("--check", metavar="NAME", help="compare this model's logits with Hugging Face's")
+    add_json(models)
+
+    doctor = add_command(commands, "doctor", _doctor, "check that this installation works")
+    add_json(doctor)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from mechedit import edits, files
+    from mechedit.moments import Moment
+    from mechedit.tracing import Trace
+    from mechedit.tracing.severing import Severed
+
+    kind = files.kind(arguments.file)
+    readers: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "edit": lambda path: edits.load(path).to_json(),
+        "trace": lambda path: {
+            name: value for name, value in Trace.load(path).to_json().items() if name not in {"effects", "seconds"}
+        },
+        "severed": lambda path: Severed.load(path).to_json(),
+        "moment": lambda path: Moment.load(path).to_json(),
+    }
+    if kind not in readers:
+        raise files.FileError(f"{arguments.file} is of kind {kind!r}; this version shows {', '.join(readers)}.")
+    record = {"kind": kind, **readers[kind](arguments.file)}
+    show_table(
+        console_of(arguments),
+        ("", str(arguments.file)),
+        [(name, json.dumps(value, ensure_ascii=False)) for name, value in record.items()],
+    )
+    write_json(arguments.json, record)
+
+
+def _audit(arguments: argparse.Namespace) -> None:
+    from mechedit import prompts
+    from mechedit.facts import from_prompt
+
+    fact = from_prompt(
+        arguments.prompt,
+        arguments.subject,
+        target_true=arguments.answer,
+        target_new=arguments.target,
+        occurrence=arguments.occurrence,
+    )
+    console = console_of(arguments)
+    found = prompts.audit(load_model(arguments), fact)
+    console.print(str(found), markup=False, highlight=False)
+    console.print("* marks the subject" + ("" if found.notes else "; nothing looks wrong"), highlight=False)
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    from mechedit import models
+
+    console = console_of(arguments)
+    if arguments.check:
+        with console.status(f"comparing {arguments.check} with Hugging Face"):
+            largest = models.parity(arguments.check)
+        verdict = "equal" if largest <= models.PARITY else "DIFFERENT"
+        console.print(
+            f"{arguments.check}: largest difference of logits {largest:.2g} ({verdict}; tolerance {models.PARITY:g})"
+        )
+        write_json(
+            arguments.json, {"model": arguments.check, "largest_difference": largest, "tolerance": models.PARITY}
+        )
+        if largest > models.PARITY:
+            raise models.ModelError(f"the logits of {arguments.check} are not Hugging Face's.")
+        return
+    rows = [
+        (each.name, each.source, "yes" if each.here else "no", _preset_line(each.preset)) for each in models.listing()
+    ]
+    show_table(
+        console,
+        ("name", "from", "here", "editing preset"),
+        [*rows, ("FOLDER", "any folder in Hugging Face's format", "", "")],
+    )
+    write_json(arguments.json, [dict(zip(("name", "source", "here", "preset"), row, strict=True)) for row in rows])
+
+
+def _preset_line(preset: Any) -> str:
+    return (
+        f"layer {preset.rome.layer}, clamp {preset.rome.clamp:g}, {'BOS' if preset.prepend_bos else 'no BOS'}; {preset.source}"
+        if preset
+        else "none"
+    )
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    import os
+    import shutil
+
+    from mechedit import cache, models, provenance
+
+    root = cache.root()
+    cache.check_writable(root / "doctor")
+    import torch
+
+    rows = [(f"version of {name}", found) for name, found in provenance.versions().items()]
+    rows += [
+        ("cores, torch threads", f"{os.cpu_count()}, {torch.get_num_threads()}"),
+        ("cuda", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
+        ("cache", f"{root} (writable, {shutil.disk_usage(root).free / 1e9:.0f} GB free)"),
+        ("data", os.environ.get("MECHEDIT_DATA", "MECHEDIT_DATA is not set")),
+        *(
+            (f"model {each.name}", "here" if each.here else f"not here; from the {each.source}")
+            for each in models.listing()
+        ),
+    ]
+    show_table(console_of(arguments), ("", "found"), rows)
+    write_json(arguments.json, dict(rows))

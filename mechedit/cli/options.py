@@ -1,0 +1,150 @@
+"""Options generated from the settings that Python uses, so that both have the same words and defaults."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mechedit.settings import (
+    PREFIXES,
+    knobs,
+)
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "Parser",
+    "add_command",
+    "add_json",
+    "add_prompt",
+    "add_settings",
+    "add_text",
+    "given_settings",
+]
+
+DEFAULT_MODEL = "gemma-3-270m"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the options in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. `{self.prog} --help` lists the options.\n")
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, *, model: bool = False
+) -> argparse.ArgumentParser:
+    described = help[0].upper() + help[1:] + "."
+    if name == "edit":
+        described += (
+            " A model with a preset (`mechedit models`) has the preset's layer and clamp instead of the defaults below."
+        )
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=described)
+    parser.set_defaults(run=run)
+    if model:
+        parser.add_argument(
+            "--model",
+            default=DEFAULT_MODEL,
+            help=f"local folder, packaged model or hub name (default: {DEFAULT_MODEL})",
+        )
+        parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
+        parser.add_argument(
+            "--dtype",
+            choices=("float32", "float16", "bfloat16"),
+            default="float32",
+            help="number format of the weights (default: float32)",
+        )
+    return parser
+
+
+def add_prompt(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        nargs=None if required else "?",
+        help="the whole prompt, which contains the subject",
+    )
+    parser.add_argument("--subject", required=required, help="the subject, letter for letter as in the prompt")
+    parser.add_argument(
+        "--occurrence", type=int, help="which appearance of the subject, from 0, where there are several"
+    )
+
+
+def add_text(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text files to estimate C on (default: text sampled from the model)",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the result as JSON there; - for standard output"
+    )
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type, without: Sequence[str] = ()) -> None:
+    """An option for each field of a settings dataclass, with its default and its sentence. An option not given is None."""
+    for name, default, text in knobs(settings):
+        flag = "--" + name.replace("_", "-")
+        if name in without or flag in parser._option_string_actions:
+            continue
+        shown = "" if default is None else f" (default: {_shown(default)})"
+        if default is None or isinstance(default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif isinstance(default, tuple):
+            parser.add_argument(
+                flag,
+                type={tuple: _pairs, float: _numbers}.get(type(default[0]) if default else str, _names),
+                metavar=_shown(default) or "NAME,…",
+                help=text + (shown if default else ""),
+            )
+        else:
+            parser.add_argument(
+                flag,
+                type=type(default),
+                metavar=type(default).__name__.upper()[:5],
+                help=(text + shown).replace("%", "%%"),
+            )
+
+
+def given_settings(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    return {
+        name: getattr(arguments, name) for name, _, _ in knobs(settings) if getattr(arguments, name, None) is not None
+    }
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join("x".join(map(str, each)) if isinstance(each, tuple) else str(each) for each in value)
+    return str(value)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in _names(text))
+
+
+def _pairs(text: str) -> tuple[tuple[int, int], ...]:
+    if text in PREFIXES:
+        return PREFIXES[text]
+    try:
+        pairs = [tuple(int(number) for number in part.split("x")) for part in _names(text)]
+        return tuple((first, second) for first, second in pairs)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of TOKENSxHOWMANY such as 5x10,10x10, nor one of {', '.join(PREFIXES)}"
+        ) from error

@@ -1,0 +1,229 @@
+"""What the commands share: where people read, progress, tables, and checks that come before the expensive part."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechedit.errors import MecheditError
+from mechedit.settings import (
+    KINDS,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mechedit.models import HookedModel
+    from mechedit.moments import Moment
+    from mechedit.progress import Progress
+    from mechedit.tracing import Trace
+    from mechedit.tracing.averages import Average
+
+__all__ = [
+    "UsageError",
+    "check_files",
+    "check_places",
+    "console_of",
+    "load_model",
+    "progress_bars",
+    "show_average",
+    "show_edit",
+    "show_files",
+    "show_moment",
+    "show_table",
+    "show_trace",
+    "write_json",
+]
+
+
+def console_of(arguments: argparse.Namespace) -> Console:
+    """Where people read: standard output, or standard error where standard output is for JSON."""
+    from rich.console import Console
+
+    return Console(stderr=str(getattr(arguments, "json", None)) == "-", soft_wrap=False)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """A bar on standard error for each step that lasts, with the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=of)
+            bars.update(tasks[what], completed=done, total=of)
+
+        yield report
+
+
+def load_model(arguments: argparse.Namespace) -> HookedModel:
+    from rich.console import Console
+
+    # The stream itself, because loading silences standard error.
+    with Console(file=sys.stderr).status(f"loading {arguments.model} (the first time converts or downloads it)"):
+        import torch
+
+        from mechedit import models
+
+        return models.load(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
+
+
+def show_trace(console: Console, trace: Trace, kinds: Sequence[str] = KINDS) -> None:
+    """P in percent by token and layer, darker where restoring helps more."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print(
+        f"P({trace.answer.strip()}) = {trace.p_clean:.3f} clean, {trace.p_corrupted:.3f} corrupted; traced in {trace.seconds:.1f} s",
+        markup=False,
+        highlight=False,
+    )
+    begin, end = trace.subject_range
+    for kind, grid in trace.effects.items():
+        if kind not in kinds:
+            continue
+        fits = max(1, (console.width - max(len(repr(token)) for token in trace.tokens) - 6) // 3)
+        layers = range(0, len(grid), -(-len(grid) // fits))
+        table = Table(
+            title=f"{kind}: P(answer) in percent, by token and layer",
+            box=None,
+            padding=(0, 1, 0, 0),
+            title_justify="left",
+        )
+        table.add_column("token")
+        for layer in layers:
+            table.add_column(str(layer), justify="right", min_width=2)
+        highest = max(float(grid.nan_to_num(0.0).max()), 1e-9)
+        for position, token in enumerate(trace.tokens):
+            cells = []
+            for layer in layers:
+                p = float(grid[layer, position])
+                if p != p:  # not traced
+                    cells.append(Text(""))
+                    continue
+                share = min(1.0, p / highest)
+                cells.append(
+                    Text(
+                        f"{100 * p:.0f}",
+                        style=f"{'bold white' if share > 0.5 else 'default'} {f'on color({_SHADES[int(share * (len(_SHADES) - 1))]})' if share > 0.1 else ''}",
+                    )
+                )
+            table.add_row(Text(repr(token) + ("*" if begin <= position < end else "")), *cells)
+        console.print(table)
+
+
+_SHADES = (22, 28, 34, 34, 40)
+
+
+def show_edit(console: Console, edit: dict[str, Any]) -> None:
+    before, after, report = edit["before"], edit["after"], edit["edit"]
+    rows = [
+        (f"P({edit['target_new']})", f"{before['p_new']:.4f}", f"{after['p_new']:.4f}"),
+        (f"P({edit['target_true']})", f"{before['p_true']:.4f}", f"{after['p_true']:.4f}"),
+    ]
+    show_table(console, (edit["prompt"], "before", "after"), rows)
+    console.print(
+        f"{edit['method']} at layer {edit['layer']} in {edit['seconds']:.1f} s: divisor {report['divisor']:.4g}, "
+        f"update norm {report['update_norm']:.3g} ({report['relative_norm']:.1%} of W_out's), cond(C) {report['cond_C']:.2g}; "
+        f"perplexity of other text x {report['perplexity_ratio']:.3f}, KL after '{edit['subject']} is a' {report['essence_kl']:.2f}",
+        markup=False,
+        highlight=False,
+    )
+    for reason in edit["reasons"]:
+        console.print(f"out of its band: {reason}", markup=False, highlight=False)
+
+
+def show_average(console: Console, mean: Average) -> None:
+    """The best layer of each kind and role, with its interval."""
+    from mechedit.tracing.roles import ROLES, TITLES
+
+    rows = []
+    for role, n in zip(ROLES, mean.n_role, strict=True):
+        column = ROLES.index(role)
+        cells = []
+        for kind, grid in mean.indirect.items():
+            if grid[:, column].isnan().all():
+                cells.append("")
+                continue
+            layer = int(grid[:, column].nan_to_num(-1e9).argmax())
+            cells.append(f"{mean.at(kind, layer, role)} layer {layer}")
+        if any(cells):
+            rows.append((TITLES[role], str(n), *cells))
+    show_table(console, ("average indirect effect", "facts", *mean.indirect), rows)
+
+
+def show_moment(console: Console, moment: Moment) -> None:
+    show_table(console, ("", "second moment"), [(name, json.dumps(value)) for name, value in moment.to_json().items()])
+
+
+def show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    names = max((len(row[0]) for row in rows), default=0) <= 30  # short first cells are names, which are copied whole
+    for index, name in enumerate(header):
+        table.add_column(Text(name), overflow="fold", no_wrap=names and index == 0)
+    for row in rows:
+        table.add_row(*(Text(cell, overflow="fold") for cell in row))
+    console.print(table)
+
+
+def show_files(console: Console, paths: Sequence[Path]) -> None:
+    if paths:
+        console.print("wrote")
+    for path in paths:
+        console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def check_places(*paths: Path | None) -> None:
+    """Raise for a result that could not be written, before anything is computed."""
+    from mechedit.cache import check_writable
+
+    for path in paths:
+        if path is not None and str(path) != "-":
+            check_writable(path)
+
+
+def check_files(*paths: Path | None) -> None:
+    """Raise for a text file that is not there, before a model is loaded."""
+    for path in paths:
+        if path and not path.is_file():
+            raise UsageError(f"{path} cannot be read: there is no such file.")
+
+
+def write_json(path: Path | None, record: Any) -> list[Path]:
+    """Write the result as JSON, where it is wanted; the file written, if any."""
+    if path is None:
+        return []
+    text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
+    if str(path) == "-":
+        sys.stdout.write(text)
+        return []
+    from mechedit.cache import atomic_write
+
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return [path]
+
+
+class UsageError(MecheditError, ValueError):
+    """Options that do not go together."""

@@ -1,0 +1,253 @@
+"""The commands demo, trace and sever."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechedit.cli.options import add_command, add_json, add_prompt, add_settings, given_settings
+from mechedit.cli.terminal import (
+    UsageError,
+    check_files,
+    check_places,
+    console_of,
+    load_model,
+    progress_bars,
+    show_average,
+    show_edit,
+    show_files,
+    show_table,
+    show_trace,
+    write_json,
+)
+from mechedit.settings import (
+    KNOWN_KINDS,
+    TraceSettings,
+)
+
+if TYPE_CHECKING:
+    from mechedit.corruption import Statistics
+    from mechedit.facts import Fact
+    from mechedit.models import HookedModel
+
+__all__ = ["add_tracing"]
+
+
+def add_tracing(commands: Any) -> None:
+    """demo, trace, sever"""
+    demo = add_command(commands, "demo", _demo, "trace and edit one fact, and show what happened", model=True)
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("mechedit-demo"),
+        metavar="DIR",
+        help="folder for pictures, trace and edit (default: mechedit-demo)",
+    )
+
+    trace = add_command(commands, "trace", _trace, "find where the model recalls a fact, or many facts", model=True)
+    add_prompt(trace, required=False)
+    trace.add_argument("--answer", help="the answer to measure (default: what the model says)")
+    trace.add_argument("--other", help="with --corruption tokens: the subject that takes the subject's place")
+    trace.add_argument(
+        "--facts", metavar="FILE", help="trace every fact of a JSON file, or of `built-in`, into --out, and average"
+    )
+    trace.add_argument("--limit", type=int, metavar="N", help="with --facts: the first N that remain")
+    trace.add_argument(
+        "--unknown", action="store_true", help="with --facts: keep facts whose answer the model does not put first"
+    )
+    trace.add_argument(
+        "--sigma-from", metavar="FILE", help="text file, or `subjects` of --facts: take sigma from its tokens"
+    )
+    add_settings(trace, TraceSettings)
+    trace.add_argument(
+        "--out", type=Path, metavar="DIR", help="write heat maps and traces there; a run over facts resumes from it"
+    )
+    add_json(trace)
+
+    sever = add_command(commands, "sever", _sever, "trace a restored state with MLPs or attention cut off", model=True)
+    add_prompt(sever)
+    sever.add_argument("--answer", help="the answer to measure (default: what the model says)")
+    sever.add_argument("--other", help="with --corruption tokens: the subject that takes the subject's place")
+    sever.add_argument("--role", default="subject_last", help="token role that is restored (default: subject_last)")
+    add_settings(sever, TraceSettings, without=("kinds", "window", "centre", "roles"))  # of grids
+    sever.add_argument("--out", type=Path, metavar="DIR", help="write the curves, as picture and as file, there")
+    add_json(sever)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from mechedit import edits, facts, figures, generation, scoring, sites, tracing
+    from mechedit.editors import rome
+
+    out: Path = arguments.out
+    check_places(out / "trace.safetensors")
+    fact = facts.built_in()[0]
+    console = console_of(arguments)
+    model = load_model(arguments)
+    console.rule("1. Where does the model recall it?")
+    said, _, p = scoring.top(model, fact.prompt, 1)[0]
+    console.print(f"{fact.prompt!r}\ntop answer {said!r} with P = {p:.3f}", markup=False, highlight=False)
+    with progress_bars() as progress:
+        trace = tracing.trace(model, fact, progress=progress)
+    show_trace(console, trace, ("mlp",))
+    console.print(f"early site: {sites.early(trace)}\n late site: {sites.late(trace)}", markup=False, highlight=False)
+
+    console.rule(f"2. Rewrite it there: {fact.target_true} → {fact.target_new}")
+    with progress_bars() as progress:
+        edit = rome.edit(model, fact, progress=progress)
+    show_edit(console, edit.to_json())
+
+    console.rule("3. What changed, and what did not?")
+    prompts = [("paraphrase", each) for each in fact.paraphrases[:2]] + [
+        ("neighbour", each) for each in fact.neighbours[:4]
+    ]
+    pairs = [(prompt, str(target)) for _, prompt in prompts for target in (fact.target_true, fact.target_new)]
+    story = fact.generations[0]
+    before, text_before = scoring.score(model, pairs), generation.complete(model, story, 30)
+    with edits.edited(model, edit):
+        after, text_after = scoring.score(model, pairs), generation.complete(model, story, 30)
+    rows = []
+    for index, (role, prompt) in enumerate(prompts):
+        cells = [f"{scores[2 * index].p:.3f} / {scores[2 * index + 1].p:.3f}" for scores in (before, after)]
+        rows.append((role, prompt, *cells))
+    show_table(console, ("", "prompt", f"before: P({fact.target_true}) / P({fact.target_new})", "after"), rows)
+    show_table(console, ("", f"{story} …"), [("before", text_before), ("after", text_after)])
+
+    written = [
+        *figures.save(trace, out),
+        trace.save(out / "trace.safetensors"),
+        edits.save(edit, out / "edit.safetensors"),
+    ]
+    for name, record in (("trace.json", trace.to_json()), ("edit.json", edit.to_json())):
+        write_json(out / name, record)
+        written.append(out / name)
+    show_files(console, written)
+
+
+def _trace(arguments: argparse.Namespace) -> None:
+    from mechedit import figures, tracing
+    from mechedit.tracing import accuracy
+
+    settings = TraceSettings(**given_settings(arguments, TraceSettings))
+    for kind in settings.kinds:
+        if kind not in KNOWN_KINDS:
+            raise UsageError(f"--kinds must be among {', '.join(KNOWN_KINDS)}; {kind!r} is not.")
+    if arguments.facts:
+        return _trace_facts(arguments, settings)
+    if arguments.prompt is None or arguments.subject is None:
+        raise UsageError("trace needs PROMPT and --subject, or --facts FILE and --out DIR.")
+    fact = _fact(arguments)
+    check_places(arguments.json, arguments.out and arguments.out / "trace.safetensors")
+    check_files(arguments.sigma_from and arguments.sigma_from != "subjects" and Path(arguments.sigma_from))
+    model = load_model(arguments)
+    known = _statistics(arguments, model, [fact])
+    with progress_bars() as progress:
+        trace = tracing.trace(model, fact, settings, known=known, other=arguments.other, progress=progress)
+    console = console_of(arguments)
+    show_trace(console, trace)
+    record = trace.to_json()
+    if not accuracy.is_exact(settings):
+        error = accuracy.sample_error(model, fact, settings, known=known, other=arguments.other)
+        console.print(f"not exact; against the model's own precision and ten draws, {error}", highlight=False)
+        record["error"] = vars(error)
+    written = [*figures.save(trace, arguments.out), trace.save(arguments.out / "trace.safetensors")] if arguments.out else []  # fmt: skip
+    written += write_json(arguments.json, record)
+    show_files(console, written)
+    return None
+
+
+def _fact(arguments: argparse.Namespace) -> Fact:
+    from mechedit.facts import from_prompt
+
+    return from_prompt(
+        arguments.prompt, arguments.subject, target_true=arguments.answer, occurrence=arguments.occurrence
+    )
+
+
+def _statistics(arguments: argparse.Namespace, model: HookedModel, facts: Sequence[Fact]) -> Statistics | None:
+    """Of the texts that --sigma-from names, or None for the vocabulary's."""
+    from mechedit import corruption
+
+    if not arguments.sigma_from:
+        return None
+    if arguments.sigma_from == "subjects":
+        subjects = [fact.subject for fact in facts]
+        return corruption.statistics(model, subjects, f"subjects of {len(subjects)} facts")
+    path = Path(arguments.sigma_from)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--sigma-from must be a text file, or `subjects`; {path} cannot be read: {error}.") from error
+    return corruption.statistics(model, [line for line in lines if line.strip()], f"text of {path.name}")
+
+
+def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None:
+    from mechedit import facts, figures, sites
+    from mechedit.runs import tracing as runs
+    from mechedit.tracing import accuracy
+    from mechedit.tracing.averages import average
+
+    if arguments.out is None:
+        raise UsageError("a run over facts is kept in a folder: give --out DIR.")
+    if arguments.prompt is not None:
+        raise UsageError("give PROMPT or --facts, not both.")
+    chosen = list(facts.built_in() if arguments.facts == "built-in" else facts.read(arguments.facts))
+    check_places(arguments.json, arguments.out / "average.json")
+    model = load_model(arguments)
+    console = console_of(arguments)
+    if not arguments.sigma_from:
+        runs.check_run(model, arguments.out, settings)  # before every fact is asked
+    with progress_bars() as progress:
+        if not arguments.unknown:
+            kept = runs.known(model, chosen, prepend_bos=settings.prepend_bos, progress=progress)
+            console.print(f"the model knows {len(kept)} of {len(chosen)} facts", highlight=False)
+            chosen = kept
+        chosen = chosen[: arguments.limit]
+        statistics = _statistics(arguments, model, chosen)
+        there = runs.finished(chosen, arguments.out)
+        if there:
+            console.print(f"{there} of {len(chosen)} facts are in {arguments.out} already", highlight=False)
+        try:
+            traces = runs.trace_facts(model, chosen, arguments.out, settings, statistics=statistics, progress=progress)
+        except KeyboardInterrupt:
+            there = runs.finished(chosen, arguments.out)
+            raise KeyboardInterrupt(
+                f"{there} of {len(chosen)} facts are kept in {arguments.out}; the same command goes on from there"
+            ) from None
+    mean = average(traces, seed=settings.seed)
+    if not accuracy.is_exact(settings) and settings.corruption != "tokens":
+        error = accuracy.sample_error(model, chosen[0], settings, known=statistics)
+        console.print(f"not exact; of {chosen[0].prompt!r}, against ten draws, {error}", markup=False, highlight=False)
+    console.print(f"{mean.n} facts. clean {mean.clean}, corrupted {mean.corrupted}, total effect {mean.total}")
+    show_average(console, mean)
+    for name, find in (("early", sites.early), ("late", sites.late)):
+        with suppress(sites.SiteError):
+            console.print(f"{name} site: {find(mean)}", markup=False, highlight=False)
+    written = figures.save_average(mean, arguments.out) + write_json(arguments.out / "average.json", mean.to_json())
+    show_files(console, written + write_json(arguments.json, mean.to_json()))
+
+
+def _sever(arguments: argparse.Namespace) -> None:
+    from mechedit import figures
+    from mechedit.tracing.severing import severed
+
+    settings = TraceSettings(**given_settings(arguments, TraceSettings))
+    fact = _fact(arguments)
+    check_places(arguments.json, arguments.out and arguments.out / "severed.safetensors")
+    model = load_model(arguments)
+    with progress_bars() as progress:
+        found = severed(model, fact, settings, role=arguments.role, other=arguments.other, progress=progress)
+    console = console_of(arguments)
+    console.print(f"{found.prompt!r}: clean {found.p_clean:.3f}, corrupted {found.p_corrupted:.3f}", highlight=False)
+    means = {name: curve.mean(-1).tolist() for name, curve in found.curves.items()}
+    show_table(
+        console,
+        ("layer", *means),
+        [(str(layer), *(f"{curve[layer]:.3f}" for curve in means.values())) for layer in range(len(means["ordinary"]))],
+    )
+    if arguments.out:
+        path = found.save(arguments.out / "severed.safetensors")
+        show_files(console, [*figures.save_severed([found], arguments.out), path])
+    write_json(arguments.json, found.to_json())
