@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechedit import edits, models, moments
+from mechedit import edits, files, models, moments, rank_one
 from mechedit.editors import rome
 from mechedit.edits import EditError
 from mechedit.facts import Fact
@@ -82,4 +82,88 @@ def test_a_thousand_edits_undone_leave_every_bit(model, pair):
     before = state(model)
     for round_ in range(1000):
         edits.apply(model, pair[round_ % 3]).undo()
+    assert_same_state(model, before)
+
+
+# --- what can be wrong with a file ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one(model, monkeypatch):
+    widen_bands(monkeypatch)
+    return rome.edit(model, FACT, QUICK, moments.estimate(model, 1, settings=MomentSettings(tokens=600, context=32)))
+
+
+@pytest.mark.parametrize("share", [number / 40 for number in range(40)])
+def test_a_file_cut_short_anywhere_is_refused(share, one, tmp_path):
+    path = edits.save(one, tmp_path / "edit.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(files.FileError, match="truncated or no safetensors"):
+        edits.load(path)
+
+
+@pytest.mark.parametrize("at", [number / 20 for number in range(20)])
+def test_a_file_with_one_byte_changed_is_refused_or_says_the_same(at, one, tmp_path):
+    path = edits.save(one, tmp_path / "edit.safetensors")
+    whole = bytearray(path.read_bytes())
+    whole[int(at * len(whole))] ^= 0x11
+    path.write_bytes(bytes(whole))
+    with pytest.raises(files.FileError):
+        edits.load(path)
+
+
+def nan(tensors, record):
+    tensors["0.step"][0] = float("nan")
+
+
+def infinite(tensors, record):
+    tensors["0.u"][-1] = float("inf")
+
+
+SPOILT = {
+    "nan": (nan, "NaN or infinity"),
+    "infinity": (infinite, "NaN or infinity"),
+    "matrix": (lambda tensors, record: tensors.update({"0.u": torch.zeros(4, 4)}), "no vectors"),
+    "scalar": (lambda tensors, record: tensors.update({"0.u": torch.tensor(1.0)}), "no vectors"),
+    "no u": (lambda tensors, record: tensors.pop("0.u"), "not whole"),
+    "no step": (lambda tensors, record: tensors.pop("0.step"), "not whole"),
+    "no changes": (lambda tensors, record: record.update(changes=[]), "without changes"),
+    "changes no list": (lambda tensors, record: record.update(changes=3), "not whole"),
+    "change without layer": (lambda tensors, record: record["changes"][0].pop("layer"), "not whole"),
+    "layer no number": (lambda tensors, record: record["changes"][0].update(layer="../../etc"), "not whole"),
+    "divisor no number": (lambda tensors, record: record["changes"][0].update(divisor=None), "not whole"),
+    "more changes than tensors": (
+        lambda tensors, record: record["changes"].append({"layer": 1, "divisor": 1.0}),
+        "not whole",
+    ),
+    "fact no object": (lambda tensors, record: record.update(fact="../../fact"), "not whole"),
+    "no prompt": (lambda tensors, record: record["fact"].pop("prompt"), "not whole"),
+    "no weight hash": (lambda tensors, record: record["origin"].pop("weight_hash"), "not whole"),
+    "weight hash null": (lambda tensors, record: record["origin"].update(weight_hash=None), "not whole"),
+    "no norm": (lambda tensors, record: record["report"].pop("update_norm"), "not whole"),
+    "nothing measured": (lambda tensors, record: record.update(before={}), "not whole"),
+    "no reasons": (lambda tensors, record: record.pop("reasons"), "not whole"),
+    "no settings": (lambda tensors, record: record.pop("settings"), "not whole"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_file_that_holds_what_no_edit_holds_is_refused(name, one, tmp_path):
+    spoil, message = SPOILT[name]
+    path = edits.save(one, tmp_path / "edit.safetensors")
+    tensors, record = files.read(path, "edit")
+    spoil(tensors, record)
+    with pytest.raises(files.FileError, match=message):
+        edits.load(files.write(path, "edit", tensors, record))
+
+
+def test_an_edit_of_other_shapes_or_layers_is_refused_by_the_model(model, one):
+    before = state(model)
+    long = replace(one, changes=(replace(one.changes[0], u=torch.ones(7)),))
+    with pytest.raises(rank_one.RankOneError, match="another model"):
+        edits.apply(model, long)
+    deep = replace(one, changes=(replace(one.changes[0], layer=40),))
+    with pytest.raises(models.ModelError, match="from 0 to 3"):
+        edits.apply(model, deep)
     assert_same_state(model, before)

@@ -561,26 +561,6 @@ def test_a_file_that_is_no_edit_is_refused(edit, tmp_path):
         edits.load(path)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda tensors, record: record.pop("fact"), "KeyError 'fact'"),
-        (lambda tensors, record: record.update(changes=[]), "without changes"),
-        (lambda tensors, record: record.update(changes="x"), "not whole"),
-        (lambda tensors, record: record.update(origin={}), "weight_hash"),
-        (lambda tensors, record: tensors.pop("0.u"), "0.u"),
-        (lambda tensors, record: tensors["0.u"].fill_(float("nan")), "NaN or infinity"),
-        (lambda tensors, record: tensors.update({"0.step": torch.zeros(2, 2)}), "no vectors"),
-    ],
-)
-def test_an_edit_file_with_a_spoilt_record_is_refused(spoil, message, edit, tmp_path):
-    path = edits.save(edit, tmp_path / "edit.safetensors")
-    tensors, record = files.read(path, "edit")
-    spoil(tensors, record)
-    with pytest.raises(files.FileError, match=message):
-        edits.load(files.write(path, "edit", tensors, record))
-
-
 def test_a_file_of_a_newer_format_is_refused(edit, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_FORMAT", 99)
     path = edits.save(edit, tmp_path / "edit.safetensors")
