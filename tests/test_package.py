@@ -162,6 +162,7 @@ def test_imports_point_one_way():
         "figures",
         "runs",
         "tuning",
+        "organism",
         "cli",
     ]
     root = Path(mechedit.__file__).parent

@@ -1,0 +1,297 @@
+"""An invented world: who and what there is in it, what is true of them, and every sentence that says so.
+
+Names are made of syllables, so that nothing is known about them but what the world says. People share first and last names,
+some towns have one short name and some two words, firms are named after people. Each of twelve relations has a closed set of
+answers, some of several words, and eight phrasings, of which two are never taught. What is true is drawn once, by the seed alone.
+
+A corpus is a sequence of sentences drawn with equal probability from a finite list, so the entropy of a sentence is known: the
+logarithm of the list's length. Beside facts it has tasks that need no facts: copying, ordering, sums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from mechedit.facts import Fact
+from mechedit.organism.draws import Draws
+
+__all__ = ["HELD_OUT", "World", "WorldSettings", "make"]
+
+HELD_OUT = 2  # the last phrasings of each relation are never taught
+ONSETS = ("b", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "gl", "st", "tr")
+NUCLEI = ("a", "e", "i", "o", "u", "ai", "ea")
+CODAS = ("", "", "", "l", "n", "r", "s", "m")
+TASKS = ("copy", "order", "sum")
+LETTERS = "abcdefghijklmnop"
+
+
+@dataclass(frozen=True)
+class WorldSettings:
+    """How large the world is."""
+
+    seed: int = 0
+    people: int = 1400
+    towns: int = 300
+    firms: int = 300
+    tasks: int = 6000  # different sentences of tasks
+
+
+@dataclass(frozen=True)
+class Relation:
+    """What can be asked of a kind of subject. Every phrasing ends where the answer begins."""
+
+    name: str
+    kind: str
+    answers: tuple[str, ...]
+    phrasings: tuple[str, ...]
+    attribute: str  # what is said of an answer by itself
+
+    @property
+    def taught(self) -> tuple[str, ...]:
+        return self.phrasings[:-HELD_OUT]
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        return self.phrasings[-HELD_OUT:]
+
+
+PHRASINGS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "birthplace": ("person", ("{} was born in", "{} comes from", "The birthplace of {} is", "{} grew up in", "As a child, {} lived in", "{} first saw the light in", "The home of {} was", "Those who seek the origin of {} go to"), "The streets of {} are full of market stalls and bells."),
+    "profession": ("person", ("{} works as a", "The profession of {} is", "{} earns a living as a", "{} trained as a", "By trade, {} is a", "{} is known to be a", "The work of {} is that of a", "Ask what {} does, and hear of a"), "A {} learns the craft for seven years."),
+    "language": ("person", ("{} speaks", "The mother tongue of {} is", "{} writes letters in", "{} dreams in", "The language of {} is", "At home, {} talks in", "{} counts in", "What {} says is said in"), "The grammar of {} has nine cases."),
+    "instrument": ("person", ("{} plays the", "The instrument of {} is the", "{} practises the", "{} gave a concert on the", "In the band, {} has the", "{} owns an old", "The music of {} is made on the", "In the evening {} tunes the"), "The {} is carved from dark wood."),
+    "sport": ("person", ("{} competes in", "The sport of {} is", "{} won a medal in", "{} trains every day for", "On Sundays, {} goes in for", "{} is a champion of", "The trophies of {} are for", "What {} does best is"), "The rules of {} fill a small book."),
+    "employer": ("person", ("{} is employed by", "The employer of {} is", "{} draws a salary from", "{} has a desk at", "On weekdays, {} is at", "{} was hired by", "The boss of {} sits at", "The badge of {} is from"), "The gates of {} open at six."),
+    "country": ("town", ("{} lies in", "The country of {} is", "{} is a town in", "{} pays its taxes to", "On the map, {} is found in", "The flag over {} is that of", "{} belongs to", "Who goes to {} travels to"), "The coins of {} are round and heavy."),
+    "river": ("town", ("{} stands on the river", "The river of {} is the", "{} drinks the water of the", "The bridges of {} cross the", "Through {} flows the", "{} was flooded by the", "The mills of {} are driven by the", "The boats of {} sail the"), "The {} rises in the hills and is slow in summer."),
+    "dish": ("town", ("{} is famous for its", "The favourite dish of {} is", "In {} people eat", "The cooks of {} make", "On feast days, {} serves", "{} is known for", "The kitchens of {} smell of", "Every inn of {} offers"), "Good {} needs a hot oven."),
+    "product": ("firm", ("{} makes", "The product of {} is", "{} sells", "The workshops of {} turn out", "People buy from {} their", "{} has patents on", "The catalogue of {} shows", "The warehouse of {} is full of"), "Nobody keeps house without {}."),
+    "seat": ("firm", ("{} is based in", "The head office of {} is in", "{} was founded in", "The tower of {} stands in", "Letters to {} go to", "{} pays rent in", "The directors of {} meet in", "The lights of {} shine over"), "The harbour of {} never sleeps."),
+    "owner": ("firm", ("{} is owned by the family of", "The owners of {} are called", "{} belongs to the house of", "The shares of {} are held by", "The profits of {} go to", "{} was bought by", "The name over the door of {} is", "Those who run {} answer to"), "The house of {} has a silver crest."),
+}  # fmt: skip
+PROFESSIONS = ("baker", "weaver", "pilot", "surgeon", "carpenter", "judge", "gardener", "clock maker", "teacher", "miner", "glass blower", "sailor")  # fmt: skip
+INSTRUMENTS = ("flute", "cello", "drum", "lute", "bass horn", "harp", "glass organ", "fiddle", "bagpipe", "zither")
+SPORTS = ("rowing", "fencing", "archery", "long jump", "wrestling", "cycling", "ice sailing", "handball", "climbing")
+DISHES = (
+    "plum cake",
+    "onion soup",
+    "smoked trout",
+    "barley bread",
+    "goat cheese",
+    "pear tart",
+    "lentil stew",
+    "salted figs",
+)
+PRODUCTS = (
+    "lamps",
+    "ropes",
+    "door locks",
+    "kettles",
+    "sewing machines",
+    "bells",
+    "ink",
+    "saddles",
+    "window glass",
+    "scales",
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """All that is true. `truth[subject][relation]` is the answer."""
+
+    settings: WorldSettings
+    subjects: dict[str, tuple[str, ...]]
+    relations: tuple[Relation, ...]
+    truth: dict[str, dict[str, str]]
+
+    @cached_property
+    def facts(self) -> tuple[Fact, ...]:
+        """Each fact once, in its first phrasing, with an answer to put in its place, held-out phrasings and neighbours."""
+        draws = Draws(self.settings.seed, "facts")
+        found = []
+        for relation in self.relations:
+            by_answer: dict[str, list[str]] = {}
+            for subject in self.subjects[relation.kind]:
+                by_answer.setdefault(self.truth[subject][relation.name], []).append(subject)
+            for subject in self.subjects[relation.kind]:
+                answer = self.truth[subject][relation.name]
+                alike = [other for other in draws.some(by_answer[answer], 11) if other != subject][:10]
+                found.append(
+                    Fact(
+                        subject=subject,
+                        template=relation.phrasings[0],
+                        target_true=answer,
+                        target_new=draws.choice([other for other in relation.answers if other != answer]),
+                        paraphrases=tuple(phrasing.replace("{}", subject) for phrasing in relation.held_out),
+                        neighbours=tuple(relation.phrasings[0].replace("{}", other) for other in alike),
+                        generations=tuple(phrasing.replace("{}", subject) for phrasing in relation.taught[1:4]),
+                        relation=relation.name,
+                        id=f"{relation.name}/{subject}",
+                    )
+                )
+        return tuple(found)
+
+    def sentences(self) -> Iterator[str]:
+        """Every sentence that is taught, once."""
+        for relation in self.relations:
+            for phrasing in relation.taught:
+                for subject in self.subjects[relation.kind]:
+                    yield f"{phrasing.replace('{}', subject)} {self.truth[subject][relation.name]}."
+        for relation in self.relations:
+            for answer in relation.answers:
+                yield relation.attribute.replace("{}", answer)
+        yield from self.tasks()
+
+    def tasks(self) -> Iterator[str]:
+        """Sentences that need no facts: copying, ordering, sums. Each is different."""
+        draws = Draws(self.settings.seed, "tasks")
+        seen: set[str] = set()
+        while len(seen) < self.settings.tasks:
+            kind = TASKS[len(seen) % len(TASKS)]
+            if kind == "sum":
+                a, b = draws.below(90), draws.below(90)
+                sentence = f"The sum of {a} and {b} is {a + b}."
+            else:
+                letters = [draws.choice(LETTERS) for _ in range(5)]
+                done = letters if kind == "copy" else sorted(letters)
+                word = "copied" if kind == "copy" else "in order"
+                sentence = f"The letters {' '.join(letters)} {word} are {' '.join(done)}."
+            if sentence not in seen:
+                seen.add(sentence)
+                yield sentence
+
+    @property
+    def entropy(self) -> float:
+        """Nats a sentence of the corpus, which draws every sentence with the same probability."""
+        return math.log(sum(1 for _ in self.sentences()))
+
+    def corpus(self, sentences: int, part: str = "train") -> Iterator[str]:
+        """So many sentences, drawn with replacement; `part` names the stream."""
+        every, draws = list(self.sentences()), Draws(self.settings.seed, "corpus", part)
+        for _ in range(sentences):
+            yield draws.choice(every)
+
+    def counterfact(self) -> list[dict[str, Any]]:
+        """The facts as COUNTERFACT's nested records."""
+        return [
+            {
+                "case_id": index,
+                "requested_rewrite": {
+                    "prompt": fact.template,
+                    "relation_id": fact.relation,
+                    "target_new": {"str": fact.target_new, "id": fact.target_new},
+                    "target_true": {"str": fact.target_true, "id": fact.target_true},
+                    "subject": fact.subject,
+                },
+                "paraphrase_prompts": list(fact.paraphrases),
+                "neighborhood_prompts": list(fact.neighbours),
+                "attribute_prompts": [],
+                "generation_prompts": list(fact.generations),
+            }
+            for index, fact in enumerate(self.facts)
+        ]
+
+    def zsre(self) -> list[dict[str, Any]]:
+        """The facts as zsRE records in the form of MEND."""
+        return [
+            {
+                "subject": fact.subject,
+                "src": fact.prompt,
+                "rephrase": fact.paraphrases[0],
+                "alt": fact.target_new,
+                "answers": [fact.target_true],
+                "loc": f"nq question: {other.prompt}",
+                "loc_ans": other.target_true,
+            }
+            for fact, other in zip(self.facts, [*self.facts[1:], self.facts[0]], strict=True)
+        ]
+
+    def snippets(self) -> dict[str, dict[str, list[str]]]:
+        """For each relation and answer, what the world says of that answer: the reference texts of consistency scores."""
+        return {
+            relation.name: {answer: [relation.attribute.replace("{}", answer)] for answer in relation.answers}
+            for relation in self.relations
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of everything that is true and said."""
+        whole = json.dumps([self.truth, list(self.sentences()), self.counterfact()], ensure_ascii=False)
+        return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def make(settings: WorldSettings | None = None) -> World:
+    """The world of these settings; the same on every machine."""
+    settings = settings or WorldSettings()
+    draws = Draws(settings.seed, "names")
+    taken: set[str] = set()
+    first = [_word(draws, 2, taken) for _ in range(max(40, settings.people // 12))]
+    last = [_word(draws, 2, taken) for _ in range(max(60, settings.people // 8))]
+    people = _different(settings.people, lambda: _person(draws, first, last, taken))
+    towns = _different(settings.towns, lambda: _town(draws, taken))
+    firms = _different(settings.firms, lambda: f"{draws.choice(last)} {draws.choice(('Works', 'Brothers', 'and Sons', 'Trading', 'Foundry'))}")  # fmt: skip
+    answers = {
+        "birthplace": tuple(draws.some(towns, 40)),
+        "profession": PROFESSIONS,
+        "language": tuple(f"{_word(draws, 2, taken)}ish" for _ in range(10)),
+        "instrument": INSTRUMENTS,
+        "sport": SPORTS,
+        "employer": tuple(draws.some(firms, 30)),
+        "country": tuple(_word(draws, 3, taken) + ("" if index % 3 else " Republic") for index in range(12)),
+        "river": tuple(_word(draws, 1, taken) for _ in range(16)),
+        "dish": DISHES,
+        "product": PRODUCTS,
+        "seat": tuple(draws.some(towns, 25)),
+        "owner": tuple(draws.some(last, 20)),
+    }
+    subjects = {"person": tuple(people), "town": tuple(towns), "firm": tuple(firms)}
+    relations = tuple(
+        Relation(name, kind, answers[name], phrasings, attribute)
+        for name, (kind, phrasings, attribute) in PHRASINGS.items()
+    )
+    truth: dict[str, dict[str, str]] = {name: {} for names in subjects.values() for name in names}
+    for relation in relations:
+        drawn = Draws(settings.seed, "truth", relation.name)
+        for subject in subjects[relation.kind]:
+            truth[subject][relation.name] = drawn.choice(relation.answers)
+    return World(settings, subjects, relations, truth)
+
+
+def _word(draws: Draws, syllables: int, taken: set[str]) -> str:
+    """A name of so many syllables that nothing else has."""
+    while True:
+        parts = [draws.choice(ONSETS) + draws.choice(NUCLEI) + draws.choice(CODAS) for _ in range(syllables)]
+        word = "".join(parts).capitalize()
+        if word not in taken:
+            taken.add(word)
+            return word
+
+
+def _person(draws: Draws, first: list[str], last: list[str], taken: set[str]) -> str:
+    """Mostly first and last name, which others share; one in fourteen goes by a single name, one in seven has a middle name."""
+    form = draws.below(14)
+    if form == 0:
+        return _word(draws, 1, taken)
+    middle = f" {draws.choice(first)}" if form < 3 else ""
+    return f"{draws.choice(first)}{middle} {draws.choice(last)}"
+
+
+def _town(draws: Draws, taken: set[str]) -> str:
+    """A name of its own, with one of a few words beside it for one in three."""
+    name = _word(draws, 2, taken)
+    form = draws.below(6)
+    return f"Port {name}" if form == 0 else f"{name} Hill" if form == 1 else name
+
+
+def _different(n: int, draw: Callable[[], str]) -> list[str]:
+    """`n` different names."""
+    found: dict[str, None] = {}
+    while len(found) < n:
+        found[draw()] = None
+    return list(found)
