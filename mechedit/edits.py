@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Edit:
             "settings": self.settings,
             "origin": self.origin,
             "versions": self.versions,
-        }
+        } | ({"parts": self.details["parts"]} if self.method == COMPOSED else {})
 
 
 _RECORD = (
@@ -125,9 +125,14 @@ def load(path: str | Path) -> Edit:
             for index, each in enumerate(record["changes"])
         )
         edit = Edit(changes=changes, **{name: record[name] for name in _RECORD} | {"reasons": tuple(record["reasons"])})
-        needed = [edit.origin["weight_hash"], edit.fact["prompt"], edit.report["update_norm"]]
-        if edit.method != COMPOSED:  # whose parts were measured, each alone
-            needed += [edit.report["relative_norm"], edit.before["p_new"], edit.after["p_new"]]
+        needed = [edit.origin["weight_hash"], edit.fact["prompt"]]
+        if changes and edit.method != COMPOSED:  # whose parts were measured, each alone
+            needed += [
+                edit.report["update_norm"],
+                edit.report["relative_norm"],
+                edit.before["p_new"],
+                edit.after["p_new"],
+            ]
         if None in needed:
             raise TypeError("a value that may not be null is")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -182,7 +187,11 @@ def apply(model: HookedModel, *edits: Edit, force: bool = False) -> Applied:
     """
     if not force:
         check(model, edits)
-    changes = [change for edit in edits for change in edit.changes]
+    return _write(model, [change for edit in edits for change in edit.changes])
+
+
+def _write(model: HookedModel, changes: Sequence[RankOneEdit]) -> Applied:
+    """Write all changes, or none."""
     originals = {change.layer: models.W_out(model, change.layer).detach().clone() for change in changes}
     try:
         for change in changes:
@@ -205,13 +214,15 @@ def edited(model: HookedModel, *edits: Edit, force: bool = False) -> Iterator[No
 
 @torch.no_grad()
 def revert(model: HookedModel, *edits: Edit) -> None:
-    """Take edits out of a model that was loaded with them in, an exported one, say. Exact up to rounding; `Applied.undo` is exact.
+    """Take edits out of a model that was loaded with them in, an exported one, say: all or none, exact up to rounding.
+
+    That they are in it is the caller's word; `Applied.undo` is for edits that were applied here, and exact.
 
     Raises:
         RankOneError: an edit does not fit the model's shapes.
     """
-    for change in [change for edit in edits for change in edit.changes]:
-        rank_one.write_(model, RankOneEdit(change.layer, change.u, -change.step, change.divisor))
+    changes = [change for edit in edits for change in edit.changes]
+    _write(model, [replace(change, step=-change.step) for change in changes])
 
 
 def compose(*edits: Edit) -> Edit:
@@ -238,7 +249,7 @@ def compose(*edits: Edit) -> Edit:
         method=COMPOSED,
         changes=changes,
         fact=first.fact,
-        report={"update_norm": sum(_inner(each, each) for each in by_layer) ** 0.5},
+        report={"update_norm": sum(_norm(each) ** 2 for each in by_layer) ** 0.5},
         before={},
         after={},
         origin=first.origin,
@@ -270,15 +281,15 @@ def diff(first: Edit, second: Edit) -> list[Overlap]:
     found = []
     for layer in sorted({change.layer for change in first.changes} & {change.layer for change in second.changes}):
         mine, theirs = ([change for change in edit.changes if change.layer == layer] for edit in (first, second))
-        sizes = [_inner(each, each) ** 0.5 for each in (mine, theirs)]
+        sizes = [_norm(each) for each in (mine, theirs)]
         single = len(mine) == len(theirs) == 1
         found.append(
             Overlap(
                 layer,
                 _cosine(mine[0].u, theirs[0].u) if single else float("nan"),
                 _cosine(mine[0].step, theirs[0].step) if single else float("nan"),
-                _inner(mine, theirs) / (sizes[0] * sizes[1]),
-                sizes[1] / sizes[0],
+                _inner(mine, theirs) / (sizes[0] * sizes[1]) if all(sizes) else float("nan"),
+                sizes[1] / sizes[0] if sizes[0] else float("nan"),
             )
         )
     return found
@@ -289,6 +300,11 @@ def _inner(first: Sequence[RankOneEdit], second: Sequence[RankOneEdit]) -> float
     return sum(
         float(a.u.double() @ b.u.double()) * float(a.step.double() @ b.step.double()) for a in first for b in second
     )
+
+
+def _norm(changes: Sequence[RankOneEdit]) -> float:
+    """Its root; rounding can put the square of nothing below zero."""
+    return max(0.0, _inner(changes, changes)) ** 0.5
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

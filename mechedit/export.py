@@ -11,7 +11,10 @@ Hugging Face's parameter is found by its values, not by a table of names: it is 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,11 @@ import torch
 from torch import Tensor
 
 from mechedit import edits, models, provenance
-from mechedit.cache import atomic_write, check_writable
+from mechedit.cache import check_writable
 from mechedit.edits import Edit, EditError
 from mechedit.models import HookedModel
 
-__all__ = ["adapter", "checkpoint"]
+__all__ = ["adapter", "check_folder", "checkpoint"]
 
 
 def checkpoint(
@@ -37,7 +40,7 @@ def checkpoint(
         EditError: an edit was made for other weights (and `force` is not given), or no parameter equals the model's `W_out`.
         WriteError: the folder cannot be written.
     """
-    folder = _new_folder(folder)
+    folder = check_folder(folder)
     if not force:
         edits.check(model, edited)
     plain, tokenizer = models.hugging_face(name, next(model.parameters()).dtype)
@@ -46,8 +49,9 @@ def checkpoint(
         for layer, (_, parameter, transposed) in places.items():
             weight = models.W_out(model, layer)
             parameter.copy_(weight.T if transposed else weight)
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with _whole(folder) as temporary:
+        plain.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
     return folder
 
 
@@ -60,7 +64,7 @@ def adapter(model: HookedModel, name: str, edited: Sequence[Edit], folder: str |
     """
     from safetensors.torch import save_file
 
-    folder = _new_folder(folder)
+    folder = check_folder(folder)
     if not force:
         edits.check(model, edited)
     plain, _ = models.hugging_face(name, next(model.parameters()).dtype)
@@ -94,22 +98,42 @@ def adapter(model: HookedModel, name: str, edited: Sequence[Edit], folder: str |
         "bias": "none",
         "inference_mode": True,
     }
-    with atomic_write(folder / "adapter_model.safetensors") as temporary:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, {"format": "pt"})
-    _write_json(folder / "adapter_config.json", config)
-    _write_json(
-        folder / "mechedit.json", {"versions": provenance.versions(), "edits": [edit.to_json() for edit in edited]}
-    )
+    with _whole(folder) as temporary:
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()},
+            temporary / "adapter_model.safetensors",
+            {"format": "pt"},
+        )
+        record = {"versions": provenance.versions(), "edits": [edit.to_json() for edit in edited]}
+        for name, content in (("adapter_config", config), ("mechedit", record)):
+            (temporary / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     return folder
 
 
-def _new_folder(folder: str | Path) -> Path:
-    """A folder that can be written and holds no file yet, so that nothing of another model is mixed in."""
+def check_folder(folder: str | Path) -> Path:
+    """The folder, if it can be written and holds no file yet, so that nothing of another model is mixed in.
+
+    Raises:
+        EditError: it is not empty.
+        WriteError: it cannot be written.
+    """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise EditError(f"{folder} is not empty; export into a new folder.")
     check_writable(folder / "config.json")
     return folder
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder that becomes `folder` if the body ends without an error."""
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield temporary
+        temporary.chmod(folder.stat().st_mode)
+        temporary.replace(folder)  # which is there, and empty
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _layers(edited: Sequence[Edit]) -> list[int]:
@@ -131,8 +155,3 @@ def _parameter(plain: Any, model: HookedModel, layer: int) -> tuple[str, Tensor,
         f"no parameter of block {layer} of the Hugging Face model equals W_out of {model.cfg.model_name}: it is another model, or "
         "it is edited. Load it afresh."
     )
-
-
-def _write_json(path: Path, record: Any) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

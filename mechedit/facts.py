@@ -202,7 +202,6 @@ def _zsre(record: dict[str, Any], index: int) -> Fact | None:
         target_true=record["answers"][0],
         target_new=record["alt"],
         paraphrases=(record["rephrase"],),
-        neighbours=(record["loc"],),
         id=str(record.get("case_id", index)),
     )
 

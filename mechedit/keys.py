@@ -21,13 +21,14 @@ from mechedit.corruption import generator
 from mechedit.facts import Fact, FactError
 from mechedit.generation import sample
 from mechedit.interventions import intervened, read
-from mechedit.models import HookedModel, weight_hash
+from mechedit.models import HookedModel, fingerprint
 from mechedit.prompts import check_length, encode, pad, resolve_bos, subject_span
 from mechedit.settings import RomeSettings
 
 __all__ = ["Context", "contexts", "prefixes", "subject_keys"]
 
 TOP_K = 5
+RULE = "top 5, joined by full stops"  # of the prefixes; part of the cache's key
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,11 @@ def prefixes(model: HookedModel, settings: RomeSettings) -> tuple[str, ...]:
     """The empty prefix and the sampled ones, in a fixed order, seeded by the settings; sampled once, and kept in the cache."""
     if not settings.prefixes:
         return ("",)
-    path = cache.root() / "prefixes" / f"{cache.content_key(weight_hash(model), settings.prefixes, settings.seed)}.json"
+    path = (
+        cache.root()
+        / "prefixes"
+        / f"{cache.content_key(RULE, fingerprint(model), settings.prefixes, settings.seed)}.json"
+    )
     if path.is_file():
         with suppress(ValueError):  # damaged: sampled again below
             return tuple(json.loads(path.read_text(encoding="utf-8")))

@@ -46,8 +46,10 @@ __all__ = [
     "device_of",
     "embed",
     "embedding_std",
+    "fingerprint",
     "frozen",
     "has_post_mlp_norm",
+    "hugging_face",
     "listing",
     "load",
     "mlp_module",
@@ -70,6 +72,7 @@ PARITY = 1e-4
 
 
 UNEMBED_ROWS = 128  # rows of logits held at once, where they are held
+FINGERPRINTS = 1024  # numbers of each parameter
 VOCABULARY_PART = 8192  # columns of the unembedding multiplied at once
 
 
@@ -487,6 +490,21 @@ def weight_hash(model: HookedModel) -> str:
             digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     some = torch.arange(0, int(model.cfg.d_vocab), max(1, int(model.cfg.d_vocab) // 64), device=device_of(model))
     digest.update(embed(model, some[None]).float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def fingerprint(model: HookedModel) -> str:
+    """SHA-256 of some numbers of every parameter, and of its format: whether what was computed with this model still holds.
+
+    Unlike `weight_hash` it sees every part of the model, and it depends on the model class.
+    """
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, parameter in sorted(model.named_parameters()):
+        step = max(1, parameter.numel() // FINGERPRINTS)  # through memory, whatever the layout
+        some = parameter.detach().as_strided((parameter.numel() // step,), (step,))
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(some.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -2,7 +2,7 @@
 
     C = E[k k^T]        over the keys k (post-activations, [d_mlp]) of one block on text
 
-Text comes from files or from a dataset of the Hugging Face hub, streamed, or is sampled from the model itself where the user
+Text comes from files, or from a dataset of the Hugging Face hub, piece by piece, or is sampled from the model itself where the user
 has none (the offline default). It is one stream, cut into windows of equal length, so nothing is padded. Keys of BOS are left
 out: every text has the same one, and it is far from all others. Each batch's product is float32, the sum of batches float64.
 
@@ -33,7 +33,7 @@ from mechedit.corruption import generator
 from mechedit.errors import MecheditError
 from mechedit.generation import sample
 from mechedit.interventions import intervened, read
-from mechedit.models import HookedModel, W_out, device_of
+from mechedit.models import HookedModel, W_out, device_of, fingerprint
 from mechedit.progress import Progress, silent
 from mechedit.prompts import encode, resolve_bos
 from mechedit.settings import MomentSettings
@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 BATCH_TOKENS = 4096
+SAMPLED = "sampled from the model"
 CHECKPOINT_SECONDS = 60.0
 RULE = "one stream in windows, BOS not counted"  # of what is a key; part of the cache's key
 
@@ -152,7 +153,7 @@ def estimate_layers(
     """C of several blocks from one pass over the text; errors as in `estimate`."""
     settings = _resolved(model, layers, settings or MomentSettings())
     source, origin = _source(texts), provenance.origin(model)
-    rest = (origin["weight_hash"], source, settings, origin["dtype"], RULE)
+    rest = (fingerprint(model), source, settings, RULE)
     places = {layer: cache.root() / "moments" / f"{cache.content_key(layer, *rest)}.safetensors" for layer in layers}
     found = {layer: moment for layer, path in places.items() if (moment := _cached(path)) is not None}
     wanted = [layer for layer in layers if layer not in found]
@@ -167,6 +168,8 @@ def estimate_layers(
             )
         for layer, total in sums.totals.items():
             C = total / sums.keys
+            if not bool(C.isfinite().all()):
+                raise MomentError(f"keys of block {layer} hold NaN or infinity; in float16, load the model in float32.")
             _check_enough(len(C), sums.keys, settings)
             cond = condition(C)
             found[layer] = Moment(layer, C, sums.keys, cond, source, settings, origin, provenance.versions())
@@ -193,22 +196,36 @@ def merge(moments: Sequence[Moment]) -> Moment:
         ):
             if mine != theirs:
                 raise MomentError(f"moments that are merged must have one {what}; found {mine} and {theirs}.")
-    texts: dict[str, list[int]] = {}
+    texts: dict[str, list[Moment]] = {}
     for each in moments:
-        whole = replace(each.settings, part=0)
-        texts.setdefault(f"{each.source} {cache.content_key(whole)}", []).append(each.settings.part)
-    for each in moments:
-        parts = sorted(texts[f"{each.source} {cache.content_key(replace(each.settings, part=0))}"])
-        if parts != list(range(each.settings.parts)):
+        texts.setdefault(_text(each), []).append(each)
+    for text, same in texts.items():
+        if len({cache.content_key(replace(each.settings, part=0)) for each in same}) > 1:
+            raise MomentError(f"the same text would count twice, in different numbers of keys or parts: {text}.")
+        parts = sorted(each.settings.part for each in same)
+        if parts != list(range(same[0].settings.parts)):
             raise MomentError(
-                f"each of the {each.settings.parts} parts of a text must be there exactly once; found {parts} (counted from 0)."
+                f"each of the {same[0].settings.parts} parts of a text must be there exactly once; found {parts} (counted from 0)."
             )
+    names = [name for text in texts for name in _names(text)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise MomentError(f"the same text would count twice, as a part of several: {', '.join(twice)}.")
     keys = sum(each.keys for each in moments)
     C = sum((each.C * each.keys for each in moments), torch.zeros_like(first.C)) / keys
-    sources = sorted({each.source for each in moments})
-    source = sources[0] if len(sources) == 1 else "merged: " + "; ".join(sources)
+    source = first.source if len(texts) == 1 else "merged: " + "; ".join(sorted(texts))
     settings = replace(first.settings, part=0, parts=1, tokens=keys)
     return Moment(first.layer, C, keys, condition(C), source, settings, first.origin, provenance.versions())
+
+
+def _text(moment: Moment) -> str:
+    """Which text a moment is of: its source, with the seed where that makes the text."""
+    return f"{moment.source} with seed {moment.settings.seed}" if moment.source == SAMPLED else moment.source
+
+
+def _names(text: str) -> list[str]:
+    """The single files, datasets or samples of which a text consists."""
+    whole = text.removeprefix("merged: ").split("; ")
+    return [name for part in whole for name in (part.split()[1:] if part.startswith("texts ") else [part])]
 
 
 def read_published(path: str | Path, model: HookedModel, layer: int) -> Moment:
@@ -223,7 +240,7 @@ def read_published(path: str | Path, model: HookedModel, layer: int) -> Moment:
     try:
         with np.load(path, allow_pickle=False) as file:
             total, keys = file["mom2.mom2"], int(file["mom2.count"])
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise MomentError(f"{path} is no .npz of second moments with mom2.mom2 and mom2.count ({error}).") from error
     if total.shape != (d_mlp, d_mlp) or keys < 1 or not np.isfinite(total).all():
         raise MomentError(
@@ -274,10 +291,10 @@ def condition(C: Float[Tensor, "d_mlp d_mlp"]) -> float:
 def _source(texts: Sequence[Text]) -> str:
     """What the text is, by content: hashes of files, fingerprints of datasets."""
     if not texts:
-        return "sampled from the model"
+        return SAMPLED
     try:
         names = [
-            f"{each.name}/{each.config}/{each.split}/{each.column} {_dataset(each)._fingerprint}"
+            f"{each.name}/{each.config}/{each.split}/{each.column}/{_dataset(each)._fingerprint}".replace(" ", "_")
             if isinstance(each, Corpus)
             else cache.file_hash(Path(each))
             for each in texts
@@ -294,7 +311,7 @@ def _dataset(corpus: Corpus) -> Any:
     try:
         rows = datasets.load_dataset(corpus.name, corpus.config, split=corpus.split, revision=corpus.revision)
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise MomentError(f"the dataset {corpus.name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise MomentError(f"the dataset {corpus.name!r} cannot be loaded: {error}") from error
     if corpus.column not in rows.column_names:
         raise MomentError(
             f"the dataset {corpus.name!r} has no column {corpus.column!r}; it has {', '.join(rows.column_names)}."
@@ -336,7 +353,8 @@ def _encoded(model: HookedModel, text: Text) -> Iterator[list[int]]:
     """The tokens of a text, in pieces that end with a line, or of a dataset, row by row."""
     if isinstance(text, Corpus):
         for row in _dataset(text):
-            yield encode(model, str(row[text.column]), prepend_bos=False)[0]
+            if row[text.column]:
+                yield encode(model, str(row[text.column]), prepend_bos=False)[0]
         return
     try:
         with Path(text).open(encoding="utf-8") as file:
@@ -412,5 +430,5 @@ def _with(sums: Sums, kept: dict[int, Tensor], take: int, index: int, skip: int)
     totals = {}
     for layer, total in sums.totals.items():
         keys = kept[layer][:, skip:].flatten(0, 1)[:take].float()
-        totals[layer] = total + (keys.T @ keys).double().cpu()
+        totals[layer] = total + (keys.T @ keys).cpu().double()
     return Sums(totals, sums.keys + take, index + 1)

@@ -28,7 +28,17 @@ from mechedit import models
 from mechedit.errors import MecheditError
 from mechedit.models import HookedModel
 
-__all__ = ["RankOneEdit", "RankOneError", "direction", "edited", "regularised", "solve", "solve_many", "write_"]
+__all__ = [
+    "RankOneEdit",
+    "RankOneError",
+    "direction",
+    "edited",
+    "insert",
+    "regularised",
+    "solve",
+    "solve_many",
+    "write_",
+]
 
 MAX_CONDITION = 1e10  # of the keys' correlations; beyond, few digits are left of what solve_many finds
 
@@ -94,21 +104,31 @@ def solve(
     averaged key and the bare prompt's, whose divisor can come near zero and break a model (Gupta et al. 2024).
 
     Raises:
-        RankOneError: NaN or infinity anywhere, a C that is not positive definite, or a divisor that is not positive.
+        RankOneError: NaN or infinity anywhere, a C that is not positive definite, or a divisor of zero.
     """
-    u = direction(key, C)
-    at = key if at is None else at
-    _check_finite(W_out=W_out, b_out=b_out, value=value, at=at)
-    W_out, b_out, value, at = (tensor.detach().cpu().double() for tensor in (W_out, b_out, value, at))
+    return insert(layer, W_out, b_out, direction(key, C), key if at is None else at, value)
+
+
+def insert(
+    layer: int,
+    W_out: Float[Tensor, "d_mlp d_model"],
+    b_out: Float[Tensor, " d_model"],
+    u: Float[Tensor, " d_mlp"],
+    at: Float[Tensor, " d_mlp"],
+    value: Float[Tensor, " d_model"],
+) -> RankOneEdit:
+    """The edit along `u` after which the key `at` returns `value`.
+
+    Raises:
+        RankOneError: NaN or infinity anywhere, or u @ at is zero.
+    """
+    _check_finite(W_out=W_out, b_out=b_out, value=value, at=at, u=u)
+    W_out, b_out, value, at, u = (tensor.detach().cpu().double() for tensor in (W_out, b_out, value, at, u))
     divisor = float(u @ at)
-    if divisor <= 0:
+    if divisor == 0:
         raise RankOneError(
-            f"the divisor u @ key must be positive, but it is {divisor:.3g}: "
-            + (
-                "the key is zero."
-                if not key.any()
-                else "the two keys of the published policy disagree. Use the averaged key for both."
-            )
+            "the divisor u @ key must not be zero, but it is: "
+            + ("the key is zero." if not at.any() else "the direction and the key have nothing in common.")
         )
     return RankOneEdit(layer, u, (value - (at @ W_out + b_out)) / divisor, divisor)
 
@@ -123,8 +143,7 @@ def solve_many(
 ) -> tuple[RankOneEdit, ...]:
     """The smallest change, in the metric of `C`, after which every key returns its value: `n` edits to be written together.
 
-    Each edit's `divisor` is what its own key alone would have, over what the other keys leave of it: 1 where keys are
-    orthogonal under C^-1, large where they nearly repeat each other.
+    Each edit's u @ key, its divisor, is 1 for its own key and 0 for the others.
 
     Raises:
         RankOneError: NaN or infinity, a C that is not positive definite, or keys that depend on each other.
@@ -140,13 +159,9 @@ def solve_many(
             f"the {len(keys)} keys must not depend on each other, but the condition of their correlations is {condition:.2g}. "
             "Edit facts with the same key one at a time, or leave one out."
         )
-    inverse = torch.linalg.inv(gram)
+    directions = torch.linalg.solve(gram, whitened)
     steps = values - (keys @ W_out + b_out)
-    crowding = (gram.diagonal() * inverse.diagonal()).tolist()
-    return tuple(
-        RankOneEdit(layer, u, step, divisor)
-        for u, step, divisor in zip(inverse @ whitened, steps, crowding, strict=True)
-    )
+    return tuple(RankOneEdit(layer, u, step) for u, step in zip(directions, steps, strict=True))
 
 
 def _check_finite(**tensors: Tensor) -> None:
@@ -171,8 +186,11 @@ def write_(model: HookedModel, edit: RankOneEdit) -> None:
             f"the edit is for a W_out of shape {[len(edit.u), len(edit.step)]}, but that of block {edit.layer} of "
             f"{model.cfg.model_name} is {list(W_out.shape)}. It was made for another model."
         )
-    change = torch.outer(edit.u.double(), edit.step.double()).to(W_out.device)
-    W_out.copy_(W_out.double() + change)  # in place: W_out may be a view, and setting W_out.data would change nothing
+    change = torch.outer(edit.u.cpu().double(), edit.step.cpu().double())
+    wide = W_out.cpu() if W_out.is_mps else W_out  # which has no float64
+    W_out.copy_(
+        wide.double() + change.to(wide.device)
+    )  # in place: W_out may be a view; setting W_out.data would change nothing
 
 
 @contextmanager

@@ -171,9 +171,7 @@ class MomentSettings:
 class RomeSettings:
     """How ROME finds k* and v* (section 3.1; constants as published unless a preset says otherwise)."""
 
-    layer: int = knob(
-        -1, "block whose W_out is edited, from 0; -1 means the model's preset, or the middle of the traced site"
-    )
+    layer: int = knob(-1, "block whose W_out is edited, from 0; -1 means the model's preset")
     clamp: float = knob(4.0, "longest allowed change of the value, in lengths of the original value")
     steps: int = knob(20, "Adam steps on v*")
     learning_rate: float = knob(0.5, "Adam's learning rate")

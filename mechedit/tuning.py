@@ -1,4 +1,4 @@
-"""Which layer, clamp and learning rate suit a model: found by tracing facts, then editing others, kept as they come.
+"""Which layer, clamp and learning rate suit a model: found by tracing some facts, then editing others, kept as they come.
 
 1. The facts that the model knows are traced: MLP windows at the subject's last token. The best layer of the average, and those
    `around` it, are the candidates.
@@ -74,42 +74,53 @@ def tune(
 ) -> Tuned:
     """Propose `RomeSettings` for a model: `base` with another layer, clamp and learning rate. Everything is kept in `folder`.
 
-    Of `facts`, the first that the model knows are traced, and the first with paraphrases and neighbours are edited.
+    Of `facts`, the first that the model knows are traced, and the first others with paraphrases and neighbours are edited.
 
     Raises:
         FactError: too few facts are known, or can be edited and scored.
         RunError: the folder holds a run of other settings.
     """
-    settings, folder = settings or TuneSettings(), Path(folder)
-    scored = [fact for fact in facts if fact.target_new and fact.target_true and fact.paraphrases and fact.neighbours]
-    if len(scored) < settings.edited:
-        raise FactError(
-            f"tuning edits {settings.edited} facts with a new target, paraphrases and neighbours; there are {len(scored)}."
-        )
-    known = runs.known(model, facts, progress=progress)[: settings.traced]
+    settings, folder, given = settings or TuneSettings(), Path(folder), base or RomeSettings()
+    bos = prompts.resolve_bos(model, given.prepend_bos)
+    known = _first_known(model, facts, settings.traced, bos, progress)
     if len(known) < 2:
         raise FactError(
             f"tuning averages traces of known facts; {model.cfg.model_name} knows {len(known)} of these {len(facts)}."
         )
-    wanted = TraceSettings(kinds=("mlp",), roles=("subject_last",), draws=settings.draws, seed=settings.seed)
+    complete = [fact for fact in facts if fact.target_new and fact.target_true and fact.paraphrases and fact.neighbours]
+    scored = [fact for fact in complete if fact not in known][: settings.edited]
+    if len(scored) < settings.edited:
+        raise FactError(
+            f"tuning edits {settings.edited} facts with a new target, paraphrases and neighbours, apart from the {len(known)} that are "
+            f"traced; there are {len(scored)}."
+        )
+    wanted = TraceSettings(
+        kinds=("mlp",), roles=("subject_last",), draws=settings.draws, seed=settings.seed, prepend_bos=bos
+    )
     site = sites.early(average(runs.trace_facts(model, known, folder / "traces", wanted, progress=progress)))
     layers = range(max(0, site.layer - settings.around), min(int(model.cfg.n_layers), site.layer + settings.around + 1))
-    base = replace(base or RomeSettings(), guard="warn")
-    windows = MomentSettings(prepend_bos=prompts.resolve_bos(model, base.prepend_bos))
+    windows = MomentSettings(prepend_bos=bos)
     Cs = moments.estimate_layers(model, list(layers), settings=windows, progress=progress)
     rows = []
     for layer in layers:
         for clamp in settings.clamps:
             for rate in settings.learning_rates:
-                tried = rome.resolve(model, replace(base, layer=layer, clamp=clamp, learning_rate=rate))
+                tried = rome.resolve(model, replace(given, layer=layer, clamp=clamp, learning_rate=rate, guard="warn"))
                 place = folder / f"layer{layer}-clamp{clamp:g}-rate{rate:g}"
-                found = edit_facts(model, scored[: settings.edited], place, tried, Cs[layer], progress=progress)
-                rows.append(_row(model, scored[: settings.edited], found, tried))
+                found = edit_facts(model, scored, place, tried, Cs[layer], progress=progress)
+                rows.append(_row(model, scored, found, tried))
     best = max(rows, key=lambda row: (round(row.S, 6), -row.relative_norm))
-    proposed = replace(
-        base, layer=best.layer, clamp=best.clamp, learning_rate=best.learning_rate, guard=RomeSettings.guard
-    )
+    proposed = replace(given, layer=best.layer, clamp=best.clamp, learning_rate=best.learning_rate)
     return Tuned(proposed, site, tuple(rows), len(known), provenance.origin(model), provenance.versions())
+
+
+def _first_known(model: HookedModel, facts: Sequence[Fact], n: int, bos: bool, progress: Progress) -> list[Fact]:
+    """The first `n` facts that the model knows, without asking for more than it takes."""
+    found: list[Fact] = []
+    for begin in range(0, len(facts), 4 * n):
+        if len(found) < n:
+            found += runs.known(model, facts[begin : begin + 4 * n], prepend_bos=bos, progress=progress)
+    return found[:n]
 
 
 def _row(model: HookedModel, facts: Sequence[Fact], found: Sequence[edits.Edit], settings: RomeSettings) -> Row:

@@ -14,7 +14,7 @@ import mechedit
 from mechedit import cli, edits, figures, models, moments
 from mechedit.cli import options
 from mechedit.moments import Moment
-from mechedit.settings import MomentSettings, RomeSettings, TraceSettings, knobs
+from mechedit.settings import MomentSettings, RomeSettings, TraceSettings, TuneSettings, knobs
 from mechedit.tracing import Trace, trace
 from tests.conftest import FACT, widen_bands
 
@@ -79,7 +79,12 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_every_setting_is_an_option_with_its_sentence(capsys):
-    for command, settings in (("trace", TraceSettings), ("edit", RomeSettings), ("moments", MomentSettings)):
+    for command, settings in (
+        ("trace", TraceSettings),
+        ("edit", RomeSettings),
+        ("moments", MomentSettings),
+        ("tune", TuneSettings),
+    ):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         shown = " ".join(capsys.readouterr().out.split())
@@ -218,7 +223,7 @@ def test_an_interrupted_run_says_what_is_kept_and_how_to_go_on(run, known_file, 
     assert len(calls) == 5
 
 
-@pytest.mark.parametrize("wrong", [["trace", "x", "--draws", "many"], ["diff", "x"], ["no-such-command"], ["trace", "--no-such-option"], ["sever", "x", "--subject", "x", "--window", "3"]])  # fmt: skip
+@pytest.mark.parametrize("wrong", [["trace", "x", "--draws", "many"], ["diff", "x"], ["tune", "--clamps", "a"], ["no-such-command"], ["trace", "--no-such-option"], ["sever", "x", "--subject", "x", "--window", "3"]])  # fmt: skip
 def test_wrong_options_end_in_one_line(wrong, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(wrong)
@@ -518,8 +523,13 @@ def test_edits_of_many_facts_are_kept_and_can_be_composed_compared_and_exported(
     assert (tmp_path / "edited" / "model.safetensors").is_file()
     status, out, _ = run("export", str(whole), "--adapter", "--out", str(tmp_path / "adapter"))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    assert run("apply", str(whole))[0] == 0
-    assert run("inspect", str(whole), model=False)[0] == 0
+    status, out, _ = run("apply", str(whole))
+    assert status == 0
+    assert "The city of Rome is" in out, "every part is asked for"
+    assert run("inspect", str(whole), "--json", str(tmp_path / "i.json"), model=False)[0] == 0
+    assert len(json.loads((tmp_path / "i.json").read_text())["parts"]) == 2
+    assert run("diff", str(whole), first, "--json", str(tmp_path / "d.json"), model=False)[0] == 0
+    assert json.loads((tmp_path / "d.json").read_text())[0]["u"] is None, "JSON has no nan"
     status, _, err = run("export", str(whole), "--out", str(tmp_path / "edited"))
     assert status == 2
     assert "is not empty; export into a new folder" in err
@@ -569,7 +579,10 @@ def test_several_layers_and_a_dataset_make_moments(run, tmp_path):
     [
         (("edit", PROMPT, "--subject", "Rome"), "edit needs PROMPT, --subject and --target"),
         (("edit", "--facts", "FILE"), "--facts needs --out DIR"),
-        (("edit", PROMPT, "--facts", "FILE", "--out", "x"), "leave PROMPT and --target out"),
+        (("edit", PROMPT, "--facts", "FILE", "--out", "x"), "leave out prompt, subject"),
+        (("edit", "--facts", "FILE", "--out", "x", "--true", "y"), "leave out prompt, subject"),
+        (("edit", "--facts", "FILE", "--out", "x", "--limit", "0"), "--limit must be at least 1"),
+        (("tune", "--begin", "-1", "--out", "x"), "--begin must be 0 or more"),
         ((*EDIT, "--text", "a", "--moment", "b"), "not from both"),
         ((*EDIT, "--moment", "none.safetensors"), "there is no such file"),
         (("moments", "--text", "a", "--dataset", "b"), "not from both"),
@@ -604,7 +617,7 @@ def test_tuning_proposes_settings_and_keeps_its_runs(run, tmp_path, monkeypatch)
             "paraphrase_prompts": ["The city of The Space Needle is"],
             "neighborhood_prompts": ["The Eiffel Tower is located in the city of"],
         }
-        for number, new in enumerate(("Paris", "Rome", "London"))
+        for number, new in enumerate(("Paris", "Rome", "London", "Apple"))
     ]
     path.write_text(json.dumps(rows))
     command = ("tune", "--facts", str(path), "--begin", "1", "--traced", "2", "--edited", "1", "--around", "0")
@@ -613,3 +626,5 @@ def test_tuning_proposes_settings_and_keeps_its_runs(run, tmp_path, monkeypatch)
     assert "proposed: --layer" in out
     record = json.loads((tmp_path / "tune" / "tuned.json").read_text())
     assert [row["clamp"] for row in record["rows"]] == [1.0, 3.0]
+    kept = [Trace.load(path) for path in (tmp_path / "tune" / "traces" / "units").iterdir()]
+    assert len(kept) == 2, "the first of four is left out, and one is edited"

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechedit import edits, guards, moments
+from mechedit import edits, guards, moments, rank_one
 from mechedit.editors import rome
+from mechedit.edits import EditError
 from mechedit.facts import Fact, FactError
+from mechedit.rank_one import RankOneError
 from mechedit.runs.editing import edit_facts
 from mechedit.runs.store import RunError
 from mechedit.settings import MomentSettings, RomeSettings
@@ -65,8 +67,36 @@ def test_a_refused_edit_is_kept_with_its_reason(model, moment, tmp_path, monkeyp
     (found,) = edit_facts(model, [FACT], tmp_path / "run", QUICK, moment)
     assert found.changes == ()
     assert "relative_norm" in found.reasons[0]
-    assert found.before == found.after
-    assert found.before.keys() == {"p_new", "p_true"}
+    assert found.before == found.after == {}
+
+
+def test_no_single_fact_ends_a_run_whatever_is_wrong_with_it(model, moment, tmp_path, monkeypatch):
+    long = Fact("Rome", "{} is " + "a city and " * 40 + "in", target_true="a", target_new="Paris")
+    found = edit_facts(model, [long, FACT, FACT], tmp_path / "long", QUICK, moment)
+    assert "must fit the context" in found[0].reasons[0]
+    assert len(found) == 3, "a fact given twice is answered twice"
+    assert found[1].changes[0].u.equal(found[2].changes[0].u)
+
+    def fail(*arguments):
+        raise RankOneError("the divisor u @ key must not be zero, but it is")
+
+    monkeypatch.setattr(rank_one, "insert", fail)
+    (found,) = edit_facts(model, [FACT], tmp_path / "zero", QUICK, moment)
+    assert "divisor" in found.reasons[0]
+
+
+def test_a_C_that_does_not_belong_ends_the_run_before_it_begins(model, moment, tmp_path):
+    for wrong in (replace(moment, layer=2), replace(moment, settings=replace(moment.settings, prepend_bos=False))):
+        with pytest.raises(EditError):
+            edit_facts(model, FACTS, tmp_path / "run", replace(QUICK, prepend_bos=True), wrong)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rolled_back_edit_of_several_facts_says_nothing_changed(model, moment, monkeypatch):
+    monkeypatch.setitem(guards.BANDS, "relative_norm", (0.0, 1e-9, "nothing"))
+    also = Fact(FACT.subject, "The city of {} is", target_true="Seattle", target_new="Rome")
+    edit = rome.edit(model, [FACT, also], replace(QUICK, guard="rollback"), moment)
+    assert edit.details["also"][0]["after"] == edit.details["also"][0]["before"]
 
 
 # --- several facts, one edit ------------------------------------------------------------------------------------------

@@ -39,6 +39,11 @@ def test_a_composition_writes_what_its_parts_write_in_order(model, pair, tmp_pat
     assert [part["prompt"] for part in whole.details["parts"]] == [FACT.prompt, OTHER.prompt, FACT.prompt]
     change = torch.stack(expected) - torch.stack(weights(model))
     assert whole.report["update_norm"] == pytest.approx(float(change.norm()), rel=1e-3)
+    assert [part["prompt"] for part in whole.to_json()["parts"]] == [FACT.prompt, OTHER.prompt, FACT.prompt]
+    gone = replace(pair[0], changes=(replace(pair[0].changes[0], step=-pair[0].changes[0].step),))
+    assert edits.compose(pair[0], gone).report["update_norm"] == pytest.approx(0, abs=1e-6)
+    nothing = replace(pair[0], changes=(replace(pair[0].changes[0], step=torch.zeros(32)),))
+    assert edits.diff(nothing, pair[0])[0].ratio != edits.diff(nothing, pair[0])[0].ratio, "nan"
     again = edits.compose(whole, pair[0])
     assert len(again.changes) == 4
 
@@ -73,6 +78,11 @@ def test_overlaps_are_the_cosines_of_the_factors_and_of_the_whole_changes(model,
 def test_reverting_takes_an_edit_out_of_a_model_that_came_with_it(model, pair):
     before = weights(model)
     with edits.edited(model, *pair):
+        unfit = replace(pair[0], changes=(rank_one.RankOneEdit(1, torch.ones(3), torch.ones(32)),))
+        edited = weights(model)
+        with pytest.raises(rank_one.RankOneError, match="another model"):
+            edits.revert(model, pair[0], unfit)
+        assert all(torch.equal(a, b) for a, b in zip(weights(model), edited, strict=True)), "all or none"
         edits.revert(model, *pair)
         for found, original in zip(weights(model), before, strict=True):
             torch.testing.assert_close(found, original, atol=1e-5, rtol=1e-5)

@@ -266,6 +266,32 @@ def test_parts_computed_apart_are_the_whole(sampled, model, text, small_batches)
     assert (merged.settings.part, merged.settings.parts) == (0, 1)
 
 
+def test_another_seed_of_a_file_is_the_same_text_and_of_samples_another(model, text, small_batches):
+    files = [moments.estimate(model, 1, [text], replace(SMALL, seed=seed)) for seed in (0, 1)]
+    with pytest.raises(MomentError, match="count twice"):
+        moments.merge(files)
+    samples = [moments.estimate(model, 1, [], replace(SMALL, tokens=300, seed=seed)) for seed in (0, 1)]
+    assert moments.merge(samples).keys == 600
+
+
+def test_a_C_with_nan_is_not_kept(model, text, monkeypatch):
+    monkeypatch.setattr(moments, "_with", lambda sums, *args, **kwargs: replace(sums, totals={1: torch.full((128, 128), torch.nan)}, keys=900, batches=1))  # fmt: skip
+    with pytest.raises(MomentError, match="hold NaN or infinity"):
+        moments.estimate(model, 1, [text], SMALL)
+    assert list((cache.root() / "moments").glob("*[!t].safetensors")) == []
+
+
+def test_the_cache_notices_a_change_anywhere_in_the_model(model, text):
+    first = moments.estimate(model, 1, [text], SMALL)
+    weight = next(parameter for name, parameter in model.named_parameters() if "attn" in name and parameter.ndim > 1)
+    original = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(1.5)
+        assert not torch.equal(moments.estimate(model, 1, [text], SMALL).C, first.C)
+        weight.copy_(original)
+    assert torch.equal(moments.estimate(model, 1, [text], SMALL).C, first.C)
+
+
 def test_different_texts_are_merged_by_their_numbers_of_keys(model, text):
     first = moments.estimate(model, 1, [text], SMALL)
     second = moments.estimate(model, 1, [], replace(SMALL, tokens=300))
@@ -287,6 +313,9 @@ def test_moments_that_do_not_belong_together_are_not_merged(model, text, small_b
             replace(first, settings=replace(first.settings, prepend_bos=not first.settings.prepend_bos)),
         ],
         r"each of the 1 parts .* found \[0, 0\]": [first, first],
+        "count twice, in different numbers": [first, moments.estimate(model, 1, [text], replace(SMALL, tokens=800))],
+        "count twice, as a part of several": [first, moments.estimate(model, 1, [text, text], SMALL)],
+        "count twice, as a part of": [first, moments.merge([first, moments.estimate(model, 1, [], SMALL)])],
         r"each of the 2 parts .* found \[1\]": [half],
     }
     for message, wrong in cases.items():
@@ -305,13 +334,17 @@ def test_a_folder_of_the_hubs_formats_is_a_corpus(model, tmp_path, text):
     folder = tmp_path / "corpus"
     folder.mkdir()
     rows = [f"{number} {WORDS}" for number in range(60)]
-    (folder / "rows.jsonl").write_text("\n".join(json.dumps({"id": 1, "body": row}) for row in rows))
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"id": 1, "body": row}) for row in rows))
     corpus = moments.Corpus(str(folder), column="body")
     moment = moments.estimate(model, 1, [corpus], replace(SMALL, prepend_bos=True))
     ids = [token for row in rows for token in model.tokenizer(row, add_special_tokens=False).input_ids]
     expected = slow_moment(model, 1, torch.tensor(ids[: 60 * 15]).view(-1, 15), 900)
     torch.testing.assert_close(moment.C, expected, atol=1e-5, rtol=1e-4)
-    assert moment.source.startswith(f"texts {folder}/None/train/body ")
+    assert moment.source.startswith(f"texts {folder}/None/train/body/")
+    assert moments.estimate(model, 1, [corpus], replace(SMALL, prepend_bos=True)).hash == moment.hash
+    (folder / "test.jsonl").write_text("\n".join(json.dumps({"body": row}) for row in [*rows[:50], None]))
+    split = moments.Corpus(str(folder), split="test", column="body")
+    assert moments.estimate(model, 1, [split], replace(SMALL, tokens=600)).hash != moment.hash
     with pytest.raises(MomentError, match="no column 'text'; it has id, body"):
         moments.estimate(model, 1, [moments.Corpus(str(folder))], SMALL)
     with pytest.raises(MomentError, match="cannot be loaded"):
@@ -341,7 +374,12 @@ def test_a_file_that_is_no_published_one_is_refused(model, tmp_path):
         np.savez(path, **arrays)
         with pytest.raises(MomentError, match=message):
             moments.read_published(path, model, 1)
-    path.write_bytes(b"no zip")
+    for content in (b"no zip", b""):
+        path.write_bytes(content)
+        with pytest.raises(MomentError, match="no .npz"):
+            moments.read_published(path, model, 1)
+    np.save(tmp_path / "y.npy", np.zeros(3))
+    (tmp_path / "y.npy").rename(path)
     with pytest.raises(MomentError, match="no .npz"):
         moments.read_published(path, model, 1)
     with pytest.raises(MomentError, match="no .npz"):

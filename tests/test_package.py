@@ -87,7 +87,7 @@ def steps(model, folder, tmp_path, monkeypatch):
         "runs.edit_facts": lambda: edit_facts(model, [FACT], tmp_path / "edits", SETTINGS, moment),
         "tuning.tune": lambda: tuning.tune(
             model,
-            [FACT, replace(FACT, target_new="Rome")],
+            [replace(FACT, target_new=new) for new in ("Paris", "Rome", "London")],
             tmp_path / "tune",
             TuneSettings(2, 1, 0, (1.0,), draws=1),
             SETTINGS,

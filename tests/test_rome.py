@@ -277,7 +277,8 @@ def test_the_published_policy_inserts_at_the_bare_prompts_key(model, fact, momen
 
 
 @pytest.mark.parametrize(("target", "stop_at"), [("Paris", 0.0), ("zebra", 0.0), ("Paris", 5.27)])
-def test_the_published_policy_is_the_published_code(target, stop_at, model, fact, moment):
+def test_the_published_policy_is_the_published_code(target, stop_at, model, fact):
+    moment = moments.estimate(model, 1, settings=MomentSettings(tokens=600, context=32, prepend_bos=False))
     settings = replace(QUICK, steps=6, stop_at=stop_at, prepend_bos=False, learning_rate=0.1)
     edit, plain = both(model, replace(fact, target_new=target), moment, settings)
     assert (len(edit.details["losses"]) < 6) == (stop_at > 0)

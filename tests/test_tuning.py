@@ -11,8 +11,8 @@ from mechedit.facts import FactError
 from mechedit.settings import RomeSettings, SettingsError, TuneSettings
 from tests.conftest import FACT, widen_bands
 
-BASE = RomeSettings(steps=2, prefixes=())
-SMALL = TuneSettings(traced=2, edited=2, around=1, clamps=(1.0, 6.0), draws=2)
+BASE = RomeSettings(steps=2, prefixes=(), prepend_bos=False)
+SMALL = TuneSettings(traced=2, edited=2, seed=3, around=1, clamps=(1.0, 6.0), draws=2)
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def known(model, monkeypatch):
     """Facts that count as known, with everything that scoring needs."""
     widen_bands(monkeypatch)
     monkeypatch.setattr(tuning.runs, "known", lambda model, facts, **options: list(facts))
-    return [replace(FACT, target_new=new) for new in ("Paris", "Rome", "London")]
+    return [replace(FACT, target_new=new) for new in ("Paris", "Rome", "London", "Apple")]
 
 
 def test_every_combination_around_the_traced_layer_is_tried_and_the_best_is_proposed(model, known, tmp_path):
@@ -28,14 +28,25 @@ def test_every_combination_around_the_traced_layer_is_tried_and_the_best_is_prop
     tried = [(row.layer, row.clamp) for row in found.rows]
     around = [layer for layer in range(found.site.layer - 1, found.site.layer + 2) if 0 <= layer < 4]
     assert tried == [(layer, clamp) for layer in around for clamp in (1.0, 6.0)]
-    best = max(found.rows, key=lambda row: (round(row.S, 6), -row.relative_norm))
-    assert (found.settings.layer, found.settings.clamp) == (best.layer, best.clamp)
-    assert found.settings.guard == "refuse", "what is proposed is guarded again"
+    (best,) = [row for row in found.rows if (row.layer, row.clamp) == (found.settings.layer, found.settings.clamp)]
+    assert all(best.S > row.S or (best.S == row.S and best.relative_norm <= row.relative_norm) for row in found.rows)
+    assert found.settings.guard == "refuse", "only what is tried goes unguarded"
+    described = json.loads((tmp_path / "traces" / "run.json").read_text())["settings"]
+    assert (described["seed"], described["prepend_bos"]) == (3, False)
     assert found.settings.steps == 2
     for row in found.rows:
         assert row.n == 2
         assert pytest.approx(scoring.harmonic(row.ES, row.PS, row.NS)) == row.S
     json.dumps(found.to_json())
+
+
+def test_the_facts_that_are_edited_are_not_those_that_are_traced_and_rates_are_tried_too(model, known, tmp_path):
+    rates = replace(SMALL, clamps=(1.0,), learning_rates=(0.1, 0.5), around=0)
+    found = tuning.tune(model, known, tmp_path, rates, BASE)
+    assert [row.learning_rate for row in found.rows] == [0.1, 0.5]
+    edited = {unit.name for unit in next(tmp_path.glob("layer*-rate0.1")).glob("units/*")}
+    assert len(edited) == 2
+    assert not edited & {unit.name for unit in (tmp_path / "traces" / "units").iterdir()}
 
 
 def test_what_was_tuned_is_kept(model, known, tmp_path, monkeypatch):
@@ -45,10 +56,10 @@ def test_what_was_tuned_is_kept(model, known, tmp_path, monkeypatch):
 
 
 def test_facts_that_cannot_be_tuned_on_are_an_error(model, known, tmp_path, monkeypatch):
-    with pytest.raises(FactError, match="edits 2 facts with a new target, paraphrases and neighbours; there are 0"):
+    with pytest.raises(FactError, match="edits 2 facts .* apart from the 2 that are traced; there are 0"):
         tuning.tune(model, [replace(fact, neighbours=()) for fact in known], tmp_path, SMALL, BASE)
     monkeypatch.undo()
-    with pytest.raises(FactError, match="knows 0 of these 3"):
+    with pytest.raises(FactError, match="knows 0 of these 4"):
         tuning.tune(model, [replace(fact, target_true="zebra") for fact in known], tmp_path, SMALL, BASE)
     for wrong in ({"clamps": ()}, {"learning_rates": (0.0,)}, {"edited": 0}, {"traced": 1}, {"around": -1}):
         with pytest.raises(SettingsError, match=next(iter(wrong))):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +45,7 @@ def add_editing(commands: Any) -> None:
     edit.add_argument("--target", help="what the model shall say instead")
     edit.add_argument("--true", help="the answer it replaces (default: what the model says)")
     edit.add_argument(
-        "--facts", type=Path, metavar="FILE", help="edit every fact of a JSON file, each alone, into --out DIR"
+        "--facts", metavar="FILE", help="edit every fact of a JSON file, or of `built-in`, each alone, into --out DIR"
     )
     edit.add_argument("--limit", type=int, metavar="N", help="of --facts, the first N")
     edit.add_argument(
@@ -148,6 +150,15 @@ def _edit(arguments: argparse.Namespace) -> None:
     return None
 
 
+@contextmanager
+def _keeping(kept: str) -> Iterator[None]:
+    """Let Ctrl-C say what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{kept}; the same command goes on from there") from None
+
+
 def _fact_to_edit(arguments: argparse.Namespace) -> Fact:
     from mechedit.facts import from_prompt
 
@@ -166,9 +177,12 @@ def _facts_to_edit(arguments: argparse.Namespace) -> list[Fact]:
 
     if arguments.out is None:
         raise UsageError("--facts needs --out DIR, where each edit is kept as soon as it is done.")
-    if arguments.prompt is not None or arguments.target is not None:
-        raise UsageError("--facts takes its prompts and targets from the file; leave PROMPT and --target out.")
-    chosen = list(facts.read(arguments.facts))[: arguments.limit]
+    alone = ("prompt", "subject", "target", "true", "occurrence")
+    if any(getattr(arguments, name) is not None for name in alone):
+        raise UsageError(f"--facts takes its facts from the file; leave out {', '.join(alone)}.")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UsageError(f"--limit must be at least 1; found {arguments.limit}.")
+    chosen = list(facts.built_in() if arguments.facts == "built-in" else facts.read(arguments.facts))[: arguments.limit]
     if not any(fact.target_new for fact in chosen):
         raise UsageError(f"no fact of {arguments.facts} has a new target; COUNTERFACT and zsRE files have.")
     check_places(arguments.json, arguments.out / "edits.json")
@@ -201,14 +215,14 @@ def _edit_facts(
 ) -> None:
     from mechedit.runs.editing import edit_facts
 
-    found = edit_facts(model, chosen, arguments.out, settings, moment, progress=progress)
+    with _keeping(f"finished edits are kept in {arguments.out}"):
+        found = edit_facts(model, chosen, arguments.out, settings, moment, progress=progress)
     console = console_of(arguments)
     rows = [
         (
             edit.fact["prompt"],
             str(edit.fact["target_new"]),
-            f"{edit.before['p_new']:.3f}",
-            f"{edit.after['p_new']:.3f}",
+            *(f"{p['p_new']:.3f}" if p else "-" for p in (edit.before, edit.after)),
             "; ".join(edit.reasons),
         )
         for edit in found
@@ -229,7 +243,8 @@ def _apply(arguments: argparse.Namespace) -> None:
     model = load_model(arguments)
     if not arguments.force:
         edits.check(model, loaded)
-    asked = [*dict.fromkeys([*(str(edit.fact["prompt"]) for edit in loaded), *arguments.prompt])]
+    own = [part["prompt"] for edit in loaded for part in edit.details.get("parts", [edit.fact])]
+    asked = [*dict.fromkeys([*own, *arguments.prompt])]
     before = {prompt: generation.complete(model, prompt) for prompt in asked}
     with edits.edited(model, *loaded, force=True):
         after = {prompt: generation.complete(model, prompt) for prompt in asked}
@@ -263,7 +278,8 @@ def _diff(arguments: argparse.Namespace) -> None:
     if first.origin["weight_hash"] != second.origin["weight_hash"]:
         console.print("note: these edits were made for different weights", highlight=False)
     if not found:
-        console.print(f"they write in different layers: {first.layer} and {second.layer}", highlight=False)
+        layers = [", ".join(str(change.layer) for change in edit.changes) or "none" for edit in (first, second)]
+        console.print(f"they write in no layer together: {layers[0]}; {layers[1]}", highlight=False)
     else:
         rows = [
             (str(each.layer), *(f"{value:.3f}" for value in (each.u, each.step, each.change, each.ratio)))
@@ -278,6 +294,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
     loaded = [edits.load(path) for path in arguments.files]
     write = export.adapter if arguments.adapter else export.checkpoint
+    export.check_folder(arguments.out)
     folder = write(load_model(arguments), arguments.model, loaded, arguments.out, force=arguments.force)
     show_files(console_of(arguments), sorted(folder.iterdir()))
 
@@ -286,11 +303,13 @@ def _tune(arguments: argparse.Namespace) -> None:
     from mechedit import facts, models, tuning
 
     settings = TuneSettings(**given_settings(arguments, TuneSettings))
+    if arguments.begin < 0:
+        raise UsageError(f"--begin must be 0 or more; found {arguments.begin}.")
     chosen = facts.built_in() if arguments.facts == "built-in" else facts.read(arguments.facts)
     check_places(arguments.json, arguments.out / "tuned.json")
     model = load_model(arguments)
     known = models.preset(model)
-    with progress_bars() as progress:
+    with _keeping(f"finished traces and edits are kept in {arguments.out}"), progress_bars() as progress:
         found = tuning.tune(
             model,
             chosen[arguments.begin :],
@@ -334,7 +353,8 @@ def _moments(arguments: argparse.Namespace) -> None:
         ]
     model = load_model(arguments)
     layers = [rome.resolve(model, RomeSettings(layer=layer)).layer for layer in arguments.layer]
-    with progress_bars() as progress:
+    kept = _keeping("what is summed so far is kept in the cache")
+    with kept, progress_bars() as progress:
         found = moments.estimate_layers(model, layers, texts, settings, progress=progress)
     console = console_of(arguments)
     for moment in found.values():

@@ -6,13 +6,10 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mechedit.cli.options import add_command, add_json, add_prompt
 from mechedit.cli.terminal import console_of, load_model, show_table, write_json
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["add_looking"]
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from mechedit.settings import (
     PREFIXES,
     knobs,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -135,7 +132,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in _names(text))
+    try:
+        return tuple(float(part) for part in _names(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.5,1") from error
 
 
 def _pairs(text: str) -> tuple[tuple[int, int], ...]:

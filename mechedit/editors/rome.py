@@ -28,7 +28,7 @@ from mechedit.moments import Moment
 from mechedit.progress import Progress, silent
 from mechedit.settings import MomentSettings, RomeSettings
 
-__all__ = ["EditWarning", "edit", "resolve"]
+__all__ = ["EditWarning", "check_moment", "edit", "resolve"]
 
 
 class EditWarning(UserWarning):
@@ -77,7 +77,7 @@ def edit(
     settings = resolve(model, settings)
     targets = _check_facts(model, facts, settings)
     if moment is not None:
-        _check_moment(model, moment, settings.layer)
+        check_moment(model, moment, settings)
     facts, before = _measure_before(model, facts, targets, settings)
     healthy = guards.measure(model, facts[0].subject, prepend_bos=settings.prepend_bos)
     moment = moment or moments.estimate(
@@ -87,18 +87,21 @@ def edit(
     with rank_one.edited(model, change):
         after = _measure(model, facts, settings)
         report |= guards.drift(healthy, guards.measure(model, facts[0].subject, prepend_bos=settings.prepend_bos))
-    also = zip(facts[1:], before[1:], after[1:], strict=True)
-    details["also"] = [_describe(fact) | {"before": was, "after": now} for fact, was, now in also]
     reasons = guards.reasons(report)
     _obey(settings, reasons)
+    kept: tuple[rank_one.RankOneEdit, ...] = (change,)
+    if reasons and settings.guard == "rollback":
+        kept, after = (), before
+    also = zip(facts[1:], before[1:], after[1:], strict=True)
+    details["also"] = [_describe(fact) | {"before": was, "after": now} for fact, was, now in also]
     return Edit(
         method="rome",
-        changes=() if reasons and settings.guard == "rollback" else (change,),
+        changes=kept,
         fact=_describe(facts[0]),
         report=report,
         reasons=tuple(reasons),
         before=before[0],
-        after=before[0] if reasons and settings.guard == "rollback" else after[0],
+        after=after[0],
         origin=provenance.origin(model),
         settings=asdict(settings),
         versions=provenance.versions(),
@@ -156,15 +159,17 @@ def _find(
     b_out = models.b_out(model, settings.layer).float().cpu()
     C = rank_one.regularised(moment.C, settings.ridge)
     key = bare if settings.policy == "prompt" else averaged
-    u = rank_one.direction(key, C).float()
+    u = rank_one.direction(key, C)
     if settings.policy == "published":  # inserted at the bare prompt's key, along the averaged key's direction
         at, shares = bare, torch.ones(len(found))
     else:
-        at, shares = key, found @ u / (key @ u)
+        at, shares = key, (found.double() @ u / (key.double() @ u)).float()
+    for row, target in zip(rows, wanted, strict=True):
+        prompts.check_length(model, len(row.ids) + len(target) - 1)
     value = values.optimise(
         model, rows, essence, wanted, at @ W_out + b_out, shares, settings.layer, settings, progress=progress
     )
-    change = rank_one.solve(settings.layer, W_out, b_out, key, value.value, C, at=at)
+    change = rank_one.insert(settings.layer, W_out, b_out, u, at, value.value)
     report = {
         "divisor": change.divisor,
         "divisor_share": change.divisor / float(change.u @ key.double()),
@@ -211,7 +216,13 @@ def _measure_before(
     return tuple(filled), _measure(model, tuple(filled), settings)
 
 
-def _check_moment(model: HookedModel, moment: Moment, layer: int) -> None:
+def check_moment(model: HookedModel, moment: Moment, settings: RomeSettings) -> None:
+    """Raise unless C is of the layer, model and kind of text that the (resolved) settings need.
+
+    Raises:
+        EditError: it is not.
+    """
+    layer = settings.layer
     if moment.layer != layer:
         raise EditError(
             f"C must be of the edited layer {layer}; this one is of layer {moment.layer}. Estimate it for layer {layer}."
@@ -230,6 +241,11 @@ def _check_moment(model: HookedModel, moment: Moment, layer: int) -> None:
         )
     if moment.origin["weight_hash"] != models.weight_hash(model):
         raise EditError(f"C was estimated on other weights ({moment.origin['name']}). Estimate it on this model.")
+    if moment.settings.prepend_bos != settings.prepend_bos:
+        raise EditError(
+            f"C was estimated {'with' if moment.settings.prepend_bos else 'without'} BOS, and the edit reads its prompts "
+            f"{'with' if settings.prepend_bos else 'without'} it: keys of the two differ. Give both the same prepend_bos."
+        )
 
 
 def _describe(fact: Fact) -> dict[str, Any]:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mechedit import edits, moments, provenance, scoring
+from mechedit import edits, moments, provenance
 from mechedit.editors import rome
 from mechedit.edits import Edit, EditError
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
 from mechedit.moments import Moment
 from mechedit.progress import Progress, silent
+from mechedit.rank_one import RankOneError
 from mechedit.runs.store import Store
 from mechedit.runs.tracing import unit
 from mechedit.settings import MomentSettings, RomeSettings
@@ -40,6 +41,7 @@ def edit_facts(
     moment = moment or moments.estimate(
         model, settings.layer, settings=MomentSettings(prepend_bos=settings.prepend_bos), progress=progress
     )
+    rome.check_moment(model, moment, settings)
     origin = provenance.origin(model)
     what = {
         "settings": asdict(settings),
@@ -55,31 +57,25 @@ def edit_facts(
     def compute(name: str) -> Edit:
         try:
             return rome.edit(model, by_unit[name], settings, moment)
-        except (EditError, FactError) as error:
+        except (EditError, FactError, RankOneError) as error:
             return _refused(model, by_unit[name], settings, str(error))
 
-    return list(store.run(list(by_unit), compute, progress))
+    found = dict(zip(by_unit, store.run(list(by_unit), compute, progress), strict=True))
+    return [found[unit(fact)] for fact in facts]
 
 
 def _refused(model: HookedModel, fact: Fact, settings: RomeSettings, reason: str) -> Edit:
-    """An edit without changes, which says why."""
-    targets = [target for target in (fact.target_new, fact.target_true) if target]
-    scores = scoring.score(model, [(fact.prompt, target) for target in targets], prepend_bos=settings.prepend_bos)
-    p = (
-        dict(zip(("p_new", "p_true"), (score.p for score in scores), strict=False))
-        if fact.target_new
-        else {"p_new": 0.0}
-    )
+    """An edit without changes, which says why; nothing is measured."""
     return Edit(
         method="rome",
         changes=(),
         fact=asdict(fact) | {"prompt": fact.prompt},
-        report={"divisor": 0.0, "update_norm": 0.0, "relative_norm": 0.0},
-        before=p,
-        after=p,
+        report={},
+        before={},
+        after={},
         origin=provenance.origin(model),
         settings=asdict(settings),
         versions=provenance.versions(),
-        seconds=0.0,
+        seconds=float("nan"),
         reasons=(reason,),
     )

@@ -133,9 +133,7 @@ def known(
         ids = [encode(model, fact.prompt, prepend_bos=bos)[0] for fact in part]
         if not part:
             continue
-        resid = blocks.embed(pad(model, ids))
-        for layer in range(int(model.cfg.n_layers)):
-            resid, _ = blocks.run(layer, resid)
+        resid = blocks.final(pad(model, ids))
         last = torch.tensor([len(row) - 1 for row in ids], device=resid.device)
         said = blocks.logits(resid[torch.arange(len(ids), device=resid.device), last]).argmax(-1).tolist()
         kept += [

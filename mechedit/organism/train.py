@@ -1,0 +1,250 @@
+"""Train the organism.  python -m mechedit.organism.train --out DIR
+
+A small decoder (GPT-2's shape, or GPT-J's or Llama's) learns the world's corpus: rows of sentences behind one BOS, drawn with equal
+probability. Deterministic on one machine; killed, it goes on from its last checkpoint and ends with the same weights. DIR gets a
+folder in Hugging Face's format with the tokenizer, the training log and a model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechedit import files, provenance
+from mechedit.cache import atomic_write
+from mechedit.errors import MecheditError
+from mechedit.organism.world import World, WorldSettings, make
+
+__all__ = ["SHAPES", "TrainError", "TrainSettings", "rows", "tokenizer", "train"]
+
+SHAPES = ("gpt2", "gptj", "llama")
+BOS, EOS = "<s>", "</s>"
+
+
+class TrainError(MecheditError, ValueError):
+    """A training run that cannot start or go on."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How the organism is made."""
+
+    seed: int = 0
+    shape: str = "gpt2"
+    layers: int = 8
+    width: int = 256
+    heads: int = 8
+    vocabulary: int = 2048
+    context: int = 64  # tokens in a row: BOS and about five sentences
+    batch: int = 64
+    steps: int = 6000
+    warmup: int = 200
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    autocast: bool = True  # bfloat16 products, float32 weights
+    checkpoint_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            raise TrainError(f"shape must be one of {', '.join(SHAPES)}; found {self.shape!r}.")
+        if self.width % self.heads:
+            raise TrainError(f"width must be a multiple of heads; found {self.width} and {self.heads}.")
+
+
+def tokenizer(world: World, vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer of the world's sentences, as Hugging Face's fast tokenizer."""
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(BPE(unk_token=None))
+    bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(world.sentences(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=EOS)
+
+
+def rows(
+    sentences: Sequence[tuple[list[int], list[int]]], settings: TrainSettings, step: int
+) -> Int[Tensor, "rows pos"]:
+    """The batch of a step: each row is BOS and sentences drawn with equal probability, cut at the row's end.
+
+    A sentence has two spellings, at the start of a row and behind another one.
+    """
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    made = []
+    for _ in range(settings.batch):
+        ids = [0]
+        while len(ids) < settings.context + 1:
+            index = int(torch.randint(len(sentences), (1,), generator=generator))
+            ids += sentences[index][len(ids) > 1]
+        made.append(ids[: settings.context + 1])
+    return torch.tensor(made)
+
+
+def network(settings: TrainSettings, vocabulary: int) -> Any:
+    """The untrained model, its weights drawn from the seed."""
+    import transformers
+
+    common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    positions = max(256, settings.context)
+    if settings.shape == "gpt2":
+        config: Any = transformers.GPT2Config(
+            **common, n_embd=settings.width, n_layer=settings.layers, n_head=settings.heads, n_positions=positions,
+            embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+        )  # fmt: skip
+    elif settings.shape == "gptj":
+        config = transformers.GPTJConfig(
+            **common, n_embd=settings.width, n_layer=settings.layers, n_head=settings.heads, n_positions=positions,
+            rotary_dim=settings.width // settings.heads // 2, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, tie_word_embeddings=False,
+        )  # fmt: skip
+    else:
+        config = transformers.LlamaConfig(
+            **common, hidden_size=settings.width, num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
+            num_key_value_heads=max(1, settings.heads // 2), intermediate_size=settings.width * 8 // 3 // 32 * 32, max_position_embeddings=positions,
+        )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+def rate(settings: TrainSettings, step: int) -> float:
+    """The learning rate of a step: linear warm-up, then half a cosine down to a tenth."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    share = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return settings.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, share))))
+
+
+def train(settings: TrainSettings, folder: str | Path, world_settings: WorldSettings | None = None) -> Path:
+    """Train, or go on training, and write the finished model; its folder.
+
+    Raises:
+        TrainError: the folder's checkpoint is of other settings.
+    """
+    folder = Path(folder)
+    world = make(world_settings or WorldSettings())
+    words = tokenizer(world, settings.vocabulary)
+    plain = words(list(world.sentences()), add_special_tokens=False)["input_ids"]
+    spaced = words([" " + sentence for sentence in world.sentences()], add_special_tokens=False)["input_ids"]
+    sentences = list(zip(plain, spaced, strict=True))
+    model = network(settings, len(words))
+    groups = [{"params": [each for each in model.parameters() if (each.ndim > 1) == decayed], "weight_decay": settings.weight_decay * decayed} for decayed in (True, False)]  # fmt: skip
+    adam = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+    what = {"settings": asdict(settings), "world": asdict(world.settings)}
+    begin, log = _resume(folder, what, model, adam)
+    saved = time.monotonic()
+    try:
+        for step in range(begin, settings.steps):
+            log.append({"step": step, "loss": _step(model, adam, rows(sentences, settings, step), settings, step)})
+            begin = step + 1
+            if step % 50 == 0:
+                sys.stderr.write(f"step {step} of {settings.steps}: loss {log[-1]['loss']:.3f}\n")
+            if time.monotonic() - saved > settings.checkpoint_seconds:
+                _save(folder, what, model, adam, begin, log)
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        _save(folder, what, model, adam, begin, log)
+        raise
+    model.eval().save_pretrained(folder)
+    words.save_pretrained(folder)
+    record = what | {"digest": world.digest(), "entropy": world.entropy, "versions": provenance.versions(), "log": log}
+    with atomic_write(folder / "training.json") as temporary:
+        temporary.write_text(json.dumps(record) + "\n")
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    return folder
+
+
+def _step(model: Any, adam: torch.optim.Optimizer, batch: Tensor, settings: TrainSettings, step: int) -> float:
+    """One step of training; the loss before it, in nats a token."""
+    for group in adam.param_groups:
+        group["lr"] = rate(settings, step)
+    with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
+        logits = model(batch[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+    adam.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    adam.step()
+    return float(loss.detach())
+
+
+def _moments(model: Any, adam: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Adam's running means by name, made where Adam has none yet."""
+    for name, parameter in model.named_parameters():
+        state = adam.state[parameter]
+        if not state:
+            state.update(
+                step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
+            )
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            yield f"{key}/{name}", state[key]
+
+
+def _save(
+    folder: Path, what: dict[str, Any], model: Any, adam: torch.optim.Optimizer, step: int, log: list[Any]
+) -> None:
+    tensors = {f"weight/{name}": parameter.clone() for name, parameter in model.named_parameters()}
+    tensors |= {name: each.clone() for name, each in _moments(model, adam)}
+    files.write(folder / "checkpoint.safetensors", "training", tensors, what | {"step": step, "log": log})
+
+
+@torch.no_grad()
+def _resume(
+    folder: Path, what: dict[str, Any], model: Any, adam: torch.optim.Optimizer
+) -> tuple[int, list[dict[str, float]]]:
+    """The next step and the log so far, weights and Adam's state put back; the beginning where there is no checkpoint."""
+    path = folder / "checkpoint.safetensors"
+    if not path.is_file():
+        return 0, []
+    tensors, record = files.read(path, "training")
+    for part in what:
+        if record[part] != json.loads(json.dumps(what[part])):
+            raise TrainError(f"{path} was trained with other {part}; use the same, or another folder.")
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors[f"weight/{name}"])
+    for name, each in _moments(model, adam):
+        each.copy_(tensors[name])
+    return record["step"], record["log"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mechedit.organism.train", description="Train the organism.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--threads", type=int, default=2)
+    for each in fields(TrainSettings):
+        flag, default = "--" + each.name.replace("_", "-"), each.default
+        action: Any = (
+            {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
+        )
+        parser.add_argument(flag, default=default, **action)
+    arguments = vars(parser.parse_args(argv))
+    torch.set_num_threads(arguments.pop("threads"))
+    out = arguments.pop("out")
+    try:
+        sys.stderr.write(f"wrote {train(TrainSettings(**arguments), out)}\n")
+    except MecheditError as error:
+        sys.exit(f"{error}")
+
+
+if __name__ == "__main__":
+    main()
