@@ -70,14 +70,21 @@ def main(settings: Attribution) -> None:
 
 
 def _pictures(model: models.HookedModel, exact: Trace, shares: Tensor, estimate: dict[str, Tensor]) -> None:
-    """The first fact's maps, drawn as its trace is."""
+    """The first fact's maps, on the grid of its trace, each titled by what it shows."""
     folder = FIGURES / short_name(model) / "figure16_attribution"
-    as_trace = replace(exact, effects={"resid": shares.mean(-1)}, draws={"resid": shares}, p_corrupted=0.0)
-    figures.write(figures.heat_map(as_trace, "resid"), folder / "integrated_gradients")
+
+    def draw(name: str, kind: str, draws: Tensor, title: str) -> None:
+        shown = replace(exact, effects={kind: draws.mean(-1)}, draws={kind: draws}, p_corrupted=0.0)
+        figure = figures.heat_map(shown, kind)
+        grid, bar = figure.axes[:2]
+        grid.set_title(title)
+        bar.set_title("effect")
+        figures.write(figure, folder / name)
+
+    draw("integrated_gradients", "resid", shares, "Integrated gradients: each state's share of the total effect")
     for kind, grid in estimate.items():
-        drawn = replace(exact, effects={kind: grid.mean(-1)}, draws={kind: grid}, p_corrupted=0.0)
-        figures.write(figures.heat_map(drawn, kind), folder / f"attribution_patching_{kind}")
-        figures.write(figures.heat_map(exact, kind), folder / f"exact_{kind}")
+        draw(f"attribution_patching_{kind}", kind, grid, f"Attribution patching, {kind}: effect to first order")
+        draw(f"exact_{kind}", kind, exact.draws[kind] - exact.p_corrupted, f"Indirect effect, {kind}: exact")
 
 
 if __name__ == "__main__":

