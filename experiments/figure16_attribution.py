@@ -74,7 +74,7 @@ def _pictures(model: models.HookedModel, exact: Trace, shares: Tensor, estimate:
     folder = FIGURES / short_name(model) / "figure16_attribution"
 
     def draw(name: str, kind: str, draws: Tensor, title: str) -> None:
-        shown = replace(exact, effects={kind: draws.mean(-1)}, draws={kind: draws}, p_corrupted=0.0)
+        shown = replace(exact, effects={kind: draws.mean(-1)}, draws={kind: draws}, p_clean=0.0, p_corrupted=0.0)
         figure = figures.heat_map(shown, kind)
         grid, bar = figure.axes[:2]
         grid.set_title(title)
