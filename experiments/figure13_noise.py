@@ -34,8 +34,7 @@ class NoiseAndWindows:
 
 def conditions(settings: NoiseAndWindows) -> dict[str, TraceSettings]:
     """The default first, then one change at a time."""
-    base = TraceSettings(draws=settings.draws, seed=settings.seed, roles=ROLES)
-    windows = replace(base, kinds=("mlp", "attn"))
+    base = TraceSettings(kinds=("mlp", "attn"), draws=settings.draws, seed=settings.seed, roles=ROLES)
     return {
         "gaussian, 3 sigma": base,
         "gaussian, 1 sigma": replace(base, noise=1.0),
@@ -45,10 +44,10 @@ def conditions(settings: NoiseAndWindows) -> dict[str, TraceSettings]:
         "Student-t, 1": replace(base, corruption="student_t", noise=1.0),
         "replaced, 1 sigma": replace(base, replace=True, noise=1.0),
         "other tokens": replace(base, corruption="tokens"),
-        "window 1": replace(windows, window=1),
-        "window 3": replace(windows, window=3),
-        "window 5": replace(windows, window=5),
-        "window 15": replace(windows, window=15),
+        "window 1": replace(base, window=1),
+        "window 3": replace(base, window=3),
+        "window 5": replace(base, window=5),
+        "window 15": replace(base, window=15),
     }
 
 
