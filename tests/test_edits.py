@@ -98,10 +98,15 @@ def test_a_thousand_edits_undone_leave_every_bit(model, pair):
 # --- what can be wrong with a file ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one(model, monkeypatch):
-    widen_bands(monkeypatch)
-    return rome.edit(model, FACT, QUICK, moments.estimate(model, 1, settings=MomentSettings(tokens=600, context=32)))
+@pytest.fixture(scope="module")
+def one(load, tmp_path_factory):
+    """An edit, found once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MECHEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        widen_bands(patch)
+        model = load("gpt2")
+        C = moments.estimate(model, 1, settings=MomentSettings(tokens=600, context=32))
+        return rome.edit(model, FACT, QUICK, C)
 
 
 @pytest.mark.parametrize("share", [number / 40 for number in range(40)])

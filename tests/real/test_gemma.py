@@ -233,11 +233,10 @@ def test_a_damaged_conversion_is_noticed():
 
 
 @pytest.mark.parametrize("index", [0, 40])
-def test_on_real_weights_the_published_policy_is_the_published_code(index, gemma):
+def test_on_real_weights_the_published_policy_is_the_published_code(index, gemma, moment):
     fact = facts.built_in()[index]
-    constants = RomeSettings(steps=4, prefixes=((4, 2), (9, 2)), clamp=4.0, guard="warn", layer=5)
-    C = moments.estimate(gemma, 5, settings=MomentSettings(tokens=4096, context=32))
+    constants = RomeSettings(steps=4, prefixes=((4, 2), (7, 2)), clamp=4.0, guard="warn", layer=5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rome.EditWarning)
-        edit, plain = both(gemma, fact, C, constants)
+        edit, plain = both(gemma, fact, moment, constants)
     assert_same_edit(gemma, edit, plain)
