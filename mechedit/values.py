@@ -36,6 +36,8 @@ from mechedit.settings import RomeSettings
 
 __all__ = ["Value", "optimise"]
 
+GROUP_COST = 24  # what running one more group costs, in positions of a row: the weights are read once for each
+
 
 @dataclass(frozen=True)
 class Value:
@@ -43,9 +45,6 @@ class Value:
 
     value: Float[Tensor, " d_model"]
     losses: tuple[tuple[float, float, float], ...]
-
-
-GROUP_COST = 24  # what running one more group costs, in positions of a row: the weights are read once for each
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,8 @@ def optimise(
         with torch.no_grad():
             groups = _prepare(model, blocks, rows, essence, targets, shares, layer)
         wanted = torch.tensor([token for target in targets for token in target], device=initial.device)
-        weights = torch.tensor([1 / len(target) for target in targets for _ in target], device=initial.device) / len(
-            rows
-        )
+        each = [1 / (len(rows) * len(target)) for target in targets for _ in target]  # rows count alike
+        weights = torch.tensor(each, device=initial.device)
         delta = torch.zeros_like(initial, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=settings.learning_rate)
         limit = settings.clamp * float(initial.norm())
@@ -146,10 +144,10 @@ def _prepare(
             if row in members
         ]
         order, read_rows, read_positions = zip(*own, strict=True)
-        lookup = [lookups[index] - begin for index in members]
-        places = (torch.tensor(each, device=resid.device) for each in (lookup, read_rows, read_positions))
-        at, row, position = places
-        groups.append(_Group(entering, tuple(past), at, shares[members].to(resid.device).float(), row, position, order))
+        places = ([lookups[index] - begin for index in members], read_rows, read_positions)
+        lookup, row, position = (torch.tensor(each, device=resid.device) for each in places)
+        share = shares[members].to(resid.device).float()
+        groups.append(_Group(entering, tuple(past), lookup, share, row, position, order))
     return groups
 
 
@@ -160,9 +158,8 @@ def _together(lookups: Sequence[int], lengths: Sequence[int]) -> list[list[int]]
     lookup are cut where that costs least, found from the end backwards.
     """
     rows = sorted(range(len(lookups)), key=lambda index: (lookups[index], lengths[index]))
-    best: list[tuple[float, int]] = [(0.0, 0)] * (
-        len(rows) + 1
-    )  # cost of the rows from here on, and the first group's end
+    # for each row, what it and those after it cost at best, and where the first of their groups ends
+    best: list[tuple[float, int]] = [(0.0, 0)] * (len(rows) + 1)
     for begin in reversed(range(len(rows))):
         options = []
         longest = 0
