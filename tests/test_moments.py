@@ -247,7 +247,7 @@ def test_a_job_killed_at_random_moments_ends_with_the_same_bits(folder, text, tm
         job.stdout.readline()
         time.sleep(numbers.uniform(0.0, 0.5))
         job.kill()
-        job.wait()
+        job.communicate()
     again, _ = start(tmp_path / "killed").communicate()
     assert again == whole
     assert len(whole.split()[-1]) == 64
