@@ -77,11 +77,11 @@ def _pictures(model: models.HookedModel, exact: Trace, shares: Tensor, estimate:
         shown = replace(exact, effects={kind: draws.mean(-1)}, draws={kind: draws}, p_clean=0.0, p_corrupted=0.0)
         figure = figures.heat_map(shown, kind)
         grid, bar = figure.axes[:2]
-        grid.set_title(title)
-        bar.set_title("effect")
+        grid.set_title(title, fontsize=9)
+        bar.set_title("effect", fontsize=9, pad=8)
         figures.write(figure, folder / name)
 
-    draw("integrated_gradients", "resid", shares, "Integrated gradients: each state's share of the total effect")
+    draw("integrated_gradients", "resid", shares, "Integrated gradients: share of the total effect")
     for kind, grid in estimate.items():
         draw(f"attribution_patching_{kind}", kind, grid, f"Attribution patching, {kind}: effect to first order")
         draw(f"exact_{kind}", kind, exact.draws[kind] - exact.p_corrupted, f"Indirect effect, {kind}: exact")

@@ -41,10 +41,7 @@ def checkpoint(
         WriteError: the folder cannot be written.
     """
     folder = check_folder(folder)
-    if not force:
-        edits.check(model, edited)
-    plain, tokenizer = models.hugging_face(name, next(model.parameters()).dtype)
-    places = {layer: _parameter(plain, model, layer) for layer in _layers(edited)}
+    plain, tokenizer, places = _opened(model, name, edited, force=force)
     with edits.edited(model, *edited, force=True), torch.no_grad():
         for layer, (_, parameter, transposed) in places.items():
             weight = models.W_out(model, layer)
@@ -65,24 +62,18 @@ def adapter(model: HookedModel, name: str, edited: Sequence[Edit], folder: str |
     from safetensors.torch import save_file
 
     folder = check_folder(folder)
-    if not force:
-        edits.check(model, edited)
-    plain, _ = models.hugging_face(name, next(model.parameters()).dtype)
+    _, _, places = _opened(model, name, edited, force=force)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    stored_transposed = False
-    for layer in _layers(edited):
-        parameter, _, transposed = _parameter(plain, model, layer)
+    for layer, (parameter, _, _) in places.items():
         module = parameter.removesuffix(".weight")
         changes = [change for edit in edited for change in edit.changes if change.layer == layer]
         ranks[module] = len(changes)
-        stored_transposed = (
-            not transposed
-        )  # GPT-2's Conv1D keeps [in, out]; the adapter's matrices are the same either way
-        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.stack([change.u for change in changes]).float()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.stack(
-            [change.step for change in changes], 1
-        ).float()
+        u, step = (torch.stack([getattr(change, factor) for change in changes]).float() for factor in ("u", "step"))
+        tensors[f"base_model.model.{module}.lora_A.weight"] = u
+        tensors[f"base_model.model.{module}.lora_B.weight"] = step.T.contiguous()
+    # GPT-2's Conv1D keeps [in, out]; A and B are the same either way
+    conv1d = not any(transposed for _, _, transposed in places.values())
     rank = max(ranks.values())
     config = {
         "peft_type": "LORA",
@@ -93,20 +84,16 @@ def adapter(model: HookedModel, name: str, edited: Sequence[Edit], folder: str |
         "rank_pattern": {module: n for module, n in ranks.items() if n != rank},
         "alpha_pattern": {module: n for module, n in ranks.items() if n != rank},
         "target_modules": sorted(ranks),
-        "fan_in_fan_out": stored_transposed,
+        "fan_in_fan_out": conv1d,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
     with _whole(folder) as temporary:
-        save_file(
-            {key: tensor.contiguous() for key, tensor in tensors.items()},
-            temporary / "adapter_model.safetensors",
-            {"format": "pt"},
-        )
+        save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
         record = {"versions": provenance.versions(), "edits": [edit.to_json() for edit in edited]}
-        for name, content in (("adapter_config", config), ("mechedit", record)):
-            (temporary / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        for stem, content in (("adapter_config", config), ("mechedit", record)):
+            (temporary / f"{stem}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     return folder
 
 
@@ -136,11 +123,17 @@ def _whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _layers(edited: Sequence[Edit]) -> list[int]:
+def _opened(
+    model: HookedModel, name: str, edited: Sequence[Edit], *, force: bool
+) -> tuple[Any, Any, dict[int, tuple[str, Tensor, bool]]]:
+    """Hugging Face's model and tokenizer, and where it keeps the `W_out` of each edited layer."""
+    if not force:
+        edits.check(model, edited)
     layers = sorted({change.layer for edit in edited for change in edit.changes})
     if not layers:
         raise EditError("there is nothing to export: the edits have no changes.")
-    return layers
+    plain, tokenizer = models.hugging_face(name, next(model.parameters()).dtype)
+    return plain, tokenizer, {layer: _parameter(plain, model, layer) for layer in layers}
 
 
 def _parameter(plain: Any, model: HookedModel, layer: int) -> tuple[str, Tensor, bool]:

@@ -21,8 +21,8 @@ __all__ = ["average_map", "heat_map", "role_lines", "save", "save_average", "sav
 COLOURS = {"resid": "Purples", "mlp": "Greens", "attn": "Reds"}
 TITLES = {
     "resid": "Restoring one state after corrupted input",
-    "mlp": "Restoring MLP outputs in a window of {window} layers",
-    "attn": "Restoring attention outputs in a window of {window} layers",
+    "mlp": "Restoring MLP outputs in a window of {window}",
+    "attn": "Restoring attention outputs in a window of {window}",
 }
 AXES = {
     "resid": "layer of the restored state",
@@ -60,7 +60,7 @@ def heat_map(trace: Trace, kind: str) -> Figure:
     axes.set_yticks(range(len(labels)), [_plain(label) for label in labels], fontsize=9)
     axes.set_xticks(range(0, grid.shape[1], 1 if grid.shape[1] <= 12 else 5 if grid.shape[1] > 24 else 2))
     axes.set_xlabel(AXES.get(kind, f"layer of {kind}"), fontsize=9)
-    axes.set_title(TITLES.get(kind, kind).format(window=trace.settings.window), fontsize=10)
+    axes.set_title(_title(kind, trace.settings.window), fontsize=10)
     bar = figure.colorbar(image, ax=axes)
     bar.ax.set_title(_plain(f"P({trace.answer.strip()})"), fontsize=9, pad=8)
     return figure
@@ -105,7 +105,7 @@ def role_lines(mean: Average, roles: Sequence[str] = ("subject_first", "subject_
             low, high = mean.low[kind][:, column], mean.high[kind][:, column]
             axes.fill_between(layers, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
         axes.axhline(0, color="black", linewidth=0.6)
-        axes.set_title(TITLES.get(kind, kind).format(window=mean.settings.window), fontsize=8)
+        axes.set_title(_title(kind, mean.settings.window), fontsize=8)
         axes.set_xlabel("layer", fontsize=9)
     panels[0].set_ylabel(f"average indirect effect, {mean.n} facts", fontsize=9)
     panels[0].legend(fontsize=7)
@@ -169,6 +169,10 @@ def save_average(mean: Average, folder: str | Path) -> list[Path]:
 def save_severed(curves: Sequence[Severed], folder: str | Path) -> list[Path]:
     """Write the severed curves into `folder`; the paths."""
     return write(severed_lines(curves), Path(folder) / "severed")
+
+
+def _title(kind: str, window: int) -> str:
+    return TITLES.get(kind, kind).format(window=f"{window} layer{'s' if window > 1 else ''}")
 
 
 def _plain(text: str) -> str:

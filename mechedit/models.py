@@ -291,7 +291,7 @@ def _wrap(hf_model: Any, tokenizer: Any, folder: Path, device: str, dtype: torch
             return TransformerBridge.boot_transformers(str(folder), **options)
         except (ValueError, NotImplementedError) as error:
             raise ModelError(
-                f"TransformerBridge does not know the architecture {hf_model.config.architectures} of {folder}."
+                f"TransformerBridge does not take the architecture {hf_model.config.architectures} of {folder}: {error}"
             ) from error
     return _hooked_transformer(hf_model, tokenizer, folder, device, dtype)
 

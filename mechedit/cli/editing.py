@@ -22,12 +22,7 @@ from mechedit.cli.terminal import (
     show_table,
     write_json,
 )
-from mechedit.settings import (
-    CONSTANTS,
-    MomentSettings,
-    RomeSettings,
-    TuneSettings,
-)
+from mechedit.settings import CONSTANTS, MomentSettings, RomeSettings, TuneSettings
 
 if TYPE_CHECKING:
     from mechedit.facts import Fact
@@ -39,7 +34,7 @@ __all__ = ["add_editing"]
 
 
 def add_editing(commands: Any) -> None:
-    """edit, apply, compose, diff, export, tune, moments, merge"""
+    """edit, apply, compose, diff, export, tune; moments and merge"""
     edit = add_command(commands, "edit", _edit, "rewrite a fact by a rank-one change of one W_out", model=True)
     add_prompt(edit, required=False)
     edit.add_argument("--target", help="what the model shall say instead")
@@ -92,6 +87,11 @@ def add_editing(commands: Any) -> None:
     tune.add_argument("--out", type=Path, required=True, metavar="DIR", help="every trace and edit is kept there")
     add_json(tune)
 
+    _add_moments(commands)
+
+
+def _add_moments(commands: Any) -> None:
+    """moments, merge"""
     moments = add_command(
         commands, "moments", _moments, "estimate C, the second moment of a layer's keys, into the cache", model=True
     )

@@ -23,10 +23,7 @@ from mechedit.cli.terminal import (
     show_trace,
     write_json,
 )
-from mechedit.settings import (
-    KNOWN_KINDS,
-    TraceSettings,
-)
+from mechedit.settings import KNOWN_KINDS, TraceSettings
 
 if TYPE_CHECKING:
     from mechedit.corruption import Statistics
