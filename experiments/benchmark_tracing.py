@@ -1,4 +1,5 @@
 """How fast is a trace, and is it the same?  python -m experiments.benchmark_tracing   -> figures/MODEL/benchmark_tracing.json
+(benchmark_tracing_bridge.json for a TransformerBridge).
 
 In one run, on one fact, all kinds, layers and tokens:
 - mechedit's sweep, exact, and in bfloat16;
@@ -213,7 +214,8 @@ def main(settings: BenchmarkTracing) -> None:
     }
     for name in ("loop_over_sweep", "plain_loop_over_sweep", "sweep_over_floor", "exact_over_bfloat16"):
         say(f"{name.replace('_', ' ')}: {result[name]:.2f}")
-    say(f"wrote {write('benchmark_tracing', model, settings, result)}")
+    name = "benchmark_tracing" + ("_bridge" if models.is_bridge(model) else "")
+    say(f"wrote {write(name, model, settings, result)}")
 
 
 if __name__ == "__main__":

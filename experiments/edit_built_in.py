@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from experiments.common import parse, say, write
-from mechedit import edits, facts, models, moments, scoring
+from mechedit import edits, facts, models, moments
+from mechedit.benchmarks import counterfact
 from mechedit.editors import rome
 from mechedit.settings import RomeSettings
 
@@ -51,7 +52,7 @@ def main(settings: EditBuiltIn) -> None:
         variants["text"] = (default, [settings.text])
     result: dict[str, Any] = {
         "facts": [fact.id for fact in chosen],
-        "no edit": {"rows": [scoring.success(model, fact) for fact in chosen]},
+        "no edit": {"rows": counterfact.scores(model, chosen)},
     }
     for name in [name for name in settings.rows.split(",") if name in variants]:
         rome_settings, texts = variants[name]
@@ -62,11 +63,11 @@ def main(settings: EditBuiltIn) -> None:
                 edit = rome.edit(model, fact, rome_settings, moment)
             except edits.EditError as error:
                 say(f"{name}: {fact.prompt}: refused: {error}")
-                rows.append(scoring.success(model, fact) | {"refused": str(error)})
+                rows.append(counterfact.scores(model, [fact])[0] | {"refused": str(error)})
                 continue
             with edits.edited(model, edit):
                 rows.append(
-                    scoring.success(model, fact)
+                    counterfact.scores(model, [fact])[0]
                     | {
                         "relative_norm": edit.report["relative_norm"],
                         "seconds": edit.seconds,

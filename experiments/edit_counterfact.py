@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from experiments.common import parse, progress, runs, say, write
-from experiments.editing import counterfact, means, success_of
-from mechedit import keys, models, moments, rank_one, scoring
+from experiments.editing import counterfact_facts, success_of
+from mechedit import keys, models, moments, rank_one
+from mechedit.benchmarks import counterfact, metrics
 from mechedit.corruption import generator
 from mechedit.editors import rome
 from mechedit.edits import Edit
@@ -41,6 +43,11 @@ class EditCounterfact:
     rows: tuple[str, ...] = ("no edit", "default", "published", "identity", "random layer", "random key", "layers")
     seed: int = 0
     threads: int = 2
+
+
+def folder(model: models.HookedModel, begin: int, name: str) -> Path:
+    """Where the edits of a row of the table are kept."""
+    return runs(model, f"counterfact{begin}-{name.replace(' ', '-')}")
 
 
 def published(default: RomeSettings) -> RomeSettings:
@@ -69,9 +76,9 @@ def at_random_key(model: models.HookedModel, edit: Edit, fact: Fact, moment: Mom
 def main(settings: EditCounterfact) -> None:
     torch.set_num_threads(settings.threads)
     model = models.load(settings.model)
-    chosen = counterfact(settings.begin, settings.facts)
+    chosen = counterfact_facts(settings.begin, settings.facts)
     few = chosen[: settings.control_facts]
-    default = rome.resolve(model)
+    default = replace(rome.resolve(model), guard="rollback")
     near = range(
         max(0, default.layer - settings.around), min(int(model.cfg.n_layers), default.layer + settings.around + 1)
     )
@@ -81,22 +88,22 @@ def main(settings: EditCounterfact) -> None:
     C = Cs[default.layer]
 
     def edited(name: str, facts: Sequence[Fact], chosen: RomeSettings, moment: Moment) -> list[Edit]:
-        folder = runs(model, f"counterfact{settings.begin}-{name.replace(' ', '-')}")
-        return edit_facts(model, facts, folder, chosen, moment, progress=progress(10))
+        return edit_facts(model, facts, folder(model, settings.begin, name), chosen, moment, progress=progress(10))
 
     result: dict[str, Any] = {"first_row": settings.begin}
 
     def row(name: str, scores: list[dict[str, float]]) -> None:
-        result[name] = means(scores, settings.seed)
-        shown = ", ".join(f"{key} {each['mean']:.1f} [{each['low']:.1f}, {each['high']:.1f}]" for key, each in result[name].items() if key in ("ES", "PS", "NS", "S"))  # fmt: skip
+        found = metrics.table(scores, settings.seed)
+        result[name] = {key: asdict(each) for key, each in found.items()}
+        shown = ", ".join(f"{key} {found[key]}" for key in (*metrics.SUCCESSES, "S"))
         say(f"{name}, {len(scores)} facts: {shown}")
 
     def scored(facts: Sequence[Fact], found: Sequence[Edit]) -> list[dict[str, float]]:
         return [success_of(model, fact, edit) for fact, edit in zip(facts, found, strict=True)]
 
     if "no edit" in settings.rows:
-        row("no edit", [scoring.success(model, fact) for fact in chosen])
-        row("no edit, controls' facts", [scoring.success(model, fact) for fact in few])
+        row("no edit", counterfact.scores(model, chosen))
+        row("no edit, controls' facts", counterfact.scores(model, few))
     if "default" in settings.rows:
         row("default", scored(chosen, edited("default", chosen, default, C)))
     if "published" in settings.rows:

@@ -17,9 +17,9 @@ from experiments.common import FIGURES, known_facts, parse, runs, say, short_nam
 from mechedit import corruption, figures, models
 from mechedit.runs import tracing
 from mechedit.settings import TraceSettings
+from mechedit.statistics import summary
 from mechedit.tracing import Trace, restore, single
 from mechedit.tracing.attribution import agreement, attribution_patching, exact_cells, integrated_gradients
-from mechedit.tracing.averages import summary
 from mechedit.tracing.cells import RESID_POST
 
 

@@ -15,7 +15,7 @@ from experiments.common import FIGURES, known_facts, parse, progress, runs, say,
 from mechedit import figures, models
 from mechedit.runs import tracing
 from mechedit.settings import TraceSettings
-from mechedit.tracing.averages import interval
+from mechedit.statistics import interval
 from mechedit.tracing.severing import CURVES
 
 

@@ -7,7 +7,7 @@ with it. With --text, a text file is read beside the model's own samples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments.common import FIGURES, parse, progress, runs, say, short_name, write
-from experiments.editing import counterfact, means, success_of
+from experiments.editing import counterfact_facts, success_of
 from mechedit import edits, figures, keys, models, moments, rank_one
+from mechedit.benchmarks import metrics
 from mechedit.editors import rome
 from mechedit.moments import Moment
 from mechedit.runs.editing import edit_facts
@@ -48,7 +49,7 @@ def main(settings: MomentsConvergence) -> None:
         keys_wanted = MomentSettings(tokens=int(times * d_mlp), prepend_bos=default.prepend_bos)
         growing.append(moments.estimate(model, default.layer, texts, keys_wanted, progress=progress()))
         say(f"{growing[-1].keys} keys: cond(C) {growing[-1].cond:.3g}")
-    chosen = counterfact(settings.begin, settings.direction_facts)
+    chosen = counterfact_facts(settings.begin, settings.direction_facts)
     before = keys.prefixes(model, default)
     subject = [keys.subject_keys(model, default.layer, keys.contexts(model, fact, before, prepend_bos=default.prepend_bos)).mean(0) for fact in chosen]  # fmt: skip
     directions = [torch.stack([rank_one.direction(key, moment.C) for key in subject]) for moment in growing]
@@ -58,10 +59,10 @@ def main(settings: MomentsConvergence) -> None:
         few = chosen[: settings.edit_facts]
         folder = runs(model, f"convergence-{'text' if texts else 'samples'}-{moment.keys}")
         found = edit_facts(model, few, folder, default, moment, progress=progress(4))
-        scores = means([success_of(model, fact, edit) for fact, edit in zip(few, found, strict=True)])
+        scores = metrics.table([success_of(model, fact, edit) for fact, edit in zip(few, found, strict=True)])
         overlap = [edits.diff(edit, edit)[0].ratio for edit in found if edit.changes]
-        rows.append({"keys": moment.keys, "cond_C": moment.cond, "cosine": {"mean": float(np.mean(cosine)), "low": float(np.quantile(cosine, 0.025)), "high": float(np.quantile(cosine, 0.975))}, "edits": len(overlap), "scores": scores})  # fmt: skip
-        say(f"{moment.keys} keys: cosine of u with the last {np.mean(cosine):.3f}; S {scores['S']['mean']:.1f}")
+        rows.append({"keys": moment.keys, "cond_C": moment.cond, "cosine": {"mean": float(np.mean(cosine)), "low": float(np.quantile(cosine, 0.025)), "high": float(np.quantile(cosine, 0.975))}, "edits": len(overlap), "scores": {key: asdict(each) for key, each in scores.items()}})  # fmt: skip
+        say(f"{moment.keys} keys: cosine of u with the last {np.mean(cosine):.3f}; S {scores['S']}")
     name = "moments_convergence" + ("_text" if texts else "")
     record = {"source": growing[-1].source, "d_mlp": d_mlp, "rows": rows}
     for path in [
@@ -80,7 +81,7 @@ def draw(rows: list[dict[str, Any]], d_mlp: int) -> Figure:
     left.fill_between(x, [row["cosine"]["low"] for row in rows], [row["cosine"]["high"] for row in rows], alpha=0.2)
     left.set_ylabel("cosine of u with that of the most keys")
     for score in ("ES", "PS", "NS", "S"):
-        right.plot(x, [row["scores"][score]["mean"] for row in rows], "o-", label=score)
+        right.plot(x, [100 * row["scores"][score]["mean"] for row in rows], "o-", label=score)
     right.set_ylabel("success, percent")
     right.legend(frameon=False)
     for axes in (left, right):

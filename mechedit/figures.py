@@ -118,7 +118,7 @@ def severed_lines(curves: Sequence[Severed]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    from mechedit.tracing.averages import interval
+    from mechedit.statistics import interval
 
     figure = Figure(figsize=(4.6, 3.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()

@@ -50,6 +50,7 @@ __all__ = [
     "frozen",
     "has_post_mlp_norm",
     "hugging_face",
+    "is_bridge",
     "listing",
     "load",
     "mlp_module",
@@ -582,6 +583,11 @@ class KeyValues:
         return KeyValues(self.keys[index], self.values[index], self.axis)
 
 
+def is_bridge(model: HookedModel) -> bool:
+    """Whether this is a `TransformerBridge` (TransformerLens 4), which wraps Hugging Face's own modules."""
+    return hasattr(model, "original_model")
+
+
 class Blocks:
     """Runs single blocks of a model on rows of residual states, hooks included.
 
@@ -592,7 +598,7 @@ class Blocks:
     def __init__(self, model: HookedModel) -> None:
         self.model = model
         self._calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        self._is_bridge = hasattr(model, "original_model")
+        self._is_bridge = is_bridge(model)
 
     def embed(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream that enters block 0, positions included; `hook_embed` fires."""
@@ -753,7 +759,7 @@ class Stepper:
 
     def next_logits(self, tokens: Int[Tensor, "rows new"]) -> Float[Tensor, "rows d_vocab"]:
         """Logits of what follows after all tokens given so far."""
-        if hasattr(self.model, "original_model"):
+        if is_bridge(self.model):
             from transformers import DynamicCache
 
             self._past = self._past or DynamicCache()

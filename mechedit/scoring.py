@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mechedit.facts import Fact, FactError
 from mechedit.models import Blocks, HookedModel
 from mechedit.prompts import check_length, continuation, encode, pad, resolve_bos
 
-__all__ = ["Score", "harmonic", "mean_log_p", "score", "success", "top"]
+__all__ = ["Score", "mean_log_p", "score", "top"]
 
 ROW_TOKENS = 4096
 
@@ -70,34 +69,6 @@ def _batch(model: HookedModel, rows: list[tuple[list[int], list[int]]]) -> list[
         scores.append(Score(tuple(log_p[at : at + len(target)])))
         at += len(target)
     return scores
-
-
-def success(model: HookedModel, fact: Fact, *, prepend_bos: bool | None = None) -> dict[str, float]:
-    """COUNTERFACT's scores of one fact, 0 to 1: efficacy ES, paraphrase PS and neighbourhood NS success; and P of the new target.
-
-    Success is that the new target is more probable per token than the true one; on neighbours, that it is not. Each is the mean
-    over the fact's prompts of that kind, nan where it has none (Meng et al. 2022, section 3.3).
-
-    Raises:
-        FactError: the fact has no new or no true target.
-    """
-    if fact.target_new is None or fact.target_true is None:
-        raise FactError(f"success compares a new and a true target; the fact about {fact.subject!r} lacks one.")
-    prompts = (fact.prompt, *fact.paraphrases, *fact.neighbours)
-    pairs = [(prompt, target) for prompt in prompts for target in (fact.target_new, fact.target_true)]
-    scores = score(model, pairs, prepend_bos=prepend_bos)
-    wins = [float(new.mean_log_p > true.mean_log_p) for new, true in zip(scores[::2], scores[1::2], strict=True)]
-    n = 1 + len(fact.paraphrases)
-    return {"ES": wins[0], "PS": _mean(wins[1:n]), "NS": 1 - _mean(wins[n:]), "p_new": scores[0].p}
-
-
-def harmonic(*values: float) -> float:
-    """The harmonic mean, which is the paper's S of ES, PS and NS; 0 where one of them is 0."""
-    return len(values) / sum(1 / value for value in values) if min(values) > 0 else 0.0
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
 
 
 @torch.no_grad()

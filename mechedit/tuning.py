@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from mechedit import edits, moments, prompts, provenance, scoring, sites
+from mechedit import edits, moments, prompts, provenance, sites
+from mechedit.benchmarks import counterfact
+from mechedit.benchmarks.metrics import harmonic
 from mechedit.editors import rome
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
@@ -127,7 +129,7 @@ def _row(model: HookedModel, facts: Sequence[Fact], found: Sequence[edits.Edit],
     scores = []
     for fact, edit in zip(facts, found, strict=True):
         with edits.edited(model, edit):
-            scores.append(scoring.success(model, fact, prepend_bos=settings.prepend_bos))
+            scores += counterfact.scores(model, [fact], prepend_bos=settings.prepend_bos)
     means = {name: 100 * float(np.mean([score[name] for score in scores])) for name in ("ES", "PS", "NS")}
     done = [edit.report for edit in found if edit.changes]
     return Row(
@@ -135,7 +137,7 @@ def _row(model: HookedModel, facts: Sequence[Fact], found: Sequence[edits.Edit],
         settings.clamp,
         settings.learning_rate,
         **means,
-        S=scoring.harmonic(*means.values()),
+        S=harmonic(*means.values()),
         relative_norm=float(np.mean([report["relative_norm"] for report in done])) if done else float("nan"),
         perplexity_ratio=float(np.mean([report["perplexity_ratio"] for report in done])) if done else float("nan"),
         n=len(scores),

@@ -9,8 +9,9 @@ import torch
 
 from mechedit import sites
 from mechedit.settings import ROLES, TraceSettings
+from mechedit.statistics import interval
 from mechedit.tracing import Trace
-from mechedit.tracing.averages import AverageError, average, compare, interval
+from mechedit.tracing.averages import AverageError, average, compare
 from mechedit.tracing.roles import positions, roles
 
 SETTINGS = TraceSettings(kinds=("mlp", "attn"), draws=1)

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from mechedit import scoring, tuning
+from mechedit import tuning
+from mechedit.benchmarks.metrics import harmonic
 from mechedit.editors import rome
 from mechedit.facts import FactError
 from mechedit.settings import RomeSettings, SettingsError, TuneSettings
@@ -36,7 +37,7 @@ def test_every_combination_around_the_traced_layer_is_tried_and_the_best_is_prop
     assert found.settings.steps == 2
     for row in found.rows:
         assert row.n == 2
-        assert pytest.approx(scoring.harmonic(row.ES, row.PS, row.NS)) == row.S
+        assert pytest.approx(harmonic(row.ES, row.PS, row.NS)) == row.S
     json.dumps(found.to_json())
 
 
@@ -64,20 +65,3 @@ def test_facts_that_cannot_be_tuned_on_are_an_error(model, known, tmp_path, monk
     for wrong in ({"clamps": ()}, {"learning_rates": (0.0,)}, {"edited": 0}, {"traced": 1}, {"around": -1}):
         with pytest.raises(SettingsError, match=next(iter(wrong))):
             TuneSettings(**wrong)
-
-
-def test_success_is_counterfacts(model, known):
-    fact = replace(known[0], paraphrases=("The city of The Space Needle is",), neighbours=("Rome is", "London is"))
-    found = scoring.success(model, fact)
-    prompts = (fact.prompt, *fact.paraphrases, *fact.neighbours)
-    better = [
-        scoring.score(model, [(prompt, fact.target_new)])[0].mean_log_p
-        > scoring.score(model, [(prompt, fact.target_true)])[0].mean_log_p
-        for prompt in prompts
-    ]
-    assert found["ES"] == better[0]
-    assert found["PS"] == better[1]
-    assert found["NS"] == pytest.approx(1 - (better[2] + better[3]) / 2)
-    assert scoring.success(model, replace(fact, neighbours=()))["NS"] != scoring.success(model, fact)["NS"]
-    with pytest.raises(FactError, match="lacks one"):
-        scoring.success(model, replace(fact, target_new=None))

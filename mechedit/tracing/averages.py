@@ -19,34 +19,15 @@ from torch import Tensor
 
 from mechedit.errors import MecheditError
 from mechedit.settings import TraceSettings
+from mechedit.statistics import Mean, interval, summary
 from mechedit.tracing import Trace
 from mechedit.tracing.roles import ROLES
 
-__all__ = ["Average", "AverageError", "Mean", "average", "compare", "interval", "summary"]
-
-RESAMPLES = 10_000
+__all__ = ["Average", "AverageError", "average", "compare"]
 
 
 class AverageError(MecheditError, ValueError):
     """Traces that cannot be averaged."""
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over facts with its 95 % interval, low and high, and the number of facts."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of zero."""
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -164,30 +145,6 @@ def compare(
         for traces in (first, second)
     ]
     return summary(effects[1] - effects[0], seed)
-
-
-def interval(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> tuple[np.ndarray, np.ndarray]:
-    """Bootstrap 95 % bounds of the mean over the first axis, nans left out. Facts are resampled, all cells of one together."""
-    random = np.random.default_rng(seed)
-    flat = values.reshape(len(values), -1)
-    present = ~np.isnan(flat)
-    filled = np.where(present, flat, 0.0)
-    counts = random.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples).astype(float)
-    with np.errstate(invalid="ignore"):
-        means = (counts @ filled) / (counts @ present)
-    some = present.any(0)
-    bounds = np.full((2, flat.shape[1]), np.nan)
-    if some.any():
-        bounds[:, some] = np.nanpercentile(means[:, some], [2.5, 97.5], axis=0)
-    low, high = bounds.reshape(2, *values.shape[1:])
-    return low, high
-
-
-def summary(values: np.ndarray, seed: int = 0) -> Mean:
-    """The mean of one number a fact, nans left out, with its interval."""
-    values = values[~np.isnan(values)]
-    low, high = interval(values[:, None], seed)
-    return Mean(float(values.mean()), float(low[0]), float(high[0]), len(values))
 
 
 def _by_role(trace: Trace, kind: str) -> np.ndarray:

@@ -15,6 +15,7 @@ import torch
 
 from experiments import edit_built_in
 from mechedit import cache, edits, facts, models, moments, scoring, sites
+from mechedit.benchmarks import counterfact
 from mechedit.editors import rome
 from mechedit.settings import KINDS, MomentSettings, RomeSettings, TraceSettings
 from mechedit.tracing import grid, prepare, trace
@@ -200,9 +201,9 @@ def test_twenty_facts_are_edited_well(gemma):
     moment = moments.estimate(gemma, rome.resolve(gemma).layer)
     before, after = [], []
     for fact in facts.built_in()[::19]:
-        before.append(scoring.success(gemma, fact))
+        before += counterfact.scores(gemma, [fact])
         with edits.edited(gemma, rome.edit(gemma, fact, moment=moment)):
-            after.append(scoring.success(gemma, fact))
+            after += counterfact.scores(gemma, [fact])
     unedited, edited = edit_built_in.summary(before), edit_built_in.summary(after)
     assert edited["n"] == 20
     assert edited["ES"] >= 95

@@ -1,0 +1,37 @@
+"""COUNTERFACT's scores of facts (Meng et al. 2022, section 3.3), on a model as it is or as an edit left it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mechedit.benchmarks.metrics import Pair, rewrite_scores
+from mechedit.facts import Fact, FactError
+from mechedit.models import HookedModel
+from mechedit.scoring import score
+
+__all__ = ["scores"]
+
+
+def scores(model: HookedModel, facts: Sequence[Fact], *, prepend_bos: bool | None = None) -> list[dict[str, float]]:
+    """ES, EM, PS, PM, NS and NM of each fact, 0 to 1 (`benchmarks.metrics`), and `p_new`, P of the whole new target.
+
+    All prompts of all facts ride in as few passes as `scoring.score` makes. A fact without paraphrases or neighbours has nan there.
+
+    Raises:
+        FactError: a fact has no new or no true target, or does not fit the context.
+    """
+    pairs: list[tuple[str, str]] = []
+    for fact in facts:
+        if fact.target_new is None or fact.target_true is None:
+            raise FactError(f"success compares a new and a true target; the fact about {fact.subject!r} lacks one.")
+        prompts = (fact.prompt, *fact.paraphrases, *fact.neighbours)
+        pairs += [(prompt, target) for prompt in prompts for target in (fact.target_new, fact.target_true)]
+    found = score(model, pairs, prepend_bos=prepend_bos)
+    rows, at = [], 0
+    for fact in facts:
+        n = 1 + len(fact.paraphrases)
+        own = found[at : at + 2 * (n + len(fact.neighbours))]
+        at += len(own)
+        each = [Pair(new.mean_log_p, true.mean_log_p) for new, true in zip(own[::2], own[1::2], strict=True)]
+        rows.append(rewrite_scores(each[0], each[1:n], each[n:]) | {"p_new": own[0].p})
+    return rows

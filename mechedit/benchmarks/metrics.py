@@ -1,0 +1,142 @@
+"""What the tables of model editing measure, each a pure function of log-probabilities, tokens or texts.
+
+A target's log-probability is the mean over its tokens, so exp of it is the geometric mean a token, as the published code has it.
+
+    ES  efficacy score        new target more probable than the true one after the edited prompt
+    EM  efficacy magnitude    P(new) - P(true) there
+    PS, PM                    the same, mean over the paraphrases of the prompt
+    NS, NM                    the reverse, mean over neighbours: true more probable than new, P(true) - P(new)
+    S                         harmonic mean of the means over facts of ES, PS and NS (not the mean of harmonic means)
+    GE  generation entropy    mean of 2/3 H2 and 4/3 H3, entropies in bits of a text's word bigrams and trigrams
+    RS  reference score       cosine of the TF-IDF vectors of generated texts and of reference texts
+    essence                   perplexity of a text, its first token counted in the number of tokens
+    accuracy                  share of the target's tokens that are the most probable ones, teacher-forced (zsRE; EasyEdit)
+    exact match               whether free generation goes on with the target
+
+Meng et al. 2022, section 3 and appendices; the published code's `experiments/py/eval_utils_*` and `summarize.py`. Scores are
+shares from 0 to 1 here; tables show them times 100.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mechedit.statistics import Mean, statistic, summary
+
+__all__ = [
+    "SUCCESSES",
+    "Pair",
+    "accuracy",
+    "entropy",
+    "essence",
+    "exact_match",
+    "fluency",
+    "harmonic",
+    "magnitude",
+    "rewrite_scores",
+    "success",
+    "table",
+]
+
+SUCCESSES = ("ES", "PS", "NS")
+
+
+class Pair(NamedTuple):
+    """Mean log-probability a token of the new and of the true target, after one prompt."""
+
+    new: float
+    true: float
+
+    @property
+    def turned(self) -> Pair:
+        """The two exchanged, for neighbours."""
+        return Pair(self.true, self.new)
+
+
+def success(pairs: Sequence[Pair]) -> float:
+    """The share of prompts after which the new target is more probable than the true one; nan without prompts."""
+    return _mean([float(pair.new > pair.true) for pair in pairs])
+
+
+def magnitude(pairs: Sequence[Pair]) -> float:
+    """The mean of P(new) - P(true); nan without prompts."""
+    return _mean([math.exp(pair.new) - math.exp(pair.true) for pair in pairs])
+
+
+def rewrite_scores(prompt: Pair, paraphrases: Sequence[Pair], neighbours: Sequence[Pair]) -> dict[str, float]:
+    """ES, EM, PS, PM, NS and NM of one fact, 0 to 1; nan where the fact has no prompts of that kind."""
+    turned = [pair.turned for pair in neighbours]
+    found = {}
+    for letter, pairs in (("E", [prompt]), ("P", paraphrases), ("N", turned)):
+        found |= {f"{letter}S": success(pairs), f"{letter}M": magnitude(pairs)}
+    return found
+
+
+def harmonic(*values: float) -> float:
+    """The harmonic mean, which is the paper's S of ES, PS and NS; 0 where one of them is 0."""
+    return len(values) / sum(1 / value for value in values) if min(values) > 0 else 0.0
+
+
+def entropy(words: Sequence[str], n: int) -> float:
+    """Entropy in bits of the n-grams of a text; 0 where it has none."""
+    counts = np.array(list(Counter(zip(*(words[start:] for start in range(n)), strict=False)).values()), float)
+    if not len(counts):
+        return 0.0
+    shares = counts / counts.sum()
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def fluency(words: Sequence[Sequence[str]]) -> float:
+    """GE, over 100: the mean over texts (each a list of words) of the mean of 2/3 H2 and 4/3 H3; nan without texts."""
+    return _mean([(2 / 3 * entropy(text, 2) + 4 / 3 * entropy(text, 3)) / 2 for text in words])
+
+
+def essence(log_p: Sequence[float]) -> float:
+    """Perplexity of a text from the log-probabilities of its tokens but the first, which counts in their number all the same."""
+    return math.exp(-sum(log_p) / (len(log_p) + 1))
+
+
+def accuracy(predicted: Sequence[int], target: Sequence[int]) -> float:
+    """The share of the target's tokens that the model puts first, each after the prompt and the tokens before it.
+
+    Raises:
+        ValueError: there are not as many predictions as tokens, or no tokens.
+    """
+    if len(predicted) != len(target) or not target:
+        raise ValueError(
+            f"accuracy needs a prediction for each of one or more tokens; found {len(predicted)} for {len(target)}."
+        )
+    return _mean([float(a == b) for a, b in zip(predicted, target, strict=True)])
+
+
+def exact_match(text: str, target: str) -> float:
+    """Whether a generated text (without its prompt) begins with the target, case and leading white space aside, as whole words."""
+    said, wanted = text.lstrip().casefold(), target.strip().casefold()
+    follows = said[len(wanted) : len(wanted) + 1]
+    return float(said.startswith(wanted) and not follows.isalnum())
+
+
+def table(rows: Sequence[dict[str, float]], seed: int = 0) -> dict[str, Mean]:
+    """Mean and interval over facts of every number, shares as they are, and S where ES, PS and NS are there.
+
+    Raises:
+        ValueError: there are no rows, or they do not hold the same numbers.
+    """
+    if not rows or any(row.keys() != rows[0].keys() for row in rows):
+        raise ValueError("a table needs one or more rows that hold the same numbers.")
+    found = {}
+    for name in rows[0]:
+        values = np.array([row[name] for row in rows], float)
+        found[name] = Mean(math.nan, math.nan, math.nan, 0) if np.isnan(values).all() else summary(values, seed)
+    if set(SUCCESSES) <= rows[0].keys():
+        found["S"] = statistic(np.array([[row[name] for name in SUCCESSES] for row in rows], float), harmonic, seed)
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

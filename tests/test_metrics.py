@@ -1,0 +1,136 @@
+"""Every metric against numbers worked out by hand, or a slow plain version."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mechedit import statistics
+from mechedit.benchmarks import counterfact, metrics
+from mechedit.benchmarks.metrics import Pair
+from mechedit.facts import FactError
+from tests.conftest import FACT
+
+HALF, FIFTH, TENTH = math.log(0.5), math.log(0.2), math.log(0.1)
+
+
+def test_success_and_magnitude_of_one_fact():
+    found = metrics.rewrite_scores(
+        Pair(HALF, FIFTH), [Pair(HALF, TENTH), Pair(TENTH, FIFTH)], [Pair(TENTH, HALF), Pair(FIFTH, FIFTH)]
+    )
+    assert found == {
+        "ES": 1.0,
+        "EM": pytest.approx(0.3),
+        "PS": 0.5,
+        "PM": pytest.approx((0.4 - 0.1) / 2),
+        "NS": 0.5,  # a tie is no success
+        "NM": pytest.approx(0.2),
+    }
+    assert math.isnan(metrics.rewrite_scores(Pair(HALF, FIFTH), [], [])["PS"])
+
+
+def test_the_harmonic_mean():
+    assert metrics.harmonic(1.0, 0.5, 0.25) == pytest.approx(3 / 7)
+    assert metrics.harmonic(0.0, 1.0) == 0.0
+
+
+def test_entropy_of_a_text():
+    assert metrics.entropy(["a", "b", "a", "b"], 2) == pytest.approx(-(2 / 3 * math.log2(2 / 3) + math.log2(1 / 3) / 3))
+    assert metrics.entropy(["a", "a", "a"], 1) == 0.0
+    assert metrics.entropy(["alone"], 2) == 0.0
+    text = ["one", "two", "three", "four", "five"]  # all different: log2 of how many there are
+    assert metrics.fluency([text]) == pytest.approx((2 / 3 * 2.0 + 4 / 3 * math.log2(3)) / 2)
+    assert metrics.fluency([text, ["alone"]]) == pytest.approx(metrics.fluency([text]) / 2)
+    assert math.isnan(metrics.fluency([]))
+
+
+def test_essence_counts_the_first_token():
+    assert metrics.essence([HALF, HALF, HALF]) == pytest.approx(2 ** (3 / 4))
+
+
+def test_accuracy_is_by_tokens():
+    assert metrics.accuracy([1, 2, 9, 4], [1, 2, 3, 4]) == 0.75
+    for predicted, target in (([1], [1, 2]), ([], [])):
+        with pytest.raises(ValueError, match="a prediction for each"):
+            metrics.accuracy(predicted, target)
+
+
+@pytest.mark.parametrize(
+    ("text", "matches"),
+    [
+        (" Paris, France", 1),
+        ("paris", 1),
+        ("\n Paris", 1),
+        (" Parish church", 0),
+        (" in Paris", 0),
+        ("", 0),
+    ],
+)
+def test_exact_match_is_of_whole_words_at_the_beginning(text, matches):
+    assert metrics.exact_match(text, "Paris") == matches
+
+
+def test_a_table_has_means_intervals_and_the_harmonic_mean_of_means():
+    rows = [{"ES": 1.0, "PS": 1.0, "NS": 0.5, "x": math.nan, "y": 7.0}]
+    rows += [{"ES": 1.0, "PS": 0.5, "NS": 0.5, "x": math.nan, "y": math.nan}]
+    found = metrics.table(rows)
+    assert (found["PS"].mean, found["PS"].n, found["x"].n, found["y"].n, found["y"].mean) == (0.75, 2, 0, 1, 7.0)
+    assert found["S"].mean == pytest.approx(3 / (1 + 1 / 0.75 + 2))
+    assert found["S"].low == pytest.approx(3 / (1 + 2 + 2))
+    assert found["S"].high == pytest.approx(3 / (1 + 1 + 2))
+    assert "S" not in metrics.table([{"ES": 1.0}])
+    for wrong in ([], [{"ES": 1.0}, {"PS": 1.0}]):
+        with pytest.raises(ValueError, match="hold the same numbers"):
+            metrics.table(wrong)
+
+
+def test_intervals_are_those_of_plain_resampling():
+    values = np.random.default_rng(3).normal(2.0, 1.0, 80)
+    found = statistics.summary(values)
+    numbers = np.random.default_rng(4)
+    means = [values[numbers.integers(80, size=80)].mean() for _ in range(4000)]
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.02)
+    assert found.excludes_zero
+    assert not statistics.summary(values - values.mean()).excludes_zero
+    squared = statistics.statistic(values[:, None], lambda mean: mean**2)
+    assert (squared.mean, squared.low, squared.high) == pytest.approx((found.mean**2, found.low**2, found.high**2))
+
+
+def test_a_paired_comparison_sees_what_two_means_hide():
+    numbers = np.random.default_rng(5)
+    first = numbers.normal(0.0, 1.0, 40)
+    better = statistics.paired(first, first + 0.1 + numbers.normal(0.0, 0.05, 40))
+    assert better.difference.mean == pytest.approx(0.1, abs=0.03)
+    assert better.p < 0.001
+    assert statistics.paired(first, numbers.permutation(first)).p > 0.05
+
+
+def test_scores_of_facts_are_those_of_their_prompts_one_by_one(model):
+    fact = replace(FACT, paraphrases=("The city of The Space Needle is",), neighbours=("Rome is", "London is in"))
+    other = replace(FACT, subject="The Louvre", target_true="Paris", target_new="New York City", neighbours=())
+    found = counterfact.scores(model, [fact, other])
+    assert found[0] == pytest.approx(counterfact.scores(model, [fact])[0], abs=1e-5)
+
+    def plain(prompt, target):
+        """The mean log-probability a token, by whole forward passes."""
+        ids = model.to_tokens(prompt)[0].tolist()
+        wanted = model.to_tokens(" " + target, prepend_bos=False)[0].tolist()
+        with torch.no_grad():
+            log_p = model(torch.tensor([ids + wanted])).log_softmax(-1)[0]
+        return sum(float(log_p[len(ids) - 1 + step, token]) for step, token in enumerate(wanted)) / len(wanted)
+
+    for each, scores in zip((fact, other), found, strict=True):
+        pair = [
+            Pair(plain(prompt, each.target_new), plain(prompt, each.target_true))
+            for prompt in (each.prompt, *each.paraphrases, *each.neighbours)
+        ]
+        n = 1 + len(each.paraphrases)
+        assert {name: scores[name] for name in scores if name != "p_new"} == pytest.approx(
+            metrics.rewrite_scores(pair[0], pair[1:n], pair[n:]), abs=1e-5, nan_ok=True
+        )
+    with pytest.raises(FactError, match="lacks one"):
+        counterfact.scores(model, [replace(fact, target_new=None)])
