@@ -71,7 +71,7 @@ def magnitude(pairs: Sequence[Pair]) -> float:
 def rewrite_scores(prompt: Pair, paraphrases: Sequence[Pair], neighbours: Sequence[Pair]) -> dict[str, float]:
     """ES, EM, PS, PM, NS and NM of one fact, 0 to 1; nan where the fact has no prompts of that kind."""
     turned = [pair.turned for pair in neighbours]
-    found = {}
+    found: dict[str, float] = {}
     for letter, pairs in (("E", [prompt]), ("P", paraphrases), ("N", turned)):
         found |= {f"{letter}S": success(pairs), f"{letter}M": magnitude(pairs)}
     return found
