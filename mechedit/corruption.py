@@ -214,6 +214,8 @@ def corrupt(
         )
     )
     expected = (settings.draws, end - begin, clean.shape[1])
+    if not isinstance(noise, Tensor):
+        raise CorruptionError(f"noise must be a tensor; {getattr(family, '__name__', family)} gave {noise!r}.")
     if tuple(noise.shape) != expected or not noise.isfinite().all():
         raise CorruptionError(
             f"noise must be finite and of shape (draws, tokens, d_model) = {expected}; "

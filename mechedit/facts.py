@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from mechedit.errors import MecheditError
 
-__all__ = ["Fact", "FactError", "built_in", "from_prompt", "read"]
+__all__ = ["Fact", "FactError", "built_in", "check_fact", "from_prompt", "read"]
+
+
+FORMS = (
+    "subject, prompt, target_true and target_new (the fields of facts.Fact); COUNTERFACT, nested (requested_rewrite) or flat "
+    "(ground_truth); zsRE (loc_ans); known facts (attribute)"
+)
 
 
 class FactError(MecheditError, ValueError):
@@ -72,6 +78,18 @@ class Fact:
         return self.template.index("{}")
 
 
+def check_fact(fact: object) -> None:
+    """Raise for what is no fact, a prompt for one.
+
+    Raises:
+        FactError: it is not.
+    """
+    if not isinstance(fact, Fact):
+        raise FactError(
+            f"a fact is facts.Fact(subject, template, …) or facts.from_prompt(prompt, subject); found {fact!r}."
+        )
+
+
 def from_prompt(
     prompt: str,
     subject: str,
@@ -85,8 +103,9 @@ def from_prompt(
     Raises:
         FactError: the subject is empty, not in the prompt, or there more than once without a choice.
     """
-    if not subject.strip():
-        raise FactError(f"the subject must be a word or more; it is {subject!r}.")
+    for name, text in (("prompt", prompt), ("subject", subject)):
+        if not text.strip():
+            raise FactError(f"the {name} must be a word or more; it is {text!r}.")
     subject = subject.strip()
     starts = [at for at in range(len(prompt)) if prompt.startswith(subject, at)]
     if not starts:
@@ -116,7 +135,8 @@ def built_in() -> tuple[Fact, ...]:
 
 
 def read(path: str | Path) -> tuple[Fact, ...]:
-    """The facts of a JSON file: nested or flat COUNTERFACT, zsRE as MEND has it, or known facts; the form is recognised.
+    """The facts of a JSON file: a list of objects with the fields of `Fact` (`prompt` may stand for `template`), nested or
+    flat COUNTERFACT, zsRE as MEND has it, or known facts; the form is recognised by the first record.
 
     zsRE records are left out where the question does not contain the subject exactly once or nothing new is to be said.
 
@@ -127,6 +147,8 @@ def read(path: str | Path) -> tuple[Fact, ...]:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise FactError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise FactError(f"{path} is not JSON: it is no text in UTF-8.") from error
     except ValueError as error:
         raise FactError(f"{path} is not JSON: {error}.") from error
     if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
@@ -138,10 +160,10 @@ def read(path: str | Path) -> tuple[Fact, ...]:
             fact = make(record, index)
         except FactError as error:
             raise FactError(f"record {index} of {path}: {error}") from error
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise FactError(
-                f"record {index} of {path} does not have the form of the first one: {type(error).__name__} {error}."
-            ) from error
+        except KeyError as error:
+            raise FactError(f"record {index} of {path} lacks {error}, which its form ({FORMS}) needs.") from error
+        except (TypeError, AttributeError, IndexError, ValueError) as error:
+            raise FactError(f"record {index} of {path} is not of its form ({FORMS}): {error}.") from error
         if fact is not None:
             facts.append(fact)
     return tuple(facts)
@@ -154,13 +176,31 @@ def _form(record: dict[str, Any], path: str | Path) -> Callable[[dict[str, Any],
         ("ground_truth", _flat),
         ("loc_ans", _zsre),
         ("attribute", _known),
+        ("template", _plain),
+        ("prompt", _plain),
     ]
     for key, make in forms:
         if key in record:
             return make
     raise FactError(
-        f"{path}: the form of the records is not known. A record must have one of {', '.join(key for key, _ in forms)}; the first has {', '.join(record)}."
+        f"{path}: the form of the records is not known. It must be one of: {FORMS}. The first record has {', '.join(record)}."
     )
+
+
+def _plain(record: dict[str, Any], index: int) -> Fact:
+    """The fields of `Fact` themselves, a whole `prompt` in the template's place if that is there."""
+    several = ("paraphrases", "neighbours", "generations")
+    names = {each.name for each in fields(Fact)} | {"prompt"}
+    if unknown := sorted(record.keys() - names):
+        raise FactError(f"{', '.join(unknown)} is no field of a fact; there are {', '.join(sorted(names))}.")
+    given = {key: value for key, value in record.items() if key not in ("prompt", "template", *several)}
+    for name in several:
+        prompts = record.get(name, [])
+        if not isinstance(prompts, list) or not all(isinstance(each, str) for each in prompts):
+            raise FactError(f"{name} must be a list of prompts; found {prompts!r}.")
+        given[name] = tuple(prompts)
+    template = record["template"] if "template" in record else from_prompt(record["prompt"], record["subject"]).template
+    return Fact(**(given | {"template": template, "id": str(record.get("id", index))}))
 
 
 def _nested(record: dict[str, Any], index: int) -> Fact:

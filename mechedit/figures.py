@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mechedit.cache import atomic_write
-from mechedit.settings import ROLE_TITLES, ROLES
+from mechedit.settings import ROLE_TITLES, ROLES, SEVERED_TITLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,10 +59,10 @@ def heat_map(trace: Trace, kind: str) -> Figure:
     )
     axes.set_yticks(range(len(labels)), [_plain(label) for label in labels], fontsize=9)
     axes.set_xticks(range(0, grid.shape[1], 1 if grid.shape[1] <= 12 else 5 if grid.shape[1] > 24 else 2))
-    axes.set_xlabel(AXES.get(kind, f"layer of {kind}"), fontsize=9)
+    axes.set_xlabel(AXES.get(kind, f"layer at the centre of the restored {kind}") + "   (* subject)", fontsize=9)
     axes.set_title(_title(kind, trace.settings.window), fontsize=10)
     bar = figure.colorbar(image, ax=axes)
-    bar.ax.set_title(_plain(f"P({trace.answer.strip()})"), fontsize=9, pad=8)
+    bar.ax.set_title(_plain(trace.label), fontsize=9, pad=8)
     return figure
 
 
@@ -122,11 +122,10 @@ def severed_lines(curves: Sequence[Severed]) -> Figure:
 
     figure = Figure(figsize=(4.6, 3.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    labels = {"ordinary": "nothing severed", "mlp": "MLPs severed", "attn": "attention severed"}
     for name, colour in (("ordinary", "C4"), ("mlp", "C2"), ("attn", "C3")):
         effects = np.stack([each.curves[name].mean(-1).double().numpy() - each.p_corrupted for each in curves])
         layers = range(effects.shape[1])
-        axes.plot(layers, effects.mean(0), color=colour, label=labels[name], linewidth=1.4)
+        axes.plot(layers, effects.mean(0), color=colour, label=SEVERED_TITLES[name], linewidth=1.4)
         if len(curves) > 1:
             axes.fill_between(layers, *interval(effects), color=colour, alpha=0.2, linewidth=0)
     axes.axhline(0, color="black", linewidth=0.6)
@@ -134,6 +133,8 @@ def severed_lines(curves: Sequence[Severed]) -> Figure:
     axes.set_xlabel(f"layer of the restored state, {ROLE_TITLES[curves[0].role]}", fontsize=9)
     axes.set_ylabel("indirect effect" + (f", {len(curves)} facts" if len(curves) > 1 else ""), fontsize=9)
     axes.legend(fontsize=8)
+    if len(curves) == 1:
+        axes.set_title(_plain(f"{curves[0].prompt} …{curves[0].answer}"), fontsize=8)
     return figure
 
 
@@ -172,7 +173,9 @@ def save_severed(curves: Sequence[Severed], folder: str | Path) -> list[Path]:
 
 
 def _title(kind: str, window: int) -> str:
-    return TITLES.get(kind, kind).format(window=f"{window} layer{'s' if window > 1 else ''}")
+    return TITLES.get(kind, f"Restoring {kind} in a window of {{window}}").format(
+        window=f"{window} layer{'s' if window > 1 else ''}"
+    )
 
 
 def _plain(text: str) -> str:

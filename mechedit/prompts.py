@@ -160,7 +160,9 @@ def audit(model: HookedModel, fact: Fact, *, prepend_bos: bool | None = None) ->
         ids = continuation(model, fact.prompt, target) if target else []
         targets[name] = tuple(zip(ids, text_tokens(model, ids), strict=True))
         if len(ids) > 1:
-            notes.append(f"{name} {target!r} is {len(ids)} tokens; a trace measures the first, an edit learns all.")
+            notes.append(
+                f"{name} {target!r} is {len(ids)} tokens; a trace measures the first (measure p_answer: all), an edit learns all."
+            )
         if model.tokenizer.unk_token_id is not None and model.tokenizer.unk_token_id in ids:
             notes.append(f"{name} {target!r} has a token the vocabulary does not know.")
         if target and not _seam_is_clean(model, fact.prompt, target):

@@ -54,6 +54,7 @@ ROLE_TITLES = {
     "last": "last token",
 }
 ROLES = tuple(ROLE_TITLES)
+SEVERED_TITLES = {"ordinary": "nothing severed", "mlp": "MLPs severed", "attn": "attention severed"}
 CENTRES = ("code", "paper")
 CORRUPTIONS = (
     "gaussian",
@@ -92,6 +93,21 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     _require(value in choices, f"{name} must be one of {', '.join(choices)}; found {value!r}.")
 
 
+def _check_types(settings: Any) -> None:
+    """Raise where a field holds another type than its default does."""
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        wanted: Any = type(each.default)
+        if each.default is None or wanted is bool:
+            holds, name = value is None or isinstance(value, bool), "True, False or None"
+        elif wanted in (int, float):
+            numbers = (int, float) if wanted is float else (int,)
+            holds, name = isinstance(value, numbers) and not isinstance(value, bool), wanted.__name__
+        else:
+            holds, name = isinstance(value, wanted), wanted.__name__
+        _require(holds, f"{each.name} must be of type {name}; found {value!r}.")
+
+
 @dataclass(frozen=True)
 class TraceSettings:
     """How a causal trace corrupts and restores (Meng et al. 2022, section 2.1 and appendix B)."""
@@ -121,6 +137,7 @@ class TraceSettings:
     )
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(bool(self.kinds), f"kinds must name at least one of {', '.join(KINDS)}; it is empty.")
         _require(len(set(self.kinds)) == len(self.kinds), f"kinds must differ from each other; found {self.kinds}.")
         _require(self.window >= 1, f"window must be at least 1 layer; found {self.window}.")
@@ -160,6 +177,7 @@ class MomentSettings:
     parts: int = knob(1, "into how many shares the text is dealt, so that several machines can share the work")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(
             0 <= self.part < self.parts, f"part must be from 0 to parts - 1 = {self.parts - 1}; found {self.part}."
         )
@@ -199,6 +217,7 @@ class RomeSettings:
     )
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _choice("policy", self.policy, POLICIES)
         _choice("fact_token", self.fact_token, FACT_TOKENS)
         _choice("guard", self.guard, GUARDS)
@@ -228,6 +247,7 @@ class TuneSettings:
     seed: int = knob(0, "seed of the noise")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(self.traced >= 2, f"traced must be at least 2 facts; found {self.traced}.")
         for name in ("edited", "draws"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}.")

@@ -12,7 +12,7 @@ import torch
 
 import mechedit
 from mechedit import cli, edits, figures, models, moments
-from mechedit.cli import options
+from mechedit.cli import options, terminal
 from mechedit.moments import Moment
 from mechedit.settings import MomentSettings, RomeSettings, TraceSettings, TuneSettings, knobs
 from mechedit.tracing import Trace, trace
@@ -155,7 +155,9 @@ def read(path):
 
 def test_a_trace_that_is_not_exact_says_by_how_much(run, tmp_path):
     _, out, _ = run(*TRACE, "--window", "2", "--json", str(tmp_path / "t.json"))
-    assert "not exact; against the model's own precision and ten draws, on 24 cells" in " ".join(out.split())
+    assert "what fewer draws or bfloat16 cost, against ten draws in the model's own format, on 24 cells" in " ".join(
+        out.split()
+    )
     assert read(tmp_path / "t.json")["error"]["cells"] == 24
 
 
@@ -186,7 +188,10 @@ def test_a_run_over_facts_is_kept_resumed_and_averaged(run, known_file, tmp_path
     status, out, _ = run(*command)
     assert status == 0
     assert "3 facts. clean" in out
-    assert "not exact; of 'London is in the city of', against ten draws, on 24 cells" in " ".join(out.split())
+    assert (
+        "what fewer draws or bfloat16 cost 'London is in the city of', against ten draws in the model's own format, on 24 cells"
+        in " ".join(out.split())
+    )
     assert "last subject token" in out
     assert "early site: mlp at layer" in out
     first = {path.name: path.read_bytes() for path in (folder / "units").iterdir()}
@@ -223,7 +228,7 @@ def test_an_interrupted_run_says_what_is_kept_and_how_to_go_on(run, known_file, 
     assert len(calls) == 5
 
 
-@pytest.mark.parametrize("wrong", [["trace", "x", "--draws", "many"], ["diff", "x"], ["tune", "--clamps", "a"], ["no-such-command"], ["trace", "--no-such-option"], ["sever", "x", "--subject", "x", "--window", "3"]])  # fmt: skip
+@pytest.mark.parametrize("wrong", [["trace", "x", "--draws", "many"], ["diff", "x"], ["tune", "--clamps", "a"], ["no-such-command"], ["trace", "--no-such-option"], ["sever", "x", "--subject", "x", "--window", "3"], ["sever", "x", "--subject", "x", "--role", "verb"]])  # fmt: skip
 def test_wrong_options_end_in_one_line(wrong, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(wrong)
@@ -232,11 +237,31 @@ def test_wrong_options_end_in_one_line(wrong, capsys):
     assert "--help` lists the options" in line
 
 
+def test_a_trace_says_what_may_surprise_and_where_the_sites_are(run):
+    status, out, _ = run(*TRACE, "--answer", "Seattle")
+    assert status == 0
+    assert "early site: mlp at layer" in out
+    assert "late site: attn at layer" in out
+    _, out, _ = run(*TRACE, "--answer", "Seattle Seattle")
+    assert "P(first token of Seattle Seattle) = " in out
+    assert "a trace measures the first (measure p_answer: all)" in " ".join(out.split())
+
+
+def test_progress_is_lines_where_there_is_no_terminal(run, monkeypatch):
+    monkeypatch.setattr(terminal, "SECONDS_A_LINE", 0.0)
+    _, _, err = run(*TRACE, "--answer", "Seattle")
+    lines = [line for line in err.splitlines() if line.startswith("trace: ")]
+    assert lines[0].startswith("trace: 0 of ")
+    assert lines[-1].split()[1] == lines[-1].split()[3], "the last line says that all is done"
+    monkeypatch.setattr(terminal, "SECONDS_A_LINE", 100.0)
+    assert "trace: " not in run(*TRACE, "--answer", "Seattle")[2]
+
+
 def test_facts_the_model_does_not_know_are_left_out(run, known_file, tmp_path):
     status, out, err = run("trace", "--facts", str(known_file), "--draws", "1", "--out", str(tmp_path / "run"))
     assert "the model knows 0 of 4 facts" in out
     assert status == 2
-    assert "an average needs at least 2 traces; found 0" in err
+    assert "an average needs at least 2 facts; 0 of" in err
 
 
 def test_roles_and_sigma_of_subjects_reach_a_run(run, tmp_path):
@@ -264,7 +289,8 @@ def test_sever_writes_three_curves(run, tmp_path):
     subject = (PROMPT, "--subject", "The Space Needle", "--draws", "2")
     status, out, _ = run("sever", *subject, "--out", str(tmp_path), "--json", str(tmp_path / "s.json"))
     assert status == 0
-    assert "ordinary" in out
+    assert "nothing severed" in " ".join(out.split())
+    assert "MLPs severed" in " ".join(out.split())
     record = read(tmp_path / "s.json")
     assert set(record["curves"]) == {"ordinary", "mlp", "attn"}
     assert len(record["curves"]["mlp"]) == 4
@@ -371,9 +397,15 @@ def test_doctor_reports(run, tmp_path):
         ((*TRACE, "--facts", "built-in", "--out", "x"), "not both"),
         (("trace", "--facts", "/no/file", "--out", "x"), "/no/file"),
         ((*TRACE, "--sigma-from", "/no/file"), "no such file"),
-        ((*TRACE, "--corruption", "tokens"), "needs another subject"),
+        ((*TRACE, "--corruption", "tokens"), "--corruption tokens and --other SUBJECT belong together"),
+        ((*TRACE, "--other", "The Louvre"), "--corruption tokens and --other SUBJECT belong together"),
+        (("sever", *TRACE[1:], "--other", "The Louvre"), "--corruption tokens and --other SUBJECT belong together"),
+        ((*TRACE, "--limit", "3"), "--limit and --unknown choose among --facts"),
+        ((*TRACE, "--unknown"), "--limit and --unknown choose among --facts"),
+        (("trace", "--facts", "built-in", "--out", "x", "--limit", "1"), "--limit must be at least 2 facts"),
+        (("trace", "--facts", "built-in", "--out", "x", "--limit", "-3"), "--limit must be at least 2 facts"),
+        (("trace", "--facts", "built-in", "--out", "x", "--other", "The Louvre"), "--other is one prompt's"),
         ((*TRACE, "--roles", "verb"), "roles must be one of"),
-        (("sever", *TRACE[1:], "--role", "verb"), "has the role verb"),
         ((*TRACE, "--kinds", ","), "at least one"),
         ((*TRACE, "--window", "0"), "at least 1 layer"),
         ((*TRACE[:-2], "--draws", "0"), "at least 1"),

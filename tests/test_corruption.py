@@ -178,3 +178,5 @@ def test_noise_of_ones_own_is_used_and_checked(model):
             return torch.zeros(1)
 
         trace(model, FACT, SMALL, family=bad)
+    with pytest.raises(CorruptionError, match="noise must be a tensor"):
+        trace(model, FACT, SMALL, family=lambda noise: 3)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -20,6 +21,14 @@ NESTED = {
     "paraphrase_prompts": ["Elton John's instrument is the"],
     "neighborhood_prompts": ["Billy Joel plays the"],
     "generation_prompts": ["Elton John is"],
+}
+PLAIN = {
+    "subject": "Paris",
+    "prompt": "Paris is in",
+    "target_true": "France",
+    "target_new": "Italy",
+    "paraphrases": ["Where is Paris?"],
+    "relation": "country",
 }
 FLAT = {
     "case_id": 8,
@@ -130,8 +139,11 @@ def test_zsre_questions_without_their_subject_are_left_out(tmp_path):
         ("{", "is not JSON"),
         ("{}", "must hold a list"),
         ("[]", "must hold a list"),
-        ('[{"a": 1}]', "form of the records is not known"),
-        (json.dumps([KNOWN, {"subject": "x"}]), "record 1 .* KeyError 'template'"),
+        ('[{"a": 1}]', "form of the records is not known. It must be one of: subject, prompt, target_true"),
+        (json.dumps([PLAIN | {"prompts": ["x"]}]), "record 0 .* prompts is no field of a fact; there are generations"),
+        (json.dumps([PLAIN | {"paraphrases": "one text"}]), "paraphrases must be a list of prompts"),
+        (json.dumps([PLAIN | {"subject": "Rome"}]), "record 0 .* is not in the prompt"),
+        (json.dumps([KNOWN, {"subject": "x"}]), "record 1 .* lacks 'template'"),
         (json.dumps([KNOWN | {"subject": ""}]), "record 0 .* the subject must be a word"),
         (json.dumps([KNOWN | {"template": "no slot"}]), r"record 0 .* exactly one \{\}"),
         (json.dumps([FLAT | {"subject": "Nobody"}]), "record 0 .* is not in the prompt"),
@@ -142,6 +154,25 @@ def test_a_file_that_cannot_be_used_is_an_error_that_names_the_record(content, m
     path.write_text(content)
     with pytest.raises(FactError, match=message):
         facts.read(path)
+
+
+def test_facts_of_ones_own_are_read(tmp_path):
+    path = tmp_path / "facts.json"
+    template = {key: value for key, value in PLAIN.items() if key != "prompt"} | {"template": "{} is in", "id": 7}
+    path.write_text(json.dumps([PLAIN, template, {"subject": "Rome", "prompt": "Rome is in"}]))
+    expected = Fact("Paris", "{} is in", "France", "Italy", ("Where is Paris?",), relation="country", id="0")
+    assert facts.read(path) == (expected, replace(expected, id="7"), Fact("Rome", "{} is in", id="2"))
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(FactError, match="no text in UTF-8"):
+        facts.read(path)
+
+
+def test_what_is_no_fact_is_an_error():
+    with pytest.raises(FactError, match=r"a fact is facts.Fact\(subject, template, …\) or .*found 'Paris is in'"):
+        facts.check_fact("Paris is in")
+    facts.check_fact(Fact("Paris", "{} is in"))
+    with pytest.raises(FactError, match="the prompt must be a word or more"):
+        facts.from_prompt(" ", "Paris")
 
 
 def test_a_missing_file_is_an_error():

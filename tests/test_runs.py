@@ -141,7 +141,8 @@ def test_known_facts_are_those_whose_answers_first_token_comes_first(model):
 
     apple = [replace(fact, target_true="Needle") for fact in FACTS]
     with model.hooks(fwd_hooks=[("unembed.hook_out", prefer)]):
-        assert known(model, [*apple, *paris, Fact("Paris", "{} is in")]) == paris
+        open_ended = Fact("Paris", "{} is in")  # has no answer that could be wrong
+        assert known(model, [*apple, *paris, open_ended]) == [*paris, open_ended]
     assert known(model, apple) == []
 
 

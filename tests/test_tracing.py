@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mechedit import files, models, prompts, sites
+from mechedit import figures, files, models, prompts, sites
 from mechedit.facts import Fact, FactError
 from mechedit.settings import SettingsError, TraceSettings
 from mechedit.tracing import Trace, engine, prepare, restore, trace, trace_all
@@ -191,6 +193,32 @@ def test_a_parallel_model_has_no_state_between_attention_and_mlp(load):
 def test_a_cell_that_restores_nothing_is_refused():
     with pytest.raises(ValueError, match="must restore something"):
         Cell(())
+
+
+def test_a_component_stands_in_every_block():
+    with pytest.raises(SettingsError, match=r"must hold \{layer\}.*blocks.0.hook_mlp_out"):
+        Component("first", "blocks.0.hook_mlp_out")
+
+
+@pytest.mark.parametrize(
+    ("measure", "ids", "label"),
+    [
+        ("p", (1,), "P(Seattle)"),
+        ("p", (1, 2), "P(first token of Seattle)"),
+        ("p_answer", (1, 2), "P(Seattle)"),
+        ("log_p", (1,), "log P(Seattle)"),
+        ("logit_difference", (1, 2), "logit(Seattle) less the other's"),
+    ],
+)
+def test_a_trace_says_what_was_measured(model, fact, measure, ids, label):
+    found = trace(model, fact, replace(SMALL, kinds=("mlp",), draws=1))
+    found = replace(found, answer=" Seattle", answer_ids=ids, settings=replace(found.settings, measure=measure))
+    assert found.label == label
+    assert (
+        repr(found)
+        == f"Trace({fact.prompt!r}: {label} = {found.p_clean:.3f} clean, {found.p_corrupted:.3f} corrupted; mlp)"
+    )
+    assert figures.heat_map(found, "mlp").axes[1].get_title() == label
 
 
 def test_a_component_of_ones_own_is_a_kind(model, fact):
@@ -424,6 +452,30 @@ def test_a_prompt_longer_than_the_context_is_refused_before_the_model_runs(model
 def test_settings_that_cannot_be_meant_are_errors(given, message):
     with pytest.raises(SettingsError, match=message):
         TraceSettings(**given)
+
+
+def test_settings_of_another_type_are_errors():
+    """In a process of its own, because the type checks of the tests would come first."""
+    given = [{"draws": "2"}, {"draws": True}, {"noise": "3"}, {"kinds": "mlp"}, {"replace": 1}, {"noise": 3}]
+    code = f"""
+from mechedit.settings import SettingsError, TraceSettings
+for given in {given}:
+    try:
+        print(TraceSettings(**given).noise)
+    except SettingsError as error:
+        print(error)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    ) == [
+        "draws must be of type int; found '2'.",
+        "draws must be of type int; found True.",
+        "noise must be of type float; found '3'.",
+        "kinds must be of type tuple; found 'mlp'.",
+        "replace must be of type True, False or None; found 1.",
+        "3",
+        "",
+    ]
 
 
 def test_ctrl_c_leaves_the_model_as_it_was(model, fact):

@@ -134,11 +134,12 @@ def _edit(arguments: argparse.Namespace) -> None:
         chosen = [_fact_to_edit(arguments)]
         check_places(arguments.json, arguments.out)
     check_files(*arguments.text, arguments.moment)
+    moment = _given_moment(arguments)
     model = load_model(arguments)
     known = models.preset(model)
     settings = rome.resolve(model, replace(known.rome if known else RomeSettings(), **given))
     with progress_bars() as progress:
-        moment = _moment(arguments, model, settings, progress)
+        moment = moment or _moment(arguments, model, settings, progress)
         if arguments.facts:
             return _edit_facts(arguments, model, chosen, settings, moment, progress)
         edit = rome.edit(model, chosen[0], settings, moment, progress=progress)
@@ -189,16 +190,22 @@ def _facts_to_edit(arguments: argparse.Namespace) -> list[Fact]:
     return chosen
 
 
+def _given_moment(arguments: argparse.Namespace) -> Moment | None:
+    """C of --moment where its file says whose it is; None for the rest."""
+    from mechedit.moments import Moment
+
+    given = arguments.moment
+    return Moment.load(given) if given and given.suffix != ".npz" else None
+
+
 def _moment(
     arguments: argparse.Namespace, model: HookedModel, settings: RomeSettings, progress: Progress
 ) -> Moment | None:
-    """C from where the options say; None for the default."""
+    """C from a published file or from text, as the options say; None for the default."""
     from mechedit import moments
 
     if arguments.moment:
-        if arguments.moment.suffix == ".npz":
-            return moments.read_published(arguments.moment, model, settings.layer)
-        return moments.Moment.load(arguments.moment)
+        return moments.read_published(arguments.moment, model, settings.layer)
     if arguments.text:
         windows = MomentSettings(prepend_bos=settings.prepend_bos)
         return moments.estimate(model, settings.layer, arguments.text, windows, progress=progress)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,10 +37,14 @@ __all__ = [
     "show_edit",
     "show_files",
     "show_moment",
+    "show_sites",
     "show_table",
     "show_trace",
     "write_json",
 ]
+
+
+SECONDS_A_LINE = 15.0  # between lines of progress where there is no terminal
 
 
 def console_of(arguments: argparse.Namespace) -> Console:
@@ -51,11 +56,14 @@ def console_of(arguments: argparse.Namespace) -> Console:
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """A bar on standard error for each step that lasts, with the time left."""
+    """A bar on standard error for each step that lasts, with the time left; a line now and then where that is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
+    if not sys.stderr.isatty():
+        yield _progress_lines()
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -73,6 +81,20 @@ def progress_bars() -> Iterator[Progress]:
             bars.update(tasks[what], completed=done, total=of)
 
         yield report
+
+
+def _progress_lines() -> Progress:
+    """A line on standard error when a step has lasted a while, and every so often after that."""
+    said = time.monotonic()
+
+    def report(what: str, done: int, of: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= SECONDS_A_LINE:
+            said = time.monotonic()
+            sys.stderr.write(f"{what}: {done} of {of}\n")
+            sys.stderr.flush()
+
+    return report
 
 
 def load_model(arguments: argparse.Namespace) -> HookedModel:
@@ -93,18 +115,19 @@ def show_trace(console: Console, trace: Trace, kinds: Sequence[str] = KINDS) -> 
     from rich.text import Text
 
     console.print(
-        f"P({trace.answer.strip()}) = {trace.p_clean:.3f} clean, {trace.p_corrupted:.3f} corrupted; traced in {trace.seconds:.1f} s",
+        f"{trace.label} = {trace.p_clean:.3f} clean, {trace.p_corrupted:.3f} corrupted; traced in {trace.seconds:.1f} s",
         markup=False,
         highlight=False,
     )
     begin, end = trace.subject_range
+    percent = trace.settings.measure in ("p", "p_answer")
     for kind, grid in trace.effects.items():
         if kind not in kinds:
             continue
         fits = max(1, (console.width - max(len(repr(token)) for token in trace.tokens) - 6) // 3)
         layers = range(0, len(grid), -(-len(grid) // fits))
         table = Table(
-            title=f"{kind}: P(answer) in percent, by token and layer",
+            title=f"{kind}: {trace.label}{' in percent' if percent else ''}, by token and layer (* subject)",
             box=None,
             padding=(0, 1, 0, 0),
             title_justify="left",
@@ -120,15 +143,24 @@ def show_trace(console: Console, trace: Trace, kinds: Sequence[str] = KINDS) -> 
                 if p != p:  # not traced
                     cells.append(Text(""))
                     continue
-                share = min(1.0, p / highest)
+                share = min(1.0, max(0.0, p / highest))
                 cells.append(
                     Text(
-                        f"{100 * p:.0f}",
+                        f"{100 * p if percent else p:.0f}",
                         style=f"{'bold white' if share > 0.5 else 'default'} {f'on color({_SHADES[int(share * (len(_SHADES) - 1))]})' if share > 0.1 else ''}",
                     )
                 )
             table.add_row(Text(repr(token) + ("*" if begin <= position < end else "")), *cells)
         console.print(table)
+
+
+def show_sites(console: Console, found: Trace | Average) -> None:
+    """Where restoring helped most, early and late, where the kinds for it were traced."""
+    from mechedit import sites
+
+    for name, find in (("early", sites.early), ("late", sites.late)):
+        with suppress(sites.SiteError):
+            console.print(f"{name} site: {find(found)}", markup=False, highlight=False)
 
 
 _SHADES = (22, 28, 34, 34, 40)

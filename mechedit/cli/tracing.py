@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +18,12 @@ from mechedit.cli.terminal import (
     show_average,
     show_edit,
     show_files,
+    show_sites,
     show_table,
     show_trace,
     write_json,
 )
-from mechedit.settings import KNOWN_KINDS, TraceSettings
+from mechedit.settings import KNOWN_KINDS, ROLES, SEVERED_TITLES, TraceSettings
 
 if TYPE_CHECKING:
     from mechedit.corruption import Statistics
@@ -68,14 +68,16 @@ def add_tracing(commands: Any) -> None:
     add_prompt(sever)
     sever.add_argument("--answer", help="the answer to measure (default: what the model says)")
     sever.add_argument("--other", help="with --corruption tokens: the subject that takes the subject's place")
-    sever.add_argument("--role", default="subject_last", help="token role that is restored (default: subject_last)")
+    sever.add_argument(
+        "--role", default="subject_last", choices=ROLES, help="token role that is restored (default: subject_last)"
+    )
     add_settings(sever, TraceSettings, without=("kinds", "window", "centre", "roles"))  # of grids
     sever.add_argument("--out", type=Path, metavar="DIR", help="write the curves, as picture and as file, there")
     add_json(sever)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from mechedit import edits, facts, figures, generation, scoring, sites, tracing
+    from mechedit import edits, facts, figures, generation, scoring, tracing
     from mechedit.editors import rome
 
     out: Path = arguments.out
@@ -89,7 +91,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     with progress_bars() as progress:
         trace = tracing.trace(model, fact, progress=progress)
     show_trace(console, trace, ("mlp",))
-    console.print(f"early site: {sites.early(trace)}\n late site: {sites.late(trace)}", markup=False, highlight=False)
+    show_sites(console, trace)
 
     console.rule(f"2. Rewrite it there: {fact.target_true} → {fact.target_new}")
     with progress_bars() as progress:
@@ -124,7 +126,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _trace(arguments: argparse.Namespace) -> None:
-    from mechedit import figures, tracing
+    from mechedit import figures, prompts, tracing
     from mechedit.tracing import accuracy
 
     settings = TraceSettings(**given_settings(arguments, TraceSettings))
@@ -135,6 +137,9 @@ def _trace(arguments: argparse.Namespace) -> None:
         return _trace_facts(arguments, settings)
     if arguments.prompt is None or arguments.subject is None:
         raise UsageError("trace needs PROMPT and --subject, or --facts FILE and --out DIR.")
+    if arguments.limit is not None or arguments.unknown:
+        raise UsageError("--limit and --unknown choose among --facts; leave them out.")
+    _check_other(arguments, settings)
     fact = _fact(arguments)
     check_places(arguments.json, arguments.out and arguments.out / "trace.safetensors")
     check_files(arguments.sigma_from and arguments.sigma_from != "subjects" and Path(arguments.sigma_from))
@@ -144,15 +149,26 @@ def _trace(arguments: argparse.Namespace) -> None:
         trace = tracing.trace(model, fact, settings, known=known, other=arguments.other, progress=progress)
     console = console_of(arguments)
     show_trace(console, trace)
+    for note in prompts.audit(model, fact, prepend_bos=settings.prepend_bos).notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    show_sites(console, trace)
     record = trace.to_json()
     if not accuracy.is_exact(settings):
         error = accuracy.sample_error(model, fact, settings, known=known, other=arguments.other)
-        console.print(f"not exact; against the model's own precision and ten draws, {error}", highlight=False)
+        console.print(
+            f"what fewer draws or bfloat16 cost, against ten draws in the model's own format, {error}", highlight=False
+        )
         record["error"] = vars(error)
     written = [*figures.save(trace, arguments.out), trace.save(arguments.out / "trace.safetensors")] if arguments.out else []  # fmt: skip
     written += write_json(arguments.json, record)
     show_files(console, written)
     return None
+
+
+def _check_other(arguments: argparse.Namespace, settings: TraceSettings) -> None:
+    """Raise where the other subject and the corruption that takes it are not given together."""
+    if (settings.corruption == "tokens") != bool(arguments.other):
+        raise UsageError("--corruption tokens and --other SUBJECT belong together: give both, or neither.")
 
 
 def _fact(arguments: argparse.Namespace) -> Fact:
@@ -181,7 +197,7 @@ def _statistics(arguments: argparse.Namespace, model: HookedModel, facts: Sequen
 
 
 def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None:
-    from mechedit import facts, figures, sites
+    from mechedit import facts, figures
     from mechedit.runs import tracing as runs
     from mechedit.tracing import accuracy
     from mechedit.tracing.averages import average
@@ -190,6 +206,10 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
         raise UsageError("a run over facts is kept in a folder: give --out DIR.")
     if arguments.prompt is not None:
         raise UsageError("give PROMPT or --facts, not both.")
+    if arguments.other:
+        raise UsageError("--other is one prompt's; with --facts each subject gives way to one of its relation.")
+    if arguments.limit is not None and arguments.limit < 2:
+        raise UsageError(f"--limit must be at least 2 facts, which are averaged; found {arguments.limit}.")
     chosen = list(facts.built_in() if arguments.facts == "built-in" else facts.read(arguments.facts))
     check_places(arguments.json, arguments.out / "average.json")
     model = load_model(arguments)
@@ -202,6 +222,8 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
             console.print(f"the model knows {len(kept)} of {len(chosen)} facts", highlight=False)
             chosen = kept
         chosen = chosen[: arguments.limit]
+        if len(chosen) < 2:
+            raise UsageError(f"an average needs at least 2 facts; {len(chosen)} of {arguments.facts} can be traced.")
         statistics = _statistics(arguments, model, chosen)
         there = runs.finished(chosen, arguments.out)
         if there:
@@ -216,12 +238,14 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
     mean = average(traces, seed=settings.seed)
     if not accuracy.is_exact(settings) and settings.corruption != "tokens":
         error = accuracy.sample_error(model, chosen[0], settings, known=statistics)
-        console.print(f"not exact; of {chosen[0].prompt!r}, against ten draws, {error}", markup=False, highlight=False)
+        console.print(
+            f"what fewer draws or bfloat16 cost {chosen[0].prompt!r}, against ten draws in the model's own format, {error}",
+            markup=False,
+            highlight=False,
+        )
     console.print(f"{mean.n} facts. clean {mean.clean}, corrupted {mean.corrupted}, total effect {mean.total}")
     show_average(console, mean)
-    for name, find in (("early", sites.early), ("late", sites.late)):
-        with suppress(sites.SiteError):
-            console.print(f"{name} site: {find(mean)}", markup=False, highlight=False)
+    show_sites(console, mean)
     written = figures.save_average(mean, arguments.out) + write_json(arguments.out / "average.json", mean.to_json())
     show_files(console, written + write_json(arguments.json, mean.to_json()))
 
@@ -232,16 +256,21 @@ def _sever(arguments: argparse.Namespace) -> None:
 
     settings = TraceSettings(**given_settings(arguments, TraceSettings))
     fact = _fact(arguments)
+    _check_other(arguments, settings)
     check_places(arguments.json, arguments.out and arguments.out / "severed.safetensors")
     model = load_model(arguments)
     with progress_bars() as progress:
         found = severed(model, fact, settings, role=arguments.role, other=arguments.other, progress=progress)
     console = console_of(arguments)
-    console.print(f"{found.prompt!r}: clean {found.p_clean:.3f}, corrupted {found.p_corrupted:.3f}", highlight=False)
+    console.print(
+        f"{found.prompt!r}, answer {found.answer.strip()!r}: {found.p_clean:.3f} clean, {found.p_corrupted:.3f} corrupted",
+        markup=False,
+        highlight=False,
+    )
     means = {name: curve.mean(-1).tolist() for name, curve in found.curves.items()}
     show_table(
         console,
-        ("layer", *means),
+        ("layer", *(SEVERED_TITLES[name] for name in means)),
         [(str(layer), *(f"{curve[layer]:.3f}" for curve in means.values())) for layer in range(len(means["ordinary"]))],
     )
     if arguments.out:

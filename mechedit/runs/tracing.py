@@ -121,25 +121,25 @@ def partners(model: HookedModel, facts: Sequence[Fact], settings: TraceSettings)
 def known(
     model: HookedModel, facts: Sequence[Fact], *, prepend_bos: bool | None = None, progress: Progress = silent
 ) -> list[Fact]:
-    """The facts whose answer's first token is what the model finds most probable.
+    """The facts whose answer's first token is what the model finds most probable, and those without an answer of their own.
 
     The published code compares one decoded token with the whole answer, and so drops every answer of several tokens.
     """
     bos = resolve_bos(model, prepend_bos)
-    blocks, kept, size = Blocks(model), [], 32
-    for begin in range(0, len(facts), size):
-        progress("asking the model", begin, len(facts))
-        part = [fact for fact in facts[begin : begin + size] if fact.target_true]
+    blocks, size = Blocks(model), 32
+    asked = [fact for fact in facts if fact.target_true]
+    wrong = set()
+    for begin in range(0, len(asked), size):
+        progress("asking the model", begin, len(asked))
+        part = asked[begin : begin + size]
         ids = [encode(model, fact.prompt, prepend_bos=bos)[0] for fact in part]
-        if not part:
-            continue
         resid = blocks.final(pad(model, ids))
         last = torch.tensor([len(row) - 1 for row in ids], device=resid.device)
         said = blocks.logits(resid[torch.arange(len(ids), device=resid.device), last]).argmax(-1).tolist()
-        kept += [
+        wrong |= {
             fact
             for fact, token in zip(part, said, strict=True)
-            if continuation(model, fact.prompt, str(fact.target_true))[0] == token
-        ]
-    progress("asking the model", len(facts), len(facts))
-    return kept
+            if continuation(model, fact.prompt, str(fact.target_true))[0] != token
+        }
+    progress("asking the model", len(asked), len(asked))
+    return [fact for fact in facts if fact not in wrong]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mechedit import corruption, files, models, prompts, provenance
 from mechedit.corruption import Family, Statistics
-from mechedit.facts import Fact, FactError
+from mechedit.facts import Fact, FactError, check_fact
 from mechedit.models import HookedModel, device_of
 from mechedit.progress import Progress, silent
 from mechedit.prompts import Prompt
@@ -37,7 +37,7 @@ STATES = {"resid": cells.RESID_POST, "resid_pre": cells.RESID_PRE, "resid_mid": 
 WINDOWED = {"mlp": cells.MLP_OUT, "attn": cells.ATTN_OUT}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
     """A causal trace of one fact.
 
@@ -70,6 +70,20 @@ class Trace:
     def roles(self) -> tuple[str, ...]:
         """The token role of each position."""
         return roles(len(self.tokens), self.subject_range)
+
+    @property
+    def label(self) -> str:
+        """What was measured, in a few words: P(Seattle)."""
+        measure, answer = self.settings.measure, self.answer.strip()
+        if measure == "logit_difference":
+            return f"logit({answer}) less the other's"
+        if measure != "p_answer" and len(self.answer_ids) > 1:
+            answer = f"first token of {answer}"
+        return f"log P({answer})" if measure == "log_p" else f"P({answer})"
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(self.effects)
+        return f"Trace({self.prompt!r}: {self.label} = {self.p_clean:.3f} clean, {self.p_corrupted:.3f} corrupted; {kinds})"
 
     def to_json(self) -> dict[str, Any]:
         """What `mechedit trace --json` writes."""
@@ -299,6 +313,7 @@ def prepare(
     other: str | None = None,
 ) -> Prepared:
     """The fact as tokens and corrupted embeddings, with the reads that `settings.measure` needs."""
+    check_fact(fact)
     prompt = prompts.prepare(model, fact, prepend_bos=settings.prepend_bos)
     answer = (
         prompts.continuation(model, fact.prompt, fact.target_true) if fact.target_true else [_top(model, prompt.ids)]

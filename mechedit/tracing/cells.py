@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mechedit.settings import SettingsError
+
 __all__ = ["ATTN_OUT", "COMPONENTS", "MLP_OUT", "POST", "RESID_MID", "RESID_POST", "RESID_PRE", "Cell", "Component", "Patch", "Z", "single", "window"]  # fmt: skip
 
 
@@ -23,6 +25,12 @@ class Component:
     name: str
     hook: str
     enters: int | None = None
+
+    def __post_init__(self) -> None:
+        if "{layer}" not in self.hook:
+            raise SettingsError(
+                f"the hook of a component must hold {{layer}}, which every block fills in; it is {self.hook!r}."
+            )
 
     def at(self, layer: int) -> str:
         """The name of the hook point in one block."""

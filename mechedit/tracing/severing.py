@@ -30,13 +30,14 @@ __all__ = ["CURVES", "Severed", "severed"]
 CURVES = {"ordinary": (), "mlp": (MLP_OUT,), "attn": (ATTN_OUT,)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Severed:
     """`curves[name]` is [layer, draw]: the measure with the state after that block restored at `position`, while nothing
     ("ordinary"), the MLP outputs ("mlp") or the attention outputs ("attn") are held there at their corrupted values."""
 
     prompt: str
     subject: str
+    answer: str
     position: int
     role: str
     p_clean: float
@@ -47,6 +48,9 @@ class Severed:
     corrupted_by: str
     origin: dict[str, Any]
     versions: dict[str, str]
+
+    def __repr__(self) -> str:
+        return f"Severed({self.prompt!r}: {self.p_clean:.3f} clean, {self.p_corrupted:.3f} corrupted; {', '.join(self.curves)})"
 
     def to_json(self) -> dict[str, Any]:
         """What `mechedit sever --json` writes: curves as means over draws."""
@@ -113,6 +117,7 @@ def severed(
     return Severed(
         prompt=fact.prompt,
         subject=fact.subject,
+        answer=str(model.tokenizer.decode(list(prepared.answer_ids))),
         position=at,
         role=role,
         p_clean=float(measured(settings, swept.clean)),
