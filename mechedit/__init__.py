@@ -23,6 +23,7 @@ one module and may touch only what this table says; nothing is left changed exce
 | tuning.tune        | yes     | yes      | and puts them back| folder, cache | own generator |
 | export.checkpoint  | no      | no       | and puts them back| folder| no                    |
 | scoring.score      | yes     | no       | no                | no    | no                    |
+| counterfact.scores | yes     | no       | no                | no    | no                    |
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULES = (
+    "benchmarks",
     "corruption",
     "edits",
     "editors",
@@ -51,6 +53,7 @@ _MODULES = (
     "scoring",
     "settings",
     "sites",
+    "statistics",
     "tracing",
     "tuning",
     "values",
