@@ -25,6 +25,7 @@ from mechedit import (
     tuning,
     values,
 )
+from mechedit.benchmarks import counterfact
 from mechedit.editors import rome
 from mechedit.facts import Fact
 from mechedit.runs import tracing as runs
@@ -95,6 +96,7 @@ def steps(model, folder, tmp_path, monkeypatch):
         "export.checkpoint": lambda: export.checkpoint(model, str(folder("gpt2")), [edit], tmp_path / "edited"),
         "edits.apply": lambda: edits.apply(model, edit),
         "scoring.score": lambda: scoring.score(model, [("A", "b")]),
+        "counterfact.scores": lambda: counterfact.scores(model, [FACT]),
     }
 
 
