@@ -331,10 +331,18 @@ def _batches(
         return torch.cat([bos, ids], dim=1) if settings.prepend_bos else ids
 
     if not texts:
-        for index, begin in enumerate(range(0, settings.tokens, rows * body)):
-            some = min(rows, -(-(settings.tokens - begin) // body))
+        begins = range(0, settings.tokens, rows * body)
+
+        def sampled(index: int, some: int) -> Int[Tensor, "rows pos"]:
+            def report(what: str, done: int, of: int) -> None:
+                progress(what, index * of + done, len(begins) * of)
+
             numbers = generator(settings.seed, "moment text", str(index))
-            yield some * body, lambda some=some, numbers=numbers: windows(sample(model, some, body, numbers, progress=progress))  # type: ignore[misc]  # fmt: skip
+            return windows(sample(model, some, body, numbers, progress=report))
+
+        for index, begin in enumerate(begins):
+            some = min(rows, -(-(settings.tokens - begin) // body))
+            yield some * body, partial(sampled, index, some)
         return
     pending: list[int] = []
     for text in texts:

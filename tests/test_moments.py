@@ -183,6 +183,16 @@ def test_several_layers_in_one_pass_are_what_each_is_alone(model, text, monkeypa
         assert moment.layer == layer
 
 
+def test_progress_counts_through_all_batches(model, small_batches):
+    said = []
+    moments.estimate(model, 1, settings=SMALL, progress=lambda what, done, of: said.append((what, done, of)))
+    sampled = [(done, of) for what, done, of in said if what == "sampling text"]
+    assert len({of for _, of in sampled}) == 1
+    assert [done for done, _ in sampled] == sorted(done for done, _ in sampled)
+    assert sampled[-1][0] == sampled[-1][1]
+    assert len(sampled) > 2 * SMALL.context, "more than one batch"
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_job_that_is_stopped_goes_on_and_ends_with_the_same_bits(sampled, model, text, monkeypatch, small_batches):
     texts = [] if sampled else [text]
