@@ -73,6 +73,7 @@ def test_averages_by_hand():
     both = torch.tensor(found.n_role) == 2
     torch.testing.assert_close(whole[:, both], torch.full_like(whole[:, both], found.total.mean))
     assert float(found.best["mlp"][column["subject_last"]]) == pytest.approx((0.5 + 0.3) / 2)
+    assert repr(found) == f"Average(2 facts: total effect {found.total}; mlp, attn)"
     assert json.loads(json.dumps(found.to_json()))["indirect_effect"]["mlp"][0][column["subject_middle"]] is None
 
 

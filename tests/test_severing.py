@@ -75,6 +75,8 @@ def test_the_published_way_holds_values_of_another_draw(model, fact):
 def test_any_role_can_be_restored_and_one_that_is_not_there_is_an_error(model, fact):
     last = severed(model, fact, SMALL, role="last")
     assert last.position == len(prepare(model, fact, SMALL).ids) - 1
+    assert last.answer.strip() == fact.target_true
+    assert repr(last).endswith(f"{last.p_clean:.3f} clean, {last.p_corrupted:.3f} corrupted; ordinary, mlp, attn)")
     with pytest.raises(SettingsError, match="no token of 'Paris is' has the role subject_middle"):
         severed(model, Fact("Paris", "{} is", "Seattle"), SMALL, role="subject_middle")
 

@@ -30,7 +30,7 @@ class AverageError(MecheditError, ValueError):
     """Traces that cannot be averaged."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Average:
     """Effects over `n` facts. Grids are [layer, role], roles in the order of `roles.ROLES`, nan where no fact has the role.
 
@@ -54,6 +54,9 @@ class Average:
     best: dict[str, Float[Tensor, " role"]]
     decided_by: str
     exceptions: tuple[tuple[str, str], ...]
+
+    def __repr__(self) -> str:
+        return f"Average({self.n} facts: total effect {self.total}; {', '.join(self.indirect)})"
 
     def at(self, kind: str, layer: int, role: str) -> Mean:
         """The average indirect effect of one site."""
