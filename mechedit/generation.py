@@ -1,4 +1,4 @@
-"""Text from the model: seeded sampling for prefixes and second moments, greedy completion for people to read.
+"""Text from the model: seeded sampling for prefixes, second moments and metrics, greedy completion for people to read.
 
 Both step through the tokens with cached keys and values. Sampling inverts the distribution function with numbers from a
 generator of its own, so that a seed gives the same text whatever else was drawn, on any device and model class (rounding
@@ -7,16 +7,20 @@ of the logits aside).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechedit.corruption import generator
 from mechedit.models import HookedModel, Stepper, device_of
 from mechedit.progress import Progress, silent
-from mechedit.prompts import encode, resolve_bos
+from mechedit.prompts import check_length, encode, resolve_bos
 
-__all__ = ["complete", "sample"]
+__all__ = ["complete", "continuations", "sample"]
 
+GENERATED_ROWS = 64  # continuations that are sampled together
 DRAW_ROWS = 16  # a softmax over so few rows stays in memory that is reused
 
 
@@ -86,3 +90,60 @@ def complete(model: HookedModel, prompt: str, tokens: int = 20, *, prepend_bos: 
             break
         said.append(int(token))
     return str(model.tokenizer.decode(said))
+
+
+@torch.no_grad()
+def continuations(
+    model: HookedModel,
+    prompts: Sequence[str],
+    tokens: int = 100,
+    *,
+    top_k: int | None = 5,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    progress: Progress = silent,
+) -> list[str]:
+    """Each prompt and a sampled continuation, `tokens` tokens with the prompt's own, or up to the end of the text.
+
+    So the published code generates for GE and RS, unseeded (`top_k` 5, 100 tokens). Prompts of one length run together; what a
+    prompt draws depends on the seed and its text alone.
+
+    Raises:
+        FactError: `tokens` do not fit the context.
+    """
+    bos = resolve_bos(model, prepend_bos)
+    encoded = [encode(model, prompt, prepend_bos=bos)[0] for prompt in prompts]
+    check_length(model, tokens + int(bos))
+    texts, done = list(prompts), 0
+    for length in sorted({len(ids) for ids in encoded}):
+        rows = [index for index, ids in enumerate(encoded) if len(ids) == length]
+        for begin in range(0, len(rows), GENERATED_ROWS):
+            progress("generating", done, len(prompts))
+            part = rows[begin : begin + GENERATED_ROWS]
+            streams = [generator(seed, "continuation", prompts[index]) for index in part]
+            said = _continue(model, [encoded[index] for index in part], tokens + int(bos) - length, streams, top_k)
+            for index, ids in zip(part, said, strict=True):
+                texts[index] += str(model.tokenizer.decode(ids))
+            done += len(part)
+    progress("generating", done, len(prompts))
+    return texts
+
+
+def _continue(
+    model: HookedModel, rows: list[list[int]], n: int, streams: list[torch.Generator], top_k: int | None
+) -> list[list[int]]:
+    """The next `n` tokens of rows of one length, each cut at the end of its text."""
+    stepper, device = Stepper(model), device_of(model)
+    token: Int[Tensor, "rows new"] = torch.tensor(rows, device=device)
+    said = []
+    for _ in range(n):
+        uniform = torch.cat([torch.rand(1, 1, generator=stream) for stream in streams]).to(device)
+        logits = stepper.next_logits(token)
+        parts = zip(logits.split(DRAW_ROWS), uniform.split(DRAW_ROWS), strict=True)
+        token = torch.cat([_draw(part.float(), numbers, top_k) for part, numbers in parts])
+        said.append(token)
+    if not said:
+        return [[] for _ in rows]
+    end = model.tokenizer.eos_token_id
+    whole = torch.cat(said, 1).tolist()
+    return [ids[: ids.index(end)] if end in ids else ids for ids in whole]

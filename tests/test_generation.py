@@ -113,3 +113,46 @@ def test_texts_that_do_not_fit_or_say_nothing_are_errors(model):
         scoring.score(model, [("xq " * 80, "Paris")])
     with pytest.raises(FactError, match="target must be"):
         scoring.score(model, [("Paris", " ")])
+
+
+PROMPTS = ["The city of", "Paris is", "Rome is", "The Space Needle is located in", "London is"]
+
+
+def test_a_continuation_depends_on_its_prompt_and_the_seed_alone(model, monkeypatch):
+    together = generation.continuations(model, PROMPTS, 9)
+    assert together == [generation.continuations(model, [prompt], 9)[0] for prompt in PROMPTS]
+    monkeypatch.setattr(generation, "GENERATED_ROWS", 2)
+    assert generation.continuations(model, PROMPTS[::-1], 9) == together[::-1]
+    assert generation.continuations(model, PROMPTS, 9, seed=1) != together
+    assert all(text.startswith(prompt) for text, prompt in zip(together, PROMPTS, strict=True))
+
+
+def test_the_most_probable_continuation_is_the_greedy_one_and_counts_the_prompts_tokens(model):
+    for prompt in PROMPTS:
+        n = len(model.tokenizer(prompt, add_special_tokens=False).input_ids)
+        (said,) = generation.continuations(model, [prompt], n + 4, top_k=1)
+        assert said == prompt + generation.complete(model, prompt, 4)
+        assert generation.continuations(model, [prompt], n, top_k=1) == [prompt]
+
+
+def test_a_continuation_ends_with_the_text_and_must_fit(model):
+    first = generation.complete(model, "The city of", 1)
+    kept, (ids,) = model.tokenizer.eos_token, [model.tokenizer(first, add_special_tokens=False).input_ids]
+    try:
+        model.tokenizer.eos_token = model.tokenizer.convert_ids_to_tokens(ids[0])
+        assert generation.continuations(model, ["The city of"], 9, top_k=1) == ["The city of"]
+    finally:
+        model.tokenizer.eos_token = kept
+    with pytest.raises(FactError, match="context"):
+        generation.continuations(model, ["The city of"], 100_000)
+
+
+def test_continuations_are_drawn_with_the_models_probabilities(model):
+    prompt, n = "The city of", 400
+    ids = model.tokenizer(prompt, add_special_tokens=False).input_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([[model.tokenizer.bos_token_id, *ids]]))[0, -1]
+    p, tokens = logits.topk(2)
+    texts = [generation.continuations(model, [prompt], len(ids) + 1, top_k=2, seed=seed)[0] for seed in range(n)]
+    share = texts.count(prompt + model.tokenizer.decode([int(tokens[0])])) / n
+    assert share == pytest.approx(float(p.softmax(-1)[0]), abs=0.08)

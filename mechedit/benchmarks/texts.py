@@ -1,0 +1,94 @@
+"""Generated texts as the paper measures them: their words, and how near they are to reference texts (GE and RS).
+
+Needs the extra `evaluate` (nltk, scikit-learn). Nothing is downloaded: sentences are found by Punkt's rules without its
+trained list of abbreviations, which the published code fetches; words are then NLTK's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mechedit.errors import MecheditError
+
+__all__ = ["TextError", "Tfidf", "consistency", "words"]
+
+
+class TextError(MecheditError, ValueError):
+    """Texts, or statistics of texts, that cannot be used."""
+
+
+def words(text: str) -> list[str]:
+    """The words and punctuation marks of a text, for n-grams."""
+    try:
+        from nltk.tokenize import NLTKWordTokenizer
+        from nltk.tokenize.punkt import PunktSentenceTokenizer
+    except ImportError as error:
+        raise TextError("words of texts are found by nltk: pip install 'mechedit[evaluate]'.") from error
+    tokenizer = NLTKWordTokenizer()
+    return [word for sentence in PunktSentenceTokenizer().tokenize(text) for word in tokenizer.tokenize(sentence)]
+
+
+@dataclass(frozen=True)
+class Tfidf:
+    """TF-IDF vectors over a fixed vocabulary: scikit-learn's, with its default rules for words and lengths."""
+
+    vectoriser: Any
+
+    @classmethod
+    def fit(cls, texts: Sequence[str]) -> Tfidf:
+        """Vocabulary and inverse document frequencies of these texts.
+
+        Raises:
+            TextError: they hold no word, or scikit-learn is missing.
+        """
+        vectoriser = _vectoriser()
+        try:
+            return cls(vectoriser.fit(texts))
+        except ValueError as error:
+            raise TextError(f"TF-IDF needs texts that hold words: {error}.") from error
+
+    @classmethod
+    def read(cls, idf: str | Path, vocabulary: str | Path) -> Tfidf:
+        """The published statistics of Wikipedia: `idf.npy` and `tfidf_vocab.json`.
+
+        Raises:
+            TextError: a file is missing, no such file, or the two do not belong together.
+        """
+        try:
+            frequencies = np.load(idf, allow_pickle=False)
+            places = json.loads(Path(vocabulary).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TextError(f"{idf} and {vocabulary} cannot be read as TF-IDF statistics: {error}.") from error
+        if not isinstance(places, dict) or sorted(places.values()) != list(range(len(frequencies.reshape(-1)))):
+            raise TextError(
+                f"{vocabulary} must number the words from 0 to {frequencies.size - 1}, as many as {idf} has frequencies."
+            )
+        vectoriser = _vectoriser(vocabulary=places)
+        vectoriser.idf_ = frequencies.reshape(-1)  # of this one, not of the class as in the published code
+        return cls(vectoriser)
+
+    def cosine(self, first: str, second: str) -> float:
+        """The cosine of two texts' vectors; 0 where one has no known word."""
+        a, b = self.vectoriser.transform([first, second])
+        return float((a @ b.T).sum())
+
+
+def consistency(tfidf: Tfidf, generated: Sequence[str], references: Sequence[str]) -> float:
+    """RS, over 100: the cosine of all generated texts, joined, with all reference texts, joined; nan where there are none."""
+    if not generated or not references:
+        return float("nan")
+    return tfidf.cosine(" ".join(generated), " ".join(references))
+
+
+def _vectoriser(**options: Any) -> Any:
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+    except ImportError as error:
+        raise TextError("TF-IDF vectors are scikit-learn's: pip install 'mechedit[evaluate]'.") from error
+    return TfidfVectorizer(**options)
