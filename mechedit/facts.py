@@ -12,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mechedit.errors import MecheditError
 
-__all__ = ["Fact", "FactError", "built_in", "check_fact", "from_prompt", "read"]
+__all__ = ["Fact", "FactError", "built_in", "check_fact", "from_prompt", "from_zsre", "read", "read_as"]
+
+Made = TypeVar("Made")
 
 
 FORMS = (
@@ -143,6 +145,17 @@ def read(path: str | Path) -> tuple[Fact, ...]:
     Raises:
         FactError: the file is missing, no list of records, or a record lacks what its form needs; the record is named.
     """
+    return read_as(path, lambda first: _form(first, path))
+
+
+def read_as(
+    path: str | Path, form: Callable[[dict[str, Any]], Callable[[dict[str, Any], int], Made | None]]
+) -> tuple[Made, ...]:
+    """What each record of a JSON file is made into, but None. `form` gives the maker for files whose first record is this one.
+
+    Raises:
+        FactError: as in `read`.
+    """
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -153,20 +166,20 @@ def read(path: str | Path) -> tuple[Fact, ...]:
         raise FactError(f"{path} is not JSON: {error}.") from error
     if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
         raise FactError(f"{path} must hold a list of one or more records, each an object.")
-    make = _form(records[0], path)
-    facts = []
+    make = form(records[0])
+    found = []
     for index, record in enumerate(records):
         try:
-            fact = make(record, index)
+            made = make(record, index)
         except FactError as error:
             raise FactError(f"record {index} of {path}: {error}") from error
         except KeyError as error:
             raise FactError(f"record {index} of {path} lacks {error}, which its form ({FORMS}) needs.") from error
         except (TypeError, AttributeError, IndexError, ValueError) as error:
             raise FactError(f"record {index} of {path} is not of its form ({FORMS}): {error}.") from error
-        if fact is not None:
-            facts.append(fact)
-    return tuple(facts)
+        if made is not None:
+            found.append(made)
+    return tuple(found)
 
 
 def _form(record: dict[str, Any], path: str | Path) -> Callable[[dict[str, Any], int], Fact | None]:
@@ -174,7 +187,7 @@ def _form(record: dict[str, Any], path: str | Path) -> Callable[[dict[str, Any],
     forms: list[tuple[str, Callable[[dict[str, Any], int], Fact | None]]] = [
         ("requested_rewrite", _nested),
         ("ground_truth", _flat),
-        ("loc_ans", _zsre),
+        ("loc_ans", from_zsre),
         ("attribute", _known),
         ("template", _plain),
         ("prompt", _plain),
@@ -231,7 +244,8 @@ def _flat(record: dict[str, Any], index: int) -> Fact:
     )
 
 
-def _zsre(record: dict[str, Any], index: int) -> Fact | None:
+def from_zsre(record: dict[str, Any], index: int) -> Fact | None:
+    """The fact of a zsRE record in the form of MEND; None where it cannot be edited (`read`)."""
     usable = record["subject"].strip() and record["src"].count(record["subject"]) == 1
     if not usable or not record["alt"].strip() or record["alt"] == record["answers"][0]:
         return None

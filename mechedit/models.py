@@ -632,21 +632,27 @@ class Blocks:
         with self.model.hooks(fwd_hooks=[(last, lambda activation, hook: resid[:, None])]):
             return self.model(token)[:, 0]
 
-    @torch.no_grad()
     def log_p(
         self, resid: Float[Tensor, "rows d_model"], targets: Int[Tensor, "rows targets"]
     ) -> Float[Tensor, "rows targets"]:
-        """log P of each row's targets from final residual states, in float32, without ever holding a row of logits whole.
+        """log P of each row's targets from final residual states, in float32, without ever holding a row of logits whole."""
+        return self.log_p_and_highest(resid, targets)[0]
+
+    @torch.no_grad()
+    def log_p_and_highest(
+        self, resid: Float[Tensor, "rows d_model"], targets: Int[Tensor, "rows targets"]
+    ) -> tuple[Float[Tensor, "rows targets"], Float[Tensor, " rows"]]:
+        """log P of each row's targets, and that of its most probable token. A target that is that token has the very same number.
 
         The vocabulary is passed over in parts, in one buffer that is used again, where the unembedding is a product with
         one matrix, a bias and a soft cap; a bridge's is checked to be that, once, on one row.
         """
         if not self._streams:
-            rows = [
-                self.logits(part).float().log_softmax(-1).gather(1, wanted)
-                for part, wanted in zip(resid.split(UNEMBED_ROWS), targets.split(UNEMBED_ROWS), strict=True)
-            ]
-            return torch.cat(rows)
+            rows = []
+            for part, wanted in zip(resid.split(UNEMBED_ROWS), targets.split(UNEMBED_ROWS), strict=True):
+                log_p = self.logits(part).float().log_softmax(-1)
+                rows.append((log_p.gather(1, wanted), log_p.amax(-1)))
+            return torch.cat([log_p for log_p, _ in rows]), torch.cat([top for _, top in rows])
         normed = self._normed(resid)
         W_U, b_U = self.model.unembed.W_U.detach(), self.model.unembed.b_U.detach()
         buffer = torch.empty(len(resid), min(VOCABULARY_PART, W_U.shape[1]), dtype=W_U.dtype, device=resid.device)
@@ -662,7 +668,8 @@ class Blocks:
             # exp(-80) adds nothing to a sum above 1, and what lies below would be denormal numbers, which are slow
             total = total * (highest - higher).exp() + logits.sub_(higher[:, None]).clamp_(min=-80.0).exp_().sum(-1)
             highest = higher
-        return found - (highest + total.log())[:, None]
+        normaliser = highest + total.log()
+        return found - normaliser[:, None], highest - normaliser
 
     @cached_property
     @torch.no_grad()

@@ -17,9 +17,11 @@ ROW_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Score:
-    """Log-probabilities of a target's tokens, each given the prompt and the tokens before it (natural logarithm)."""
+    """Log-probabilities of a target's tokens, each given the prompt and the tokens before it (natural logarithm), and whether
+    the token is the most probable one there."""
 
     log_p: tuple[float, ...]
+    first: tuple[bool, ...]
 
     @property
     def p(self) -> float:
@@ -63,11 +65,13 @@ def _batch(model: HookedModel, rows: list[tuple[list[int], list[int]]]) -> list[
         [len(ids) - 1 + step for ids, target in rows for step in range(len(target))], device=resid.device
     )
     wanted = torch.tensor([[token] for _, target in rows for token in target], device=resid.device)
-    log_p = blocks.log_p(resid[row, position], wanted)[:, 0].tolist()
+    log_p, highest = blocks.log_p_and_highest(resid[row, position], wanted)
+    values, first = log_p[:, 0].tolist(), (log_p[:, 0] == highest).tolist()
     scores, at = [], 0
     for _, target in rows:
-        scores.append(Score(tuple(log_p[at : at + len(target)])))
-        at += len(target)
+        own = slice(at, at + len(target))
+        scores.append(Score(tuple(values[own]), tuple(first[own])))
+        at = own.stop
     return scores
 
 

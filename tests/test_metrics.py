@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from mechedit import statistics
-from mechedit.benchmarks import counterfact, metrics
+from mechedit import models, scoring, statistics
+from mechedit.benchmarks import counterfact, metrics, zsre
 from mechedit.benchmarks.metrics import Pair
-from mechedit.facts import FactError
+from mechedit.facts import Fact, FactError
 from tests.conftest import FACT
 
 HALF, FIFTH, TENTH = math.log(0.5), math.log(0.2), math.log(0.1)
@@ -53,10 +54,9 @@ def test_essence_counts_the_first_token():
 
 
 def test_accuracy_is_by_tokens():
-    assert metrics.accuracy([1, 2, 9, 4], [1, 2, 3, 4]) == 0.75
-    for predicted, target in (([1], [1, 2]), ([], [])):
-        with pytest.raises(ValueError, match="a prediction for each"):
-            metrics.accuracy(predicted, target)
+    assert metrics.accuracy([[True, True, False, True]]) == 0.75
+    assert metrics.accuracy([[True], [False, False, True, False]]) == (1 + 0.25) / 2
+    assert math.isnan(metrics.accuracy([]))
 
 
 @pytest.mark.parametrize(
@@ -134,3 +134,59 @@ def test_scores_of_facts_are_those_of_their_prompts_one_by_one(model):
         )
     with pytest.raises(FactError, match="lacks one"):
         counterfact.scores(model, [replace(fact, target_new=None)])
+
+
+def test_answers_of_zsre_are_scored_by_their_most_probable_tokens(model, tmp_path):
+    record = {"subject": "Paris", "src": "What is Paris?", "rephrase": "Paris is what?", "alt": "Rome Rome", "answers": ["London"], "loc": "nq question: where is Rome", "loc_ans": "Italy"}  # fmt: skip
+    path = tmp_path / "zsre.json"
+    path.write_text(
+        json.dumps([record, record | {"src": "What?"}, record | {"alt": "London"}, record | {"case_id": 9}])
+    )
+    questions = zsre.read(path)
+    assert questions[0].fact == Fact("Paris", "What is {}?", "London", "Rome Rome", ("Paris is what?",), id="0")
+    assert [question.fact.id for question in questions] == ["0", "9"], "what cannot be edited is left out"
+    assert (questions[0].unrelated, questions[0].answer) == ("nq question: where is Rome?", "Italy")
+    found = zsre.scores(model, questions)
+    assert found[0] == found[1]
+
+    def plain(prompt, target):
+        ids, wanted = (model.to_tokens(text, prepend_bos=bos)[0].tolist() for text, bos in ((prompt, True), (" " + target, False)))  # fmt: skip
+        right = []
+        for step, token in enumerate(wanted):
+            with torch.no_grad():
+                right.append(int(model(torch.tensor([ids + wanted[:step]]))[0, -1].argmax()) == token)
+        return sum(right) / len(right)
+
+    assert found[0]["efficacy"] == plain("What is Paris?", "Rome Rome")
+    assert found[0]["paraphrase"] == plain("Paris is what?", "Rome Rome")
+    assert found[0]["specificity"] == plain("nq question: where is Rome?", "Italy")
+    path.write_text(json.dumps([{"subject": "Paris", "prompt": "Paris is"}]))
+    with pytest.raises(FactError, match="no zsRE file"):
+        zsre.read(path)
+    with pytest.raises(FactError, match="has no target_new"):
+        zsre.scores(model, [replace(questions[0], fact=replace(questions[0].fact, target_new=None))])
+
+
+def test_a_token_counts_as_first_where_the_model_puts_it_first(model):
+    blocks = models.Blocks(model)
+    resid = torch.randn(50, int(model.cfg.d_model), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = torch.cat([blocks.logits(row[None]) for row in resid])
+    best = logits.topk(2).indices
+    log_p, highest = blocks.log_p_and_highest(resid, best)
+    assert torch.equal(log_p[:, 0], highest)
+    assert (log_p[:, 1] < highest).all()
+    torch.testing.assert_close(highest, logits.log_softmax(-1).amax(-1), atol=1e-5, rtol=1e-5)
+
+    (found,) = scoring.score(model, [("The city of", "Paris Rome")])
+    ids = model.to_tokens("The city of")[0].tolist()
+    for token, first in zip(model.to_tokens(" Paris Rome", prepend_bos=False)[0].tolist(), found.first, strict=True):
+        with torch.no_grad():
+            assert first == (int(model(torch.tensor([ids]))[0, -1].argmax()) == token)
+        ids.append(token)
+
+
+def test_the_published_zsre_file_is_read(data):
+    questions = zsre.read(data / "zsre.json")
+    assert len(questions) > 500
+    assert questions[0].unrelated == "nq question: john goodman's character in the big lebowski?"

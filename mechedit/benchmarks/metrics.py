@@ -101,17 +101,10 @@ def essence(log_p: Sequence[float]) -> float:
     return math.exp(-sum(log_p) / (len(log_p) + 1))
 
 
-def accuracy(predicted: Sequence[int], target: Sequence[int]) -> float:
-    """The share of the target's tokens that the model puts first, each after the prompt and the tokens before it.
-
-    Raises:
-        ValueError: there are not as many predictions as tokens, or no tokens.
-    """
-    if len(predicted) != len(target) or not target:
-        raise ValueError(
-            f"accuracy needs a prediction for each of one or more tokens; found {len(predicted)} for {len(target)}."
-        )
-    return _mean([float(a == b) for a, b in zip(predicted, target, strict=True)])
+def accuracy(first: Sequence[Sequence[bool]]) -> float:
+    """The share of the targets' tokens that the model puts first, each after the prompt and the tokens before it: the mean over
+    tokens, then over prompts; nan without prompts. `scoring.Score.first` says which are."""
+    return _mean([_mean([float(each) for each in target]) for target in first])
 
 
 def exact_match(text: str, target: str) -> float:
