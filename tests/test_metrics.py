@@ -83,6 +83,7 @@ def test_a_table_has_means_intervals_and_the_harmonic_mean_of_means():
     assert found["S"].low == pytest.approx(3 / (1 + 2 + 2))
     assert found["S"].high == pytest.approx(3 / (1 + 1 + 2))
     assert "S" not in metrics.table([{"ES": 1.0}])
+    assert "S" not in metrics.table([{"ES": 1.0, "PS": 1.0, "NS": math.nan}])
     for wrong in ([], [{"ES": 1.0}, {"PS": 1.0}]):
         with pytest.raises(ValueError, match="hold the same numbers"):
             metrics.table(wrong)

@@ -115,7 +115,7 @@ def exact_match(text: str, target: str) -> float:
 
 
 def table(rows: Sequence[dict[str, float]], seed: int = 0) -> dict[str, Mean]:
-    """Mean and interval over facts of every number, shares as they are, and S where ES, PS and NS are there.
+    """Mean and interval over facts of every number, shares as they are, and S where any fact has ES, PS and NS.
 
     Raises:
         ValueError: there are no rows, or they do not hold the same numbers.
@@ -126,7 +126,7 @@ def table(rows: Sequence[dict[str, float]], seed: int = 0) -> dict[str, Mean]:
     for name in rows[0]:
         values = np.array([row[name] for row in rows], float)
         found[name] = Mean(math.nan, math.nan, math.nan, 0) if np.isnan(values).all() else summary(values, seed)
-    if set(SUCCESSES) <= rows[0].keys():
+    if all(name in found and found[name].n for name in SUCCESSES):
         found["S"] = statistic(np.array([[row[name] for name in SUCCESSES] for row in rows], float), harmonic, seed)
     return found
 
