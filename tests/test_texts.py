@@ -69,9 +69,21 @@ def test_statistics_that_cannot_be_used_are_errors(tmp_path):
     vocabulary.write_text("{")
     with pytest.raises(TextError, match="cannot be read as TF-IDF statistics"):
         Tfidf.read(idf, vocabulary)
+    vocabulary.write_text(json.dumps({"a": 0, "b": "1", "c": 2}))
+    with pytest.raises(TextError, match="number the words from 0 to 2"):
+        Tfidf.read(idf, vocabulary)
+    vocabulary.write_text(json.dumps({"a": 0, "b": 1}))
     np.save(idf, np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(TextError, match="cannot be read"):
         Tfidf.read(idf, vocabulary)
+    for wrong in (b"", b"PK\x03\x04 no zip"):
+        idf.write_bytes(wrong)
+        with pytest.raises(TextError, match="cannot be read"):
+            Tfidf.read(idf, vocabulary)
+    for array in (np.array([1.0, np.nan]), np.array([1, 2])):
+        np.save(idf, array)
+        with pytest.raises(TextError, match="one array of finite frequencies"):
+            Tfidf.read(idf, vocabulary)
     with pytest.raises(TextError, match="texts that hold words"):
         Tfidf.fit([""])
 

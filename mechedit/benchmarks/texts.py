@@ -7,6 +7,7 @@ trained list of abbreviations, which the published code fetches; words are then 
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +64,16 @@ class Tfidf:
         try:
             frequencies = np.load(idf, allow_pickle=False)
             places = json.loads(Path(vocabulary).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise TextError(f"{idf} and {vocabulary} cannot be read as TF-IDF statistics: {error}.") from error
-        if not isinstance(places, dict) or sorted(places.values()) != list(range(len(frequencies.reshape(-1)))):
+        if (
+            not isinstance(frequencies, np.ndarray)
+            or frequencies.dtype.kind != "f"
+            or not np.isfinite(frequencies).all()
+        ):
+            raise TextError(f"{idf} must hold one array of finite frequencies.")
+        numbers = list(places.values()) if isinstance(places, dict) else []
+        if not all(isinstance(each, int) for each in numbers) or sorted(numbers) != list(range(frequencies.size)):
             raise TextError(
                 f"{vocabulary} must number the words from 0 to {frequencies.size - 1}, as many as {idf} has frequencies."
             )
