@@ -62,7 +62,10 @@ class Tfidf:
             TextError: a file is missing, no such file, or the two do not belong together.
         """
         try:
-            frequencies = np.load(idf, allow_pickle=False)
+            with Path(idf).open(
+                "rb"
+            ) as file:  # numpy leaves a file that it opened itself open where that is no archive
+                frequencies = np.load(file, allow_pickle=False)
             places = json.loads(Path(vocabulary).read_text(encoding="utf-8"))
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise TextError(f"{idf} and {vocabulary} cannot be read as TF-IDF statistics: {error}.") from error
