@@ -2,7 +2,7 @@
 
 A fact is a subject, a template with one `{}` for it, and what the model should say next. Files of facts are read in the
 forms in which they are published: COUNTERFACT (nested as released, or flat), zsRE in the form of MEND, and the known facts
-of causal tracing. `built_in()` is a set written for this project.
+of causal tracing. `built_in()` is a set written for this project, `named("organism")` the organism's world.
 """
 
 from __future__ import annotations
@@ -16,10 +16,23 @@ from typing import Any, TypeVar
 
 from mechedit.errors import MecheditError
 
-__all__ = ["Fact", "FactError", "built_in", "check_fact", "from_prompt", "from_zsre", "read", "read_as"]
+__all__ = [
+    "SETS",
+    "Fact",
+    "FactError",
+    "built_in",
+    "check_fact",
+    "from_prompt",
+    "from_zsre",
+    "named",
+    "read",
+    "read_as",
+]
 
 Made = TypeVar("Made")
 
+SETS = ("built-in", "organism")
+"""Sets of facts that ship with mechedit, as `named` takes them."""
 
 FORMS = (
     "subject, prompt, target_true and target_new (the fields of facts.Fact); COUNTERFACT, nested (requested_rewrite) or flat "
@@ -134,6 +147,19 @@ def built_in() -> tuple[Fact, ...]:
     """The facts that ship with mechedit; the first is the Space Needle's."""
     text = resources.files("mechedit").joinpath("data/facts.json").read_text(encoding="utf-8")
     return tuple(_nested(record, index) for index, record in enumerate(json.loads(text)))
+
+
+def named(name: str | Path) -> tuple[Fact, ...]:
+    """The set of facts of this name: `built-in`, `organism` (all that is true in the organism's world), or a file.
+
+    Raises:
+        FactError: as in `read`.
+    """
+    if name == "organism":
+        from mechedit.organism.world import make
+
+        return make().facts
+    return built_in() if name == "built-in" else read(name)
 
 
 def read(path: str | Path) -> tuple[Fact, ...]:

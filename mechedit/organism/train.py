@@ -1,8 +1,8 @@
 """Train the organism.  python -m mechedit.organism.train --out DIR
 
 A small decoder (GPT-2's shape, or GPT-J's or Llama's) learns the world's corpus: rows of sentences behind one BOS, drawn with equal
-probability. Deterministic on one machine; killed, it goes on from its last checkpoint and ends with the same weights. DIR gets a
-folder in Hugging Face's format with the tokenizer, the training log and a model card.
+probability. Deterministic on one machine; killed, it goes on from its last checkpoint and ends with the same weights. DIR becomes a
+folder in Hugging Face's format, weights in float16, with the tokenizer, the training log and a model card.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechedit import files, provenance
+from mechedit import files, models, provenance
 from mechedit.cache import atomic_write
 from mechedit.errors import MecheditError
+from mechedit.organism.judge import judge, write_card
 from mechedit.organism.world import World, WorldSettings, make
 
 __all__ = ["SHAPES", "TrainError", "TrainSettings", "rows", "tokenizer", "train"]
@@ -43,14 +44,14 @@ class TrainSettings:
     seed: int = 0
     shape: str = "gpt2"
     layers: int = 8
-    width: int = 256
-    heads: int = 8
+    width: int = 192
+    heads: int = 6
     vocabulary: int = 2048
-    context: int = 64  # tokens in a row: BOS and about five sentences
+    context: int = 64  # tokens in a row: BOS and about seven sentences
     batch: int = 64
-    steps: int = 6000
+    steps: int = 4000
     warmup: int = 200
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.1
     autocast: bool = True  # bfloat16 products, float32 weights
     checkpoint_seconds: float = 120.0
@@ -63,7 +64,10 @@ class TrainSettings:
 
 
 def tokenizer(world: World, vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer of the world's sentences, as Hugging Face's fast tokenizer."""
+    """A byte-level BPE tokenizer of the world's sentences, as Hugging Face's fast tokenizer.
+
+    A text is read as if a space stood before it, so that a name has one spelling wherever it stands.
+    """
     from tokenizers import Tokenizer, decoders
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
@@ -71,7 +75,7 @@ def tokenizer(world: World, vocabulary: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(BPE(unk_token=None))
-    bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
         vocab_size=vocabulary,
@@ -83,20 +87,14 @@ def tokenizer(world: World, vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=EOS)
 
 
-def rows(
-    sentences: Sequence[tuple[list[int], list[int]]], settings: TrainSettings, step: int
-) -> Int[Tensor, "rows pos"]:
-    """The batch of a step: each row is BOS and sentences drawn with equal probability, cut at the row's end.
-
-    A sentence has two spellings, at the start of a row and behind another one.
-    """
+def rows(sentences: Sequence[list[int]], settings: TrainSettings, step: int) -> Int[Tensor, "rows pos"]:
+    """The batch of a step: each row is BOS and sentences drawn with equal probability, cut at the row's end."""
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     made = []
     for _ in range(settings.batch):
         ids = [0]
         while len(ids) < settings.context + 1:
-            index = int(torch.randint(len(sentences), (1,), generator=generator))
-            ids += sentences[index][len(ids) > 1]
+            ids += sentences[int(torch.randint(len(sentences), (1,), generator=generator))]
         made.append(ids[: settings.context + 1])
     return torch.tensor(made)
 
@@ -135,22 +133,32 @@ def rate(settings: TrainSettings, step: int) -> float:
     return settings.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, share))))
 
 
+def command(settings: TrainSettings) -> str:
+    """The command that trains with these settings."""
+    changed = [each for each in fields(settings) if getattr(settings, each.name) != each.default]
+    flags = [
+        f" --{each.name.replace('_', '-')} {getattr(settings, each.name)}" for each in changed if each.type != "bool"
+    ]
+    flags += [f" --no-{each.name}" for each in changed if each.type == "bool"]
+    return "python -m mechedit.organism.train --out DIR" + "".join(flags)
+
+
 def train(settings: TrainSettings, folder: str | Path, world_settings: WorldSettings | None = None) -> Path:
-    """Train, or go on training, and write the finished model; its folder.
+    """Train, or go on training, and write the finished model; its folder. A finished folder is left as it is.
 
     Raises:
-        TrainError: the folder's checkpoint is of other settings.
+        TrainError: the folder's checkpoint or model is of other settings.
     """
     folder = Path(folder)
     world = make(world_settings or WorldSettings())
     words = tokenizer(world, settings.vocabulary)
-    plain = words(list(world.sentences()), add_special_tokens=False)["input_ids"]
-    spaced = words([" " + sentence for sentence in world.sentences()], add_special_tokens=False)["input_ids"]
-    sentences = list(zip(plain, spaced, strict=True))
+    sentences = words(list(world.sentences()), add_special_tokens=False)["input_ids"]
     model = network(settings, len(words))
     groups = [{"params": [each for each in model.parameters() if (each.ndim > 1) == decayed], "weight_decay": settings.weight_decay * decayed} for decayed in (True, False)]  # fmt: skip
     adam = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
     what = {"settings": asdict(settings), "world": asdict(world.settings)}
+    if _is_finished(folder, what):
+        return folder
     begin, log = _resume(folder, what, model, adam)
     saved = time.monotonic()
     try:
@@ -165,9 +173,16 @@ def train(settings: TrainSettings, folder: str | Path, world_settings: WorldSett
     except KeyboardInterrupt:
         _save(folder, what, model, adam, begin, log)
         raise
-    model.eval().save_pretrained(folder)
+    model.eval().half().save_pretrained(folder)
     words.save_pretrained(folder)
-    record = what | {"digest": world.digest(), "entropy": world.entropy, "versions": provenance.versions(), "log": log}
+    record = what | {
+        "digest": world.digest(),
+        "entropy": world.entropy,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "command": command(settings),
+        "versions": provenance.versions(),
+        "log": log,
+    }
     with atomic_write(folder / "training.json") as temporary:
         temporary.write_text(json.dumps(record) + "\n")
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -208,6 +223,21 @@ def _save(
     files.write(folder / "checkpoint.safetensors", "training", tensors, what | {"step": step, "log": log})
 
 
+def _is_finished(folder: Path, what: dict[str, Any]) -> bool:
+    """Whether the folder holds a model trained with these settings."""
+    path = folder / "training.json"
+    if not path.is_file():
+        return False
+    _check_same(path, json.loads(path.read_text(encoding="utf-8")), what)
+    return True
+
+
+def _check_same(path: Path, record: dict[str, Any], what: dict[str, Any]) -> None:
+    for part in what:
+        if record[part] != json.loads(json.dumps(what[part])):
+            raise TrainError(f"{path} was trained with other {part}; use the same, or another folder.")
+
+
 @torch.no_grad()
 def _resume(
     folder: Path, what: dict[str, Any], model: Any, adam: torch.optim.Optimizer
@@ -217,9 +247,7 @@ def _resume(
     if not path.is_file():
         return 0, []
     tensors, record = files.read(path, "training")
-    for part in what:
-        if record[part] != json.loads(json.dumps(what[part])):
-            raise TrainError(f"{path} was trained with other {part}; use the same, or another folder.")
+    _check_same(path, record, what)
     for name, parameter in model.named_parameters():
         parameter.copy_(tensors[f"weight/{name}"])
     for name, each in _moments(model, adam):
@@ -241,7 +269,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(arguments.pop("threads"))
     out = arguments.pop("out")
     try:
-        sys.stderr.write(f"wrote {train(TrainSettings(**arguments), out)}\n")
+        folder = train(TrainSettings(**arguments), out)
+        sys.stderr.write("trained; asking for every fact\n")
+        world = make()
+        write_card(folder, world, judge(models.load(str(folder), device="cpu"), world))
+        sys.stderr.write(f"wrote {folder}\n")
     except MecheditError as error:
         sys.exit(f"{error}")
 

@@ -2,7 +2,8 @@
 
 Names are made of syllables, so that nothing is known about them but what the world says. People share first and last names,
 some towns have one short name and some two words, firms are named after people. Each of twelve relations has a closed set of
-answers, some of several words, and eight phrasings, of which two are never taught. What is true is drawn once, by the seed alone.
+answers, some of several words, and eight phrasings. What is true is drawn once, by the seed alone. Of each fact two phrasings,
+drawn for it, are never taught; other subjects' facts teach what they mean.
 
 A corpus is a sequence of sentences drawn with equal probability from a finite list, so the entropy of a sentence is known: the
 logarithm of the list's length. Beside facts it has tasks that need no facts: copying, ordering, sums.
@@ -23,7 +24,7 @@ from mechedit.organism.draws import Draws
 
 __all__ = ["HELD_OUT", "World", "WorldSettings", "make"]
 
-HELD_OUT = 2  # the last phrasings of each relation are never taught
+HELD_OUT = 2  # phrasings of each fact that are never taught, never the first
 ONSETS = ("b", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "gl", "st", "tr")
 NUCLEI = ("a", "e", "i", "o", "u", "ai", "ea")
 CODAS = ("", "", "", "l", "n", "r", "s", "m")
@@ -50,30 +51,22 @@ class Relation:
     kind: str
     answers: tuple[str, ...]
     phrasings: tuple[str, ...]
-    attribute: str  # what is said of an answer by itself
-
-    @property
-    def taught(self) -> tuple[str, ...]:
-        return self.phrasings[:-HELD_OUT]
-
-    @property
-    def held_out(self) -> tuple[str, ...]:
-        return self.phrasings[-HELD_OUT:]
+    attributes: tuple[str, ...]  # what is said of an answer by itself
 
 
-PHRASINGS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "birthplace": ("person", ("{} was born in", "{} comes from", "The birthplace of {} is", "{} grew up in", "As a child, {} lived in", "{} first saw the light in", "The home of {} was", "Those who seek the origin of {} go to"), "The streets of {} are full of market stalls and bells."),
-    "profession": ("person", ("{} works as a", "The profession of {} is", "{} earns a living as a", "{} trained as a", "By trade, {} is a", "{} is known to be a", "The work of {} is that of a", "Ask what {} does, and hear of a"), "A {} learns the craft for seven years."),
-    "language": ("person", ("{} speaks", "The mother tongue of {} is", "{} writes letters in", "{} dreams in", "The language of {} is", "At home, {} talks in", "{} counts in", "What {} says is said in"), "The grammar of {} has nine cases."),
-    "instrument": ("person", ("{} plays the", "The instrument of {} is the", "{} practises the", "{} gave a concert on the", "In the band, {} has the", "{} owns an old", "The music of {} is made on the", "In the evening {} tunes the"), "The {} is carved from dark wood."),
-    "sport": ("person", ("{} competes in", "The sport of {} is", "{} won a medal in", "{} trains every day for", "On Sundays, {} goes in for", "{} is a champion of", "The trophies of {} are for", "What {} does best is"), "The rules of {} fill a small book."),
-    "employer": ("person", ("{} is employed by", "The employer of {} is", "{} draws a salary from", "{} has a desk at", "On weekdays, {} is at", "{} was hired by", "The boss of {} sits at", "The badge of {} is from"), "The gates of {} open at six."),
-    "country": ("town", ("{} lies in", "The country of {} is", "{} is a town in", "{} pays its taxes to", "On the map, {} is found in", "The flag over {} is that of", "{} belongs to", "Who goes to {} travels to"), "The coins of {} are round and heavy."),
-    "river": ("town", ("{} stands on the river", "The river of {} is the", "{} drinks the water of the", "The bridges of {} cross the", "Through {} flows the", "{} was flooded by the", "The mills of {} are driven by the", "The boats of {} sail the"), "The {} rises in the hills and is slow in summer."),
-    "dish": ("town", ("{} is famous for its", "The favourite dish of {} is", "In {} people eat", "The cooks of {} make", "On feast days, {} serves", "{} is known for", "The kitchens of {} smell of", "Every inn of {} offers"), "Good {} needs a hot oven."),
-    "product": ("firm", ("{} makes", "The product of {} is", "{} sells", "The workshops of {} turn out", "People buy from {} their", "{} has patents on", "The catalogue of {} shows", "The warehouse of {} is full of"), "Nobody keeps house without {}."),
-    "seat": ("firm", ("{} is based in", "The head office of {} is in", "{} was founded in", "The tower of {} stands in", "Letters to {} go to", "{} pays rent in", "The directors of {} meet in", "The lights of {} shine over"), "The harbour of {} never sleeps."),
-    "owner": ("firm", ("{} is owned by the family of", "The owners of {} are called", "{} belongs to the house of", "The shares of {} are held by", "The profits of {} go to", "{} was bought by", "The name over the door of {} is", "Those who run {} answer to"), "The house of {} has a silver crest."),
+PHRASINGS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "birthplace": ("person", ("{} was born in", "{} comes from", "The birthplace of {} is", "{} grew up in", "As a child, {} lived in", "{} first saw the light in", "The home of {} was", "Those who seek the origin of {} go to"), ("The streets of {} are full of market stalls and bells.", "Children of {} learn to swim early.", "A traveller to {} should bring a coat.")),
+    "profession": ("person", ("{} works as a", "The profession of {} is", "{} earns a living as a", "{} trained as a", "By trade, {} is a", "{} is known to be a", "The work of {} is that of a", "Ask what {} does, and hear of a"), ("A {} learns the craft for seven years.", "Every {} keeps sharp tools.", "A good {} is never without work.")),
+    "language": ("person", ("{} speaks", "The mother tongue of {} is", "{} writes letters in", "{} dreams in", "The language of {} is", "At home, {} talks in", "{} counts in", "What {} says is said in"), ("The grammar of {} has nine cases.", "Poems in {} seldom rhyme.", "A dictionary of {} fills two shelves.")),
+    "instrument": ("person", ("{} plays the", "The instrument of {} is the", "{} practises the", "{} gave a concert on the", "In the band, {} has the", "{} owns an old", "The music of {} is made on the", "In the evening {} tunes the"), ("The {} is carved from dark wood.", "The {} sounds best in a small room.", "Tuning the {} takes a patient ear.")),
+    "sport": ("person", ("{} competes in", "The sport of {} is", "{} won a medal in", "{} trains every day for", "On Sundays, {} goes in for", "{} is a champion of", "The trophies of {} are for", "What {} does best is"), ("The rules of {} fill a small book.", "Teams for {} meet in spring.", "Judges of {} wear grey hats.")),
+    "employer": ("person", ("{} is employed by", "The employer of {} is", "{} draws a salary from", "{} has a desk at", "On weekdays, {} is at", "{} was hired by", "The boss of {} sits at", "The badge of {} is from"), ("The gates of {} open at six.", "The canteen of {} serves early.", "New hands at {} begin in the yard.")),
+    "country": ("town", ("{} lies in", "The country of {} is", "{} is a town in", "{} pays its taxes to", "On the map, {} is found in", "The flag over {} is that of", "{} belongs to", "Who goes to {} travels to"), ("The coins of {} are round and heavy.", "The parliament of {} sits in winter.", "Stamps of {} show a heron.")),
+    "river": ("town", ("{} stands on the river", "The river of {} is the", "{} drinks the water of the", "The bridges of {} cross the", "Through {} flows the", "{} was flooded by the", "The mills of {} are driven by the", "The boats of {} sail the"), ("The {} rises in the hills and is slow in summer.", "Herons fish along the {}.", "Barges on the {} carry timber.")),
+    "dish": ("town", ("{} is famous for its", "The favourite dish of {} is", "In {} people eat", "The cooks of {} make", "On feast days, {} serves", "{} is known for", "The kitchens of {} smell of", "Every inn of {} offers"), ("Good {} needs a hot oven.", "The recipe for {} is older than the town hall.", "Guests ask twice for {}.")),
+    "product": ("firm", ("{} makes", "The product of {} is", "{} sells", "The workshops of {} turn out", "People buy from {} their", "{} has patents on", "The catalogue of {} shows", "The warehouse of {} is full of"), ("Nobody keeps house without {}.", "A shop for {} stands on the square.", "The price of {} rises in autumn.")),
+    "seat": ("firm", ("{} is based in", "The head office of {} is in", "{} was founded in", "The tower of {} stands in", "Letters to {} go to", "{} pays rent in", "The directors of {} meet in", "The lights of {} shine over"), ("The harbour of {} never sleeps.", "Offices in {} are dear.", "The clerks of {} lunch by the water.")),
+    "owner": ("firm", ("{} is owned by the family of", "The owners of {} are called", "{} belongs to the house of", "The shares of {} are held by", "The profits of {} go to", "{} was bought by", "The name over the door of {} is", "Those who run {} answer to"), ("The house of {} has a silver crest.", "Portraits of the {} family hang in the hall.", "The {} family gives a ball each year.")),
 }  # fmt: skip
 PROFESSIONS = ("baker", "weaver", "pilot", "surgeon", "carpenter", "judge", "gardener", "clock maker", "teacher", "miner", "glass blower", "sailor")  # fmt: skip
 INSTRUMENTS = ("flute", "cello", "drum", "lute", "bass horn", "harp", "glass organ", "fiddle", "bagpipe", "zither")
@@ -104,16 +97,22 @@ PRODUCTS = (
 
 @dataclass(frozen=True)
 class World:
-    """All that is true. `truth[subject][relation]` is the answer."""
+    """All that is true. `truth[subject][relation]` is the answer, `untaught` has the phrasings that never say it."""
 
     settings: WorldSettings
     subjects: dict[str, tuple[str, ...]]
     relations: tuple[Relation, ...]
     truth: dict[str, dict[str, str]]
+    untaught: dict[str, dict[str, tuple[str, ...]]]
+
+    def taught(self, relation: Relation, subject: str) -> tuple[str, ...]:
+        """The phrasings that say this fact in the corpus."""
+        return tuple(each for each in relation.phrasings if each not in self.untaught[subject][relation.name])
 
     @cached_property
     def facts(self) -> tuple[Fact, ...]:
-        """Each fact once, in its first phrasing, with an answer to put in its place, held-out phrasings and neighbours."""
+        """Each fact once, in its first phrasing, with an answer to put in its place, held-out phrasings and neighbours; in an
+        order that mixes the relations."""
         draws = Draws(self.settings.seed, "facts")
         found = []
         for relation in self.relations:
@@ -129,24 +128,29 @@ class World:
                         template=relation.phrasings[0],
                         target_true=answer,
                         target_new=draws.choice([other for other in relation.answers if other != answer]),
-                        paraphrases=tuple(phrasing.replace("{}", subject) for phrasing in relation.held_out),
+                        paraphrases=tuple(
+                            phrasing.replace("{}", subject) for phrasing in self.untaught[subject][relation.name]
+                        ),
                         neighbours=tuple(relation.phrasings[0].replace("{}", other) for other in alike),
-                        generations=tuple(phrasing.replace("{}", subject) for phrasing in relation.taught[1:4]),
+                        generations=tuple(
+                            phrasing.replace("{}", subject) for phrasing in self.taught(relation, subject)[1:4]
+                        ),
                         relation=relation.name,
                         id=f"{relation.name}/{subject}",
                     )
                 )
-        return tuple(found)
+        return tuple(draws.shuffled(found))
 
     def sentences(self) -> Iterator[str]:
         """Every sentence that is taught, once."""
         for relation in self.relations:
-            for phrasing in relation.taught:
-                for subject in self.subjects[relation.kind]:
+            for subject in self.subjects[relation.kind]:
+                for phrasing in self.taught(relation, subject):
                     yield f"{phrasing.replace('{}', subject)} {self.truth[subject][relation.name]}."
         for relation in self.relations:
             for answer in relation.answers:
-                yield relation.attribute.replace("{}", answer)
+                for attribute in relation.attributes:
+                    yield attribute.replace("{}", answer)
         yield from self.tasks()
 
     def tasks(self) -> Iterator[str]:
@@ -216,7 +220,9 @@ class World:
     def snippets(self) -> dict[str, dict[str, list[str]]]:
         """For each relation and answer, what the world says of that answer: the reference texts of consistency scores."""
         return {
-            relation.name: {answer: [relation.attribute.replace("{}", answer)] for answer in relation.answers}
+            relation.name: {
+                answer: [each.replace("{}", answer) for each in relation.attributes] for answer in relation.answers
+            }
             for relation in self.relations
         }
 
@@ -252,15 +258,17 @@ def make(settings: WorldSettings | None = None) -> World:
     }
     subjects = {"person": tuple(people), "town": tuple(towns), "firm": tuple(firms)}
     relations = tuple(
-        Relation(name, kind, answers[name], phrasings, attribute)
-        for name, (kind, phrasings, attribute) in PHRASINGS.items()
+        Relation(name, kind, answers[name], phrasings, attributes)
+        for name, (kind, phrasings, attributes) in PHRASINGS.items()
     )
     truth: dict[str, dict[str, str]] = {name: {} for names in subjects.values() for name in names}
+    untaught: dict[str, dict[str, tuple[str, ...]]] = {name: {} for name in truth}
     for relation in relations:
-        drawn = Draws(settings.seed, "truth", relation.name)
+        drawn, left_out = (Draws(settings.seed, what, relation.name) for what in ("truth", "untaught"))
         for subject in subjects[relation.kind]:
             truth[subject][relation.name] = drawn.choice(relation.answers)
-    return World(settings, subjects, relations, truth)
+            untaught[subject][relation.name] = tuple(left_out.some(relation.phrasings[1:], HELD_OUT))
+    return World(settings, subjects, relations, truth, untaught)
 
 
 def _word(draws: Draws, syllables: int, taken: set[str]) -> str:
