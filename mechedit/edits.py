@@ -212,6 +212,18 @@ def edited(model: HookedModel, *edits: Edit, force: bool = False) -> Iterator[No
         yield
 
 
+@contextmanager
+def restored(model: HookedModel, *layers: int) -> Iterator[None]:
+    """Run the body, which may write to `W_out` of these layers, then put back the exact original weights."""
+    originals = {layer: models.W_out(model, layer).detach().clone() for layer in layers}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, original in originals.items():
+                models.W_out(model, layer).copy_(original)
+
+
 @torch.no_grad()
 def revert(model: HookedModel, *edits: Edit) -> None:
     """Take edits out of a model that was loaded with them in, an exported one, say: all or none, exact up to rounding.

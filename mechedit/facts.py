@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 Made = TypeVar("Made")
+SHOWN_MISTAKES = 20  # of a file, before the rest is counted
 
 SETS = ("built-in", "organism")
 """Sets of facts that ship with mechedit, as `named` takes them."""
@@ -65,6 +66,7 @@ class Fact:
     generations: tuple[str, ...] = ()
     relation: str | None = None
     id: str | None = None
+    target_new_id: str | None = None  # by which reference texts name the new target
 
     def __post_init__(self) -> None:
         if not self.subject.strip():
@@ -169,7 +171,7 @@ def read(path: str | Path) -> tuple[Fact, ...]:
     zsRE records are left out where the question does not contain the subject exactly once or nothing new is to be said.
 
     Raises:
-        FactError: the file is missing, no list of records, or a record lacks what its form needs; the record is named.
+        FactError: the file is missing, no list of records, or records lack what their form needs; all of them are named.
     """
     return read_as(path, lambda first: _form(first, path))
 
@@ -193,18 +195,30 @@ def read_as(
     if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
         raise FactError(f"{path} must hold a list of one or more records, each an object.")
     make = form(records[0])
-    found = []
+    found: list[Made] = []
+    wrong: list[str] = []
+    seen: dict[str, int] = {}
     for index, record in enumerate(records):
         try:
             made = make(record, index)
         except FactError as error:
-            raise FactError(f"record {index} of {path}: {error}") from error
+            wrong.append(f"record {index}: {error}")
         except KeyError as error:
-            raise FactError(f"record {index} of {path} lacks {error}, which its form ({FORMS}) needs.") from error
+            wrong.append(f"record {index} lacks {error}, which its form ({FORMS}) needs.")
         except (TypeError, AttributeError, IndexError, ValueError) as error:
-            raise FactError(f"record {index} of {path} is not of its form ({FORMS}): {error}.") from error
-        if made is not None:
-            found.append(made)
+            wrong.append(f"record {index} is not of its form ({FORMS}): {error}.")
+        else:
+            if made is not None:
+                found.append(made)
+        for key in ("id", "case_id", "known_id"):
+            if (own := record.get(key)) is not None and seen.setdefault(f"{key} {own!r}", index) != index:
+                wrong.append(f"record {index} has the {key} {own!r} of record {seen[f'{key} {own!r}']}.")
+    if wrong:
+        more = f"\n... and {len(wrong) - SHOWN_MISTAKES} more" if len(wrong) > SHOWN_MISTAKES else ""
+        first = "\n".join(wrong[:SHOWN_MISTAKES])
+        raise FactError(
+            f"{path}: {first}{more}" if len(wrong) == 1 else f"{path} has {len(wrong)} mistakes:\n{first}{more}"
+        )
     return tuple(found)
 
 
@@ -254,6 +268,7 @@ def _nested(record: dict[str, Any], index: int) -> Fact:
         generations=tuple(record.get("generation_prompts", ())),
         relation=rewrite.get("relation_id"),
         id=str(record.get("case_id", index)),
+        target_new_id=rewrite["target_new"].get("id"),
     )
 
 

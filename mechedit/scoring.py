@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,36 +43,55 @@ def score(model: HookedModel, pairs: Sequence[tuple[str, str]], *, prepend_bos: 
         FactError: an empty target, or a text that does not fit the context.
     """
     bos = resolve_bos(model, prepend_bos)
-    rows = []
-    for prompt, target in pairs:
+    pairs_of_ids: list[tuple[list[int], list[int]]] = []
+    for prompt, answer in pairs:
         ids, _ = encode(model, prompt, prepend_bos=bos)
-        rows.append((ids, continuation(model, prompt, target)))
-        check_length(model, len(ids) + len(rows[-1][1]))
-    found: list[Score | None] = [None] * len(rows)
-    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index][0]) + len(rows[index][1]))
+        pairs_of_ids.append((ids, continuation(model, prompt, answer)))
+        check_length(model, len(ids) + len(pairs_of_ids[-1][1]))
+    # a row is what the model reads; many need but the beginning of another's, under causal attention the same thing
+    needed = sorted({(*ids, *target[:-1]) for ids, target in pairs_of_ids})
+    kept = [row for row, after in zip(needed, [*needed[1:], ()], strict=False) if after[: len(row)] != row]
+    asked: dict[tuple[int, ...], list[int]] = {}
+    for index, (ids, target) in enumerate(pairs_of_ids):
+        asked.setdefault(kept[bisect_left(kept, (*ids, *target[:-1]))], []).append(index)
+    found: dict[int, Score] = {}
+    by_length = sorted(asked, key=len)
     while by_length:
-        widest = len(rows[by_length[-1]][0]) + len(rows[by_length[-1]][1])
-        batch, by_length = by_length[-max(1, ROW_TOKENS // widest) :], by_length[: -max(1, ROW_TOKENS // widest)]
-        for index, each in zip(batch, _batch(model, [rows[index] for index in batch]), strict=True):
-            found[index] = each
-    return [each for each in found if each is not None]
+        size = max(1, ROW_TOKENS // len(by_length[-1]))
+        batch, by_length = by_length[-size:], by_length[:-size]
+        found |= _batch(
+            model,
+            batch,
+            [(row, index, *pairs_of_ids[index]) for row, text in enumerate(batch) for index in asked[text]],
+        )
+    return [found[index] for index in range(len(pairs))]
 
 
-def _batch(model: HookedModel, rows: list[tuple[list[int], list[int]]]) -> list[Score]:
+def _batch(
+    model: HookedModel, texts: list[tuple[int, ...]], pairs: list[tuple[int, int, list[int], list[int]]]
+) -> dict[int, Score]:
+    """Scores by index of the pairs (row of `texts`, index, prompt's ids, target's ids). Each position is unembedded once."""
     blocks = Blocks(model)
-    resid = blocks.final(pad(model, [ids + target[:-1] for ids, target in rows]))
-    row = torch.tensor([index for index, (_, target) in enumerate(rows) for _ in target], device=resid.device)
-    position = torch.tensor(
-        [len(ids) - 1 + step for ids, target in rows for step in range(len(target))], device=resid.device
+    resid = blocks.final(pad(model, [list(text) for text in texts]))
+    reads: dict[tuple[int, int], list[int]] = {}  # row and position: the tokens that are asked for there
+    for row, _, ids, target in pairs:
+        for step, token in enumerate(target):
+            reads.setdefault((row, len(ids) - 1 + step), []).append(token)
+    places = torch.tensor(list(reads), device=resid.device)
+    width = max(map(len, reads.values()))
+    wanted = torch.tensor(
+        [tokens + tokens[:1] * (width - len(tokens)) for tokens in reads.values()], device=resid.device
     )
-    wanted = torch.tensor([[token] for _, target in rows for token in target], device=resid.device)
-    log_p, highest = blocks.log_p_and_highest(resid[row, position], wanted)
-    values, first = log_p[:, 0].tolist(), (log_p[:, 0] == highest).tolist()
-    scores, at = [], 0
-    for _, target in rows:
-        own = slice(at, at + len(target))
-        scores.append(Score(tuple(values[own]), tuple(first[own])))
-        at = own.stop
+    log_p, highest = blocks.log_p_and_highest(resid[places[:, 0], places[:, 1]], wanted)
+    at = {
+        (place, token): (float(own), bool(own == top))
+        for place, tokens, row_p, top in zip(reads, reads.values(), log_p.tolist(), highest.tolist(), strict=True)
+        for token, own in zip(tokens, row_p, strict=False)
+    }
+    scores = {}
+    for row, index, ids, target in pairs:
+        values = [at[(row, len(ids) - 1 + step), token] for step, token in enumerate(target)]
+        scores[index] = Score(tuple(p for p, _ in values), tuple(first for _, first in values))
     return scores
 
 

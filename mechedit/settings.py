@@ -13,13 +13,17 @@ from mechedit.errors import MecheditError
 
 __all__ = [
     "CONSTANTS",
+    "CONTROLS",
+    "EDITORS",
     "FACT_TOKENS",
     "GUARDS",
     "KINDS",
     "KNOWN_KINDS",
+    "MODES",
     "POLICIES",
     "PREFIXES",
     "PRESETS",
+    "EvaluateSettings",
     "MomentSettings",
     "Preset",
     "RomeSettings",
@@ -68,6 +72,9 @@ CORRUPTIONS = (
 SCALES = ("sigma", "absolute")
 MEASURES = ("p", "p_answer", "log_p", "logit_difference")
 PRECISIONS = ("model", "bfloat16")
+EDITORS = ("rome", "none")
+MODES = ("independent", "batch", "sequential")
+CONTROLS = ("none", "identity", "random_layer", "random_key")
 
 
 class SettingsError(MecheditError, ValueError):
@@ -255,6 +262,39 @@ class TuneSettings:
         for name in ("clamps", "learning_rates"):
             given = getattr(self, name)
             _require(bool(given) and min(given) > 0, f"{name} must be one or more positive numbers; found {given}.")
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What `mechedit evaluate` does with each record, and what it measures."""
+
+    editor: str = knob("rome", f"what edits: {', '.join(EDITORS)}")
+    mode: str = knob(
+        "independent",
+        "independent: each fact on the model as it was; batch: all edits, found so, written together; sequential: each on what "
+        "the ones before it left, scored right after it and again at the end",
+    )
+    control: str = knob(
+        "none",
+        f"what is put in the place of a part of the method: {', '.join(CONTROLS)} (C = 1; another layer for each fact; a random key)",
+    )
+    generate: bool = knob(False, "also generate text: entropy, consistency with --references, exact match")
+    tokens: int = knob(100, "tokens of each generated text, its prompt's included")
+    top_k: int = knob(5, "tokens that generation chooses among at each step")
+    health: bool = knob(True, "also measure what an edit does to text that has nothing to do with it")
+    seed: int = knob(0, "seed of controls, generated text and intervals")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _choice("editor", self.editor, EDITORS)
+        _choice("mode", self.mode, MODES)
+        _choice("control", self.control, CONTROLS)
+        for name in ("tokens", "top_k"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}.")
+        _require(
+            self.control == "none" or (self.editor == "rome" and self.mode == "independent"),
+            f"a control changes ROME's independent edits; found editor {self.editor!r} and mode {self.mode!r}.",
+        )
 
 
 @dataclass(frozen=True)

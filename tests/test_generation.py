@@ -156,3 +156,20 @@ def test_continuations_are_drawn_with_the_models_probabilities(model):
     texts = [generation.continuations(model, [prompt], len(ids) + 1, top_k=2, seed=seed)[0] for seed in range(n)]
     share = texts.count(prompt + model.tokenizer.decode([int(tokens[0])])) / n
     assert share == pytest.approx(float(p.softmax(-1)[0]), abs=0.08)
+
+
+def test_prompts_that_share_a_beginning_are_read_once_and_scored_as_if_alone(model, monkeypatch):
+    from mechedit.models import Blocks
+
+    prompt = "The Space Needle is located in the city of"
+    pairs = [(prompt, "Seattle"), (prompt, "Seattle Paris London"), (prompt, "Seattle Rome"), (prompt, "Paris"), (prompt, "Paris")]  # fmt: skip
+    pairs += [("The Space", "Needle"), ("The", "Space Needle is")]
+    alone = [scoring.score(model, [pair])[0] for pair in pairs]
+    read = []
+    real = Blocks.final
+    monkeypatch.setattr(Blocks, "final", lambda self, tokens: read.append(tokens.shape[0]) or real(self, tokens))
+    together = scoring.score(model, pairs)
+    for one, many in zip(alone, together, strict=True):
+        assert many.first == one.first
+        assert many.log_p == pytest.approx(one.log_p, abs=1e-5)
+    assert sum(read) <= 3, "two continuations part; everything else is the beginning of one of them"

@@ -17,7 +17,7 @@ import numpy as np
 
 from mechedit.errors import MecheditError
 
-__all__ = ["TextError", "Tfidf", "consistency", "words"]
+__all__ = ["References", "TextError", "Tfidf", "consistency", "words"]
 
 
 class TextError(MecheditError, ValueError):
@@ -88,6 +88,54 @@ class Tfidf:
         """The cosine of two texts' vectors; 0 where one has no known word."""
         a, b = self.vectoriser.transform([first, second])
         return float((a @ b.T).sum())
+
+
+@dataclass(frozen=True)
+class References:
+    """Texts about what a subject would be if the new target were true, by relation and target, with the names they are about."""
+
+    texts: dict[tuple[str, str], tuple[tuple[str, str], ...]]  # (relation, target): (name, text)
+    tfidf: Tfidf
+
+    @classmethod
+    def of(cls, texts: dict[tuple[str, str], tuple[tuple[str, str], ...]], tfidf: Tfidf | None = None) -> References:
+        """With TF-IDF statistics of the texts themselves where no others are given."""
+        return cls(texts, tfidf or Tfidf.fit([text for own in texts.values() for _, text in own]))
+
+    @classmethod
+    def read(cls, path: str | Path, tfidf: Tfidf | None = None) -> References:
+        """The published `attribute_snippets.json` (relation_id, target_id, samples), or {relation: {target: [text, ...]}}.
+
+        Raises:
+            TextError: the file is missing, or is neither.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            if isinstance(found, list):
+                texts = {
+                    (str(each["relation_id"]), str(each["target_id"])): tuple(
+                        (str(sample.get("name", "")), str(sample["text"])) for sample in each["samples"]
+                    )
+                    for each in found
+                }
+            else:
+                texts = {
+                    (relation, target): tuple(("", str(text)) for text in own)
+                    for relation, targets in found.items()
+                    for target, own in targets.items()
+                }
+        except OSError as error:
+            raise TextError(f"{path} cannot be read: {error.strerror or error}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TextError(
+                f"{path} holds no reference texts ({type(error).__name__}: {error}): it must be attribute_snippets.json as "
+                "published, or {relation: {target: [text, ...]}}."
+            ) from error
+        return cls.of(texts, tfidf)
+
+    def about(self, relation: str | None, target: str | None) -> tuple[tuple[str, str], ...]:
+        """(name, text) of each text about a target; none where there is none."""
+        return self.texts.get((str(relation), str(target)), ())
 
 
 def consistency(tfidf: Tfidf, generated: Sequence[str], references: Sequence[str]) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from mechedit import __version__
 from mechedit.cli.editing import add_editing
+from mechedit.cli.evaluating import add_evaluating
 from mechedit.cli.looking import add_looking
 from mechedit.cli.options import Parser
 from mechedit.cli.tracing import add_tracing
@@ -43,5 +44,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_tracing(commands)
     add_editing(commands)
+    add_evaluating(commands)
     add_looking(commands)
     return parser

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,7 @@ from mechedit.cli.terminal import (
     check_files,
     check_places,
     console_of,
+    keeping,
     load_model,
     progress_bars,
     show_edit,
@@ -153,15 +152,6 @@ def _edit(arguments: argparse.Namespace) -> None:
     return None
 
 
-@contextmanager
-def _keeping(kept: str) -> Iterator[None]:
-    """Let Ctrl-C say what is kept."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{kept}; the same command goes on from there") from None
-
-
 def _fact_to_edit(arguments: argparse.Namespace) -> Fact:
     from mechedit.facts import from_prompt
 
@@ -224,7 +214,7 @@ def _edit_facts(
 ) -> None:
     from mechedit.runs.editing import edit_facts
 
-    with _keeping(f"finished edits are kept in {arguments.out}"):
+    with keeping(f"finished edits are kept in {arguments.out}"):
         found = edit_facts(model, chosen, arguments.out, settings, moment, progress=progress)
     console = console_of(arguments)
     rows = [
@@ -318,7 +308,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     check_places(arguments.json, arguments.out / "tuned.json")
     model = load_model(arguments)
     known = models.preset(model)
-    with _keeping(f"finished traces and edits are kept in {arguments.out}"), progress_bars() as progress:
+    with keeping(f"finished traces and edits are kept in {arguments.out}"), progress_bars() as progress:
         found = tuning.tune(
             model,
             chosen[arguments.begin :],
@@ -362,7 +352,7 @@ def _moments(arguments: argparse.Namespace) -> None:
         ]
     model = load_model(arguments)
     layers = [rome.resolve(model, RomeSettings(layer=layer)).layer for layer in arguments.layer]
-    kept = _keeping("what is summed so far is kept in the cache")
+    kept = keeping("what is summed so far is kept in the cache")
     with kept, progress_bars() as progress:
         found = moments.estimate_layers(model, layers, texts, settings, progress=progress)
     console = console_of(arguments)

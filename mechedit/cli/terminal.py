@@ -31,6 +31,7 @@ __all__ = [
     "check_files",
     "check_places",
     "console_of",
+    "keeping",
     "load_model",
     "progress_bars",
     "show_average",
@@ -95,6 +96,15 @@ def _progress_lines() -> Progress:
             sys.stderr.flush()
 
     return report
+
+
+@contextmanager
+def keeping(kept: str) -> Iterator[None]:
+    """Let Ctrl-C say what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{kept}; the same command goes on from there") from None
 
 
 def load_model(arguments: argparse.Namespace) -> HookedModel:

@@ -122,12 +122,13 @@ class World:
             for subject in self.subjects[relation.kind]:
                 answer = self.truth[subject][relation.name]
                 alike = [other for other in draws.some(by_answer[answer], 11) if other != subject][:10]
+                target_new = draws.choice([other for other in relation.answers if other != answer])
                 found.append(
                     Fact(
                         subject=subject,
                         template=relation.phrasings[0],
                         target_true=answer,
-                        target_new=draws.choice([other for other in relation.answers if other != answer]),
+                        target_new=target_new,
                         paraphrases=tuple(
                             phrasing.replace("{}", subject) for phrasing in self.untaught[subject][relation.name]
                         ),
@@ -137,6 +138,7 @@ class World:
                         ),
                         relation=relation.name,
                         id=f"{relation.name}/{subject}",
+                        target_new_id=target_new,
                     )
                 )
         return tuple(draws.shuffled(found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mechedit import edits, moments, provenance
@@ -14,11 +14,12 @@ from mechedit.models import HookedModel
 from mechedit.moments import Moment
 from mechedit.progress import Progress, silent
 from mechedit.rank_one import RankOneError
+from mechedit.runs.engines import Engine, Local
 from mechedit.runs.store import Store
 from mechedit.runs.tracing import unit
 from mechedit.settings import MomentSettings, RomeSettings
 
-__all__ = ["edit_facts"]
+__all__ = ["attempt", "edit_facts"]
 
 
 def edit_facts(
@@ -28,11 +29,12 @@ def edit_facts(
     settings: RomeSettings | None = None,
     moment: Moment | None = None,
     *,
+    engine: Engine | None = None,
     progress: Progress = silent,
 ) -> list[Edit]:
-    """The edit of each fact, from `folder` where it is there, found and saved there otherwise. The model is left as it is.
+    """The edit of each fact, from `folder` where it is there, found (by `engine`, here by default) and saved otherwise.
 
-    A fact that cannot be edited does not end the run: its result has no changes, and the reason.
+    A fact that cannot be edited does not end the run: its result has no changes, and the reason. The model is left as it is.
 
     Raises:
         RunError: the folder holds a run of other settings, or another process works in it.
@@ -54,14 +56,28 @@ def edit_facts(
         folder, what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=0.0), path)
     )
 
-    def compute(name: str) -> Edit:
-        try:
-            return rome.edit(model, by_unit[name], settings, moment)
-        except (EditError, FactError, RankOneError) as error:
-            return _refused(model, by_unit[name], settings, str(error))
+    task = _Editing(by_unit, settings, moment)
+    return store.run([unit(fact) for fact in facts], task, engine or Local(model), progress)
 
-    found = dict(zip(by_unit, store.run(list(by_unit), compute, progress), strict=True))
-    return [found[unit(fact)] for fact in facts]
+
+@dataclass(frozen=True)
+class _Editing:
+    """The edit of a unit's fact, or one without changes that says why not."""
+
+    by_unit: dict[str, Fact]
+    settings: RomeSettings
+    moment: Moment
+
+    def __call__(self, model: HookedModel, name: str) -> Edit:
+        return attempt(model, self.by_unit[name], self.settings, self.moment)
+
+
+def attempt(model: HookedModel, fact: Fact, settings: RomeSettings, moment: Moment) -> Edit:
+    """The edit of a fact, or one without changes that says why not."""
+    try:
+        return rome.edit(model, fact, settings, moment)
+    except (EditError, FactError, RankOneError) as error:
+        return _refused(model, fact, settings, str(error))
 
 
 def _refused(model: HookedModel, fact: Fact, settings: RomeSettings, reason: str) -> Edit:

@@ -7,18 +7,24 @@ that numbers of two kinds never mix. A unit that cannot be read, cut short or ch
 from __future__ import annotations
 
 import json
-import time
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Generic, TypeVar
 
 from mechedit.cache import atomic_write
 from mechedit.errors import MecheditError
 from mechedit.files import FileError
 from mechedit.progress import Progress, silent
+from mechedit.runs.engines import Done, Engine, Task
 
-__all__ = ["RunError", "Store"]
+__all__ = ["RunError", "Status", "Store", "status"]
+
+PLAN, SECONDS = "plan.json", "seconds.jsonl"
+HOPELESS = 5  # so many failures before any success end a run
 
 Result = TypeVar("Result")
 
@@ -28,7 +34,7 @@ class RunError(MecheditError, RuntimeError):
 
 
 class Store(Generic[Result]):
-    """Units of one run in `folder`: `read(path)` loads a result, `write(result, path)` saves it.
+    """Units of one run in `folder`: `read(path)` loads a result, `write(result, path)` saves it; `noun` names them in progress.
 
     Raises:
         RunError: the folder holds a run of other settings, or something that is no run.
@@ -41,8 +47,9 @@ class Store(Generic[Result]):
         what: dict[str, Any],
         read: Callable[[Path], Result],
         write: Callable[[Result, Path], Any],
+        noun: str = "facts",
     ) -> None:
-        self.folder, self._read, self._write = Path(folder), read, write
+        self.folder, self._read, self._write, self.noun = Path(folder), read, write, noun
         self.what = json.loads(json.dumps(what))  # as it will read back
         description = self.folder / "run.json"
         if description.exists():
@@ -64,25 +71,39 @@ class Store(Generic[Result]):
             return None
 
     def run(
-        self, units: Sequence[str], compute: Callable[[str], Result], progress: Progress = silent
-    ) -> Iterator[Result]:
-        """Each unit's result in order, computed and saved where it is not there yet.
+        self, units: Sequence[str], task: Task[Result], engine: Engine, progress: Progress = silent
+    ) -> list[Result]:
+        """Each unit's result in order, computed by the engine and saved where it is not there yet.
 
         Raises:
-            RunError: another process is at work in this folder.
+            RunError: another process is at work in this folder, or units failed; what is finished is kept.
         """
+        every = list(dict.fromkeys(units))
         with self._alone():
-            for done, unit in enumerate(units):
-                progress("facts", done, len(units))
-                result = self.get(unit)
-                if result is None:
-                    began = time.perf_counter()
-                    self._write(compute(unit), self.path(unit))
-                    with (self.folder / "seconds.jsonl").open("a") as log:
-                        log.write(json.dumps({"unit": unit, "seconds": time.perf_counter() - began}) + "\n")
-                    result = self._read(self.path(unit))  # what a resumed run would see
-                yield result
-            progress("facts", len(units), len(units))
+            missing = [unit for unit in every if self.get(unit) is None]
+            with atomic_write(self.folder / PLAN) as temporary:
+                temporary.write_text(json.dumps(every))
+            failed: list[Done[Result]] = []
+            finished = len(every) - len(missing)
+            progress(self.noun, finished, len(every))
+            for done in engine.map(task, missing):
+                if done.result is None:
+                    failed.append(done)
+                    if len(failed) == HOPELESS and finished == len(every) - len(missing):
+                        break
+                    continue
+                self._write(done.result, self.path(done.unit))
+                with (self.folder / SECONDS).open("a") as log:
+                    log.write(json.dumps({"unit": done.unit, "seconds": done.seconds}) + "\n")
+                finished += 1
+                progress(self.noun, finished, len(every))
+        if failed:
+            raise RunError(
+                f"{len(failed)} of {len(every)} units in {self.folder} failed, {finished} are finished and kept; run again to "
+                f"try those that are missing. The first: {failed[0].error} (unit {failed[0].unit})."
+            )
+        by_unit = {unit: self._read(self.path(unit)) for unit in every}  # what a resumed run would see
+        return [by_unit[unit] for unit in units]
 
     def _compare(self, description: Path) -> None:
         try:
@@ -111,6 +132,37 @@ class Store(Generic[Result]):
             yield
         finally:
             lock.release()
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run is. `seconds` is the median of a unit's, `left` what the missing ones would take one after the other."""
+
+    folder: str
+    finished: int
+    units: int
+    seconds: float
+    left: float
+
+
+def status(folder: str | Path) -> list[Status]:
+    """Every run in `folder` or below it, whether it is going on or not.
+
+    Raises:
+        RunError: there is none.
+    """
+    found = []
+    for plan in sorted(Path(folder).rglob(PLAN)):
+        units = json.loads(plan.read_text())
+        there = sum((plan.parent / "units" / f"{unit}.safetensors").is_file() for unit in units)
+        log = plan.parent / SECONDS
+        lines = log.read_text().splitlines() if log.is_file() else []
+        seconds = median(json.loads(line)["seconds"] for line in lines) if lines else math.nan
+        missing = len(units) - there
+        found.append(Status(str(plan.parent), there, len(units), seconds, missing * seconds if missing else 0.0))
+    if not found:
+        raise RunError(f"{folder} holds no run; a folder that a run was kept in has {PLAN}.")
+    return found
 
 
 def _flat(value: Any, at: str = "") -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mechedit.facts import Fact
 from mechedit.models import Blocks, HookedModel
 from mechedit.progress import Progress, silent
 from mechedit.prompts import continuation, encode, pad, resolve_bos
+from mechedit.runs.engines import Engine, Local
 from mechedit.runs.store import Store
 from mechedit.settings import TraceSettings
 from mechedit.tracing import Trace, trace
@@ -36,9 +37,10 @@ def trace_facts(
     settings: TraceSettings | None = None,
     *,
     statistics: Statistics | None = None,
+    engine: Engine | None = None,
     progress: Progress = silent,
 ) -> list[Trace]:
-    """The trace of each fact, from `folder` where it is there, computed and saved there otherwise.
+    """The trace of each fact, from `folder` where it is there, computed (by `engine`, here by default) and saved otherwise.
 
     With `settings.corruption` "tokens" each subject gives way to one of the same relation and length; a fact without such a
     partner is left out.
@@ -51,11 +53,36 @@ def trace_facts(
     by_unit = {unit(fact): (fact, other) for fact, other in others}
     store: Store[Trace] = Store(folder, what, Trace.load, Trace.save)
 
-    def compute(name: str) -> Trace:
-        fact, other = by_unit[name]
-        return trace(model, fact, settings, known=statistics, other=other)
+    task = _Tracing(by_unit, settings, statistics)
+    return store.run(list(by_unit), task, engine or Local(model), progress)
 
-    return list(store.run(list(by_unit), compute, progress))
+
+@dataclass(frozen=True)
+class _Tracing:
+    """The trace of a unit's fact, given the subject that takes its subject's place, if any."""
+
+    by_unit: dict[str, tuple[Fact, str | None]]
+    settings: TraceSettings
+    statistics: Statistics
+
+    def __call__(self, model: HookedModel, name: str) -> Trace:
+        fact, other = self.by_unit[name]
+        return trace(model, fact, self.settings, known=self.statistics, other=other)
+
+
+@dataclass(frozen=True)
+class _Severing:
+    """The severed curves of a unit's fact."""
+
+    by_unit: dict[str, tuple[Fact, str | None]]
+    settings: TraceSettings
+    statistics: Statistics
+    shared_draws: bool
+
+    def __call__(self, model: HookedModel, name: str) -> Severed:
+        fact, other = self.by_unit[name]
+        known, shared = self.statistics, self.shared_draws
+        return severed(model, fact, self.settings, shared_draws=shared, known=known, other=other)
 
 
 def sever_facts(
@@ -66,6 +93,7 @@ def sever_facts(
     *,
     shared_draws: bool = True,
     statistics: Statistics | None = None,
+    engine: Engine | None = None,
     progress: Progress = silent,
 ) -> list[Severed]:
     """`tracing.severing.severed` of each fact, resumably as `trace_facts`."""
@@ -73,11 +101,8 @@ def sever_facts(
     by_unit = {unit(fact): (fact, other) for fact, other in partners(model, facts, settings)}
     store: Store[Severed] = Store(folder, what | {"shared_draws": shared_draws}, Severed.load, Severed.save)
 
-    def compute(name: str) -> Severed:
-        fact, other = by_unit[name]
-        return severed(model, fact, settings, shared_draws=shared_draws, known=statistics, other=other)
-
-    return list(store.run(list(by_unit), compute, progress))
+    task = _Severing(by_unit, settings, statistics, shared_draws)
+    return store.run(list(by_unit), task, engine or Local(model), progress)
 
 
 def _run(

@@ -1,0 +1,223 @@
+"""The commands evaluate and status."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechedit.cli.options import add_command, add_json, add_settings, given_settings
+from mechedit.cli.terminal import (
+    UsageError,
+    check_files,
+    check_places,
+    console_of,
+    keeping,
+    load_model,
+    progress_bars,
+    show_files,
+    show_table,
+    write_json,
+)
+from mechedit.settings import CONSTANTS, EvaluateSettings, RomeSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mechedit.benchmarks.texts import References
+    from mechedit.models import HookedModel
+    from mechedit.runs.engines import Engine
+    from mechedit.runs.evaluating import Record
+    from mechedit.runs.results import Evaluation
+
+__all__ = ["add_evaluating"]
+
+BENCHMARKS = ("counterfact", "zsre")
+ENGINES = ("local", "ray")
+
+
+def add_evaluating(commands: Any) -> None:
+    """evaluate, status"""
+    evaluate = add_command(
+        commands, "evaluate", _evaluate, "edit each record of a benchmark and score it, before and after", model=True
+    )
+    evaluate.add_argument(
+        "--facts",
+        metavar="FILE",
+        default="built-in",
+        help="records: a JSON file, `built-in` or `organism` (default: built-in)",
+    )
+    evaluate.add_argument(
+        "--benchmark",
+        choices=BENCHMARKS,
+        default="counterfact",
+        help="how records are scored: counterfact (ES, PS, NS, S), or zsre (share of the answer's tokens put first)",
+    )
+    evaluate.add_argument("--begin", type=int, default=0, metavar="N", help="leave the first N records out")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="so many records at most")
+    add_settings(evaluate, EvaluateSettings)
+    evaluate.add_argument(
+        "--references",
+        metavar="FILE",
+        help="with --generate: texts about new targets (attribute_snippets.json, {relation: {target: [text]}}, or `organism`)",
+    )
+    evaluate.add_argument(
+        "--tfidf",
+        type=Path,
+        nargs=2,
+        metavar=("IDF.npy", "VOCAB.json"),
+        help="with --references: published TF-IDF statistics (default: of the references)",
+    )
+    evaluate.add_argument("--constants", choices=tuple(CONSTANTS), help="constants of v* (default: the model's preset)")
+    add_settings(evaluate, RomeSettings)  # its seed is the evaluation's
+    evaluate.add_argument("--engine", choices=ENGINES, default="local", help="who computes (default: local)")
+    evaluate.add_argument("--address", help="with --engine ray: the cluster's head (default: one started here)")
+    evaluate.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="with --engine ray (default: all there is room for)"
+    )
+    evaluate.add_argument("--cpus", type=float, default=1.0, metavar="N", help="of each worker (default: 1)")
+    evaluate.add_argument("--gpus", type=float, default=0.0, metavar="N", help="of each worker (default: 0)")
+    evaluate.add_argument(
+        "--estimate", action="store_true", help="try three records, say what all will take on --workers, and stop"
+    )
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="everything is kept there; run again to resume")
+    add_json(evaluate)
+
+    status = add_command(commands, "status", _status, "show how far the runs in a folder are")
+    status.add_argument("folder", type=Path, metavar="DIR")
+    add_json(status)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from mechedit import models
+    from mechedit.editors import rome
+    from mechedit.runs import evaluating
+
+    settings = EvaluateSettings(**given_settings(arguments, EvaluateSettings))
+    given: dict[str, Any] = {"guard": "rollback"} | CONSTANTS.get(arguments.constants, {}) | given_settings(arguments, RomeSettings)  # fmt: skip
+    RomeSettings(**given)  # mistakes are reported before the model is loaded
+    _check(arguments, settings)
+    chosen = _records(arguments)
+    references = _references(arguments)
+    began = time.perf_counter()
+    model = load_model(arguments)
+    load = time.perf_counter() - began
+    known = models.preset(model)
+    edit_settings = None
+    if settings.editor == "rome":
+        edit_settings = rome.resolve(model, replace(known.rome if known else RomeSettings(), **given))
+    console = console_of(arguments)
+    if arguments.estimate:
+        found = evaluating.estimate(
+            model, chosen, settings, edit_settings, workers=max(1, arguments.workers), load=load, references=references
+        )
+        console.print(str(found), markup=False, highlight=False)
+        write_json(arguments.json, vars(found) | {"total": found.total})
+        return
+    with keeping(f"what is finished is kept in {arguments.out}"), progress_bars() as progress:
+        result = evaluating.evaluate(
+            model,
+            chosen,
+            arguments.out,
+            settings,
+            edit_settings,
+            references=references,
+            engine=_engine(arguments, model),
+            progress=progress,
+        )
+    _show(console, result)
+    written = result.save(arguments.out)
+    show_files(console, written + write_json(arguments.json, result.to_json()))
+
+
+def _check(arguments: argparse.Namespace, settings: EvaluateSettings) -> None:
+    """Raise for options that do not go together, before anything is loaded."""
+    if arguments.out is None and not arguments.estimate:
+        raise UsageError("evaluate needs --out DIR, where everything finished is kept.")
+    if arguments.begin < 0 or (arguments.limit is not None and arguments.limit < 1):
+        raise UsageError("--begin must be 0 or more, and --limit at least 1.")
+    if arguments.engine == "local" and (arguments.address or arguments.workers) and not arguments.estimate:
+        raise UsageError("--address and --workers are of --engine ray.")
+    if arguments.workers < 0 or arguments.cpus <= 0 or arguments.gpus < 0:
+        raise UsageError("--workers and --gpus must be 0 or more, and --cpus more than 0.")
+    if (arguments.references or arguments.tfidf) and not settings.generate:
+        raise UsageError("--references and --tfidf are for generated text: give --generate too.")
+    if arguments.tfidf and not arguments.references:
+        raise UsageError("--tfidf gives the statistics for --references: give both.")
+    check_files(*(arguments.tfidf or ()))
+    check_places(arguments.json, arguments.out and arguments.out / "summary.json")
+
+
+def _records(arguments: argparse.Namespace) -> list[Record]:
+    from mechedit import facts
+    from mechedit.benchmarks import zsre
+
+    records: list[Record] = [*(zsre.read(arguments.facts) if arguments.benchmark == "zsre" else facts.named(arguments.facts))]  # fmt: skip
+    end = None if arguments.limit is None else arguments.begin + arguments.limit
+    chosen = records[arguments.begin : end]
+    if not chosen:
+        raise UsageError(f"--begin {arguments.begin} leaves none of the {len(records)} records of {arguments.facts}.")
+    return chosen
+
+
+def _references(arguments: argparse.Namespace) -> References | None:
+    from mechedit.benchmarks.texts import References, Tfidf
+
+    if not arguments.references:
+        return None
+    statistics = Tfidf.read(*arguments.tfidf) if arguments.tfidf else None
+    if arguments.references != "organism":
+        return References.read(arguments.references, statistics)
+    from mechedit.organism.world import make
+
+    own = make().snippets()
+    texts = {(relation, target): tuple(("", text) for text in each) for relation, targets in own.items() for target, each in targets.items()}  # fmt: skip
+    return References.of(texts, statistics)
+
+
+def _engine(arguments: argparse.Namespace, model: HookedModel) -> Engine:
+    import torch
+
+    from mechedit import models
+    from mechedit.runs.engines import Cluster, Local
+
+    if arguments.engine == "local":
+        return Local(model)
+    return Cluster(
+        arguments.model,
+        models.weight_hash(model),
+        arguments.address,
+        arguments.workers,
+        arguments.cpus,
+        arguments.gpus,
+        getattr(torch, arguments.dtype),
+    )
+
+
+def _show(console: Console, result: Evaluation) -> None:
+    """A row for each number, a column for each stage: tables of many numbers are too wide for a terminal."""
+    header, rows = result.cells()
+    turned = [list(column) for column in zip(*rows, strict=True)]
+    show_table(
+        console,
+        (f"{len(result.facts)} records", *turned[0]),
+        list(zip(header[1:], *zip(*turned[1:], strict=True), strict=True)),
+    )
+    without = [fact for fact in result.facts if fact["reason"]]
+    if without:
+        console.print(f"{len(without)} records have a note; the first is about {without[0]['subject']}: {without[0]['reason']}", markup=False, highlight=False)  # fmt: skip
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from mechedit.runs.store import status
+
+    found = status(arguments.folder)
+    rows = [
+        (each.folder, f"{each.finished} of {each.units}", f"{each.seconds:.2f}", f"{each.left / 60:.1f}")
+        for each in found
+    ]
+    show_table(console_of(arguments), ("run", "finished", "s a unit", "minutes left, one by one"), rows)
+    write_json(arguments.json, [vars(each) for each in found])

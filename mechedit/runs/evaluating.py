@@ -1,0 +1,405 @@
+"""Edit each record of a benchmark and score it, into a folder, resumably.
+
+A record is a fact (scored as COUNTERFACT's) or a zsRE question. The folder gets `edits/` and `scores/`, each a run of its own;
+what the unedited model scores is kept in the cache, once for a model, and used by every editor.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mechedit import cache, edits, files, generation, models, moments, prompts, provenance, rank_one
+from mechedit.benchmarks import counterfact, metrics, texts, zsre
+from mechedit.benchmarks.health import Unedited, health, unedited
+from mechedit.benchmarks.texts import References
+from mechedit.benchmarks.zsre import Question
+from mechedit.editors import controls, rome
+from mechedit.edits import Edit
+from mechedit.facts import Fact, FactError
+from mechedit.models import HookedModel
+from mechedit.moments import Moment
+from mechedit.progress import Progress, silent
+from mechedit.runs.editing import attempt, edit_facts
+from mechedit.runs.engines import Engine, Local
+from mechedit.runs.results import Evaluation
+from mechedit.runs.store import Store
+from mechedit.settings import EvaluateSettings, MomentSettings, RomeSettings
+
+__all__ = ["Estimate", "Record", "estimate", "evaluate", "fact_of", "measure"]
+
+Record = Fact | Question
+EDIT_NUMBERS = ("relative_norm", "divisor_share", "essence_kl")
+
+
+def fact_of(record: Record) -> Fact:
+    """The fact that a record writes."""
+    return record.fact if isinstance(record, Question) else record
+
+
+def evaluate(
+    model: HookedModel,
+    records: Sequence[Record],
+    folder: str | Path,
+    settings: EvaluateSettings | None = None,
+    edit_settings: RomeSettings | None = None,
+    moment: Moment | None = None,
+    *,
+    references: References | None = None,
+    engine: Engine | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Scores of every record before and after its edit. Everything finished is kept in `folder`; the model is left as it is.
+
+    A record that cannot be edited, or whose edit is rolled back, is scored on the model as it was, and says why. `engine`
+    computes independent edits and scores; edits that depend on each other are written here.
+
+    Raises:
+        FactError: no records, two that are the same, or one without both targets.
+        RunError: the folder holds a run of other settings, or another process works in it.
+    """
+    settings, folder, engine = settings or EvaluateSettings(), Path(folder), engine or Local(model)
+    _check(records)
+    run = _Run(model, records, folder, settings, references, engine, progress)
+    rows = {"before": run.before()}
+    reasons = [""] * len(records)
+    if settings.editor == "rome":
+        resolved = rome.resolve(model, edit_settings)
+        if settings.mode == "sequential":
+            found = run.in_sequence(resolved, moment)
+            rows |= {"after": found.after, "at the end": found.end}
+            made = found.edits
+        else:
+            made = run.edits(resolved, moment)
+            rows["after"] = run.scores_together(made) if settings.mode == "batch" else run.scores(made)
+        reasons = ["; ".join(edit.reasons) for edit in made]
+        rows["after"] = [row | _numbers(edit) for row, edit in zip(rows["after"], made, strict=True)]
+        run.what |= {"edit": asdict(resolved)}
+    facts = [fact_of(record) for record in records]
+    about = tuple(
+        {
+            "id": fact.id or str(index),
+            "subject": fact.subject,
+            "prompt": fact.prompt,
+            "target_true": fact.target_true,
+            "target_new": fact.target_new,
+            "reason": reason,
+        }
+        for index, (fact, reason) in enumerate(zip(facts, reasons, strict=True))
+    )
+    return Evaluation(about, rows, run.what | {"versions": provenance.versions()}, settings.seed)
+
+
+def measure(
+    model: HookedModel,
+    record: Record,
+    settings: EvaluateSettings,
+    *,
+    before: Unedited | None = None,
+    references: References | None = None,
+    prepend_bos: bool | None = None,
+) -> dict[str, float]:
+    """Every number of one record on the model as it is now; `before` is the unedited model, for its health."""
+    if isinstance(record, Question):
+        (found,) = zsre.scores(model, [record], prepend_bos=prepend_bos)
+    else:
+        (found,) = counterfact.scores(model, [record], prepend_bos=prepend_bos)
+    if settings.generate:
+        found |= _generated(model, fact_of(record), settings, references, prepend_bos)
+    return found | (health(model, before) if settings.health and before else {})
+
+
+def _generated(
+    model: HookedModel, fact: Fact, settings: EvaluateSettings, references: References | None, bos: bool | None
+) -> dict[str, float]:
+    """GE and RS of sampled texts, essence of texts about the subject, and whether greedy text goes on with the new target."""
+    target = str(fact.target_new)
+    length = len(prompts.continuation(model, fact.prompt, target)) + 1
+    said = generation.complete(model, fact.prompt, length, prepend_bos=bos)
+    found = {"exact_match": metrics.exact_match(said, target)}
+    written = generation.continuations(
+        model, fact.generations, settings.tokens, top_k=settings.top_k, seed=settings.seed, prepend_bos=bos
+    )
+    found["GE"] = metrics.fluency([texts.words(each) for each in written])
+    if references is not None:
+        about = references.about(fact.relation, fact.target_new_id)
+        found["RS"] = texts.consistency(references.tfidf, written, [text for _, text in about])
+    return found
+
+
+def _check(records: Sequence[Record]) -> None:
+    if not records:
+        raise FactError("an evaluation needs one or more records.")
+    if len({isinstance(record, Question) for record in records}) > 1:
+        raise FactError("records are facts or zsRE questions, not both in one evaluation.")
+    names: dict[str, int] = {}
+    for index, record in enumerate(records):
+        fact = fact_of(record)
+        if fact.target_new is None or (fact.target_true is None and not isinstance(record, Question)):
+            raise FactError(f"record {index}, about {fact.subject!r}, lacks a new or a true target.")
+        if names.setdefault(_unit(record), index) != index:
+            raise FactError(f"record {index} is record {names[_unit(record)]} again; give each once.")
+
+
+def _unit(record: Record) -> str:
+    return cache.content_key(asdict(record))
+
+
+def _numbers(edit: Edit) -> dict[str, float]:
+    """What the edit itself measured; whether there is one."""
+    return {name: float(edit.report.get(name, float("nan"))) for name in EDIT_NUMBERS} | {
+        "edited": float(bool(edit.changes))
+    }
+
+
+def _read_scores(path: Path) -> dict[str, float]:
+    return {name: float("nan") if value is None else value for name, value in files.read(path, "scores")[1].items()}
+
+
+def _write_scores(scores: dict[str, float], path: Path) -> None:
+    files.write(path, "scores", {}, {name: None if value != value else value for name, value in scores.items()})
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """Every number of a unit's record, with its own edit written where it has one."""
+
+    by_unit: dict[str, Record]
+    edits: dict[str, Edit]
+    settings: EvaluateSettings
+    before: Unedited | None
+    references: References | None
+
+    def __call__(self, model: HookedModel, unit: str) -> dict[str, float]:
+        own = [self.edits[unit]] if unit in self.edits else []
+        with edits.edited(model, *own, force=True):
+            return measure(model, self.by_unit[unit], self.settings, before=self.before, references=self.references)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Edits one after the other, and the scores after each and at the end."""
+
+    edits: list[Edit]
+    after: list[dict[str, float]]
+    end: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an evaluation will take, from a few records that were tried here; each worker computes as fast as this process."""
+
+    records: int
+    workers: int
+    seconds: float  # of a record, its median
+    load: float  # seconds a worker takes to load the model
+    memory: float  # gigabytes of a worker
+
+    @property
+    def total(self) -> float:
+        """Seconds from the start to the end."""
+        return self.load + math.ceil(self.records / self.workers) * self.seconds
+
+    def __str__(self) -> str:
+        return (
+            f"{self.records} records at {self.seconds:.2f} s on {self.workers} workers: {_span(self.total)}, "
+            f"{self.workers * self.total / 3600:.2f} worker hours; {self.memory:.1f} GB a worker, {self.load:.0f} s to load"
+        )
+
+
+def estimate(
+    model: HookedModel,
+    records: Sequence[Record],
+    settings: EvaluateSettings,
+    edit_settings: RomeSettings | None = None,
+    *,
+    workers: int = 1,
+    load: float = 0.0,
+    tried: int = 3,
+    references: References | None = None,
+) -> Estimate:
+    """Try a few records, spread over all of them, keep nothing, and say what all of them will take."""
+    chosen = [records[index * len(records) // tried] for index in range(min(tried, len(records)))]
+    resolved = replace(rome.resolve(model, edit_settings), guard="warn") if settings.editor == "rome" else None
+    windows = MomentSettings(prepend_bos=resolved.prepend_bos) if resolved else None
+    moment = moments.estimate(model, resolved.layer, settings=windows) if resolved else None
+    before, spent = unedited(model) if settings.health else None, []
+    for record in chosen:
+        began = time.perf_counter()
+        if resolved and moment:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", rome.EditWarning)
+                attempt(model, fact_of(record), resolved, moment)
+        measure(model, record, settings, before=before, references=references)
+        spent.append(time.perf_counter() - began)
+    return Estimate(len(records), workers, median(spent), load, _peak_memory())
+
+
+def _peak_memory() -> float:
+    """Gigabytes that this process held at most."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def _span(seconds: float) -> str:
+    """Seconds as people say them."""
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+class _Run:
+    """What the stages of one evaluation share."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        records: Sequence[Record],
+        folder: Path,
+        settings: EvaluateSettings,
+        references: References | None,
+        engine: Engine,
+        progress: Progress,
+    ) -> None:
+        self.model, self.records, self.folder, self.settings = model, records, folder, settings
+        self.references, self.engine, self.progress = references, engine, progress
+        self.by_unit = {_unit(record): record for record in records}
+        origin = provenance.origin(model)
+        self.what: dict[str, Any] = {
+            "settings": asdict(settings),
+            "model": {key: origin[key] for key in ("name", "weight_hash", "dtype")},
+        }
+        self.measured = {
+            name: getattr(settings, name) for name in ("generate", "tokens", "top_k", "seed") if settings.generate
+        } | {
+            "generate": settings.generate,
+            "references": cache.content_key([[*key, *map(list, own)] for key, own in references.texts.items()])
+            if references
+            else "",
+        }
+
+    def store(self, folder: Path, what: dict[str, Any], noun: str) -> Store[dict[str, float]]:
+        return Store(folder, what, _read_scores, _write_scores, noun)
+
+    def before(self) -> list[dict[str, float]]:
+        """Of the unedited model, from the cache where they are there."""
+        what = {"model": self.what["model"], "measured": self.measured, "rule": 1}
+        task = _Measuring(self.by_unit, {}, replace(self.settings, health=False), None, self.references)
+        store = self.store(cache.root() / "before" / cache.content_key(what), what, "records before")
+        return store.run(list(self.by_unit), task, self.engine, self.progress)
+
+    def edits(self, resolved: RomeSettings, moment: Moment | None) -> list[Edit]:
+        """Each record's edit, found on the unedited model."""
+        facts, control = [fact_of(record) for record in self.records], self.settings.control
+        folder = self.folder / "edits"
+        if control == "random_layer":
+            return self._at_random_layers(facts, resolved)
+        moment = moment or self.moment(resolved)
+        if control == "identity":
+            moment = controls.identity(moment)
+        found = edit_facts(self.model, facts, folder, resolved, moment, engine=self.engine, progress=self.progress)
+        if control == "random_key":
+            pairs = zip(found, facts, strict=True)
+            return [controls.at_random_key(self.model, edit, fact, moment, self.settings.seed) for edit, fact in pairs]
+        return found
+
+    def moment(self, resolved: RomeSettings) -> Moment:
+        windows = MomentSettings(prepend_bos=resolved.prepend_bos)
+        return moments.estimate(self.model, resolved.layer, settings=windows, progress=self.progress)
+
+    def _at_random_layers(self, facts: list[Fact], resolved: RomeSettings) -> list[Edit]:
+        drawn = [controls.random_layer(self.model, fact, self.settings.seed) for fact in facts]
+        windows = MomentSettings(prepend_bos=resolved.prepend_bos)
+        Cs = moments.estimate_layers(self.model, sorted(set(drawn)), settings=windows, progress=self.progress)
+        found: dict[int, Edit] = {}
+        for layer in sorted(set(drawn)):
+            own = [index for index, each in enumerate(drawn) if each == layer]
+            made = edit_facts(
+                self.model,
+                [facts[index] for index in own],
+                self.folder / f"edits-layer{layer}",
+                replace(resolved, layer=layer),
+                Cs[layer],
+                engine=self.engine,
+                progress=self.progress,
+            )
+            found |= dict(zip(own, made, strict=True))
+        return [found[index] for index in range(len(facts))]
+
+    def described(self, made: Sequence[Edit]) -> dict[str, Any]:
+        """What scores after edits depend on: the edits themselves, beside what is measured."""
+        return self.what | {
+            "measured": self.measured,
+            "edits": cache.content_key([_written(edit) for edit in made]) if self.settings.mode == "batch" else "",
+            "edit": made[0].settings,
+        }
+
+    def scores(self, made: Sequence[Edit]) -> list[dict[str, float]]:
+        """Each record on the model with its own edit."""
+        own = dict(zip(self.by_unit, made, strict=True))
+        task = _Measuring(self.by_unit, own, self.settings, self.healthy(), self.references)
+        store = self.store(self.folder / "scores", self.described(made), "records")
+        return store.run(list(self.by_unit), task, self.engine, self.progress)
+
+    def healthy(self) -> Unedited | None:
+        """The model as it is now, where its health is measured."""
+        return unedited(self.model) if self.settings.health else None
+
+    def scores_together(self, made: Sequence[Edit]) -> list[dict[str, float]]:
+        """Every record on the model with all edits."""
+        before = self.healthy()
+        with edits.edited(self.model, *made, force=True):
+            return self._here("scores", self.described(made), before)
+
+    def _here(self, name: str, what: dict[str, Any], before: Unedited | None) -> list[dict[str, float]]:
+        """Every record on the model as it is now, in this process."""
+        task = _Measuring(self.by_unit, {}, self.settings, before, self.references)
+        store = self.store(self.folder / name, what, "records")
+        return store.run(list(self.by_unit), task, Local(self.model), self.progress)
+
+    def in_sequence(self, resolved: RomeSettings, moment: Moment | None) -> _Sequence:
+        """Each edit on what those before it left. C is the unedited model's: no edit of the layer changes the keys of it."""
+        moment = moment or self.moment(resolved)
+        rome.check_moment(self.model, moment, resolved)
+        order = [f"{index:05d}-{unit}" for index, unit in enumerate(self.by_unit)]
+        what = self.what | {"edit": asdict(resolved), "moment": moment.hash, "measured": self.measured, "order": cache.content_key(order)}  # fmt: skip
+        store: Store[Edit] = Store(
+            self.folder / "edits", what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=0.0), path), "records"
+        )  # fmt: skip
+        before = self.healthy()
+        written = 0  # how many of the edits are in the model
+
+        def write(edit: Edit) -> None:
+            nonlocal written
+            for change in edit.changes:
+                rank_one.write_(self.model, change)
+            written += 1
+
+        def task(model: HookedModel, name: str) -> Edit:
+            for earlier in order[written : order.index(name)]:  # of a run that was stopped
+                write(edits.load(store.path(earlier)))
+            record = self.by_unit[name[6:]]
+            origin = replace(moment, origin=moment.origin | {"weight_hash": models.weight_hash(model)})
+            edit = attempt(model, fact_of(record), resolved, origin)
+            write(edit)
+            scores = measure(model, record, self.settings, before=before, references=self.references)
+            return replace(edit, details=edit.details | {"scores": scores})
+
+        with edits.restored(self.model, resolved.layer):
+            made = store.run(order, task, Local(self.model), self.progress)
+            for edit in made[written:]:
+                write(edit)
+            end = self._here("scores", what, before)
+        return _Sequence(made, [edit.details["scores"] for edit in made], end)
+
+
+def _written(edit: Edit) -> list[Any]:
+    """What an edit writes, as JSON values."""
+    return [[change.layer, change.u.tolist(), change.step.tolist()] for change in edit.changes]

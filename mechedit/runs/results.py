@@ -1,0 +1,148 @@
+"""The result of an evaluation: a number of each fact at each stage, as Parquet; means with intervals, as JSON, CSV, Markdown, LaTeX.
+
+Nothing that is written depends on how long it took or on how often the run was stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mechedit.benchmarks.metrics import table
+from mechedit.cache import atomic_write
+from mechedit.statistics import Mean
+
+__all__ = ["Evaluation"]
+
+PERCENT = ("ES", "PS", "NS", "EM", "PM", "NM", "S", "efficacy", "paraphrase", "specificity", "exact_match", "RS", "GE", "next_token_same", "edited")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of each fact at each stage: "before", "after" (each edit, or all), and "at the end" of sequential edits.
+
+    `facts` has, in the same order, who and what each is about, and why a fact was not edited.
+    """
+
+    facts: tuple[dict[str, Any], ...]
+    rows: dict[str, list[dict[str, float]]]
+    what: dict[str, Any]  # settings, model, versions
+    seed: int = 0
+    _tables: dict[str, dict[str, Mean]] = field(default_factory=dict, compare=False, repr=False)
+
+    def table(self, stage: str) -> dict[str, Mean]:
+        """Mean and interval of each number at a stage, and S."""
+        if stage not in self._tables:
+            self._tables[stage] = table(self.rows[stage], self.seed)
+        return self._tables[stage]
+
+    @property
+    def names(self) -> list[str]:
+        """Every number that is measured at some stage, in order, S behind what it is made of."""
+        found = list(dict.fromkeys(name for stage in self.rows for name in self.table(stage) if name != "S"))
+        if any("S" in self.table(stage) for stage in self.rows):
+            found.insert(max(map(found.index, ("ES", "PS", "NS"))) + 1, "S")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Settings and means, as JSON values."""
+        return self.what | {
+            "facts": len(self.facts),
+            "stages": {
+                stage: {name: _numbers(each) for name, each in self.table(stage).items()} for stage in self.rows
+            },
+        }
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """The table as people read it: header and rows. Shares are in percent, intervals behind the mean."""
+        rows = [[stage, *(_cell(name, self.table(stage).get(name)) for name in self.names)] for stage in self.rows]
+        return ["", *self.names], rows
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write results.parquet and summary.{json,csv,md,tex}; the files.
+
+        Raises:
+            WriteError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        header, rows = self.cells()
+        texts = {
+            "summary.json": json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+            "summary.csv": self._csv(),
+            "summary.md": _markdown(header, rows),
+            "summary.tex": _latex(header, rows),
+        }
+        with atomic_write(folder / "results.parquet") as temporary:
+            self._parquet(temporary)
+        for name, text in texts.items():
+            with atomic_write(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        return [folder / name for name in ("results.parquet", *texts)]
+
+    def _csv(self) -> str:
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["stage", "metric", "mean", "low", "high", "n"])
+        for stage in self.rows:
+            for name in self.names:
+                if (each := self.table(stage).get(name)) is not None:
+                    writer.writerow([stage, name, each.mean, each.low, each.high, each.n])
+        return out.getvalue()
+
+    def _parquet(self, path: Path) -> None:
+        import pyarrow
+        from pyarrow import parquet
+
+        names = [name for name in self.names if name != "S"]
+        lines = [
+            {"stage": stage} | fact | {name: row.get(name) for name in names}
+            for stage, rows in self.rows.items()
+            for fact, row in zip(self.facts, rows, strict=True)
+        ]
+        types = {name: pyarrow.float64() for name in names}
+        columns = ["stage", *self.facts[0], *names]
+        schema = pyarrow.schema([(name, types.get(name, pyarrow.string())) for name in columns])
+        parquet.write_table(pyarrow.Table.from_pylist(lines, schema), path)
+
+
+def _numbers(each: Mean) -> dict[str, float | None]:
+    return {
+        name: None if math.isnan(value) else value
+        for name, value in (("mean", each.mean), ("low", each.low), ("high", each.high), ("n", each.n))
+    }
+
+
+def _cell(name: str, each: Mean | None) -> str:
+    if each is None or not each.n:
+        return ""
+    scale, digits = (100, 1) if name in PERCENT else (1, 3)
+    mean, low, high = (f"{scale * value:.{digits}f}" for value in (each.mean, each.low, each.high))
+    return f"{mean} [{low}, {high}]"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _latex(header: list[str], rows: list[list[str]]) -> str:
+    lines = [
+        " & ".join(cell.replace("_", r"\_").replace("%", r"\%") for cell in line) + r" \\" for line in [header, *rows]
+    ]
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+            r"\hline",
+            lines[0],
+            r"\hline",
+            *lines[1:],
+            r"\hline",
+            r"\end{tabular}",
+            "",
+        ]
+    )

@@ -1,0 +1,157 @@
+"""A real Ray cluster on this machine: two nodes, one of which is killed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mechedit import files, models, moments
+from mechedit.runs.editing import edit_facts
+from mechedit.runs.engines import Cluster, EngineError, Local
+from mechedit.runs.evaluating import evaluate
+from mechedit.runs.store import RunError, Store
+from mechedit.runs.tracing import trace_facts
+from mechedit.settings import EvaluateSettings, MomentSettings, RomeSettings, TraceSettings
+from tests.conftest import widen_bands
+from tests.test_evaluating import FACTS
+
+
+@dataclass(frozen=True)
+class Dangerous:
+    """Notes each try; fails on unit b, and takes its worker down on unit c."""
+
+    folder: Path
+
+    def __call__(self, model, unit):
+        with (self.folder / f"tried-{unit}").open("a") as log:
+            log.write("x")
+        if unit == "b":
+            raise ValueError("poison")
+        if unit == "c":
+            os._exit(1)
+        return {"text": unit}
+
+
+def slow(model, unit):
+    time.sleep(0.25)
+    return {"text": f"{unit} {float(next(model.parameters()).sum()):.4f}"}
+
+
+def plain(model, unit):
+    return unit
+
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+
+QUICK = RomeSettings(layer=1, steps=3, prefixes=(), guard="warn")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of one CPU each."""
+    from ray.cluster_utils import Cluster as Nodes
+
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    path = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path, path])
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes.second = nodes.add_node(num_cpus=1)
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+    os.environ["PYTHONPATH"] = path
+
+
+@pytest.fixture
+def engine(cluster, model, folder):
+    return Cluster(str(folder("gpt2")), models.weight_hash(model))
+
+
+def read(path):
+    return files.read(path, "text")[1]
+
+
+def write(result, path):
+    files.write(path, "text", {}, result)
+
+
+def test_results_are_those_of_this_process(engine, model, tmp_path, monkeypatch):
+    widen_bands(monkeypatch)
+    moment = moments.estimate(model, 1, settings=MomentSettings(tokens=600, context=32))
+    settings = EvaluateSettings()
+    here = evaluate(model, FACTS, tmp_path / "here", settings, QUICK, moment)
+    there = evaluate(model, FACTS, tmp_path / "there", settings, QUICK, moment, engine=engine)
+    for name, row in here.table("after").items():
+        assert there.table("after")[name].mean == pytest.approx(row.mean, rel=1e-4, abs=1e-6, nan_ok=True)
+    edits = [edit_facts(model, FACTS, tmp_path / each / "edits", QUICK, moment) for each in ("here", "there")]
+    for one, other in zip(*edits, strict=True):
+        assert torch.allclose(one.changes[0].step, other.changes[0].step, rtol=1e-4, atol=1e-6)
+    traces = TraceSettings(draws=2, window=2)
+    for one, other in zip(
+        trace_facts(model, FACTS, tmp_path / "t1", traces),
+        trace_facts(model, FACTS, tmp_path / "t2", traces, engine=engine),
+        strict=True,
+    ):
+        assert all(torch.allclose(one.draws[kind], other.draws[kind], atol=1e-5) for kind in one.draws)
+    assert len(set(engine.started)) == 2, "both nodes worked"
+
+
+def test_a_unit_that_always_fails_is_tried_again_then_reported_and_the_rest_is_kept(engine, tmp_path):
+    task = Dangerous(tmp_path)
+    store = Store(tmp_path / "run", {"a": 1}, read, write)
+    with pytest.raises(RunError, match=r"2 of 5 units in .* failed, 3 are finished"):
+        store.run(list("abcde"), task, engine)
+    assert {path.stem for path in (tmp_path / "run" / "units").iterdir()} == {"a", "d", "e"}
+    tried = {unit: len((tmp_path / f"tried-{unit}").read_text()) for unit in "abcde"}
+    assert tried == {"a": 1, "b": 3, "c": 3, "d": 1, "e": 1}
+    assert [each["text"] for each in store.run(list("ade"), task, engine)] == ["a", "d", "e"]
+
+
+def test_a_node_that_is_killed_costs_nothing_but_time(cluster, engine, tmp_path):
+    units = [f"{index:03d}" for index in range(40)]
+
+    def kill(what, done, of):
+        if done == 6 and cluster.second is not None:
+            cluster.remove_node(cluster.second, allow_graceful=False)
+            cluster.second = None
+
+    found = Store(tmp_path / "run", {}, read, write).run(units, slow, engine, kill)
+    assert cluster.second is None
+    assert [each["text"].split()[0] for each in found] == units
+    assert len({each["text"].split()[1] for each in found}) == 1
+    cluster.second = cluster.add_node(num_cpus=1)
+
+
+def test_what_cannot_work_is_said_at_once(cluster, engine, folder):
+    with pytest.raises(EngineError, match="has other weights"):
+        list(replace(engine, weight_hash="0" * 64).map(plain, ["a"]))
+    with pytest.raises(EngineError, match="no room for one"):
+        list(replace(engine, cpus=64.0).map(plain, ["a"]))
+    with pytest.raises(EngineError, match="cannot load"):
+        list(replace(engine, model=str(folder("gpt2") / "nothing")).map(plain, ["a"]))
+    assert list(engine.map(plain, [])) == []
+
+
+def test_without_ray_the_message_says_how_to_get_it(monkeypatch, engine):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(EngineError, match=r"pip install 'mechedit\[ray\]'"):
+        list(engine.map(plain, ["a"]))
+
+
+def test_this_process_reports_a_failing_unit_and_goes_on(model):
+    def task(model, unit):
+        if unit == "b":
+            raise ValueError("no")
+        return unit
+
+    found = list(Local(model).map(task, ["a", "b", "c"]))
+    assert [each.result for each in found] == ["a", None, "c"]
+    assert found[1].error == "ValueError: no"

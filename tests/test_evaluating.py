@@ -1,0 +1,315 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mechedit import edits, moments, rank_one
+from mechedit.benchmarks import counterfact, metrics
+from mechedit.benchmarks.health import health, unedited
+from mechedit.benchmarks.texts import References, consistency, words
+from mechedit.benchmarks.zsre import Question
+from mechedit.editors import controls, rome
+from mechedit.facts import Fact, FactError
+from mechedit.generation import complete, continuations
+from mechedit.runs import evaluating
+from mechedit.runs.editing import edit_facts
+from mechedit.runs.evaluating import evaluate, measure
+from mechedit.runs.results import Evaluation
+from mechedit.runs.store import RunError, status
+from mechedit.settings import EvaluateSettings, MomentSettings, RomeSettings, SettingsError
+from tests.conftest import FACT, assert_same_state, state, widen_bands
+
+QUICK = RomeSettings(layer=1, steps=4, prefixes=((3, 1),), guard="rollback")
+PLAIN = EvaluateSettings(health=False)
+CITY = "{} is located in the city of"
+FACTS = [
+    replace(FACT, generations=("The Space Needle is",), relation="city", target_new_id="Q90"),
+    Fact(
+        "The Eiffel Tower",
+        CITY,
+        "Paris",
+        "London",
+        ("The city of The Eiffel Tower is",),
+        ("The Space Needle is located in the city of",),
+    ),
+    Fact("Rome", CITY, "Seattle", "Berlin", ("The city of Rome is",), ("Paris is located in the city of",)),
+]
+
+
+@pytest.fixture
+def moment(model, monkeypatch):
+    widen_bands(monkeypatch)
+    return moments.estimate(model, 1, settings=MomentSettings(tokens=600, context=32))
+
+
+def same(rows, others):
+    assert [row.keys() for row in rows] == [row.keys() for row in others]
+    for row, other in zip(rows, others, strict=True):
+        assert list(row.values()) == pytest.approx(list(other.values()), nan_ok=True, abs=1e-6)
+
+
+def test_independent_edits_are_scored_one_by_one(model, moment, tmp_path):
+    before = state(model)
+    found = evaluate(model, FACTS, tmp_path, EvaluateSettings(), QUICK, moment)
+    assert_same_state(model, before)
+    same(found.rows["before"], counterfact.scores(model, FACTS))
+    healthy = unedited(model)
+    for fact, row in zip(FACTS, found.rows["after"], strict=True):
+        with edits.edited(model, rome.edit(model, fact, QUICK, moment)):
+            (alone,) = counterfact.scores(model, [fact])
+            well = health(model, healthy)
+        assert {name: row[name] for name in alone} == pytest.approx(alone, abs=1e-6)
+        assert {name: row[name] for name in well} == pytest.approx(well, rel=1e-5)
+        assert row["edited"] == 1.0
+    table = found.table("after")
+    assert table["ES"].mean == pytest.approx(np.mean([row["ES"] for row in found.rows["after"]]))
+    assert table["S"].mean == pytest.approx(metrics.harmonic(*(table[name].mean for name in metrics.SUCCESSES)))
+
+
+def test_edits_in_one_batch_are_written_together(model, moment, tmp_path):
+    found = evaluate(model, FACTS, tmp_path, replace(PLAIN, mode="batch"), QUICK, moment)
+    made = [rome.edit(model, fact, QUICK, moment) for fact in FACTS]
+    with edits.edited(model, *made):
+        together = counterfact.scores(model, FACTS)
+    same([{name: row[name] for name in together[0]} for row in found.rows["after"]], together)
+
+
+def test_sequential_edits_build_on_each_other_and_are_scored_twice(model, moment, tmp_path):
+    before = state(model)
+    found = evaluate(model, FACTS, tmp_path, replace(PLAIN, mode="sequential"), QUICK, moment)
+    assert_same_state(model, before)
+    after = []
+    with edits.restored(model, 1):
+        for fact in FACTS:
+            own = replace(moment, origin=moment.origin | {"weight_hash": edits.models.weight_hash(model)})
+            for change in rome.edit(model, fact, QUICK, own).changes:
+                rank_one.write_(model, change)
+            after += counterfact.scores(model, [fact])
+        end = counterfact.scores(model, FACTS)
+    same([{name: row[name] for name in after[0]} for row in found.rows["after"]], after)
+    same(found.rows["at the end"], end)
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("mode", ["independent", "batch", "sequential"])
+def test_a_stopped_evaluation_ends_in_the_same_bytes(model, moment, tmp_path, mode):
+    settings = EvaluateSettings(mode=mode)
+
+    def results(folder):
+        return {path.name: path.read_bytes() for path in evaluate(model, FACTS, folder, settings, QUICK, moment).save(folder)}  # fmt: skip
+
+    before = state(model)
+    for stop in (0, 1, 2):
+        for noun in ("facts", "records"):
+
+            def interrupt(what, done, of, noun=noun, stop=stop):
+                if what == noun and done == stop:
+                    raise KeyboardInterrupt
+
+            with pytest.raises(KeyboardInterrupt) if (mode, noun) != ("sequential", "facts") else pytest.MonkeyPatch.context():  # fmt: skip
+                evaluate(model, FACTS, tmp_path / f"cut{stop}{noun}", settings, QUICK, moment, progress=interrupt)
+            assert_same_state(model, before)
+    whole = results(tmp_path / "whole")
+    assert set(whole) == {"results.parquet", "summary.json", "summary.csv", "summary.md", "summary.tex"}
+    for stop in (0, 1, 2):
+        for noun in ("facts", "records"):
+            assert results(tmp_path / f"cut{stop}{noun}") == whole
+
+
+def test_a_run_of_other_settings_is_refused(model, moment, tmp_path):
+    evaluate(model, FACTS, tmp_path, PLAIN, QUICK, moment)
+    with pytest.raises(RunError, match="clamp: 4.0 there, 2.0 now"):
+        evaluate(model, FACTS, tmp_path, PLAIN, replace(QUICK, clamp=2.0), moment)
+    with pytest.raises(RunError, match="settings.health"):
+        evaluate(model, FACTS, tmp_path, EvaluateSettings(), QUICK, moment)
+    with pytest.raises(RunError):
+        evaluate(model, FACTS, tmp_path, replace(PLAIN, mode="sequential"), QUICK, moment)
+
+
+def test_what_the_unedited_model_scores_is_computed_once(model, moment, tmp_path, monkeypatch):
+    measured = []
+    real = evaluating.measure
+    monkeypatch.setattr(evaluating, "measure", lambda *args, **named: measured.append(1) or real(*args, **named))
+    none = replace(PLAIN, editor="none")
+    first = evaluate(model, FACTS, tmp_path / "a", none)
+    assert len(measured) == 3
+    again = evaluate(model, FACTS, tmp_path / "b", PLAIN, QUICK, moment)
+    assert len(measured) == 6
+    assert again.rows["before"] == first.rows["before"]
+    assert set(first.rows) == {"before"}
+
+
+def test_a_record_that_cannot_be_edited_is_scored_as_it_was_and_says_why(model, moment, tmp_path, monkeypatch):
+    real = rome.edit
+
+    def edit(model, fact, *rest, **named):
+        if fact.subject == "Rome":
+            raise rank_one.RankOneError("u is NaN")
+        return real(model, fact, *rest, **named)
+
+    monkeypatch.setattr(rome, "edit", edit)
+    for mode in ("independent", "batch", "sequential"):
+        found = evaluate(model, FACTS, tmp_path / mode, replace(PLAIN, mode=mode), QUICK, moment)
+        assert [fact["reason"] for fact in found.facts] == ["", "", "u is NaN"]
+        assert found.rows["after"][2]["edited"] == 0.0
+        assert math.isnan(found.rows["after"][2]["relative_norm"])
+    alone = evaluate(model, FACTS, tmp_path / "independent", PLAIN, QUICK, moment)
+    same([found.rows["before"][2]], [{name: alone.rows["after"][2][name] for name in found.rows["before"][2]}])
+
+
+def test_a_unit_that_fails_is_reported_and_nothing_finished_is_lost(model, moment, tmp_path, monkeypatch):
+    real = evaluating.measure
+
+    def measured(model, record, *rest, **named):
+        if record is FACTS[1]:
+            raise RuntimeError("out of luck")
+        return real(model, record, *rest, **named)
+
+    monkeypatch.setattr(evaluating, "measure", measured)
+    with pytest.raises(RunError, match=r"(?s)1 of 3 units .* 2 are finished and kept.*out of luck"):
+        evaluate(model, FACTS, tmp_path, replace(PLAIN, editor="none"))
+    monkeypatch.setattr(evaluating, "measure", real)
+    assert len(evaluate(model, FACTS, tmp_path, replace(PLAIN, editor="none")).rows["before"]) == 3
+
+
+def test_controls_change_what_they_say(model, moment, tmp_path, monkeypatch):
+    def written(control):
+        found = {}
+        real = evaluating._Run.scores
+        monkeypatch.setattr(evaluating._Run, "scores", lambda self, made: found.setdefault("made", made) and real(self, made))  # fmt: skip
+        evaluate(model, FACTS, tmp_path / control, replace(PLAIN, control=control), QUICK, moment)
+        monkeypatch.setattr(evaluating._Run, "scores", real)
+        return found["made"]
+
+    plain = written("none")
+    key = edit_facts(model, FACTS, tmp_path / "key", QUICK, moment)[0].changes[0]
+    assert torch.equal(plain[0].changes[0].u, key.u)
+    identity = written("identity")[0].changes[0]
+    assert abs(float(torch.nn.functional.cosine_similarity(identity.u, key.u, 0))) < 0.999
+    at_random = written("random_key")
+    for edit, other in zip(at_random, plain, strict=True):
+        assert edit.changes[0].layer == 1
+        assert abs(float(torch.nn.functional.cosine_similarity(edit.changes[0].u, other.changes[0].u, 0))) < 0.9
+    real = moments.estimate_layers
+    few = MomentSettings(tokens=600, context=32)
+    monkeypatch.setattr(
+        moments, "estimate_layers", lambda model, layers, settings, progress: real(model, layers, settings=few)
+    )
+    layers = [edit.layer for edit in written("random_layer")]
+    assert layers == [controls.random_layer(model, fact, 0) for fact in FACTS]
+    assert len({controls.random_layer(model, fact, seed) for fact in FACTS for seed in range(9)}) == 4
+
+
+def test_a_random_key_carries_the_same_value(model, moment):
+    edit = rome.edit(model, FACTS[0], QUICK, moment)
+    other = controls.at_random_key(model, edit, FACTS[0], moment, 3)
+    (change,) = other.changes
+    assert torch.equal(other.changes[0].u, controls.at_random_key(model, edit, FACTS[0], moment, 3).changes[0].u)
+    assert not torch.equal(change.u, controls.at_random_key(model, edit, FACTS[0], moment, 4).changes[0].u)
+    empty = replace(edit, changes=())
+    assert controls.at_random_key(model, empty, FACTS[0], moment, 3) is empty
+
+
+def test_generated_text_is_measured(model, moment, tmp_path):
+    references = References.of({("city", "Q90"): (("", "The Eiffel Tower is located in the city of Paris."),)})
+    settings = replace(PLAIN, generate=True, tokens=24)
+    found = measure(model, FACTS[0], settings, references=references)
+    written = continuations(model, FACTS[0].generations, 24, top_k=5, seed=0)
+    assert found["GE"] == metrics.fluency([words(text) for text in written])
+    assert found["RS"] == consistency(references.tfidf, written, ["The Eiffel Tower is located in the city of Paris."])
+    assert found["exact_match"] == float(complete(model, FACTS[0].prompt, 8).strip().lower().startswith("paris"))
+    assert math.isnan(measure(model, FACTS[1], settings, references=references)["RS"]), (
+        "nothing is known about its target"
+    )
+    assert "RS" not in measure(model, FACTS[0], settings)
+    table = evaluate(model, FACTS, tmp_path, settings, QUICK, moment, references=references).table("after")
+    assert table["GE"].n == 1
+    assert table["exact_match"].n == 3
+
+
+def test_zsre_questions_are_evaluated(model, moment, tmp_path):
+    questions = [Question(fact, "The Eiffel Tower is in the city of?", "Paris") for fact in FACTS]
+    found = evaluate(model, questions, tmp_path, PLAIN, QUICK, moment)
+    assert {"efficacy", "paraphrase", "specificity"} <= found.rows["after"][0].keys()
+    assert "S" not in found.names
+    with pytest.raises(FactError, match="not both"):
+        evaluate(model, [*questions, FACT], tmp_path / "other", PLAIN, QUICK, moment)
+
+
+def test_mistakes_are_found_before_the_expensive_part(model, tmp_path):
+    with pytest.raises(FactError, match="one or more records"):
+        evaluate(model, [], tmp_path)
+    with pytest.raises(FactError, match="record 1, about 'Rome', lacks"):
+        evaluate(model, [FACTS[0], Fact("Rome", CITY, "Paris")], tmp_path)
+    with pytest.raises(FactError, match="record 2 is record 0 again"):
+        evaluate(model, [*FACTS[:2], FACTS[0]], tmp_path)
+    for wrong in ({"editor": "ft"}, {"mode": "at once"}, {"control": "luck"}, {"tokens": 0}, {"control": "identity", "editor": "none"}):  # fmt: skip
+        with pytest.raises(SettingsError):
+            EvaluateSettings(**wrong)
+
+
+def test_health_sees_damage_and_nothing_where_nothing_was_done(model):
+    before = unedited(model)
+    well = health(model, before)
+    assert well["perplexity_ratio"] == 1.0
+    assert well["next_token_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert well["next_token_same"] == well["weight_norm_ratio"] == 1.0
+    with edits.restored(model, 2), torch.no_grad():
+        edits.models.W_out(model, 2).mul_(3.0)
+        ill = health(model, before)
+    assert ill["weight_norm_ratio"] == pytest.approx(3.0)
+    assert ill["next_token_kl"] > 0.01
+    assert ill["next_token_same"] < 1.0
+    ids = before.row[0]
+    log_p = model(before.row)[0].log_softmax(-1)[:-1].gather(1, ids[1:, None]).double().mean()
+    assert well["perplexity"] == pytest.approx(float((-log_p.detach()).exp()), rel=1e-5)
+
+
+def test_results_are_written_in_every_form(tmp_path):
+    rows = [{"ES": 1.0, "PS": 0.5, "NS": 1.0, "RS": math.nan}, {"ES": 0.0, "PS": 1.0, "NS": 1.0, "RS": math.nan}]
+    facts = tuple({"id": str(index), "subject": "A_b", "reason": ""} for index in range(2))
+    result = Evaluation(facts, {"before": rows[::-1], "after": rows}, {"settings": {"seed": 0}})
+    result.save(tmp_path)
+    from pyarrow import parquet
+
+    read = parquet.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [line["stage"] for line in read] == ["before", "before", "after", "after"]
+    assert [line["ES"] for line in read] == [0.0, 1.0, 1.0, 0.0]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["stages"]["after"]["S"]["mean"] == pytest.approx(metrics.harmonic(0.5, 0.75, 1.0))
+    assert summary["stages"]["after"]["RS"]["mean"] is None
+    assert (tmp_path / "summary.csv").read_text().splitlines()[1].startswith("before,ES,0.5,")
+    assert (tmp_path / "summary.md").read_text().startswith("|  | ES | PS | NS | S |")
+    latex = (tmp_path / "summary.tex").read_text()
+    assert r"\begin{tabular}{lrrrrr}" in latex
+    assert "50.0 [0.0, 100.0]" in latex
+
+
+def test_status_says_how_far_a_run_is(model, moment, tmp_path):
+    def interrupt(what, done, of):
+        if what == "records" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, FACTS, tmp_path, PLAIN, QUICK, moment, progress=interrupt)
+    found = {each.folder.rsplit("/", 1)[-1]: each for each in status(tmp_path)}
+    assert (found["edits"].finished, found["edits"].units, found["edits"].left) == (3, 3, 0.0)
+    assert (found["scores"].finished, found["scores"].units) == (2, 3)
+    assert found["scores"].left == found["scores"].seconds > 0
+    with pytest.raises(RunError, match="holds no run"):
+        status(tmp_path / "edits" / "units")
+
+
+def test_an_estimate_counts_workers(model, moment):
+    one = evaluating.estimate(model, FACTS, replace(PLAIN, editor="none"), workers=1, load=2.0)
+    assert (one.records, one.total) == (3, 2.0 + 3 * one.seconds)
+    many = replace(one, workers=2)
+    assert many.total == 2.0 + 2 * one.seconds
+    assert "3 records at" in str(many)
+    assert "worker hours" in str(many)
+    assert one.memory > 0.1
