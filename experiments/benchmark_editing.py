@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from experiments.common import parse, say, write
-from experiments.edit_counterfact import published
+from experiments.editing import published
 from mechedit import facts, keys, models, moments, prompts
 from mechedit.editors import rome
 from mechedit.facts import Fact

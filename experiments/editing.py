@@ -1,16 +1,43 @@
-"""How well edits did on COUNTERFACT, and its rows."""
+"""What experiments on editing share: benchmark rows, settings of rows of a table, and tables as text."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from mechedit import edits, facts, models
+import numpy as np
+
+from experiments.common import FIGURES, runs, short_name
+from mechedit import cache, edits, facts, models, organism, statistics
 from mechedit.benchmarks import counterfact
 from mechedit.edits import Edit
 from mechedit.facts import Fact
+from mechedit.runs.results import Evaluation
+from mechedit.settings import CONSTANTS, PREFIXES, RomeSettings
+from mechedit.statistics import Mean
 
 NUMBERS = ("relative_norm", "divisor_share", "essence_kl", "perplexity_ratio")
+
+
+def data(name: str) -> Path:
+    """A published data file: in MECHEDIT_DATA, or in ../shared/data beside the project."""
+    return Path(os.environ.get("MECHEDIT_DATA", Path(__file__).parents[2] / "shared" / "data")) / name
+
+
+def benchmark_facts(model: str, begin: int, n: int) -> list[Fact]:
+    """`n` facts from `begin` on: of the organism's world for an organism, else of the flat COUNTERFACT file."""
+    chosen = facts.named("organism") if model in organism.MODELS else facts.read(data("counterfact_flat.json"))
+    return list(chosen[begin : begin + n])
+
+
+def published(default: RomeSettings) -> RomeSettings:
+    """The published policy, constants and prefixes at the default's layer; what is out of its bands is kept."""
+    constants: dict[str, Any] = CONSTANTS["published"]
+    return replace(default, policy="published", prefixes=PREFIXES["published"], guard="warn", **constants)
 
 
 def success_of(model: models.HookedModel, fact: Fact, edit: Edit) -> dict[str, float]:
@@ -22,9 +49,35 @@ def success_of(model: models.HookedModel, fact: Fact, edit: Edit) -> dict[str, f
     )
 
 
-def counterfact_facts(begin: int, n: int) -> list[Fact]:
-    """`n` rows of the flat COUNTERFACT file from row `begin` on: MECHEDIT_DATA, or ../shared/data beside the project."""
-    data = (
-        Path(os.environ.get("MECHEDIT_DATA", Path(__file__).parents[2] / "shared" / "data")) / "counterfact_flat.json"
-    )
-    return list(facts.read(data)[begin : begin + n])
+def folder(model: models.HookedModel, table: str, begin: int, row: str) -> Path:
+    """Where a row of a table keeps its run."""
+    return runs(model, f"{table}-from{begin}") / row.replace(" ", "-")
+
+
+def compared(first: Evaluation, second: Evaluation, names: Sequence[str]) -> dict[str, Any]:
+    """Second less first over the facts that both have, with the permutation test's p."""
+    own = {fact["id"]: row for fact, row in zip(first.facts, first.rows["after"], strict=True)}
+    pairs = [(own[fact["id"]], row) for fact, row in zip(second.facts, second.rows["after"], strict=True) if fact["id"] in own]  # fmt: skip
+    found = {}
+    for name in names:
+        a, b = (np.array([row[name] for row in side], float) for side in zip(*pairs, strict=True))
+        there = ~(np.isnan(a) | np.isnan(b))
+        found[name] = asdict(statistics.paired(a[there], b[there]))
+    return found
+
+
+def write_table(model: models.HookedModel, name: str, names: Sequence[str], rows: dict[str, dict[str, Mean]], below: Sequence[Sequence[str]]) -> Path:  # fmt: skip
+    """The table as Markdown beside its JSON: percent with intervals, then the lines `below`, as they are."""
+    lines = [["", "n", *names], ["---"] * (len(names) + 2)]
+    for row, found in rows.items():
+        shown = [found.get(each) for each in names]
+        lines.append([row, str(max(each.n for each in found.values())), *(f"{100 * each.mean:.1f} [{100 * each.low:.1f}, {100 * each.high:.1f}]" if each else "" for each in shown)])  # fmt: skip
+    path = FIGURES / short_name(model) / f"{name}.md"
+    with cache.atomic_write(path) as temporary:
+        temporary.write_text("\n".join("| " + " | ".join(line) + " |" for line in [*lines, *map(list, below)]) + "\n")
+    return path
+
+
+def plain(table: dict[str, Mean]) -> dict[str, Any]:
+    """A table as JSON values, what no fact has left out."""
+    return json.loads(json.dumps({name: asdict(each) for name, each in table.items() if each.n}))

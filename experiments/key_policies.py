@@ -5,7 +5,7 @@ averaged key and divides by the bare prompt's. Compared are the default, the pub
 with one key: divisor share, relative norm, drift of the essence distribution, perplexity of held-out text, nothing refused. An
 edit counts as disabling where that perplexity doubles.
 
-The first two are the edits of `edit_counterfact`, read from its runs where they are there.
+The first two are the edits of `table4_counterfact`, read from its runs where they are there.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from experiments.common import parse, progress, say, write
-from experiments.edit_counterfact import folder, published
-from experiments.editing import counterfact_facts
+from experiments.editing import benchmark_facts, folder, published
 from mechedit import models, moments
 from mechedit.editors import rome
 from mechedit.guards import BANDS
@@ -41,7 +40,7 @@ class KeyPolicies:
 def main(settings: KeyPolicies) -> None:
     torch.set_num_threads(settings.threads)
     model = models.load(settings.model)
-    chosen = counterfact_facts(settings.begin, settings.facts)
+    chosen = benchmark_facts(settings.model, settings.begin, settings.facts)
     default = rome.resolve(model)
     C = moments.estimate(model, default.layer, progress=progress())
     policies = {
@@ -51,7 +50,8 @@ def main(settings: KeyPolicies) -> None:
     }
     result: dict[str, Any] = {}
     for name, wanted in policies.items():
-        found = edit_facts(model, chosen, folder(model, settings.begin, name), wanted, C, progress=progress(10))
+        place = folder(model, "table4", settings.begin, name) / "edits"
+        found = edit_facts(model, chosen, place, wanted, C, progress=progress(10))
         done = [edit for edit in found if edit.report]
         numbers = {band: np.array([edit.report[band] for edit in done]) for band in BANDS if band != "cond_C"}
         disabling = [edit.fact["prompt"] for edit in done if not edit.report["perplexity_ratio"] < settings.disabling]

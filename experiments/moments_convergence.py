@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments.common import FIGURES, parse, progress, runs, say, short_name, write
-from experiments.editing import counterfact_facts, success_of
+from experiments.editing import benchmark_facts, success_of
 from mechedit import edits, figures, keys, models, moments, rank_one
 from mechedit.benchmarks import metrics
 from mechedit.editors import rome
@@ -49,7 +49,7 @@ def main(settings: MomentsConvergence) -> None:
         keys_wanted = MomentSettings(tokens=int(times * d_mlp), prepend_bos=default.prepend_bos)
         growing.append(moments.estimate(model, default.layer, texts, keys_wanted, progress=progress()))
         say(f"{growing[-1].keys} keys: cond(C) {growing[-1].cond:.3g}")
-    chosen = counterfact_facts(settings.begin, settings.direction_facts)
+    chosen = benchmark_facts(settings.model, settings.begin, settings.direction_facts)
     before = keys.prefixes(model, default)
     subject = [keys.subject_keys(model, default.layer, keys.contexts(model, fact, before, prepend_bos=default.prepend_bos)).mean(0) for fact in chosen]  # fmt: skip
     directions = [torch.stack([rank_one.direction(key, moment.C) for key in subject]) for moment in growing]

@@ -12,7 +12,7 @@ from experiments import (
     benchmark_tracing,
     common,
     edit_built_in,
-    edit_counterfact,
+    editing,
     figure1_trace,
     figure2_average_effects,
     figure3_severed,
@@ -21,10 +21,14 @@ from experiments import (
     figure16_attribution,
     key_policies,
     moments_convergence,
+    table1_zsre,
+    table4_counterfact,
 )
-from mechedit import models
+from mechedit import facts, models
+from mechedit.benchmarks.zsre import Question
 from mechedit.editors import rome
 from mechedit.facts import Fact
+from mechedit.organism.world import make
 from mechedit.settings import CONSTANTS, PREFIXES, RomeSettings
 from tests.conftest import widen_bands
 
@@ -212,8 +216,9 @@ TO_EDIT = [
 def to_edit(tiny, tmp_path, monkeypatch):
     """Editing experiments take four made-up facts."""
     monkeypatch.setattr(common, "OUT", tmp_path / "out")
-    for module in (edit_counterfact, key_policies, moments_convergence):
-        monkeypatch.setattr(module, "counterfact_facts", lambda begin, n: TO_EDIT[begin : begin + n])
+    monkeypatch.setattr(editing, "FIGURES", tmp_path)
+    for module in (table4_counterfact, key_policies, moments_convergence):
+        monkeypatch.setattr(module, "benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])
     monkeypatch.setattr(moments_convergence, "FIGURES", tmp_path)
     for constants in (CONSTANTS, PREFIXES):
         monkeypatch.setitem(constants, "published", {"steps": 2, "clamp": 4.0} if constants is CONSTANTS else ((3, 1),))
@@ -221,19 +226,51 @@ def to_edit(tiny, tmp_path, monkeypatch):
 
 
 def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path, monkeypatch):
-    arguments = ["--model", to_edit, "--facts", "4", "--control-facts", "2", "--around", "1"]
-    edit_counterfact.main(common.parse(edit_counterfact.EditCounterfact, arguments))
-    rows = read(tmp_path, "edit_counterfact")["rows"]
-    named = {"no edit", "no edit, controls' facts", "default", "published", "C = identity", "random layer", "random key", "layer 0", "layer 1", "layer 2"}  # fmt: skip
-    assert named <= rows.keys()
-    for name in named:
-        assert rows[name]["S"]["low"] <= rows[name]["S"]["mean"] <= rows[name]["S"]["high"]
-        assert rows[name]["ES"]["n"] in (2, 4)
+    arguments = ["--model", to_edit, "--unedited", "4", "--facts", "4", "--control-facts", "2", "--around", "1"]
+    table4_counterfact.main(common.parse(table4_counterfact.Table4, arguments))
+    record = read(tmp_path, "table4_counterfact")
+    rows = record["rows"]
+    assert set(rows) == {"no edit", "default", "published", "identity", "random layer", "random key", "layer 0", "layer 1", "layer 2"}  # fmt: skip
+    for name, row in rows.items():
+        assert row["S"]["low"] <= row["S"]["mean"] <= row["S"]["high"]
+        assert row["ES"]["n"] == (4 if name in ("no edit", "default", "published") else 2)
     assert rows["default"]["p_new"]["mean"] > rows["no edit"]["p_new"]["mean"]
     assert rows["random key"]["p_new"]["mean"] < rows["default"]["p_new"]["mean"]
+    less = record["less the default"]
+    assert less["layer 1"]["ES"]["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 2}
+    assert set(less) == set(rows) - {"no edit", "default"}
+    lines = next(tmp_path.rglob("table4_counterfact.md")).read_text().splitlines()
+    assert lines[0] == "|  | n | S | ES | EM | PS | PM | NS | NM |"
+    assert "| 89.2 | 100.0 |" in lines[-1]
     monkeypatch.setattr(rome, "edit", lambda *args, **kwargs: pytest.fail("an edit was found again"))
-    edit_counterfact.main(common.parse(edit_counterfact.EditCounterfact, arguments))
-    assert read(tmp_path, "edit_counterfact")["rows"] == rows
+    table4_counterfact.main(common.parse(table4_counterfact.Table4, arguments))
+    assert read(tmp_path, "table4_counterfact")["rows"] == rows
+
+
+def test_the_table_of_zsre_has_every_row(to_edit, tmp_path, monkeypatch):
+    asked = [Question(fact, "The city of Rome is?", "Paris") for fact in TO_EDIT]
+    monkeypatch.setattr(table1_zsre, "questions", lambda model, begin, n: asked[begin : begin + n])
+    arguments = ["--model", to_edit, "--unedited", "4", "--facts", "3", "--control-facts", "2"]
+    table1_zsre.main(common.parse(table1_zsre.Table1, arguments))
+    rows = read(tmp_path, "table1_zsre")["rows"]
+    assert set(rows) == {"no edit", "default", "published", "identity", "random layer"}
+    assert (rows["no edit"]["efficacy"]["n"], rows["published"]["efficacy"]["n"], rows["identity"]["efficacy"]["n"]) == (4, 3, 2)  # fmt: skip
+    assert rows["default"]["p_new"]["mean"] > rows["no edit"]["p_new"]["mean"]
+
+
+def test_benchmark_rows_are_the_files_or_the_worlds(tmp_path, monkeypatch):
+    monkeypatch.setenv("MECHEDIT_DATA", str(tmp_path))
+    record = {"prompt": "Rome is in", "subject": "Rome", "ground_truth": "Italy", "target_new": "Spain"}
+    (tmp_path / "counterfact_flat.json").write_text(json.dumps([record, record | {"target_new": "France"}]))
+    assert [fact.target_new for fact in editing.benchmark_facts("gemma-3-270m", 1, 5)] == ["France"]
+    assert editing.benchmark_facts("organism", 3, 2) == list(facts.named("organism")[3:5])
+    (question,) = table1_zsre.questions("organism", 0, 1)
+    assert question.fact.prompt == facts.named("organism")[0].prompt
+    zsre = make().zsre()[:3]
+    (tmp_path / "zsre.json").write_text(json.dumps(zsre))
+    assert [each.answer for each in table1_zsre.questions("gemma-3-270m", 1, 5)] == [
+        each["loc_ans"] for each in zsre[1:]
+    ]
 
 
 def test_policies_are_compared_by_what_they_break(to_edit, tmp_path):

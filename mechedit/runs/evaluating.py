@@ -53,13 +53,15 @@ def evaluate(
     moment: Moment | None = None,
     *,
     references: References | None = None,
+    edits_in: str | Path | None = None,
     engine: Engine | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Scores of every record before and after its edit. Everything finished is kept in `folder`; the model is left as it is.
 
-    A record that cannot be edited, or whose edit is rolled back, is scored on the model as it was, and says why. `engine`
-    computes independent edits and scores; edits that depend on each other are written here.
+    A record that cannot be edited, or whose edit is rolled back, is scored on the model as it was, and says why. `edits_in` is
+    where edits are kept, if not in `folder`: a run of the same edits, `edit_facts`' say, is used as it is. `engine` computes
+    independent edits and scores; edits that depend on each other are written here.
 
     Raises:
         FactError: no records, two that are the same, or one without both targets.
@@ -67,7 +69,7 @@ def evaluate(
     """
     settings, folder, engine = settings or EvaluateSettings(), Path(folder), engine or Local(model)
     _check(records)
-    run = _Run(model, records, folder, settings, references, engine, progress)
+    run = _Run(model, records, folder, Path(edits_in or folder / "edits"), settings, references, engine, progress)
     rows = {"before": run.before()}
     reasons = [""] * len(records)
     if settings.editor == "rome":
@@ -263,12 +265,14 @@ class _Run:
         model: HookedModel,
         records: Sequence[Record],
         folder: Path,
+        edits_in: Path,
         settings: EvaluateSettings,
         references: References | None,
         engine: Engine,
         progress: Progress,
     ) -> None:
-        self.model, self.records, self.folder, self.settings = model, records, folder, settings
+        self.model, self.records, self.settings = model, records, settings
+        self.folder, self.edits_in = folder, edits_in
         self.references, self.engine, self.progress = references, engine, progress
         self.by_unit = {_unit(record): record for record in records}
         origin = provenance.origin(model)
@@ -298,13 +302,14 @@ class _Run:
     def edits(self, resolved: RomeSettings, moment: Moment | None) -> list[Edit]:
         """Each record's edit, found on the unedited model."""
         facts, control = [fact_of(record) for record in self.records], self.settings.control
-        folder = self.folder / "edits"
         if control == "random_layer":
             return self._at_random_layers(facts, resolved)
         moment = moment or self.moment(resolved)
         if control == "identity":
             moment = controls.identity(moment)
-        found = edit_facts(self.model, facts, folder, resolved, moment, engine=self.engine, progress=self.progress)
+        found = edit_facts(
+            self.model, facts, self.edits_in, resolved, moment, engine=self.engine, progress=self.progress
+        )
         if control == "random_key":
             pairs = zip(found, facts, strict=True)
             return [controls.at_random_key(self.model, edit, fact, moment, self.settings.seed) for edit, fact in pairs]
@@ -324,7 +329,7 @@ class _Run:
             made = edit_facts(
                 self.model,
                 [facts[index] for index in own],
-                self.folder / f"edits-layer{layer}",
+                self.edits_in / f"layer{layer}",
                 replace(resolved, layer=layer),
                 Cs[layer],
                 engine=self.engine,
@@ -371,7 +376,7 @@ class _Run:
         order = [f"{index:05d}-{unit}" for index, unit in enumerate(self.by_unit)]
         what = self.what | {"edit": asdict(resolved), "moment": moment.hash, "measured": self.measured, "order": cache.content_key(order)}  # fmt: skip
         store: Store[Edit] = Store(
-            self.folder / "edits", what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=0.0), path), "records"
+            self.edits_in, what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=0.0), path), "records"
         )  # fmt: skip
         before = self.healthy()
         written = 0  # how many of the edits are in the model

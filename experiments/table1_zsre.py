@@ -1,0 +1,88 @@
+"""zsRE, one edit at a time.  python -m experiments.table1_zsre
+
+Rows: no edit, the default, the published policy and constants, and the controls C = identity and another layer for each
+question; efficacy, paraphrase and specificity are shares of the answer's tokens that the model puts first, with 95 % bootstrap
+intervals over questions. On the organism the questions are of its own world. A killed run goes on.
+Rows of GPT-2 XL are the paper's own (Meng et al. 2022, Table 1), another model on 10,000 records.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from experiments.common import parse, progress, say, write
+from experiments.editing import data, folder, plain, published, write_table
+from mechedit import models, moments, organism
+from mechedit.benchmarks import zsre
+from mechedit.benchmarks.zsre import Question
+from mechedit.editors import rome
+from mechedit.organism.world import make
+from mechedit.runs.evaluating import evaluate
+from mechedit.settings import EvaluateSettings
+
+COLUMNS = ("efficacy", "paraphrase", "specificity")
+PAPER = (
+    ("GPT-2 XL, no edit (paper)", "10000", "22.2", "21.3", "24.2"),
+    ("GPT-2 XL, ROME (paper)", "10000", "99.8", "88.1", "24.2"),
+)
+
+
+@dataclass(frozen=True)
+class Table1:
+    """Settings of the experiment."""
+
+    model: str = "gemma-3-270m"
+    begin: int = 0
+    unedited: int = 1000
+    facts: int = 150
+    control_facts: int = 60
+    rows: tuple[str, ...] = ("no edit", "default", "published", "identity", "random layer")
+    seed: int = 0
+    threads: int = 2
+
+
+def questions(model: str, begin: int, n: int) -> list[Question]:
+    """`n` questions from `begin` on."""
+    if model not in organism.MODELS:
+        return list(zsre.read(data("zsre.json"))[begin : begin + n])
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "zsre.json"
+        path.write_text(json.dumps(make().zsre()[begin : begin + n]))
+        return list(zsre.read(path))
+
+
+def main(settings: Table1) -> None:
+    torch.set_num_threads(settings.threads)
+    model = models.load(settings.model)
+    chosen = questions(settings.model, settings.begin, max(settings.unedited, settings.facts))
+    default = replace(rome.resolve(model), guard="rollback")
+    kept = replace(default, guard="warn")
+    wanted = {
+        "no edit": (settings.unedited, None, "none"),
+        "default": (settings.facts, default, "none"),
+        "published": (settings.facts, published(default), "none"),
+        "identity": (settings.control_facts, kept, "identity"),
+        "random layer": (settings.control_facts, kept, "random_layer"),
+    }
+    tables = {}
+    for name in settings.rows:
+        n, edit, control = wanted[name]
+        run = EvaluateSettings(editor="rome" if edit else "none", control=control, health=False, seed=settings.seed)
+        moment = moments.estimate(model, edit.layer, progress=progress()) if edit else None
+        place = folder(model, "table1", settings.begin, name)
+        found = evaluate(model, chosen[:n], place, run, edit, moment, progress=progress(10))
+        tables[name] = found.table("after" if edit else "before")
+        say(f"{name}, {n} questions: {', '.join(f'{key} {tables[name][key]}' for key in COLUMNS)}")
+    say(
+        f"wrote {write('table1_zsre', model, settings, {'rows': {name: plain(each) for name, each in tables.items()}})}"
+    )
+    say(f"wrote {write_table(model, 'table1_zsre', COLUMNS, tables, PAPER)}")
+
+
+if __name__ == "__main__":
+    main(parse(Table1))

@@ -1,0 +1,103 @@
+"""COUNTERFACT, one edit at a time, beside its controls.  python -m experiments.table4_counterfact
+
+Rows, each with ES, PS, NS, S and their magnitudes, and 95 % bootstrap intervals over facts:
+- no edit; the default; the published policy and constants;
+- controls: C = identity, another layer for each fact, a random key in place of k*;
+- the default at the layers around the causal trace's peak.
+
+On the organism the facts are of its own world. Edits and scores are kept in out/ as soon as they are found, so a killed run
+goes on. Rows of GPT-2 XL are the paper's own (Meng et al. 2022, Table 4), another model on 7,500 records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from experiments.common import parse, progress, say, write
+from experiments.editing import benchmark_facts, compared, folder, plain, published, write_table
+from mechedit import models, moments
+from mechedit.benchmarks.metrics import SUCCESSES
+from mechedit.editors import rome
+from mechedit.facts import Fact
+from mechedit.runs.evaluating import evaluate
+from mechedit.runs.results import Evaluation
+from mechedit.settings import EvaluateSettings, RomeSettings
+
+COLUMNS = ("S", "ES", "EM", "PS", "PM", "NS", "NM")
+PAPER = (
+    ("GPT-2 XL, no edit (paper)", "7500", "30.5", "22.2", "-4.8", "24.7", "-5.0", "78.1", "5.0"),
+    ("GPT-2 XL, ROME (paper)", "7500", "89.2", "100.0", "97.9", "96.4", "62.7", "75.4", "4.2"),
+)
+ROWS = ("no edit", "default", "published", "identity", "random layer", "random key", "layers")
+
+
+@dataclass(frozen=True)
+class Table4:
+    """Settings of the experiment."""
+
+    model: str = "gemma-3-270m"
+    begin: int = 0
+    unedited: int = 1000  # facts of the row without edits
+    facts: int = 150  # of the default and the published row
+    control_facts: int = 60  # of the controls and the layers
+    around: int = 2  # layers on each side of the preset's
+    rows: tuple[str, ...] = ROWS
+    seed: int = 0
+    threads: int = 2
+
+
+def main(settings: Table4) -> None:
+    torch.set_num_threads(settings.threads)
+    model = models.load(settings.model)
+    chosen = benchmark_facts(settings.model, settings.begin, max(settings.unedited, settings.facts))
+    default = replace(rome.resolve(model), guard="rollback")
+    few, many = chosen[: settings.control_facts], chosen[: settings.facts]
+    found: dict[str, Evaluation] = {}
+
+    def row(name: str, facts: list[Fact], edit: RomeSettings | None, control: str = "none", edits: str = "") -> None:
+        wanted = EvaluateSettings(editor="rome" if edit else "none", control=control, health=False, seed=settings.seed)
+        moment = moments.estimate(model, edit.layer, progress=progress()) if edit else None
+        place = folder(model, "table4", settings.begin, name)
+        edits_in = folder(model, "table4", settings.begin, edits or name) / "edits"
+        found[name] = evaluate(model, facts, place, wanted, edit, moment, edits_in=edits_in, progress=progress(10))
+        shown = found[name].table("after" if edit else "before")
+        say(f"{name}, {len(facts)} facts: {', '.join(f'{key} {shown[key]}' for key in (*SUCCESSES, 'S'))}")
+
+    kept = replace(default, guard="warn")
+    n = int(model.cfg.n_layers)
+    near = range(max(0, default.layer - settings.around), min(n, default.layer + settings.around + 1))
+    every: dict[str, Callable[[], None]] = {
+        "no edit": lambda: row("no edit", chosen[: settings.unedited], None),
+        "default": lambda: row("default", many, default),
+        "published": lambda: row("published", many, published(default)),
+        "identity": lambda: row("identity", few, kept, "identity"),
+        "random layer": lambda: row("random layer", few, kept, "random_layer"),
+        "random key": lambda: row("random key", few, default, "random_key", "default"),
+        "layers": lambda: (
+            [
+                row(f"layer {layer}", few, replace(kept, layer=layer))
+                if layer != default.layer
+                else row(f"layer {layer}", few, default, edits="default")
+                for layer in near
+            ]
+            and None
+        ),
+    }
+    for name in settings.rows:
+        every[name]()
+    tables = {name: each.table("before" if name == "no edit" else "after") for name, each in found.items()}
+    result: dict[str, Any] = {"rows": {name: plain(table) for name, table in tables.items()}, "edit": vars(default)}
+    if "default" in found:
+        others = {name: each for name, each in found.items() if name not in ("no edit", "default")}
+        result["less the default"] = {name: compared(found["default"], each, SUCCESSES) for name, each in others.items()}  # fmt: skip
+    file = "table4_counterfact" if settings.begin == 0 else f"table4_counterfact_from{settings.begin}"
+    say(f"wrote {write(file, model, settings, result)}")
+    say(f"wrote {write_table(model, file, COLUMNS, tables, PAPER)}")
+
+
+if __name__ == "__main__":
+    main(parse(Table4))
