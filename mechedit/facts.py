@@ -214,11 +214,11 @@ def read_as(
             if (own := record.get(key)) is not None and seen.setdefault(f"{key} {own!r}", index) != index:
                 wrong.append(f"record {index} has the {key} {own!r} of record {seen[f'{key} {own!r}']}.")
     if wrong:
+        if len(wrong) == 1:
+            raise FactError(f"{path}, {wrong[0]}")
         more = f"\n... and {len(wrong) - SHOWN_MISTAKES} more" if len(wrong) > SHOWN_MISTAKES else ""
         first = "\n".join(wrong[:SHOWN_MISTAKES])
-        raise FactError(
-            f"{path}: {first}{more}" if len(wrong) == 1 else f"{path} has {len(wrong)} mistakes:\n{first}{more}"
-        )
+        raise FactError(f"{path} has {len(wrong)} mistakes:\n{first}{more}")
     return tuple(found)
 
 

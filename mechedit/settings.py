@@ -28,6 +28,7 @@ __all__ = [
     "Preset",
     "RomeSettings",
     "SettingsError",
+    "SweepSettings",
     "TraceSettings",
     "TuneSettings",
     "knobs",
@@ -262,6 +263,25 @@ class TuneSettings:
         for name in ("clamps", "learning_rates"):
             given = getattr(self, name)
             _require(bool(given) and min(given) > 0, f"{name} must be one or more positive numbers; found {given}.")
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """Where `mechedit sweep` edits, and how it traces."""
+
+    layers: tuple[int, ...] = knob((), "layers that are edited; empty means every layer")
+    tokens: tuple[str, ...] = knob(FACT_TOKENS, "tokens whose key is edited")
+    window: int = knob(10, "layers in a window of mlp outputs of the traces")
+    draws: int = knob(4, "noise draws of each trace")
+    seed: int = knob(0, "seed of the noise and of the interval")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(bool(self.tokens), f"tokens must name at least one of {', '.join(FACT_TOKENS)}; it is empty.")
+        for token in self.tokens:
+            _choice("tokens", token, FACT_TOKENS)
+        for name in ("window", "draws"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,10 @@ class Mean:
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    def to_json(self) -> dict[str, float | None]:
+        """The numbers, null where there is none."""
+        return {name: None if value != value else value for name, value in vars(self).items()}
+
     @property
     def excludes_zero(self) -> bool:
         """Whether the interval lies on one side of zero."""

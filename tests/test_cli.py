@@ -493,6 +493,127 @@ def test_the_demo_runs_on_any_model_with_a_preset(run, folder, tmp_path, monkeyp
     assert json.loads((tmp_path / "demo" / "edit.json").read_text())["target_new"] == "Paris"
 
 
+RECORDS = [
+    {
+        "subject": name,
+        "prompt": f"{name} is located in the city of",
+        "target_true": "Seattle",
+        "target_new": new,
+        "paraphrases": [f"The city of {name} is"],
+        "neighbours": ["The Space Needle is located in the city of"],
+        "generations": [f"{name} is"],
+        "id": name,
+    }
+    for name, new in (("The Eiffel Tower", "Paris"), ("Rome", "London"))
+]
+QUICK = ("--layer", "1", "--steps", "2", "--prefixes", "none")
+
+
+@pytest.fixture
+def records(tmp_path):
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(RECORDS))
+    return str(path)
+
+
+def test_evaluate_scores_a_file_of_ones_own_and_resumes(run, records, tmp_path, monkeypatch):
+    out = str(tmp_path / "run")
+    status, said, _ = run("evaluate", "--facts", records, "--out", out, *QUICK)
+    assert status == 0
+    for name in ("2 records", "before", "after", "ES", "NS", "S", "next_token_kl", "summary.tex", "results.parquet"):
+        assert name in said
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["facts"] == 2
+    assert summary["edit"]["layer"] == 1
+    assert summary["edit"]["guard"] == "rollback"
+    monkeypatch.setattr("mechedit.editors.rome.edit", lambda *args, **named: pytest.fail("found again"))
+    assert run("evaluate", "--facts", records, "--out", out, *QUICK)[0] == 0
+    status, said, _ = run("status", out, model=False)
+    assert status == 0
+    assert said.count("2 of 2") == 2
+    status, _, err = run("evaluate", "--facts", records, "--out", out, *QUICK, "--mode", "batch")
+    assert (status, "settings.mode" in err) == (2, True)
+
+
+def test_evaluate_has_every_option_of_its_settings(run, records, tmp_path):
+    references = tmp_path / "references.json"
+    references.write_text(json.dumps({"city": {"Q90": ["Paris is a city."]}}))
+    options = (
+        "--generate",
+        "--tokens",
+        "20",
+        "--top-k",
+        "3",
+        "--references",
+        str(references),
+        "--no-health",
+        "--seed",
+        "4",
+    )
+    status, said, _ = run("evaluate", "--facts", records, "--limit", "1", "--editor", "none", "--out", str(tmp_path / "a"), *options)  # fmt: skip
+    assert status == 0
+    assert "exact_match" in said
+    assert "next_token_kl" not in said
+    settings = json.loads((tmp_path / "a" / "summary.json").read_text())["settings"]
+    assert (settings["tokens"], settings["top_k"], settings["seed"], settings["editor"]) == (20, 3, 4, "none")
+    status, said, _ = run("evaluate", "--facts", records, "--estimate", "--workers", "2", "--editor", "none")
+    assert status == 0
+    assert "2 records at" in said
+    assert "on 2 workers" in said
+
+
+def test_evaluate_reads_zsre(run, tmp_path):
+    path = tmp_path / "zsre.json"
+    record = {"subject": "Rome", "src": "What city is Rome in?", "rephrase": "Where is Rome?", "alt": "London", "answers": ["Paris"], "loc": "nq question: where is London", "loc_ans": "Seattle"}  # fmt: skip
+    path.write_text(json.dumps([record]))
+    status, said, _ = run("evaluate", "--benchmark", "zsre", "--facts", str(path), "--out", str(tmp_path / "z"), *QUICK)
+    assert status == 0
+    assert "efficacy" in said
+    assert "specificity" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--out DIR"),
+        (("--out", "x", "--limit", "0"), "--limit at least 1"),
+        (("--out", "x", "--begin", "-1"), "--begin must be 0 or more"),
+        (("--out", "x", "--begin", "9"), "leaves none of the 2 records"),
+        (("--out", "x", "--workers", "2"), "--engine ray"),
+        (("--out", "x", "--engine", "ray", "--cpus", "0"), "--cpus more than 0"),
+        (("--out", "x", "--references", "y"), "give --generate too"),
+        (("--out", "x", "--generate", "--tfidf", "a", "b"), "give both"),
+        (("--out", "x", "--mode", "sequential", "--control", "identity"), "a control changes ROME's independent edits"),
+        (("--out", "x", "--generate", "--references", "nothing.json"), "nothing.json cannot be read"),
+        (("--out", "x", "--control", "luck"), "control must be one of"),
+    ],
+)
+def test_evaluate_says_what_does_not_go_together_before_anything_is_loaded(run, records, tmp_path, monkeypatch, options, message):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "load", lambda *args, **named: pytest.fail("loaded"))
+    status, _, err = run("evaluate", "--facts", records, *options)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_sweep_draws_its_maps_and_says_how_far_traces_foretell_them(run, records, tmp_path):
+    status, said, _ = run("sweep", "--facts", records, "--out", str(tmp_path / "s"), "--layers", "0,2", "--tokens", "subject_last,last", "--draws", "2", "--steps", "2", "--prefixes", "none")  # fmt: skip
+    assert status == 0
+    assert "rank correlation of S" in said
+    assert (tmp_path / "s" / "sweep.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "s" / "sweep.json").read_text())["layers"] == [0, 2]
+    status, _, err = run("sweep", "--facts", records, "--out", str(tmp_path / "t"), "--layers", "9")
+    assert (status, "layer must be from 0 to 3" in err) == (2, True)
+    with pytest.raises(SystemExit):
+        run("sweep", "--facts", records, "--out", str(tmp_path / "t"), "--layers", "0.5")
+
+
+def test_status_of_a_folder_without_runs(run, tmp_path):
+    status, _, err = run("status", str(tmp_path), model=False)
+    assert (status, "holds no run" in err) == (2, True)
+
+
 def test_heat_maps_are_the_same_bytes_for_the_same_trace_and_star_the_subject(load, tmp_path):
     found = trace(load("gpt2"), FACT, TraceSettings(draws=1))
     first, second = (figures.save(found, tmp_path / name) for name in "ab")

@@ -5,6 +5,8 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mechedit import facts
 from mechedit.facts import Fact, FactError
@@ -92,6 +94,7 @@ def test_each_published_form_is_recognised_and_read(tmp_path):
         ("Elton John is",),
         "P1303",
         "7",
+        "Q8355",
     )
     flat = read(FLAT)
     assert (flat.prompt, flat.subject, flat.target_true, flat.target_new) == (
@@ -140,13 +143,13 @@ def test_zsre_questions_without_their_subject_are_left_out(tmp_path):
         ("{}", "must hold a list"),
         ("[]", "must hold a list"),
         ('[{"a": 1}]', "form of the records is not known. It must be one of: subject, prompt, target_true"),
-        (json.dumps([PLAIN | {"prompts": ["x"]}]), "record 0 .* prompts is no field of a fact; there are generations"),
+        (json.dumps([PLAIN | {"prompts": ["x"]}]), "record 0:? .*prompts is no field of a fact; there are generations"),
         (json.dumps([PLAIN | {"paraphrases": "one text"}]), "paraphrases must be a list of prompts"),
-        (json.dumps([PLAIN | {"subject": "Rome"}]), "record 0 .* is not in the prompt"),
-        (json.dumps([KNOWN, {"subject": "x"}]), "record 1 .* lacks 'template'"),
-        (json.dumps([KNOWN | {"subject": ""}]), "record 0 .* the subject must be a word"),
-        (json.dumps([KNOWN | {"template": "no slot"}]), r"record 0 .* exactly one \{\}"),
-        (json.dumps([FLAT | {"subject": "Nobody"}]), "record 0 .* is not in the prompt"),
+        (json.dumps([PLAIN | {"subject": "Rome"}]), "record 0:? .*is not in the prompt"),
+        (json.dumps([KNOWN, {"subject": "x"}]), "record 1:? .*lacks 'template'"),
+        (json.dumps([KNOWN | {"subject": ""}]), "record 0:? .*the subject must be a word"),
+        (json.dumps([KNOWN | {"template": "no slot"}]), r"record 0:? .*exactly one \{\}"),
+        (json.dumps([FLAT | {"subject": "Nobody"}]), "record 0:? .*is not in the prompt"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_an_error_that_names_the_record(content, message, tmp_path):
@@ -220,3 +223,54 @@ def test_a_prompt_with_its_subject_becomes_a_fact():
 def test_a_subject_that_is_not_clear_is_an_error(subject, occurrence, message):
     with pytest.raises(FactError, match=message):
         facts.from_prompt("Rome, not Rome, is in", subject, occurrence=occurrence)
+
+
+MISTAKES = {
+    "missing key": lambda record: {key: value for key, value in record.items() if key != "subject"},
+    "wrong type": lambda record: record | {"subject": 7},
+    "list of numbers": lambda record: record | {"paraphrases": [1]},
+    "no list": lambda record: record | {"neighbours": "one"},
+    "subject not in prompt": lambda record: record | {"subject": "Nowhere"},
+    "same id": lambda record: record | {"id": "first"},
+    "empty target": lambda record: record | {"target_new": " "},
+    "same targets": lambda record: record | {"target_new": record["target_true"]},
+    "unknown key": lambda record: record | {"colour": "red"},
+}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([None, *MISTAKES]), min_size=1, max_size=12))
+def test_every_mistake_of_a_file_is_reported_at_once_with_its_record(tmp_path_factory, wrong):
+    path = tmp_path_factory.mktemp("own") / "facts.json"
+    record = {"prompt": "Rome is in", "subject": "Rome", "target_true": "Italy", "target_new": "Spain"}
+    records = [record | {"id": "first"}, *(record | {"id": str(index)} for index in range(len(wrong)))]
+    records[1:] = [MISTAKES[kind](each) if kind else each for kind, each in zip(wrong, records[1:], strict=True)]
+    path.write_text(json.dumps(records))
+    mistaken = [index for index, kind in enumerate(wrong, 1) if kind]
+    if not mistaken:
+        assert len(facts.read(path)) == len(records)
+        return
+    with pytest.raises(FactError) as found:
+        facts.read(path)
+    for index in mistaken:
+        assert f"record {index}" in str(found.value)
+    assert str(found.value).count("record") >= len(mistaken)
+
+
+def test_many_mistakes_are_counted_and_not_all_shown(tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([{"prompt": "Rome is in", "subject": "Paris"}] * 50))
+    with pytest.raises(FactError, match=r"(?s)has 50 mistakes.*record 19.*and 30 more"):
+        facts.read(path)
+
+
+def test_an_empty_list_is_no_file_of_facts(tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text("[]")
+    with pytest.raises(FactError, match="one or more records"):
+        facts.read(path)
+
+
+def test_sets_have_names():
+    assert facts.named("built-in") == facts.built_in()
+    assert len(facts.named("organism")) == 10200

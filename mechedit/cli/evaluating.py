@@ -1,4 +1,4 @@
-"""The commands evaluate and status."""
+"""The commands evaluate, sweep and status."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mechedit.cli.terminal import (
     show_table,
     write_json,
 )
-from mechedit.settings import CONSTANTS, EvaluateSettings, RomeSettings
+from mechedit.settings import CONSTANTS, EvaluateSettings, RomeSettings, SweepSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,24 +38,17 @@ ENGINES = ("local", "ray")
 
 
 def add_evaluating(commands: Any) -> None:
-    """evaluate, status"""
+    """evaluate, sweep, status"""
     evaluate = add_command(
         commands, "evaluate", _evaluate, "edit each record of a benchmark and score it, before and after", model=True
     )
-    evaluate.add_argument(
-        "--facts",
-        metavar="FILE",
-        default="built-in",
-        help="records: a JSON file, `built-in` or `organism` (default: built-in)",
-    )
+    _add_facts(evaluate)
     evaluate.add_argument(
         "--benchmark",
         choices=BENCHMARKS,
         default="counterfact",
         help="how records are scored: counterfact (ES, PS, NS, S), or zsre (share of the answer's tokens put first)",
     )
-    evaluate.add_argument("--begin", type=int, default=0, metavar="N", help="leave the first N records out")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="so many records at most")
     add_settings(evaluate, EvaluateSettings)
     evaluate.add_argument(
         "--references",
@@ -84,9 +77,29 @@ def add_evaluating(commands: Any) -> None:
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="everything is kept there; run again to resume")
     add_json(evaluate)
 
+    sweep = add_command(
+        commands, "sweep", _sweep, "edit facts at every layer and token, beside their causal traces", model=True
+    )
+    _add_facts(sweep)
+    add_settings(sweep, SweepSettings)
+    add_settings(sweep, RomeSettings, without=("layer", "fact_token", "guard"))
+    sweep.add_argument("--out", type=Path, required=True, metavar="DIR", help="everything is kept there; run again to resume")  # fmt: skip
+    add_json(sweep)
+
     status = add_command(commands, "status", _status, "show how far the runs in a folder are")
     status.add_argument("folder", type=Path, metavar="DIR")
     add_json(status)
+
+
+def _add_facts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--facts",
+        metavar="FILE",
+        default="built-in",
+        help="records: a JSON file, `built-in` or `organism` (default: built-in)",
+    )
+    parser.add_argument("--begin", type=int, default=0, metavar="N", help="leave the first N records out")
+    parser.add_argument("--limit", type=int, metavar="N", help="so many records at most")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -137,8 +150,6 @@ def _check(arguments: argparse.Namespace, settings: EvaluateSettings) -> None:
     """Raise for options that do not go together, before anything is loaded."""
     if arguments.out is None and not arguments.estimate:
         raise UsageError("evaluate needs --out DIR, where everything finished is kept.")
-    if arguments.begin < 0 or (arguments.limit is not None and arguments.limit < 1):
-        raise UsageError("--begin must be 0 or more, and --limit at least 1.")
     if arguments.engine == "local" and (arguments.address or arguments.workers) and not arguments.estimate:
         raise UsageError("--address and --workers are of --engine ray.")
     if arguments.workers < 0 or arguments.cpus <= 0 or arguments.gpus < 0:
@@ -155,7 +166,10 @@ def _records(arguments: argparse.Namespace) -> list[Record]:
     from mechedit import facts
     from mechedit.benchmarks import zsre
 
-    records: list[Record] = [*(zsre.read(arguments.facts) if arguments.benchmark == "zsre" else facts.named(arguments.facts))]  # fmt: skip
+    if arguments.begin < 0 or (arguments.limit is not None and arguments.limit < 1):
+        raise UsageError("--begin must be 0 or more, and --limit at least 1.")
+    is_zsre = getattr(arguments, "benchmark", "counterfact") == "zsre"
+    records: list[Record] = [*(zsre.read(arguments.facts) if is_zsre else facts.named(arguments.facts))]
     end = None if arguments.limit is None else arguments.begin + arguments.limit
     chosen = records[arguments.begin : end]
     if not chosen:
@@ -209,6 +223,38 @@ def _show(console: Console, result: Evaluation) -> None:
     without = [fact for fact in result.facts if fact["reason"]]
     if without:
         console.print(f"{len(without)} records have a note; the first is about {without[0]['subject']}: {without[0]['reason']}", markup=False, highlight=False)  # fmt: skip
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from mechedit import figures, models
+    from mechedit.runs import sweeping
+    from mechedit.runs.evaluating import fact_of
+
+    settings = SweepSettings(**given_settings(arguments, SweepSettings))
+    given = given_settings(arguments, RomeSettings)
+    RomeSettings(**given)
+    chosen = [fact_of(record) for record in _records(arguments)]
+    check_places(arguments.json, arguments.out / "sweep.json")
+    model = load_model(arguments)
+    known = models.preset(model)
+    base = replace(known.rome if known else RomeSettings(layer=0), **given)
+    with keeping(f"what is finished is kept in {arguments.out}"), progress_bars() as progress:
+        found = sweeping.sweep(model, chosen, arguments.out, settings, base, progress=progress)
+    console = console_of(arguments)
+    rows = [
+        (str(layer), *(f"{100 * value:.0f}" if value == value else "" for value in line))
+        for layer, line in zip(found.layers, found.mean("S"), strict=True)
+    ]
+    show_table(console, ("S by layer", *found.tokens), rows)
+    console.print(
+        f"rank correlation of S with the trace's indirect effect, over layers and tokens: {found.correlation('S')}",
+        highlight=False,
+    )
+    written = figures.write(sweeping.sweep_maps(found), arguments.out / "sweep")
+    written += write_json(arguments.out / "sweep.json", found.to_json())
+    show_files(console, written + write_json(arguments.json, found.to_json()))
 
 
 def _status(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -91,6 +92,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_settings(parser: argparse.ArgumentParser, settings: type, without: Sequence[str] = ()) -> None:
     """An option for each field of a settings dataclass, with its default and its sentence. An option not given is None."""
+    types = {each.name: each.type for each in fields(settings)}
     for name, default, text in knobs(settings):
         flag = "--" + name.replace("_", "-")
         if name in without or flag in parser._option_string_actions:
@@ -101,7 +103,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, without: Seque
         elif isinstance(default, tuple):
             parser.add_argument(
                 flag,
-                type={tuple: _pairs, float: _numbers}.get(type(default[0]) if default else str, _names),
+                type=_PARTS.get(str(types[name]), _names),
                 metavar=_shown(default) or "NAME,…",
                 help=text + (shown if default else ""),
             )
@@ -138,6 +140,13 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.5,1") from error
 
 
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in _names(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 3,4,5") from error
+
+
 def _pairs(text: str) -> tuple[tuple[int, int], ...]:
     if text in PREFIXES:
         return PREFIXES[text]
@@ -148,3 +157,10 @@ def _pairs(text: str) -> tuple[tuple[int, int], ...]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no list of TOKENSxHOWMANY such as 5x10,10x10, nor one of {', '.join(PREFIXES)}"
         ) from error
+
+
+_PARTS: dict[str, Callable[[str], Any]] = {
+    "tuple[tuple[int, int], ...]": _pairs,
+    "tuple[float, ...]": _numbers,
+    "tuple[int, ...]": _integers,
+}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ class Evaluation:
         return self.what | {
             "facts": len(self.facts),
             "stages": {
-                stage: {name: _numbers(each) for name, each in self.table(stage).items()} for stage in self.rows
+                stage: {name: each.to_json() for name, each in self.table(stage).items()} for stage in self.rows
             },
         }
 
@@ -108,13 +107,6 @@ class Evaluation:
         columns = ["stage", *self.facts[0], *names]
         schema = pyarrow.schema([(name, types.get(name, pyarrow.string())) for name in columns])
         parquet.write_table(pyarrow.Table.from_pylist(lines, schema), path)
-
-
-def _numbers(each: Mean) -> dict[str, float | None]:
-    return {
-        name: None if math.isnan(value) else value
-        for name, value in (("mean", each.mean), ("low", each.low), ("high", each.high), ("n", each.n))
-    }
 
 
 def _cell(name: str, each: Mean | None) -> str:

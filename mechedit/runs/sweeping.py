@@ -1,0 +1,191 @@
+"""ROME at every layer and token (Meng et al. 2022, figure 5), and whether the causal trace foretells where it works.
+
+For each layer and each choice of token, every fact is edited there, alone, and scored. The traces of the same facts give the
+average indirect effect of MLP windows at the same layers and tokens. The rank correlation of the two over cells says whether
+localisation predicts where an edit succeeds; its interval draws facts again, because cells of one fact are not independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mechedit import moments, provenance
+from mechedit.benchmarks.metrics import SUCCESSES, harmonic
+from mechedit.editors import rome
+from mechedit.facts import Fact, FactError
+from mechedit.models import HookedModel, check_layer
+from mechedit.progress import Progress, silent
+from mechedit.runs.engines import Engine
+from mechedit.runs.evaluating import evaluate
+from mechedit.runs.tracing import trace_facts
+from mechedit.settings import (
+    FACT_TOKENS,
+    ROLE_TITLES,
+    EvaluateSettings,
+    MomentSettings,
+    RomeSettings,
+    SweepSettings,
+    TraceSettings,
+)
+from mechedit.statistics import RESAMPLES, Mean
+from mechedit.tracing import Trace
+from mechedit.tracing.roles import positions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Sweep", "sweep", "sweep_maps"]
+
+
+@dataclass(frozen=True, repr=False)
+class Sweep:
+    """`scores[name]` is [fact, layer, token], from 0 to 1, nan where a fact has no such token; `effects` the traces' indirect
+    effects there. Layers and tokens are named in order."""
+
+    layers: tuple[int, ...]
+    tokens: tuple[str, ...]
+    scores: dict[str, np.ndarray]
+    effects: np.ndarray
+    seed: int
+    origin: dict[str, Any]
+    settings: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Sweep({len(self.effects)} facts: layers {', '.join(map(str, self.layers))}; tokens {', '.join(self.tokens)})"
+
+    def mean(self, name: str) -> np.ndarray:
+        """[layer, token]: a score's mean over facts; "S" is the harmonic mean of the means, "effect" the trace's."""
+        return _mean(self.scores, self.effects, name)
+
+    def correlation(self, name: str) -> Mean:
+        """Spearman's rank correlation over cells of a score's means and the average indirect effects, facts drawn again."""
+        n, random = len(self.effects), np.random.default_rng(self.seed)
+        drawn = [random.integers(n, size=n) for _ in range(RESAMPLES // 10)]
+        found = [_rank_correlation({key: each[own] for key, each in self.scores.items()}, self.effects[own], name) for own in drawn]  # fmt: skip
+        there = [each for each in found if not np.isnan(each)]
+        low, high = np.percentile(there, [2.5, 97.5]) if there else (np.nan, np.nan)
+        return Mean(_rank_correlation(self.scores, self.effects, name), float(low), float(high), n)
+
+    def to_json(self) -> dict[str, Any]:
+        """Means and correlations, nan as null."""
+        means = {name: _nulls(self.mean(name)) for name in (*SUCCESSES, "S", "effect")}
+        found = {name: self.correlation(name).to_json() for name in ("ES", "PS", "S")}
+        return {
+            "layers": list(self.layers),
+            "tokens": list(self.tokens),
+            "n": len(self.effects),
+            "mean": means,
+            "correlation_with_effect": found,
+            "origin": self.origin,
+            "settings": self.settings,
+        }
+
+
+def sweep(
+    model: HookedModel,
+    facts: Sequence[Fact],
+    folder: str | Path,
+    settings: SweepSettings | None = None,
+    edit_settings: RomeSettings | None = None,
+    *,
+    engine: Engine | None = None,
+    progress: Progress = silent,
+) -> Sweep:
+    """Trace the facts, edit each at every layer and token, and score it. Everything is kept in `folder`, and resumed from it.
+
+    Raises:
+        FactError: a fact lacks targets, paraphrases or neighbours, so that it has no S.
+        RunError: the folder holds a run of other settings.
+    """
+    settings, folder = settings or SweepSettings(), Path(folder)
+    for index, fact in enumerate(facts):
+        if not (fact.target_new and fact.target_true and fact.paraphrases and fact.neighbours):
+            raise FactError(f"a sweep scores ES, PS and NS; record {index} lacks targets, paraphrases or neighbours.")
+    layers = [check_layer(model, layer) for layer in settings.layers] or list(range(int(model.cfg.n_layers)))
+    base = replace(rome.resolve(model, edit_settings), guard="warn")
+    windows = MomentSettings(prepend_bos=base.prepend_bos)
+    Cs = moments.estimate_layers(model, layers, settings=windows, progress=progress)
+    wanted = TraceSettings(kinds=("mlp",), window=settings.window, draws=settings.draws, seed=settings.seed, prepend_bos=base.prepend_bos)  # fmt: skip
+    traces = trace_facts(model, facts, folder / "traces", wanted, engine=engine, progress=progress)
+    shape = (len(facts), len(layers), len(settings.tokens))
+    scores = {name: np.full(shape, np.nan) for name in SUCCESSES}
+    effects = np.full(shape, np.nan)
+    plain = EvaluateSettings(health=False)
+    for column, token in enumerate(settings.tokens):
+        own = [index for index, each in enumerate(traces) if _positions(each, token)]
+        for index in own:
+            at = traces[index].effects["mlp"][:, _positions(traces[index], token)].mean(1)
+            effects[index, :, column] = at[layers].numpy() - traces[index].p_corrupted
+        for row, layer in enumerate(layers):
+            chosen = replace(base, layer=layer, fact_token=token)
+            place = folder / f"layer{layer:02d}-{token}"
+            here = [facts[index] for index in own]
+            if not here:
+                continue
+            found = evaluate(model, here, place, plain, chosen, Cs[layer], engine=engine, progress=progress)
+            for index, each in zip(own, found.rows["after"], strict=True):
+                for name in SUCCESSES:
+                    scores[name][index, row, column] = each[name]
+    origin = provenance.origin(model)
+    record = {"sweep": asdict(settings), "edit": asdict(base)}
+    return Sweep(tuple(layers), settings.tokens, scores, effects, settings.seed, origin, record)
+
+
+def sweep_maps(found: Sweep) -> Figure:
+    """Efficacy, paraphrase, neighbourhood and S by layer and token in percent, and the average indirect effect beside them."""
+    from matplotlib.figure import Figure
+
+    names = {"ES": "efficacy", "PS": "paraphrase", "NS": "neighbourhood", "S": "S", "effect": "trace: indirect effect"}
+    figure = Figure(figsize=(2.6 * len(names) + 1.2, 0.9 + 0.34 * len(found.layers)), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, (name, title) in zip(panels, names.items(), strict=True):
+        grid = 100 * found.mean(name)
+        image = axes.imshow(grid, cmap="Greens" if name == "effect" else "viridis", aspect="auto", vmin=0 if name != "effect" else None, vmax=100 if name != "effect" else None)  # fmt: skip
+        axes.set_title(title, fontsize=9)
+        axes.set_xticks(range(len(found.tokens)), [ROLE_TITLES[token] for token in found.tokens], rotation=40, ha="right", fontsize=7)  # fmt: skip
+        for (row, column), value in np.ndenumerate(grid):
+            if not np.isnan(value):
+                dark = (value - np.nanmin(grid)) / max(float(np.nanmax(grid) - np.nanmin(grid)), 1e-9) if name == "effect" else 1 - value / 100  # fmt: skip
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if dark > 0.5 else "black")  # fmt: skip
+        figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=6)
+    panels[0].set_yticks(range(len(found.layers)), list(map(str, found.layers)), fontsize=7)
+    panels[0].set_ylabel("edited layer", fontsize=9)
+    return figure
+
+
+def _positions(trace: Trace, token: str) -> list[int]:
+    return positions(token, len(trace.tokens), trace.subject_range)
+
+
+def _mean(scores: dict[str, np.ndarray], effects: np.ndarray, name: str) -> np.ndarray:
+    if name == "S":
+        means = [_mean(scores, effects, each) for each in SUCCESSES]
+        return np.vectorize(lambda *each: np.nan if np.isnan(each).any() else harmonic(*each))(*means)
+    values = effects if name == "effect" else scores[name]
+    some = ~np.isnan(values).all(0)
+    found = np.full(values.shape[1:], np.nan)
+    found[some] = np.nanmean(values[:, some], 0)
+    return found
+
+
+def _rank_correlation(scores: dict[str, np.ndarray], effects: np.ndarray, name: str) -> float:
+    from scipy.stats import rankdata
+
+    first, second = _mean(scores, effects, name).ravel(), _mean(scores, effects, "effect").ravel()
+    there = ~(np.isnan(first) | np.isnan(second))
+    a, b = rankdata(first[there]), rankdata(second[there])
+    if a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _nulls(grid: np.ndarray) -> list[list[float | None]]:
+    return [[None if np.isnan(value) else float(value) for value in row] for row in grid]
+
+
+assert set(FACT_TOKENS) <= set(ROLE_TITLES), "tokens of an edit are roles of a trace"

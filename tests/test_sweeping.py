@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from mechedit import edits, moments
+from mechedit.benchmarks import counterfact
+from mechedit.editors import rome
+from mechedit.facts import FactError
+from mechedit.runs.sweeping import Sweep, sweep, sweep_maps
+from mechedit.settings import MomentSettings, RomeSettings, SettingsError, SweepSettings, TraceSettings
+from mechedit.tracing import trace
+from tests.conftest import assert_same_state, state, widen_bands
+from tests.test_evaluating import FACTS
+
+QUICK = RomeSettings(layer=1, steps=2, prefixes=())
+SMALL = SweepSettings(layers=(0, 2), tokens=("subject_last", "after_first", "subject_first"), window=2, draws=2)
+
+
+@pytest.fixture
+def few_keys(monkeypatch):
+    widen_bands(monkeypatch)
+    real, few = moments.estimate_layers, MomentSettings(tokens=600, context=32)
+    monkeypatch.setattr(moments, "estimate_layers", lambda model, layers, **named: real(model, layers, settings=few))
+
+
+def test_every_cell_is_the_edit_there_and_its_trace(model, few_keys, tmp_path):
+    before = state(model)
+    found = sweep(model, FACTS, tmp_path, SMALL, QUICK)
+    assert_same_state(model, before)
+    assert found.scores["ES"].shape == (3, 2, 3)
+    Cs = moments.estimate_layers(model, [0, 2])
+    for row, layer in enumerate((0, 2)):
+        edit = rome.edit(
+            model, FACTS[1], replace(QUICK, layer=layer, fact_token="after_first", guard="warn"), Cs[layer]
+        )
+        with edits.edited(model, edit):
+            (alone,) = counterfact.scores(model, FACTS[1:2])
+        assert [found.scores[name][1, row, 1] for name in ("ES", "PS", "NS")] == [alone[name] for name in ("ES", "PS", "NS")]  # fmt: skip
+        own = trace(model, FACTS[1], TraceSettings(kinds=("mlp",), window=2, draws=2))
+        at = own.effects["mlp"][layer, own.subject_range[1]] - own.p_corrupted
+        assert found.effects[1, row, 1] == pytest.approx(float(at), abs=1e-6)
+    assert np.isnan(found.scores["ES"][2, :, 2]).all() == (len(own_subject(model)) == 1)
+
+
+def own_subject(model):
+    from mechedit.prompts import prepare
+
+    begin, end = prepare(model, FACTS[2]).subject
+    return range(begin, end)
+
+
+def test_a_sweep_goes_on_and_gives_the_same(model, few_keys, tmp_path, monkeypatch):
+    first = sweep(model, FACTS, tmp_path, SMALL, QUICK)
+    monkeypatch.setattr(rome, "edit", lambda *args, **named: pytest.fail("found again"))
+    again = sweep(model, FACTS, tmp_path, SMALL, QUICK)
+    assert again.to_json() == first.to_json()
+
+
+def test_the_correlation_is_spearmans_over_cells():
+    random = np.random.default_rng(3)
+    scores = {name: random.random((20, 4, 3)) for name in ("ES", "PS", "NS")}
+    effects = random.random((20, 4, 3)) + 0.5 * scores["PS"].mean(0)
+    effects[:, :, 2] = np.nan
+    found = Sweep((0, 1, 2, 3), ("subject_last", "last", "after_first"), scores, effects, 0, {}, {})
+    means = scores["PS"].mean(0)[:, :2].ravel(), effects[:, :, :2].mean(0).ravel()
+    correlation = found.correlation("PS")
+    assert correlation.mean == pytest.approx(spearmanr(*means).statistic)
+    assert correlation.low <= correlation.mean <= correlation.high
+    s = [3 / sum(1 / scores[name].mean(0)[1, 2] for name in scores)]
+    assert found.mean("S")[1, 2] == pytest.approx(s[0])
+    flat = replace(found, scores={name: np.ones((20, 4, 3)) for name in scores})
+    assert np.isnan(flat.correlation("S").mean), "nothing to rank"
+
+
+def test_maps_are_drawn_with_gaps_where_nothing_was_seen(tmp_path):
+    scores = {name: np.full((2, 2, 2), 0.5) for name in ("ES", "PS", "NS")}
+    scores["PS"][:, 0, 1] = np.nan
+    figure = sweep_maps(Sweep((0, 5), ("subject_last", "last"), scores, np.full((2, 2, 2), 0.1), 0, {}, {}))
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == ["efficacy", "paraphrase", "neighbourhood", "S", "trace: indirect effect"]  # fmt: skip
+    assert len(panels[1].texts) == 3
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["0", "5"]
+
+
+def test_mistakes_are_said_first(model, tmp_path):
+    with pytest.raises(FactError, match="record 1 lacks"):
+        sweep(model, [FACTS[0], replace(FACTS[1], neighbours=())], tmp_path)
+    for wrong in ({"tokens": ()}, {"tokens": ("middle",)}, {"draws": 0}, {"window": 0}):
+        with pytest.raises(SettingsError):
+            SweepSettings(**wrong)
