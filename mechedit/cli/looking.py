@@ -1,4 +1,4 @@
-"""The commands inspect, audit, models and doctor."""
+"""The commands inspect, audit, models, fetch and doctor."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mechedit.benchmarks.fetch import FILES
 from mechedit.cli.options import add_command, add_json, add_prompt
-from mechedit.cli.terminal import console_of, load_model, show_table, write_json
+from mechedit.cli.terminal import (
+    console_of,
+    keeping,
+    load_model,
+    progress_bars,
+    show_files,
+    show_table,
+    write_json,
+)
 
 __all__ = ["add_looking"]
 
 
 def add_looking(commands: Any) -> None:
-    """inspect, audit, models, doctor"""
+    """inspect, audit, models, fetch, doctor"""
     inspect = add_command(
         commands, "inspect", _inspect, "show what is in an edit, trace or moment file; no model is loaded"
     )
@@ -38,6 +47,10 @@ def add_looking(commands: Any) -> None:
     )
     models.add_argument("--check", metavar="NAME", help="compare this model's logits with Hugging Face's")
     add_json(models)
+
+    fetch = add_command(commands, "fetch", _fetch, "download published data sets from their official address")
+    fetch.add_argument("names", nargs="+", choices=tuple(FILES), metavar="NAME", help=f"any of {', '.join(FILES)}")
+    fetch.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where they go (default: here)")
 
     doctor = add_command(commands, "doctor", _doctor, "check that this installation works")
     add_json(doctor)
@@ -120,6 +133,14 @@ def _preset_line(preset: Any) -> str:
         if preset
         else "none"
     )
+
+
+def _fetch(arguments: argparse.Namespace) -> None:
+    from mechedit.benchmarks.fetch import fetch
+
+    with keeping("what came is kept, and the same command goes on from there"), progress_bars() as progress:
+        paths = [fetch(name, arguments.out, progress=progress) for name in arguments.names]
+    show_files(console_of(arguments), paths)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from mechedit.benchmarks import fetch as fetching
+from mechedit.benchmarks.fetch import FILES, FetchError, fetch
+
+CONTENT = json.dumps([{"known_id": index} for index in range(5000)]).encode()
+
+
+class Server(BaseHTTPRequestHandler):
+    """Serves CONTENT, ranges too; breaks off after `cut` bytes where that is set."""
+
+    asked: list[str | None]
+    cut: int | None
+    content: bytes
+
+    def do_GET(self):
+        if self.path != "/known_1000.json":
+            self.send_error(404)
+            return
+        begins = self.headers.get("Range")
+        self.asked.append(begins)
+        begin = int(begins.removeprefix("bytes=").removesuffix("-")) if begins else 0
+        if begin >= len(self.content):
+            self.send_error(416)
+            return
+        self.send_response(206 if begin else 200)
+        self.send_header("Content-Length", str(len(self.content) - begin))
+        self.end_headers()
+        self.wfile.write(self.content[begin : None if self.cut is None else begin + self.cut])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    handler = type("Own", (Server,), {"asked": [], "cut": None, "content": CONTENT})
+    served = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    handler.address = f"http://127.0.0.1:{served.server_port}"
+    yield handler
+    served.shutdown()
+    served.server_close()
+
+
+def test_a_file_is_fetched_once_and_its_hash_is_kept(server, tmp_path):
+    said = []
+    path = fetch("known", tmp_path, address=server.address, progress=lambda *each: said.append(each))
+    assert path == tmp_path / "known_1000.json"
+    assert path.read_bytes() == CONTENT
+    assert json.loads((tmp_path / "hashes.json").read_text()) == {path.name: hashlib.sha256(CONTENT).hexdigest()}
+    assert said
+    fetch("known", tmp_path, address=server.address)
+    assert len(server.asked) == 1
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_download_that_broke_off_goes_on(server, tmp_path):
+    server.cut = 20_000
+    with pytest.raises(FetchError, match="goes on from there"):
+        fetch("known", tmp_path, address=server.address)
+    assert not (tmp_path / "known_1000.json").exists()
+    server.cut = None
+    assert fetch("known", tmp_path, address=server.address).read_bytes() == CONTENT
+    begin = int(server.asked[-1].removeprefix("bytes=").removesuffix("-"))
+    assert 0 < begin <= 20_000
+
+
+def test_a_whole_part_needs_nothing_more(server, tmp_path):
+    (tmp_path / "known_1000.json.part").write_bytes(CONTENT)
+    assert fetch("known", tmp_path, address=server.address).read_bytes() == CONTENT
+
+
+def test_what_changed_at_its_source_is_not_kept(server, tmp_path):
+    path = fetch("known", tmp_path, address=server.address)
+    path.unlink()
+    server.content = CONTENT[:-1] + b" "
+    with pytest.raises(FetchError, match="changed at its source"):
+        fetch("known", tmp_path, address=server.address)
+    assert not path.exists()
+    with pytest.raises(FetchError, match=f"{'0' * 64} expected"):
+        fetch("known", tmp_path / "other", address=server.address, sha256="0" * 64)
+    path.write_bytes(b"damaged")
+    server.content = CONTENT
+    assert fetch("known", tmp_path, address=server.address).read_bytes() == CONTENT, "a damaged file is fetched again"
+
+
+def test_errors_say_what_to_do(server, tmp_path):
+    with pytest.raises(FetchError, match="there are counterfact, zsre, known"):
+        fetch("imagenet", tmp_path)
+    with pytest.raises(FetchError, match=r"(?s)404.*without a network, copy the file"):
+        fetch("zsre", tmp_path, address=server.address)
+    with pytest.raises(FetchError, match="without a network"):
+        fetch("known", tmp_path, address="http://127.0.0.1:9")
+    (tmp_path / "hashes.json").write_text("{")
+    with pytest.raises(FetchError, match=r"hashes.json is damaged"):
+        fetch("known", tmp_path, address=server.address)
+
+
+def test_the_command_fetches_what_is_named(server, tmp_path, monkeypatch, capsys):
+    from mechedit import cli
+
+    monkeypatch.setattr(fetching, "ADDRESS", server.address)
+    assert cli.main(["fetch", "known", "--out", str(tmp_path)]) == 0
+    assert str(tmp_path / "known_1000.json") in capsys.readouterr().out.replace("\n", "")
+    assert cli.main(["fetch", "zsre", "--out", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit):
+        cli.main(["fetch", "imagenet", "--out", str(tmp_path)])
+    assert set(FILES) == {"counterfact", "zsre", "known", "snippets", "idf", "vocabulary"}
