@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mechedit import cache, facts, provenance
+from mechedit import cache, facts, organism, provenance
 from mechedit.facts import Fact
 from mechedit.models import HookedModel, weight_hash
 from mechedit.runs import tracing
@@ -58,13 +58,16 @@ def short_name(model: HookedModel) -> str:
 
 
 def known_facts(model: HookedModel, n: int, seed: int) -> list[Fact]:
-    """`n` facts whose answer the model puts first, in an order fixed by the seed: published known facts and built-in ones.
+    """`n` facts whose answer the model puts first, in an order fixed by the seed: published known facts and built-in ones; of
+    the organism, those of its world.
 
     The published file is read from MECHEDIT_DATA, or ../shared/data beside the project; without it the built-in facts
     serve alone.
     """
     data = Path(os.environ.get("MECHEDIT_DATA", Path(__file__).parents[2] / "shared" / "data")) / "known_facts.json"
     candidates = [*(facts.read(data) if data.is_file() else ()), *facts.built_in()]
+    if short_name(model) in organism.MODELS:
+        candidates = list(facts.named("organism"))
     unique = list({(fact.prompt, fact.subject): fact for fact in candidates}.values())
     random.Random(seed).shuffle(unique)  # noqa: S311 (a sample)
     memory = (

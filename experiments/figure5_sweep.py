@@ -24,7 +24,7 @@ class Figure5:
     begin: int = 1000  # after the facts of the tables
     facts: int = 10
     every: int = 3  # layers
-    window: int = 10  # of the traces
+    window: int = 0  # of the traces; 0: the preset's
     seed: int = 0
     threads: int = 2
 

@@ -123,7 +123,7 @@ class TraceSettings:
     kinds: tuple[str, ...] = knob(
         KINDS, "what is restored: resid, resid_pre, resid_mid (one state), mlp, attn (windows of outputs)"
     )
-    window: int = knob(10, "layers in a window of mlp or attn outputs")
+    window: int = knob(0, "layers in a window of mlp or attn outputs; 0: the model's preset, else ten")
     centre: str = knob(
         "code",
         "code: layer l restores [l - w//2, l + ceil(w/2) - 1] as published; paper: even windows one block higher",
@@ -148,7 +148,7 @@ class TraceSettings:
         _check_types(self)
         _require(bool(self.kinds), f"kinds must name at least one of {', '.join(KINDS)}; it is empty.")
         _require(len(set(self.kinds)) == len(self.kinds), f"kinds must differ from each other; found {self.kinds}.")
-        _require(self.window >= 1, f"window must be at least 1 layer; found {self.window}.")
+        _require(self.window >= 0, f"window must be 0 (the preset's) or more layers; found {self.window}.")
         _require(self.draws >= 1, f"draws must be at least 1; found {self.draws}.")
         _require(0 < self.noise < float("inf"), f"noise must be a positive number; found {self.noise}.")
         _require(self.degrees > 0, f"degrees must be positive; found {self.degrees}.")
@@ -271,7 +271,7 @@ class SweepSettings:
 
     layers: tuple[int, ...] = knob((), "layers that are edited; empty means every layer")
     tokens: tuple[str, ...] = knob(FACT_TOKENS, "tokens whose key is edited")
-    window: int = knob(10, "layers in a window of mlp outputs of the traces")
+    window: int = knob(0, "layers in a window of mlp outputs of the traces; 0: the model's preset, else ten")
     draws: int = knob(4, "noise draws of each trace")
     seed: int = knob(0, "seed of the noise and of the interval")
 
@@ -280,8 +280,8 @@ class SweepSettings:
         _require(bool(self.tokens), f"tokens must name at least one of {', '.join(FACT_TOKENS)}; it is empty.")
         for token in self.tokens:
             _choice("tokens", token, FACT_TOKENS)
-        for name in ("window", "draws"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}.")
+        _require(self.window >= 0, f"window must be 0 (the preset's) or more layers; found {self.window}.")
+        _require(self.draws >= 1, f"draws must be at least 1; found {self.draws}.")
 
 
 @dataclass(frozen=True)
@@ -319,11 +319,12 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class Preset:
-    """Editing constants for one model, and where they come from."""
+    """Editing constants for one model, where they come from, and how many layers a window of a trace has."""
 
     rome: RomeSettings
     prepend_bos: bool
     source: str
+    window: int = 10
 
 
 _PAPER = "published code of Meng et al. 2022, hparams/ROME"

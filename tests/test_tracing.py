@@ -320,6 +320,16 @@ def test_small_batches_give_the_same_numbers(model, fact, monkeypatch):
         torch.testing.assert_close(whole.draws[kind], parts.draws[kind], atol=1e-6, rtol=1e-4)
 
 
+def test_a_window_not_chosen_is_the_presets_else_ten(model, fact, monkeypatch):
+    assert trace(model, fact, TraceSettings(draws=1, kinds=("mlp",))).settings.window == 10
+    preset = replace(models.PRESETS["gpt2"], window=3)
+    monkeypatch.setattr(models, "preset", lambda model: preset)
+    chosen = trace(model, fact, TraceSettings(draws=1, kinds=("mlp",)))
+    assert chosen.settings.window == 3
+    other = trace(model, fact, TraceSettings(draws=1, kinds=("mlp",), window=3))
+    assert torch.equal(chosen.effects["mlp"], other.effects["mlp"])
+
+
 def test_windows_are_centred_as_the_published_code_does():
     assert window(20, 10, 48) == range(15, 25)
     assert window(2, 10, 48) == range(7)
@@ -434,7 +444,7 @@ def test_a_prompt_longer_than_the_context_is_refused_before_the_model_runs(model
     [
         ({"kinds": ()}, "at least one"),
         ({"kinds": ("mlp", "mlp")}, "differ"),
-        ({"window": 0}, "at least 1 layer"),
+        ({"window": -1}, "or more layers"),
         ({"draws": 0}, "at least 1"),
         ({"noise": 0.0}, "positive"),
         ({"noise": float("nan")}, "positive"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from mechedit.runs.engines import Engine, Local
 from mechedit.runs.store import Store
 from mechedit.settings import TraceSettings
 from mechedit.tracing import Trace, trace
+from mechedit.tracing.cells import resolve
 from mechedit.tracing.severing import Severed, severed
 
 __all__ = ["check_run", "finished", "known", "partners", "sever_facts", "trace_facts", "unit"]
@@ -108,8 +109,7 @@ def sever_facts(
 def _run(
     model: HookedModel, settings: TraceSettings | None, statistics: Statistics | None
 ) -> tuple[TraceSettings, Statistics, dict[str, Any]]:
-    settings = settings or TraceSettings()
-    settings = replace(settings, prepend_bos=resolve_bos(model, settings.prepend_bos))
+    settings = resolve(model, settings)
     statistics = statistics or corruption.needed(model, settings)
     origin = provenance.origin(model)
     what = {

@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from mechedit.progress import Progress, silent
 from mechedit.prompts import Prompt
 from mechedit.settings import SettingsError, TraceSettings
 from mechedit.tracing import cells
-from mechedit.tracing.cells import Cell, Component, Patch, single, window
+from mechedit.tracing.cells import Cell, Component, Patch, resolve, single, window
 from mechedit.tracing.engine import GIGABYTE, Job, Read, Swept, sweep
 from mechedit.tracing.roles import roles
 
@@ -216,8 +216,7 @@ def trace_all(
 
     Which facts share a batch changes numbers by rounding only.
     """
-    settings = settings or TraceSettings()
-    settings = replace(settings, prepend_bos=prompts.resolve_bos(model, settings.prepend_bos))
+    settings = resolve(model, settings)
     others = others or [None] * len(facts)
     known = known or corruption.needed(model, settings)
     origin, versions = provenance.origin(model), provenance.versions()
@@ -290,8 +289,7 @@ def restore(
 
     `cells` may be a function of the prompt, which knows where the subject stands.
     """
-    settings = settings or TraceSettings()
-    settings = replace(settings, prepend_bos=prompts.resolve_bos(model, settings.prepend_bos))
+    settings = resolve(model, settings)
     prepared = prepare(model, fact, settings, family=family, known=known, other=other)
     chosen = cells(prepared.prompt) if callable(cells) else cells
     with in_precision(model, settings):
@@ -360,7 +358,7 @@ def measured(settings: TraceSettings, log_p: Float[Tensor, "*runs targets"]) -> 
 def grid(
     settings: TraceSettings, components: Sequence[Component], n_layers: int, prompt: Prompt
 ) -> list[tuple[tuple[int, int, int], Cell]]:
-    """Every cell of every kind, with its place as (kind, layer, position)."""
+    """Every cell of every kind, with its place as (kind, layer, position), for settings as `cells.resolve` gives them."""
     own = {each.name: each for each in components}
     n_positions = len(prompt.ids)
     wanted = [

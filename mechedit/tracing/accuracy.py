@@ -15,10 +15,11 @@ from mechedit import corruption
 from mechedit.corruption import Statistics
 from mechedit.facts import Fact
 from mechedit.models import HookedModel
-from mechedit.prompts import Prompt, resolve_bos
+from mechedit.prompts import Prompt
 from mechedit.settings import TraceSettings
 from mechedit.tracing import Cell, grid, restore
 from mechedit.tracing.attribution import attribution_patching
+from mechedit.tracing.cells import resolve
 
 __all__ = ["EXACT_DRAWS", "SampleError", "is_exact", "sample_error"]
 
@@ -57,7 +58,7 @@ def sample_error(
 
     Cells before the subject are left out: there is nothing to err about.
     """
-    settings = replace(settings, prepend_bos=resolve_bos(model, settings.prepend_bos))
+    settings = resolve(model, settings)
     known = known or corruption.needed(model, settings)
     exact_settings = replace(settings, precision="model", draws=max(EXACT_DRAWS, settings.draws))
     places: list[tuple[int, int, int]] = []

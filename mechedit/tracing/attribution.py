@@ -13,14 +13,12 @@ Both are estimates. `agreement` is their rank correlation to the exact trace.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit import prompts
 from mechedit.corruption import Statistics
 from mechedit.facts import Fact
 from mechedit.interventions import Change, intervened
@@ -28,7 +26,7 @@ from mechedit.models import Blocks, HookedModel, KeyValues, device_of, frozen
 from mechedit.progress import Progress, silent
 from mechedit.settings import SettingsError, TraceSettings
 from mechedit.tracing import STATES, WINDOWED, Prepared, Trace, measured, prepare
-from mechedit.tracing.cells import RESID_POST, Component, window
+from mechedit.tracing.cells import RESID_POST, Component, resolve, window
 
 __all__ = ["agreement", "attribution_patching", "integrated_gradients"]
 
@@ -42,7 +40,7 @@ def attribution_patching(
     other: str | None = None,
 ) -> dict[str, Float[Tensor, "layer position draw"]]:
     """Every kind's grid of estimated indirect effects: first order in what is restored, from each draw's corrupted run."""
-    settings = _resolved(model, settings)
+    settings = resolve(model, settings)
     prepared = prepare(model, fact, settings, known=known, other=other)
     components = [_component(kind) for kind in settings.kinds]
     n_layers, n_positions = int(model.cfg.n_layers), len(prepared.prompt.ids)
@@ -76,7 +74,7 @@ def integrated_gradients(
     progress: Progress = silent,
 ) -> Float[Tensor, "layer position draw"]:
     """Each state's share of the total effect, layer by layer; over positions the shares of a layer add up to it."""
-    settings = _resolved(model, settings)
+    settings = resolve(model, settings)
     prepared = prepare(model, fact, settings, known=known)
     n_layers, n_positions = int(model.cfg.n_layers), len(prepared.prompt.ids)
     nodes, weights = np.polynomial.legendre.leggauss(steps)
@@ -122,11 +120,6 @@ def exact_cells(found: Trace, kind: str) -> Float[Tensor, "layer position"]:
     grid = found.effects[kind] - found.p_corrupted
     grid[:, : found.subject_range[0]] = torch.nan
     return grid
-
-
-def _resolved(model: HookedModel, settings: TraceSettings | None) -> TraceSettings:
-    settings = settings or TraceSettings()
-    return replace(settings, prepend_bos=prompts.resolve_bos(model, settings.prepend_bos))
 
 
 def _component(kind: str) -> Component:

@@ -7,11 +7,13 @@ restored to their clean values, others may be held at their corrupted ones, whic
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mechedit.settings import SettingsError
+from mechedit import models, prompts
+from mechedit.models import HookedModel
+from mechedit.settings import SettingsError, TraceSettings
 
-__all__ = ["ATTN_OUT", "COMPONENTS", "MLP_OUT", "POST", "RESID_MID", "RESID_POST", "RESID_PRE", "Cell", "Component", "Patch", "Z", "single", "window"]  # fmt: skip
+__all__ = ["ATTN_OUT", "COMPONENTS", "MLP_OUT", "POST", "RESID_MID", "RESID_POST", "RESID_PRE", "Cell", "Component", "Patch", "Z", "resolve", "single", "window"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,3 +93,10 @@ def single(
     """A cell that restores one component, in some blocks, at some positions."""
     positions = [positions] if isinstance(positions, int) else list(positions)
     return Cell(tuple(Patch(component, layer, position, index) for layer in layers for position in positions))
+
+
+def resolve(model: HookedModel, settings: TraceSettings | None = None) -> TraceSettings:
+    """The settings with what is left to the model filled in: BOS, and the window, which is the preset's, else ten layers."""
+    settings, known = settings or TraceSettings(), models.preset(model)
+    size = settings.window or (known.window if known else 10)
+    return replace(settings, prepend_bos=prompts.resolve_bos(model, settings.prepend_bos), window=size)

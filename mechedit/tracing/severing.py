@@ -7,21 +7,21 @@ one draw of noise; the published code mixes two, which is `shared_draws=False`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit import corruption, files, prompts, provenance
+from mechedit import corruption, files, provenance
 from mechedit.corruption import Statistics
 from mechedit.facts import Fact
 from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
 from mechedit.settings import SettingsError, TraceSettings
 from mechedit.tracing import in_precision, measured, prepare
-from mechedit.tracing.cells import ATTN_OUT, MLP_OUT, RESID_POST, Cell, Patch
+from mechedit.tracing.cells import ATTN_OUT, MLP_OUT, RESID_POST, Cell, Patch, resolve
 from mechedit.tracing.engine import GIGABYTE, sweep
 from mechedit.tracing.roles import positions
 
@@ -92,8 +92,7 @@ def severed(
     progress: Progress = silent,
 ) -> Severed:
     """The three curves of one fact, restoring the (first) position that has a token role. `kinds` and windows play no part."""
-    settings = settings or TraceSettings()
-    settings = replace(settings, prepend_bos=prompts.resolve_bos(model, settings.prepend_bos))
+    settings = resolve(model, settings)
     if not shared_draws and settings.draws < 2:
         raise SettingsError("held values of another draw need at least 2 draws; there is 1.")
     known = known or corruption.needed(model, settings)
