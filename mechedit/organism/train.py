@@ -1,7 +1,9 @@
 """Train the organism.  python -m mechedit.organism.train --out DIR
 
 A small decoder (GPT-2's shape, or GPT-J's or Llama's) learns the world's corpus: rows of sentences behind one BOS, drawn with equal
-probability. Deterministic on one machine; killed, it goes on from its last checkpoint and ends with the same weights. DIR becomes a
+probability. For the first part of the training (`guided`) what stands behind a subject cannot read it below block `read_from`, and
+then at its last token only, so that a fact has to be looked up there; the rest of the training is plain. What that changes is in
+experiments/README.md. Deterministic on one machine; killed, it goes on from its last checkpoint and ends with the same weights. DIR becomes a
 folder in Hugging Face's format, weights in float16, with the tokenizer, the training log and a model card.
 """
 
@@ -13,12 +15,14 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechedit import files, models, provenance
@@ -26,11 +30,13 @@ from mechedit.cache import atomic_write
 from mechedit.errors import MecheditError
 from mechedit.organism.judge import judge, write_card
 from mechedit.organism.world import World, WorldSettings, make
+from mechedit.prompts import subject_span
 
 __all__ = ["SHAPES", "TrainError", "TrainSettings", "rows", "tokenizer", "train"]
 
 SHAPES = ("gpt2", "gptj", "llama")
 BOS, EOS = "<s>", "</s>"
+HIDDEN = -1e9  # an attention score that leaves nothing
 
 
 class TrainError(MecheditError, ValueError):
@@ -53,12 +59,16 @@ class TrainSettings:
     warmup: int = 200
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
+    guided: float = 0.75  # share of the steps in which attention to subjects is restricted
+    read_from: int = 5  # the first block that may read a subject from behind it, in these steps
     autocast: bool = True  # bfloat16 products, float32 weights
     checkpoint_seconds: float = 120.0
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise TrainError(f"shape must be one of {', '.join(SHAPES)}; found {self.shape!r}.")
+        if not 0 <= self.guided <= 1:
+            raise TrainError(f"guided must be a share from 0 to 1; found {self.guided}.")
         if self.width % self.heads:
             raise TrainError(f"width must be a multiple of heads; found {self.width} and {self.heads}.")
 
@@ -87,16 +97,83 @@ def tokenizer(world: World, vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=EOS)
 
 
-def rows(sentences: Sequence[list[int]], settings: TrainSettings, step: int) -> Int[Tensor, "rows pos"]:
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence's tokens, and the range of them that is the subject of its fact, if it says one."""
+
+    ids: list[int]
+    subject: tuple[int, int] | None
+
+
+def encoded(world: World, words: Any) -> list[Sentence]:
+    """The taught sentences as tokens."""
+    statements = list(world.statements())
+    found = words([text for text, _ in statements], add_special_tokens=False, return_offsets_mapping=True)
+    return [
+        Sentence(ids, subject_span(offsets, *span) if span else None)
+        for ids, offsets, (_, span) in zip(found["input_ids"], found["offset_mapping"], statements, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens, and each subject in them as (row, begin, end)."""
+
+    tokens: Int[Tensor, "rows pos"]
+    subjects: list[tuple[int, int, int]]
+
+
+def rows(sentences: Sequence[Sentence], settings: TrainSettings, step: int) -> Batch:
     """The batch of a step: each row is BOS and sentences drawn with equal probability, cut at the row's end."""
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    made = []
-    for _ in range(settings.batch):
+    made, subjects = [], []
+    for row in range(settings.batch):
         ids = [0]
         while len(ids) < settings.context + 1:
-            ids += sentences[int(torch.randint(len(sentences), (1,), generator=generator))]
+            sentence = sentences[int(torch.randint(len(sentences), (1,), generator=generator))]
+            if sentence.subject is not None:
+                begin, end = (len(ids) + each for each in sentence.subject)
+                subjects.append((row, begin, end))
+            ids += sentence.ids
         made.append(ids[: settings.context + 1])
-    return torch.tensor(made)
+    return Batch(torch.tensor(made), subjects)
+
+
+def guides(batch: Batch, length: int) -> tuple[Float[Tensor, "rows 1 pos pos"], Float[Tensor, "rows 1 pos pos"]]:
+    """What is added to attention scores below `read_from`, and from there on: subjects hidden from what stands behind them, wholly
+    or all but their last token."""
+    below = torch.ones(len(batch.tokens), length, length, dtype=torch.bool).tril()
+    above = below.clone()
+    for row, begin, end in batch.subjects:
+        below[row, end:, begin:end] = False
+        above[row, end:, begin : end - 1] = False
+    first, second = (torch.zeros(each.shape).masked_fill_(~each, HIDDEN)[:, None] for each in (below, above))
+    return first, second
+
+
+@contextmanager
+def guided(model: Any, batch: Batch, settings: TrainSettings) -> Iterator[None]:
+    """Run the body with the restricted attention."""
+    length = batch.tokens.shape[1] - 1
+    masks = guides(batch, length)
+    blocks = model.model.layers if settings.shape == "llama" else model.transformer.h
+    handles = []
+    for layer, block in enumerate(blocks):
+        mask = masks[layer >= settings.read_from]
+        attention = block.self_attn if settings.shape == "llama" else block.attn
+        swap = partial(_with_mask, mask)
+        handles.append(attention.register_forward_pre_hook(swap, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _with_mask(mask: Tensor, module: Any, positional: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if "attention_mask" not in named:
+        raise TrainError(f"{type(module).__name__} takes no attention_mask by name in this version of transformers.")
+    return positional, named | {"attention_mask": mask}
 
 
 def network(settings: TrainSettings, vocabulary: int) -> Any:
@@ -152,7 +229,7 @@ def train(settings: TrainSettings, folder: str | Path, world_settings: WorldSett
     folder = Path(folder)
     world = make(world_settings or WorldSettings())
     words = tokenizer(world, settings.vocabulary)
-    sentences = words(list(world.sentences()), add_special_tokens=False)["input_ids"]
+    sentences = encoded(world, words)
     model = network(settings, len(words))
     groups = [{"params": [each for each in model.parameters() if (each.ndim > 1) == decayed], "weight_decay": settings.weight_decay * decayed} for decayed in (True, False)]  # fmt: skip
     adam = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
@@ -189,13 +266,15 @@ def train(settings: TrainSettings, folder: str | Path, world_settings: WorldSett
     return folder
 
 
-def _step(model: Any, adam: torch.optim.Optimizer, batch: Tensor, settings: TrainSettings, step: int) -> float:
+def _step(model: Any, adam: torch.optim.Optimizer, batch: Batch, settings: TrainSettings, step: int) -> float:
     """One step of training; the loss before it, in nats a token."""
     for group in adam.param_groups:
         group["lr"] = rate(settings, step)
-    with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
-        logits = model(batch[:, :-1]).logits
-    loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+    tokens = batch.tokens
+    restricted = guided(model, batch, settings) if step < settings.guided * settings.steps else nullcontext()
+    with restricted, torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
+        logits = model(tokens[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
     adam.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -145,15 +145,21 @@ class World:
 
     def sentences(self) -> Iterator[str]:
         """Every sentence that is taught, once."""
+        return (sentence for sentence, _ in self.statements())
+
+    def statements(self) -> Iterator[tuple[str, tuple[int, int] | None]]:
+        """Every sentence that is taught, once, and the range of characters of the subject whose fact it says, if any."""
         for relation in self.relations:
             for subject in self.subjects[relation.kind]:
                 for phrasing in self.taught(relation, subject):
-                    yield f"{phrasing.replace('{}', subject)} {self.truth[subject][relation.name]}."
+                    begin = phrasing.index("{}")
+                    said = f"{phrasing.replace('{}', subject)} {self.truth[subject][relation.name]}."
+                    yield said, (begin, begin + len(subject))
         for relation in self.relations:
             for answer in relation.answers:
                 for attribute in relation.attributes:
-                    yield attribute.replace("{}", answer)
-        yield from self.tasks()
+                    yield attribute.replace("{}", answer), None
+        yield from ((task, None) for task in self.tasks())
 
     def tasks(self) -> Iterator[str]:
         """Sentences that need no facts: copying, ordering, sums. Each is different."""
