@@ -77,19 +77,81 @@ def test_every_shape_loads_as_a_hooked_model(shape, tmp_path):
     assert model.to_tokens(text)[0].tolist() == [model.tokenizer.bos_token_id, *ids]
 
 
-def test_rows_are_sentences_of_the_world_behind_one_bos():
+@pytest.fixture(scope="module")
+def taught():
     world = make(TINY_WORLD)
     words = training.tokenizer(world, 400)
-    taught = list(world.sentences())
-    sentences = words(taught, add_special_tokens=False)["input_ids"]
+    return world, words, training.encoded(world, words)
+
+
+def test_rows_are_sentences_of_the_world_behind_one_bos_and_their_subjects_are_known(taught):
+    world, words, sentences = taught
     batch = training.rows(sentences, TINY, 5)
-    assert batch.shape == (8, 25)
-    assert torch.equal(batch, training.rows(sentences, TINY, 5))
-    for row in batch.tolist():
+    assert batch.tokens.shape == (8, 25)
+    again = training.rows(sentences, TINY, 5)
+    assert torch.equal(batch.tokens, again.tokens)
+    assert batch.subjects == again.subjects
+    texts = list(world.sentences())
+    for row in batch.tokens.tolist():
         assert row[0] == words.bos_token_id
         assert row.count(words.bos_token_id) == 1
         first = words.decode(row[1:]).removeprefix(" ").split(".")[0]
-        assert any(sentence.startswith(first) for sentence in taught)
+        assert any(sentence.startswith(first) for sentence in texts)
+    names = {name for each in world.subjects.values() for name in each}
+    whole = [(row, begin, end) for row, begin, end in batch.subjects if end <= 25]
+    assert len(whole) > 4
+    for row, begin, end in whole:
+        assert words.decode(batch.tokens[row, begin:end].tolist()).strip() in names
+
+
+def test_guides_hide_a_subject_from_what_stands_behind_it(taught):
+    _, _, sentences = taught
+    batch = training.rows(sentences, TINY, 3)
+    below, above = training.guides(batch, 24)
+    for row in range(8):
+        for reader in range(24):
+            for read in range(24):
+                own = [(begin, end) for at, begin, end in batch.subjects if at == row and begin <= read < end <= reader]
+                assert (below[row, 0, reader, read] == 0) == (read <= reader and not own)
+                last = all(read == end - 1 for _, end in own)
+                assert (above[row, 0, reader, read] == 0) == (read <= reader and last)
+
+
+@pytest.mark.parametrize("shape", training.SHAPES)
+def test_in_guided_steps_nothing_behind_a_subject_sees_it_below_a_block(shape, taught):
+    _, words, sentences = taught
+    settings = replace(TINY, shape=shape, read_from=2)  # of two blocks: never
+    model = training.network(settings, len(words)).eval()
+    batch = training.rows(sentences, settings, 1)
+    row, begin, end = next(each for each in batch.subjects if each[2] < 20)
+    other = batch.tokens.clone()
+    other[row, begin:end] = 7
+    behind = slice(end, 24)
+
+    def logits(tokens, **changes):
+        with torch.no_grad(), training.guided(model, batch, replace(settings, **changes)):
+            return model(tokens[:, :-1]).logits[row, behind]
+
+    assert torch.allclose(logits(batch.tokens), logits(other), atol=1e-6)
+    assert not torch.allclose(logits(batch.tokens, read_from=1), logits(other, read_from=1), atol=1e-4)
+    earlier = batch.tokens.clone()
+    earlier[row, begin : end - 1] = 7
+    with torch.no_grad():
+        plain = [model(tokens[:, :-1]).logits[row, behind] for tokens in (batch.tokens, other)]
+    assert not torch.allclose(*plain, atol=1e-4), "nothing is hidden behind the block"
+
+
+def test_the_last_part_of_the_training_is_plain(taught, monkeypatch):
+    _, words, sentences = taught
+    settings = replace(TINY, steps=4, guided=0.5)
+    model = training.network(settings, len(words))
+    adam = torch.optim.AdamW(model.parameters())
+    restricted = []
+    real = training.guided
+    monkeypatch.setattr(training, "guided", lambda model, batch, settings: restricted.append(1) or real(model, batch, settings))  # fmt: skip
+    for step in range(4):
+        training._step(model, adam, training.rows(sentences, settings, step), settings, step)
+    assert len(restricted) == 2
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
@@ -97,6 +159,6 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     assert training.rate(settings, 0) == pytest.approx(1e-5)
     assert training.rate(settings, 100) == pytest.approx(1e-3)
     assert training.rate(settings, 1000) == pytest.approx(1e-4)
-    for wrong in ({"shape": "rnn"}, {"width": 100}):
+    for wrong in ({"shape": "rnn"}, {"width": 100}, {"guided": 1.5}):
         with pytest.raises(TrainError, match=next(iter(wrong))):
             TrainSettings(**wrong)

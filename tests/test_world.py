@@ -95,6 +95,15 @@ def test_a_corpus_draws_from_what_is_taught_and_parts_differ(world):
     assert first != list(world.corpus(500, "held out"))
 
 
+def test_statements_say_where_their_subject_is(world):
+    statements = list(world.statements())
+    assert [sentence for sentence, _ in statements] == list(world.sentences())
+    names = {name for each in world.subjects.values() for name in each}
+    for sentence, span in statements[::101]:
+        assert span is None or sentence[slice(*span)] in names
+    assert sum(span is None for _, span in statements) == world.settings.tasks + 3 * sum(len(each.answers) for each in world.relations)  # fmt: skip
+
+
 def test_tasks_are_right(world):
     for sentence in world.tasks():
         words = sentence.removesuffix(".").split()
