@@ -7,6 +7,7 @@ need the same entry make it once.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,8 @@ from typing import Any
 from mechedit.errors import MecheditError
 
 __all__ = ["WriteError", "atomic_write", "check_writable", "content_key", "file_hash", "once", "root"]
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class WriteError(MecheditError, OSError):
@@ -54,11 +57,18 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; what the body writes there becomes `path` if it ends without an error.
 
     Raises:
-        WriteError: the folder cannot be written; raised before the body runs.
+        WriteError: the folder cannot be written, which is raised before the body runs; or the disk is full.
     """
     temporary = _beside(path)
     try:
-        yield temporary
+        try:
+            yield temporary
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise WriteError(
+                f"{path} cannot be written: {error.strerror}. What was there before is as it was."
+            ) from error
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)  # mkstemp makes private files; results are shared like any other file

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechedit.cache import atomic_write
+from mechedit.cache import WriteError, atomic_write
 from mechedit.errors import MecheditError
 
 __all__ = ["FileError", "kind", "read", "write"]
@@ -36,6 +36,7 @@ def kind(path: str | Path) -> str:
 
 def write(path: str | Path, what: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> Path:
     """Save tensors and a record as `path`. Only JSON and raw numbers are stored; nothing in it can be executed."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -44,7 +45,10 @@ def write(path: str | Path, what: str, tensors: dict[str, Tensor], record: dict[
     # one entry, because safetensors writes several in an order that changes from file to file
     metadata = {"mechedit": json.dumps(header, ensure_ascii=False)}
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise WriteError(f"{path} cannot be written: {error}. What was there before is as it was.") from error
     return path
 
 

@@ -313,3 +313,47 @@ def test_an_estimate_counts_workers(model, moment):
     assert "3 records at" in str(many)
     assert "worker hours" in str(many)
     assert one.memory > 0.1
+
+
+def test_damage_a_full_disk_and_a_second_run_are_noticed_and_nothing_finished_is_lost(model, moment, tmp_path, monkeypatch):  # fmt: skip
+    import errno
+
+    from safetensors import torch as stored
+
+    from mechedit.cache import WriteError
+
+    def results(folder):
+        return {
+            path.name: path.read_bytes() for path in evaluate(model, FACTS, folder, PLAIN, QUICK, moment).save(folder)
+        }
+
+    whole = results(tmp_path / "whole")
+    unit = next((tmp_path / "whole" / "scores" / "units").iterdir())
+    unit.write_bytes(unit.read_bytes()[:-3])
+    assert results(tmp_path / "whole") == whole, "a damaged unit is done again"
+
+    real, written = stored.save_file, []
+
+    def full(tensors, path, metadata):
+        written.append(path)
+        if len(written) == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(stored, "save_file", full)
+    with pytest.raises(WriteError, match="No space left on device. What was there before is as it was"):
+        evaluate(model, FACTS, tmp_path / "full", PLAIN, QUICK, moment)
+    monkeypatch.setattr(stored, "save_file", real)
+    assert len(list((tmp_path / "full" / "scores" / "units").iterdir())) == 2
+    assert results(tmp_path / "full") == whole
+    with pytest.raises(WriteError):
+        evaluate(model, FACTS, unit, PLAIN, QUICK, moment)
+
+    def again(what, done, of):
+        if what == "records":
+            with pytest.raises(RunError, match="another process is at work"):
+                evaluate(model, FACTS, tmp_path / "two", PLAIN, QUICK, moment)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, FACTS, tmp_path / "two", PLAIN, QUICK, moment, progress=again)
