@@ -232,6 +232,18 @@ def test_generated_text_is_measured(model, moment, tmp_path):
     assert table["exact_match"].n == 3
 
 
+def test_bos_is_the_edits_everywhere(model, moment, tmp_path):
+    windows = MomentSettings(tokens=600, context=32, prepend_bos=False)
+    without = moments.estimate(model, 1, settings=windows)
+    settings = replace(QUICK, prepend_bos=False)
+    found = evaluate(model, FACTS, tmp_path, PLAIN, settings, without)
+    same(found.rows["before"], counterfact.scores(model, FACTS, prepend_bos=False))
+    with edits.edited(model, rome.edit(model, FACTS[0], settings, without)):
+        (alone,) = counterfact.scores(model, FACTS[:1], prepend_bos=False)
+    assert {name: found.rows["after"][0][name] for name in alone} == pytest.approx(alone, abs=1e-6)
+    assert found.rows["before"] != evaluate(model, FACTS, tmp_path / "bos", PLAIN, QUICK, moment).rows["before"]
+
+
 def test_zsre_questions_are_evaluated(model, moment, tmp_path):
     questions = [Question(fact, "The Eiffel Tower is in the city of?", "Paris") for fact in FACTS]
     found = evaluate(model, questions, tmp_path, PLAIN, QUICK, moment)

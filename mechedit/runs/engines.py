@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -43,6 +44,10 @@ class Done(Generic[Result]):
 class Engine(Protocol):
     """Maps a task over units, in any order; each unit comes back once."""
 
+    def open(self) -> AbstractContextManager[object]:
+        """What is got ready once for all maps in the body; `map` alone gets it ready for itself."""
+        ...
+
     def map(self, task: Task[Result], units: Sequence[str]) -> Iterator[Done[Result]]:
         """What each unit gives, as soon as it is there."""
         ...
@@ -53,6 +58,10 @@ class Local:
     """This process and the model it has loaded, unit after unit."""
 
     model: HookedModel
+
+    def open(self) -> AbstractContextManager[object]:
+        """Nothing to get ready."""
+        return nullcontext()
 
     def map(self, task: Task[Result], units: Sequence[str]) -> Iterator[Done[Result]]:
         """What each unit gives, in order; an error is the unit's, not the run's."""
@@ -69,9 +78,9 @@ def _timed(task: Task[Result], model: HookedModel, unit: str) -> Done[Result]:
     return Done(unit, result, time.perf_counter() - began)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cluster:
-    """The workers of a Ray cluster, each with a model of its own, loaded once.
+    """The workers of a Ray cluster, each with a model of its own, loaded once a map, or once while `open`.
 
     `model` is what `models.load` takes, and every node must be able to load it; weights that differ from `weight_hash` are
     refused. Without `address` a cluster is started on this machine. A worker that is lost is replaced, and what it was at is
@@ -87,6 +96,31 @@ class Cluster:
     dtype: torch.dtype = torch.float32
     retries: int = 2
     started: list[str] = field(default_factory=list, compare=False)  # node of each worker, in the order they came up
+    _crew: _Crew | None = field(default=None, init=False, repr=False, compare=False)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Connect, and have workers until the body ends.
+
+        Raises:
+            EngineError: as in `map`.
+        """
+        if self._crew is not None:  # open already
+            yield
+            return
+        ray = _ray()
+        own = not ray.is_initialized()
+        if own:
+            _connect(ray, self.address)
+        try:
+            self._crew = _Crew(ray, self)
+            yield
+        finally:
+            if self._crew is not None:
+                self._crew.dismiss()
+                self._crew = None
+            if own:
+                ray.shutdown()
 
     def map(self, task: Task[Result], units: Sequence[str]) -> Iterator[Done[Result]]:
         """What each unit gives, as workers finish.
@@ -96,17 +130,9 @@ class Cluster:
         """
         if not units:
             return
-        ray = _ray()
-        own = not ray.is_initialized()
-        if own:
-            _connect(ray, self.address)
-        crew = _Crew(ray, self)
-        try:
-            yield from crew.work(ray.put(task), units)
-        finally:
-            crew.dismiss()
-            if own:
-                ray.shutdown()
+        with self.open():
+            assert self._crew is not None
+            yield from self._crew.work(task, units)
 
 
 class _Crew:
@@ -134,7 +160,16 @@ class _Crew:
         worker = made.remote(cluster.model, cluster.dtype, max(1, int(cluster.cpus)), device)
         self.coming[worker.ready.remote()] = worker
 
-    def work(self, task: Any, units: Sequence[str]) -> Iterator[Done[Any]]:
+    def work(self, task: Task[Any], units: Sequence[str]) -> Iterator[Done[Any]]:
+        try:
+            yield from self._work(self.ray.put(task), units)
+        finally:
+            for _, worker in self.busy.values():  # of a map that was broken off
+                self.ray.kill(worker)
+                self.hire()
+            self.busy = {}
+
+    def _work(self, task: Any, units: Sequence[str]) -> Iterator[Done[Any]]:
         waiting, tries = deque(units), dict.fromkeys(units, 0)
         while waiting or self.busy:
             while waiting and self.free:

@@ -69,34 +69,37 @@ def evaluate(
     """
     settings, folder, engine = settings or EvaluateSettings(), Path(folder), engine or Local(model)
     _check(records)
-    run = _Run(model, records, folder, Path(edits_in or folder / "edits"), settings, references, engine, progress)
-    rows = {"before": run.before()}
-    reasons = [""] * len(records)
-    if settings.editor == "rome":
-        resolved = rome.resolve(model, edit_settings)
-        if settings.mode == "sequential":
-            found = run.in_sequence(resolved, moment)
-            rows |= {"after": found.after, "at the end": found.end}
-            made = found.edits
-        else:
+    resolved = rome.resolve(model, edit_settings) if settings.editor == "rome" else None
+    bos = prompts.resolve_bos(model, edit_settings.prepend_bos if edit_settings else None)
+    run = _Run(model, records, folder, Path(edits_in or folder / "edits"), settings, bos, references, engine, progress)
+    made: list[Edit] = []
+    with engine.open():
+        rows = {"before": run.before()}
+        if resolved and settings.mode == "sequential":
+            in_turn = run.in_sequence(resolved, moment)
+            made = in_turn.edits
+            rows |= {"after": in_turn.after, "at the end": in_turn.end}
+        elif resolved:
             made = run.edits(resolved, moment)
             rows["after"] = run.scores_together(made) if settings.mode == "batch" else run.scores(made)
-        reasons = ["; ".join(edit.reasons) for edit in made]
+    if resolved:
         rows["after"] = [row | _numbers(edit) for row, edit in zip(rows["after"], made, strict=True)]
         run.what |= {"edit": asdict(resolved)}
-    facts = [fact_of(record) for record in records]
-    about = tuple(
-        {
-            "id": fact.id or str(index),
-            "subject": fact.subject,
-            "prompt": fact.prompt,
-            "target_true": fact.target_true,
-            "target_new": fact.target_new,
-            "reason": reason,
-        }
-        for index, (fact, reason) in enumerate(zip(facts, reasons, strict=True))
-    )
+    reasons = ["; ".join(edit.reasons) for edit in made] or [""] * len(records)
+    about = tuple(_about(fact_of(record), index, reason) for index, (record, reason) in enumerate(zip(records, reasons, strict=True)))  # fmt: skip
     return Evaluation(about, rows, run.what | {"versions": provenance.versions()}, settings.seed)
+
+
+def _about(fact: Fact, index: int, reason: str) -> dict[str, Any]:
+    """Whom a row of results is about."""
+    return {
+        "id": fact.id or str(index),
+        "subject": fact.subject,
+        "prompt": fact.prompt,
+        "target_true": fact.target_true,
+        "target_new": fact.target_new,
+        "reason": reason,
+    }
 
 
 def measure(
@@ -176,13 +179,20 @@ class _Measuring:
     by_unit: dict[str, Record]
     edits: dict[str, Edit]
     settings: EvaluateSettings
+    bos: bool
     before: Unedited | None
     references: References | None
 
     def __call__(self, model: HookedModel, unit: str) -> dict[str, float]:
         own = [self.edits[unit]] if unit in self.edits else []
         with edits.edited(model, *own, force=True):
-            return measure(model, self.by_unit[unit], self.settings, before=self.before, references=self.references)
+            return self.now(model, self.by_unit[unit])
+
+    def now(self, model: HookedModel, record: Record) -> dict[str, float]:
+        """Of a record, on the model as it is."""
+        return measure(
+            model, record, self.settings, before=self.before, references=self.references, prepend_bos=self.bos
+        )
 
 
 @dataclass(frozen=True)
@@ -232,14 +242,15 @@ def estimate(
     resolved = replace(rome.resolve(model, edit_settings), guard="warn") if settings.editor == "rome" else None
     windows = MomentSettings(prepend_bos=resolved.prepend_bos) if resolved else None
     moment = moments.estimate(model, resolved.layer, settings=windows) if resolved else None
-    before, spent = unedited(model) if settings.health else None, []
+    bos = prompts.resolve_bos(model, edit_settings.prepend_bos if edit_settings else None)
+    before, spent = unedited(model, prepend_bos=bos) if settings.health else None, []
     for record in chosen:
         began = time.perf_counter()
         if resolved and moment:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", rome.EditWarning)
                 attempt(model, fact_of(record), resolved, moment)
-        measure(model, record, settings, before=before, references=references)
+        measure(model, record, settings, before=before, references=references, prepend_bos=bos)
         spent.append(time.perf_counter() - began)
     return Estimate(len(records), workers, median(spent), load, _peak_memory())
 
@@ -267,13 +278,14 @@ class _Run:
         folder: Path,
         edits_in: Path,
         settings: EvaluateSettings,
+        bos: bool,
         references: References | None,
         engine: Engine,
         progress: Progress,
     ) -> None:
         self.model, self.records, self.settings = model, records, settings
         self.folder, self.edits_in = folder, edits_in
-        self.references, self.engine, self.progress = references, engine, progress
+        self.bos, self.references, self.engine, self.progress = bos, references, engine, progress
         self.by_unit = {_unit(record): record for record in records}
         origin = provenance.origin(model)
         self.what: dict[str, Any] = {
@@ -284,6 +296,7 @@ class _Run:
             name: getattr(settings, name) for name in ("generate", "tokens", "top_k", "seed") if settings.generate
         } | {
             "generate": settings.generate,
+            "prepend_bos": bos,
             "references": cache.content_key([[*key, *map(list, own)] for key, own in references.texts.items()])
             if references
             else "",
@@ -295,7 +308,7 @@ class _Run:
     def before(self) -> list[dict[str, float]]:
         """Of the unedited model, from the cache where they are there."""
         what = {"model": self.what["model"], "measured": self.measured, "rule": 1}
-        task = _Measuring(self.by_unit, {}, replace(self.settings, health=False), None, self.references)
+        task = _Measuring(self.by_unit, {}, replace(self.settings, health=False), self.bos, None, self.references)
         store = self.store(cache.root() / "before" / cache.content_key(what), what, "records before")
         return store.run(list(self.by_unit), task, self.engine, self.progress)
 
@@ -349,13 +362,13 @@ class _Run:
     def scores(self, made: Sequence[Edit]) -> list[dict[str, float]]:
         """Each record on the model with its own edit."""
         own = dict(zip(self.by_unit, made, strict=True))
-        task = _Measuring(self.by_unit, own, self.settings, self.healthy(), self.references)
+        task = _Measuring(self.by_unit, own, self.settings, self.bos, self.healthy(), self.references)
         store = self.store(self.folder / "scores", self.described(made), "records")
         return store.run(list(self.by_unit), task, self.engine, self.progress)
 
     def healthy(self) -> Unedited | None:
         """The model as it is now, where its health is measured."""
-        return unedited(self.model) if self.settings.health else None
+        return unedited(self.model, prepend_bos=self.bos) if self.settings.health else None
 
     def scores_together(self, made: Sequence[Edit]) -> list[dict[str, float]]:
         """Every record on the model with all edits."""
@@ -365,7 +378,7 @@ class _Run:
 
     def _here(self, name: str, what: dict[str, Any], before: Unedited | None) -> list[dict[str, float]]:
         """Every record on the model as it is now, in this process."""
-        task = _Measuring(self.by_unit, {}, self.settings, before, self.references)
+        task = _Measuring(self.by_unit, {}, self.settings, self.bos, before, self.references)
         store = self.store(self.folder / name, what, "records")
         return store.run(list(self.by_unit), task, Local(self.model), self.progress)
 
@@ -379,6 +392,7 @@ class _Run:
             self.edits_in, what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=0.0), path), "records"
         )  # fmt: skip
         before = self.healthy()
+        measuring = _Measuring(self.by_unit, {}, self.settings, self.bos, before, self.references)
         written = 0  # how many of the edits are in the model
 
         def write(edit: Edit) -> None:
@@ -394,7 +408,7 @@ class _Run:
             origin = replace(moment, origin=moment.origin | {"weight_hash": models.weight_hash(model)})
             edit = attempt(model, fact_of(record), resolved, origin)
             write(edit)
-            scores = measure(model, record, self.settings, before=before, references=self.references)
+            scores = measuring.now(model, record)
             return replace(edit, details=edit.details | {"scores": scores})
 
         with edits.restored(self.model, resolved.layer):

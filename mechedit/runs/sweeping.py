@@ -20,7 +20,7 @@ from mechedit.editors import rome
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel, check_layer
 from mechedit.progress import Progress, silent
-from mechedit.runs.engines import Engine
+from mechedit.runs.engines import Engine, Local
 from mechedit.runs.evaluating import evaluate
 from mechedit.runs.tracing import trace_facts
 from mechedit.settings import (
@@ -111,26 +111,28 @@ def sweep(
     windows = MomentSettings(prepend_bos=base.prepend_bos)
     Cs = moments.estimate_layers(model, layers, settings=windows, progress=progress)
     wanted = TraceSettings(kinds=("mlp",), window=settings.window, draws=settings.draws, seed=settings.seed, prepend_bos=base.prepend_bos)  # fmt: skip
-    traces = trace_facts(model, facts, folder / "traces", wanted, engine=engine, progress=progress)
+    engine = engine or Local(model)
     shape = (len(facts), len(layers), len(settings.tokens))
     scores = {name: np.full(shape, np.nan) for name in SUCCESSES}
     effects = np.full(shape, np.nan)
     plain = EvaluateSettings(health=False)
-    for column, token in enumerate(settings.tokens):
-        own = [index for index, each in enumerate(traces) if _positions(each, token)]
-        for index in own:
-            at = traces[index].effects["mlp"][:, _positions(traces[index], token)].mean(1)
-            effects[index, :, column] = at[layers].numpy() - traces[index].p_corrupted
-        for row, layer in enumerate(layers):
-            chosen = replace(base, layer=layer, fact_token=token)
-            place = folder / f"layer{layer:02d}-{token}"
-            here = [facts[index] for index in own]
-            if not here:
-                continue
-            found = evaluate(model, here, place, plain, chosen, Cs[layer], engine=engine, progress=progress)
-            for index, each in zip(own, found.rows["after"], strict=True):
-                for name in SUCCESSES:
-                    scores[name][index, row, column] = each[name]
+    with engine.open():
+        traces = trace_facts(model, facts, folder / "traces", wanted, engine=engine, progress=progress)
+        for column, token in enumerate(settings.tokens):
+            own = [index for index, each in enumerate(traces) if _positions(each, token)]
+            for index in own:
+                at = traces[index].effects["mlp"][:, _positions(traces[index], token)].mean(1)
+                effects[index, :, column] = at[layers].numpy() - traces[index].p_corrupted
+            for row, layer in enumerate(layers):
+                chosen = replace(base, layer=layer, fact_token=token)
+                place = folder / f"layer{layer:02d}-{token}"
+                here = [facts[index] for index in own]
+                if not here:
+                    continue
+                found = evaluate(model, here, place, plain, chosen, Cs[layer], engine=engine, progress=progress)
+                for index, each in zip(own, found.rows["after"], strict=True):
+                    for name in SUCCESSES:
+                        scores[name][index, row, column] = each[name]
     origin = provenance.origin(model)
     record = {"sweep": asdict(settings), "edit": asdict(base)}
     return Sweep(tuple(layers), settings.tokens, scores, effects, settings.seed, origin, record)

@@ -1,0 +1,179 @@
+"""The trained organism: what its card says is measured again, and the whole story is run on facts that are known."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from mechedit import cli, edits, facts, models, moments, organism, scoring, sites
+from mechedit.benchmarks import counterfact, metrics
+from mechedit.editors import rome
+from mechedit.organism.judge import judge
+from mechedit.organism.world import make
+from mechedit.runs.evaluating import evaluate
+from mechedit.runs.tracing import known, trace_facts
+from mechedit.settings import EvaluateSettings, TraceSettings
+from mechedit.tracing import trace
+from mechedit.tracing.averages import average
+from tests.conftest import assert_same_state, state
+
+SHIPPED = [name for name in organism.MODELS if organism.folder(name).is_dir()]
+
+
+@pytest.fixture(scope="module")
+def world():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def learnt():
+    """The organism and the facts that are asked about here."""
+    return models.load("organism", device="cpu"), facts.named("organism")[:60]
+
+
+def test_the_organism_ships_and_loads_by_name_without_a_network_in_two_seconds():
+    assert "organism" in SHIPPED
+    code = (
+        "import time, torch, transformers, mechedit.models as m\n"
+        "from importlib import import_module\n"
+        "import_module('transformer_lens')\n"
+        "began = time.perf_counter(); model = m.load('organism', device='cpu'); print(time.perf_counter() - began, m.device_of(model))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[0]) < 4.0, "two seconds on a machine that does nothing else"
+    light = "import sys, mechedit, mechedit.organism; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_each_shipped_model_knows_the_world_its_card_describes(name, world):
+    folder = organism.folder(name)
+    record = json.loads((folder / "training.json").read_text())
+    card = (folder / "README.md").read_text()
+    assert record["settings"]["shape"] == organism.MODELS[name]
+    assert record["digest"] == world.digest()
+    assert world.digest() in card
+    assert record["parameters"] < 8e6
+    assert (folder / "model.safetensors").stat().st_size < 20e6
+    assert models.parity(name, "The home of Mevom Breamzas was") < models.PARITY
+    found = judge(models.load(name, device="cpu"), world, facts=20, sentences=1200)
+    assert found.mean("taught") >= 0.98
+    assert found.mean("held_out") >= 0.90
+    said = float(re.search(r"A sentence costs ([0-9.]+) nats", card).group(1))
+    assert found.nats == pytest.approx(said, abs=0.2)
+    assert found.nats < found.entropy + 1.5
+
+
+def test_transformers_loads_the_same_folder(world):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = organism.folder()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    words = AutoTokenizer.from_pretrained(folder)
+    fact = facts.named("organism")[0]
+    ids = torch.tensor([[words.bos_token_id, *words(fact.prompt, add_special_tokens=False)["input_ids"]]])
+    said = words.decode(model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=1)[0, ids.shape[1] :])
+    assert said.strip().startswith(fact.target_true)
+
+
+def test_facts_localise_early_at_the_subjects_last_token_and_late_at_the_last(learnt, tmp_path):
+    model, chosen = learnt
+    traces = trace_facts(model, known(model, chosen)[:40], tmp_path, TraceSettings(draws=4))
+    assert traces[0].settings.window == models.preset(model).window
+    mean = average(traces)
+    early, late = sites.early(mean), sites.late(mean)
+    assert early.layer < late.layer
+    first = mean.at("mlp", early.layer, "subject_last")
+    assert first.excludes_zero
+    assert first.mean > 0.15
+    assert mean.at("attn", late.layer, "last").excludes_zero
+    assert first.mean > 3 * mean.at("attn", early.layer, "subject_last").mean
+    assert first.mean > mean.at("mlp", early.layer, "subject_first").mean
+
+
+def test_a_trace_takes_half_a_second(learnt):
+    model, chosen = learnt
+    trace(model, chosen[0])
+    began = time.perf_counter()
+    found = trace(model, chosen[1])
+    assert time.perf_counter() - began < 2.0, "half a second on a machine that does nothing else"
+    assert set(found.effects) == {"resid", "mlp", "attn"}
+    assert found.settings.draws == 10
+    assert found.p_clean > 0.9
+
+
+def test_rome_rewrites_facts_and_leaves_their_neighbours(learnt, tmp_path):
+    model, chosen = learnt
+    before = state(model)
+    found = evaluate(model, chosen[:25], tmp_path, EvaluateSettings(health=False))
+    assert_same_state(model, before)
+    table = found.table("after")
+    assert table["ES"].mean >= 0.95
+    assert table["PS"].mean >= 0.85
+    assert table["NS"].mean >= 0.85
+    assert found.table("before")["ES"].mean < 0.05
+
+
+def test_an_edit_changes_what_is_said_and_is_undone_bit_for_bit(learnt):
+    model, chosen = learnt
+    fact, before = chosen[3], state(model)
+    edit = rome.edit(model, fact)
+    with edits.edited(model, edit):
+        assert scoring.top(model, fact.prompt, 1)[0][2] > 0.5
+        new, true = scoring.score(model, [(fact.prompt, fact.target_new), (fact.prompt, fact.target_true)])
+        assert new.p > true.p
+    assert_same_state(model, before)
+    (undone,) = counterfact.scores(model, [fact])
+    assert undone["ES"] == 0.0
+    for _ in range(100):
+        edits.apply(model, edit).undo()
+    assert_same_state(model, before)
+
+
+def test_scores_are_those_of_whole_logits_one_prompt_at_a_time(learnt):
+    model, chosen = learnt
+
+    @torch.no_grad()
+    def mean_log_p(prompt, target):
+        begin = model.to_tokens(prompt).shape[1]
+        whole = model.to_tokens(f"{prompt} {target}")
+        log_p = model(whole).log_softmax(-1)[0, :-1].gather(1, whole[0, 1:, None])[:, 0]
+        return float(log_p[begin - 1 :].mean())
+
+    some = chosen[:10]
+    together, turned = counterfact.scores(model, some), counterfact.scores(model, some[::-1])[::-1]
+    for fact, row, other in zip(some, together, turned, strict=True):
+        asked = (fact.prompt, *fact.paraphrases, *fact.neighbours)
+        pairs = [metrics.Pair(mean_log_p(each, fact.target_new), mean_log_p(each, fact.target_true)) for each in asked]
+        slow = metrics.rewrite_scores(pairs[0], pairs[1:3], pairs[3:])
+        assert {name: row[name] for name in slow} == pytest.approx(slow, abs=1e-6)
+        assert other == pytest.approx(row, abs=1e-6)
+
+
+def test_the_demo_tells_the_story_on_the_organism(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli.main(["demo", "--model", "organism", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    for part in ("early site", "late site", "paraphrase", "neighbour"):
+        assert part in said
+    record = json.loads((tmp_path / "edit.json").read_text())
+    assert record["before"]["p_true"] > 0.9
+    assert record["after"]["p_new"] > 0.9
+
+
+def test_the_preset_is_the_one_that_the_sweep_proposed(learnt):
+    model, _ = learnt
+    preset = models.preset(model)
+    assert preset.rome.layer < int(model.cfg.n_layers) // 2 + 1
+    assert preset.window < int(model.cfg.n_layers) // 2
+    C = moments.estimate(model, preset.rome.layer)
+    assert np.isfinite(C.cond)
+    assert C.keys >= 10 * len(C.C)
