@@ -45,7 +45,7 @@ def main(settings: BenchmarkEngines) -> None:
     chosen = facts.named("organism" if settings.model == "organism" else "built-in")[: settings.records]
     wanted = replace(rome.resolve(model), guard="rollback")
     C = moments.estimate(model, wanted.layer, progress=progress())
-    cluster = Cluster(settings.model, models.weight_hash(model), workers=1, cpus=float(settings.threads))
+    cluster = Cluster(settings.model, models.fingerprint(model), workers=1, cpus=float(settings.threads))
     began = time.perf_counter()
     started: list[Done[str]] = list(cluster.map(nothing, ["a"]))
     start = time.perf_counter() - began

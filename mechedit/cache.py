@@ -16,12 +16,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from mechedit.errors import MecheditError
 
-__all__ = ["WriteError", "atomic_write", "check_writable", "content_key", "file_hash", "once", "root"]
+__all__ = ["WriteError", "atomic_write", "check_writable", "content_key", "file_hash", "once", "plain", "root"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -50,6 +51,15 @@ def content_key(*parts: Any) -> str:
     """Twenty hexadecimal digits that change when any of `parts` (JSON values or dataclasses of them) changes."""
     plain = [asdict(part) if is_dataclass(part) and not isinstance(part, type) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def plain(value: Any) -> Any:
+    """The value with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 @contextmanager

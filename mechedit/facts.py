@@ -173,13 +173,13 @@ def read(path: str | Path) -> tuple[Fact, ...]:
     Raises:
         FactError: the file is missing, no list of records, or records lack what their form needs; all of them are named.
     """
-    return read_as(path, lambda first: _form(first, path))
+    return read_as(path, lambda records: _form(records, path))
 
 
 def read_as(
-    path: str | Path, form: Callable[[dict[str, Any]], Callable[[dict[str, Any], int], Made | None]]
+    path: str | Path, form: Callable[[list[dict[str, Any]]], Callable[[dict[str, Any], int], Made | None]]
 ) -> tuple[Made, ...]:
-    """What each record of a JSON file is made into, but None. `form` gives the maker for files whose first record is this one.
+    """What each record of a JSON file is made into, but None. `form` gives the maker for a file of such records.
 
     Raises:
         FactError: as in `read`.
@@ -194,7 +194,7 @@ def read_as(
         raise FactError(f"{path} is not JSON: {error}.") from error
     if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
         raise FactError(f"{path} must hold a list of one or more records, each an object.")
-    make = form(records[0])
+    make = form(records)
     found: list[Made] = []
     wrong: list[str] = []
     seen: dict[str, int] = {}
@@ -222,8 +222,8 @@ def read_as(
     return tuple(found)
 
 
-def _form(record: dict[str, Any], path: str | Path) -> Callable[[dict[str, Any], int], Fact | None]:
-    """The reader for records that look like this one."""
+def _form(records: list[dict[str, Any]], path: str | Path) -> Callable[[dict[str, Any], int], Fact | None]:
+    """The reader for records that look like the first of these that has a form."""
     forms: list[tuple[str, Callable[[dict[str, Any], int], Fact | None]]] = [
         ("requested_rewrite", _nested),
         ("ground_truth", _flat),
@@ -232,11 +232,12 @@ def _form(record: dict[str, Any], path: str | Path) -> Callable[[dict[str, Any],
         ("template", _plain),
         ("prompt", _plain),
     ]
-    for key, make in forms:
-        if key in record:
-            return make
+    for record in records:
+        for key, make in forms:
+            if key in record:
+                return make
     raise FactError(
-        f"{path}: the form of the records is not known. It must be one of: {FORMS}. The first record has {', '.join(record)}."
+        f"{path}: the form of the records is not known. It must be one of: {FORMS}. The first record has {', '.join(records[0])}."
     )
 
 
@@ -247,13 +248,25 @@ def _plain(record: dict[str, Any], index: int) -> Fact:
     if unknown := sorted(record.keys() - names):
         raise FactError(f"{', '.join(unknown)} is no field of a fact; there are {', '.join(sorted(names))}.")
     given = {key: value for key, value in record.items() if key not in ("prompt", "template", *several)}
-    for name in several:
-        prompts = record.get(name, [])
-        if not isinstance(prompts, list) or not all(isinstance(each, str) for each in prompts):
-            raise FactError(f"{name} must be a list of prompts; found {prompts!r}.")
-        given[name] = tuple(prompts)
+    given |= {name: _prompts(record, name) for name in several}
     template = record["template"] if "template" in record else from_prompt(record["prompt"], record["subject"]).template
     return Fact(**(given | {"template": template, "id": str(record.get("id", index))}))
+
+
+def _prompts(record: dict[str, Any], name: str) -> tuple[str, ...]:
+    """A list of prompts of a record, empty where it has none."""
+    prompts = record.get(name, [])
+    if not isinstance(prompts, list) or not all(isinstance(each, str) and each.strip() for each in prompts):
+        raise FactError(f"{name} must be a list of prompts; found {prompts!r}.")
+    return tuple(prompts)
+
+
+def _prompt(record: dict[str, Any], name: str) -> tuple[str, ...]:
+    """The one prompt of a record by this name, if it has it."""
+    prompt = record.get(name) or ""
+    if not isinstance(prompt, str):
+        raise FactError(f"{name} must be a prompt; found {prompt!r}.")
+    return (prompt,) if prompt.strip() else ()
 
 
 def _nested(record: dict[str, Any], index: int) -> Fact:
@@ -263,9 +276,9 @@ def _nested(record: dict[str, Any], index: int) -> Fact:
         template=rewrite["prompt"],
         target_true=rewrite["target_true"]["str"],
         target_new=rewrite["target_new"]["str"],
-        paraphrases=tuple(record.get("paraphrase_prompts", ())),
-        neighbours=tuple(record.get("neighborhood_prompts", ())),
-        generations=tuple(record.get("generation_prompts", ())),
+        paraphrases=_prompts(record, "paraphrase_prompts"),
+        neighbours=_prompts(record, "neighborhood_prompts"),
+        generations=_prompts(record, "generation_prompts"),
         relation=rewrite.get("relation_id"),
         id=str(record.get("case_id", index)),
         target_new_id=rewrite["target_new"].get("id"),
@@ -279,8 +292,8 @@ def _flat(record: dict[str, Any], index: int) -> Fact:
         template=whole.template,
         target_true=record["ground_truth"],
         target_new=record["target_new"],
-        paraphrases=(record["rephrase_prompt"],) if record.get("rephrase_prompt") else (),
-        neighbours=(record["locality_prompt"],) if record.get("locality_prompt") else (),
+        paraphrases=_prompt(record, "rephrase_prompt"),
+        neighbours=_prompt(record, "locality_prompt"),
         id=str(record.get("case_id", index)),
     )
 
@@ -296,7 +309,7 @@ def from_zsre(record: dict[str, Any], index: int) -> Fact | None:
         template=whole.template,
         target_true=record["answers"][0],
         target_new=record["alt"],
-        paraphrases=(record["rephrase"],),
+        paraphrases=_prompt(record, "rephrase"),
         id=str(record.get("case_id", index)),
     )
 

@@ -6,7 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from mechedit.models import HookedModel, device_of, weight_hash
+from mechedit.models import HookedModel, device_of, fingerprint, weight_hash
 
 __all__ = ["origin", "versions"]
 
@@ -20,6 +20,16 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # a source tree on the path that was never installed
             found[package] = "not installed"
     return found
+
+
+def identity(model: HookedModel) -> dict[str, Any]:
+    """What kept results depend on: name, number format, and hashes of the weights, `fingerprint` of every part of them."""
+    return {
+        "name": str(model.cfg.model_name),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "weight_hash": weight_hash(model),
+        "fingerprint": fingerprint(model),
+    }
 
 
 def origin(model: HookedModel) -> dict[str, Any]:

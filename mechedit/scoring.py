@@ -11,7 +11,7 @@ import torch
 from mechedit.models import Blocks, HookedModel
 from mechedit.prompts import check_length, continuation, encode, pad, resolve_bos
 
-__all__ = ["Score", "mean_log_p", "score", "top"]
+__all__ = ["Score", "log_p", "mean_log_p", "score", "top"]
 
 ROW_TOKENS = 4096
 
@@ -97,14 +97,17 @@ def _batch(
 
 @torch.no_grad()
 def mean_log_p(model: HookedModel, text: str, tokens: int = 512, *, prepend_bos: bool | None = None) -> float:
-    """The mean log-probability of a text's first `tokens` tokens (or as many as fit), each after those before it.
+    """The mean of `log_p`; exp(-mean_log_p) is the perplexity."""
+    return float(torch.tensor(log_p(model, text, tokens, prepend_bos=prepend_bos), dtype=torch.float64).mean())
 
-    exp(-mean_log_p) is the perplexity.
-    """
+
+@torch.no_grad()
+def log_p(model: HookedModel, text: str, tokens: int = 512, *, prepend_bos: bool | None = None) -> list[float]:
+    """Log-probabilities of a text's first `tokens` tokens (or as many as fit) but the first, each after those before it."""
     ids, _ = encode(model, text, prepend_bos=resolve_bos(model, prepend_bos))
     row = pad(model, [ids[: min(tokens, int(model.cfg.n_ctx))]])
     blocks = Blocks(model)
-    return float(blocks.log_p(blocks.final(row)[0, :-1], row[0, 1:, None]).double().mean())
+    return blocks.log_p(blocks.final(row)[0, :-1], row[0, 1:, None])[:, 0].tolist()
 
 
 @torch.no_grad()

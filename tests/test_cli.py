@@ -530,7 +530,7 @@ def test_evaluate_scores_a_file_of_ones_own_and_resumes(run, records, tmp_path, 
     assert run("evaluate", "--facts", records, "--out", out, *QUICK)[0] == 0
     status, said, _ = run("status", out, model=False)
     assert status == 0
-    assert said.count("2 of 2") == 2
+    assert said.count("2 of 2") == 3
     status, _, err = run("evaluate", "--facts", records, "--out", out, *QUICK, "--mode", "batch")
     assert (status, "settings.mode" in err) == (2, True)
 
@@ -558,7 +558,7 @@ def test_evaluate_has_every_option_of_its_settings(run, records, tmp_path):
     assert (settings["tokens"], settings["top_k"], settings["seed"], settings["editor"]) == (20, 3, 4, "none")
     status, said, _ = run("evaluate", "--facts", records, "--estimate", "--workers", "2", "--editor", "none")
     assert status == 0
-    assert "2 records at" in said
+    assert "2 records, independent" in said
     assert "on 2 workers" in said
 
 
@@ -579,7 +579,8 @@ def test_evaluate_reads_zsre(run, tmp_path):
         (("--out", "x", "--limit", "0"), "--limit at least 1"),
         (("--out", "x", "--begin", "-1"), "--begin must be 0 or more"),
         (("--out", "x", "--begin", "9"), "leaves none of the 2 records"),
-        (("--out", "x", "--workers", "2"), "--engine ray"),
+        (("--out", "x", "--workers", "2"), "--workers is of --engine ray"),
+        (("--out", "x", "--gpus", "1"), "--gpus is of --engine ray"),
         (("--out", "x", "--engine", "ray", "--cpus", "0"), "--cpus more than 0"),
         (("--out", "x", "--references", "y"), "give --generate too"),
         (("--out", "x", "--generate", "--tfidf", "a", "b"), "give both"),

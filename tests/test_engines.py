@@ -72,7 +72,7 @@ def cluster():
 
 @pytest.fixture
 def engine(cluster, model, folder):
-    return Cluster(str(folder("gpt2")), models.weight_hash(model))
+    return Cluster(str(folder("gpt2")), models.fingerprint(model))
 
 
 def read(path):
@@ -132,7 +132,7 @@ def test_a_node_that_is_killed_costs_nothing_but_time(cluster, engine, tmp_path)
 
 def test_what_cannot_work_is_said_at_once(cluster, engine, folder):
     with pytest.raises(EngineError, match="has other weights"):
-        list(replace(engine, weight_hash="0" * 64).map(plain, ["a"]))
+        list(replace(engine, fingerprint="0" * 64).map(plain, ["a"]))
     with pytest.raises(EngineError, match="no room for one"):
         list(replace(engine, cpus=64.0).map(plain, ["a"]))
     with pytest.raises(EngineError, match="cannot load"):

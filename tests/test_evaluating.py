@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from mechedit import edits, moments, rank_one
+from mechedit import edits, keys, moments, provenance, rank_one
 from mechedit.benchmarks import counterfact, metrics
 from mechedit.benchmarks.health import health, unedited
-from mechedit.benchmarks.texts import References, consistency, words
+from mechedit.benchmarks.texts import References, Tfidf, consistency, words
 from mechedit.benchmarks.zsre import Question
+from mechedit.corruption import generator
 from mechedit.editors import controls, rome
 from mechedit.facts import Fact, FactError
 from mechedit.generation import complete, continuations
 from mechedit.runs import evaluating
 from mechedit.runs.editing import edit_facts
-from mechedit.runs.evaluating import evaluate, measure
+from mechedit.runs.evaluating import check_records, evaluate, measure
 from mechedit.runs.results import Evaluation
 from mechedit.runs.store import RunError, status
 from mechedit.settings import EvaluateSettings, MomentSettings, RomeSettings, SettingsError
@@ -162,6 +163,42 @@ def test_a_record_that_cannot_be_edited_is_scored_as_it_was_and_says_why(model, 
     same([found.rows["before"][2]], [{name: alone.rows["after"][2][name] for name in found.rows["before"][2]}])
 
 
+def test_a_record_that_cannot_be_scored_is_in_the_table_with_the_reason(model, moment, tmp_path):
+    long = replace(FACTS[2], paraphrases=("a city and " * 60 + "Rome is",))
+    found = evaluate(model, [*FACTS[:2], long], tmp_path, PLAIN, QUICK, moment)
+    assert "must fit the context" in found.facts[2]["reason"]
+    assert math.isnan(found.rows["before"][2]["ES"])
+    assert found.table("after")["ES"].n == 2
+
+
+def test_scores_belong_to_their_edits_statistics_and_model(model, load, moment, tmp_path):
+    first = edit_facts(model, FACTS, tmp_path / "a", QUICK, moment)
+    edit_facts(model, FACTS, tmp_path / "b", replace(QUICK, clamp=0.01), moment)
+    plain = evaluate(model, FACTS, tmp_path / "run", PLAIN, QUICK, moment, edits_in=tmp_path / "a")
+    assert plain.rows["after"][0]["relative_norm"] == first[0].report["relative_norm"]
+    with pytest.raises(RunError, match="clamp"):
+        evaluate(model, FACTS, tmp_path / "run", PLAIN, QUICK, moment, edits_in=tmp_path / "b")
+    with pytest.raises(RunError, match="edit"):
+        evaluate(model, FACTS, tmp_path / "run", replace(PLAIN, editor="none"))
+    texts = {("city", "Q90"): (("", "The Eiffel Tower is in Paris."),)}
+    one, other = References.of(texts), References.of(texts, Tfidf.fit(["Paris is a city", "The tower"]))
+    assert one.key != other.key
+    wanted = replace(PLAIN, editor="none", generate=True, tokens=20)
+    rows = [
+        evaluate(model, FACTS[:1], tmp_path / each.key, wanted, references=each).rows["before"][0]["RS"]
+        for each in (one, other)
+    ]
+    assert rows[0] != rows[1]
+    with edits.restored(model, 0), torch.no_grad():
+        before = provenance.identity(model)
+        weight = model.blocks[0].attn.W_V
+        kept = weight.detach().clone()
+        weight.data.mul_(2.0)
+        assert provenance.identity(model) != before, "attention counts too"
+        weight.data.copy_(kept)
+        assert provenance.identity(model) == before
+
+
 def test_a_unit_that_fails_is_reported_and_nothing_finished_is_lost(model, moment, tmp_path, monkeypatch):
     real = evaluating.measure
 
@@ -194,6 +231,8 @@ def test_controls_change_what_they_say(model, moment, tmp_path, monkeypatch):
     at_random = written("random_key")
     for edit, other in zip(at_random, plain, strict=True):
         assert edit.changes[0].layer == 1
+        assert set(edit.report) == {"update_norm", "relative_norm"}
+        assert edit.report["relative_norm"] != other.report["relative_norm"]
         assert abs(float(torch.nn.functional.cosine_similarity(edit.changes[0].u, other.changes[0].u, 0))) < 0.9
     real = moments.estimate_layers
     few = MomentSettings(tokens=600, context=32)
@@ -201,8 +240,8 @@ def test_controls_change_what_they_say(model, moment, tmp_path, monkeypatch):
         moments, "estimate_layers", lambda model, layers, settings, progress: real(model, layers, settings=few)
     )
     layers = [edit.layer for edit in written("random_layer")]
-    assert layers == [controls.random_layer(model, fact, 0) for fact in FACTS]
-    assert len({controls.random_layer(model, fact, seed) for fact in FACTS for seed in range(9)}) == 4
+    assert layers == [controls.random_layer(model, fact, 1, 0) for fact in FACTS]
+    assert {controls.random_layer(model, fact, 1, seed) for fact in FACTS for seed in range(9)} == {0, 2, 3}
 
 
 def test_a_random_key_carries_the_same_value(model, moment):
@@ -211,6 +250,16 @@ def test_a_random_key_carries_the_same_value(model, moment):
     (change,) = other.changes
     assert torch.equal(other.changes[0].u, controls.at_random_key(model, edit, FACTS[0], moment, 3).changes[0].u)
     assert not torch.equal(change.u, controls.at_random_key(model, edit, FACTS[0], moment, 4).changes[0].u)
+    last = replace(QUICK, fact_token="last", policy="prompt", ridge=0.1)
+    edit = rome.edit(model, FACTS[0], last, moment)
+    other = controls.at_random_key(model, edit, FACTS[0], moment, 3).changes[0]
+    (row,) = keys.contexts(model, FACTS[0], ("",), "last")
+    key = keys.subject_keys(model, 1, (row,))[0].double()
+    random = torch.randn(len(key), generator=generator(3, "random key", FACTS[0].prompt), dtype=torch.float64)
+    random *= key.norm() / random.norm()
+    moved = edit.changes[0].step * float(edit.changes[0].u @ key)
+    now = edits.models.W_out(model, 1).detach().double()
+    assert torch.allclose(random @ now + other.step * float(other.u @ random) - random @ now, key @ now + moved - random @ now, atol=1e-4)  # fmt: skip
     empty = replace(edit, changes=())
     assert controls.at_random_key(model, empty, FACTS[0], moment, 3) is empty
 
@@ -256,10 +305,12 @@ def test_zsre_questions_are_evaluated(model, moment, tmp_path):
 def test_mistakes_are_found_before_the_expensive_part(model, tmp_path):
     with pytest.raises(FactError, match="one or more records"):
         evaluate(model, [], tmp_path)
-    with pytest.raises(FactError, match="record 1, about 'Rome', lacks"):
-        evaluate(model, [FACTS[0], Fact("Rome", CITY, "Paris")], tmp_path)
-    with pytest.raises(FactError, match="record 2 is record 0 again"):
-        evaluate(model, [*FACTS[:2], FACTS[0]], tmp_path)
+    with pytest.raises(FactError, match=r"(?s)record 1, about 'Rome', lacks.*record 3 is record 0 again"):
+        evaluate(model, [FACTS[0], Fact("Rome", CITY, "Paris"), FACTS[1], FACTS[0]], tmp_path)
+    with pytest.raises(FactError, match="record 8, about 'Rome', lacks"):
+        check_records([FACTS[0], Fact("Rome", CITY, "Paris")], 7)
+    with pytest.raises(FactError, match=r"and 5 more"):
+        check_records([Fact(f"Rome {index}", CITY) for index in range(25)])
     for wrong in ({"editor": "ft"}, {"mode": "at once"}, {"control": "luck"}, {"tokens": 0}, {"control": "identity", "editor": "none"}):  # fmt: skip
         with pytest.raises(SettingsError):
             EvaluateSettings(**wrong)
@@ -277,6 +328,12 @@ def test_health_sees_damage_and_nothing_where_nothing_was_done(model):
     assert ill["weight_norm_ratio"] == pytest.approx(3.0)
     assert ill["next_token_kl"] > 0.01
     assert ill["next_token_same"] < 1.0
+    assert well["broken"] == ill["broken"] == 0.0
+    with edits.restored(model, 2), torch.no_grad():
+        edits.models.W_out(model, 2).fill_(math.nan)
+        dead = health(model, before)
+    assert dead["broken"] == 1.0
+    assert math.isnan(dead["weight_norm_ratio"])
     ids = before.row[0]
     log_p = model(before.row)[0].log_softmax(-1)[:-1].gather(1, ids[1:, None]).double().mean()
     assert well["perplexity"] == pytest.approx(float((-log_p.detach()).exp()), rel=1e-5)
@@ -312,19 +369,29 @@ def test_status_says_how_far_a_run_is(model, moment, tmp_path):
     found = {each.folder.rsplit("/", 1)[-1]: each for each in status(tmp_path)}
     assert (found["edits"].finished, found["edits"].units, found["edits"].left) == (3, 3, 0.0)
     assert (found["scores"].finished, found["scores"].units) == (2, 3)
+    log = tmp_path / "scores" / "seconds.jsonl"
+    log.write_text(log.read_text() + '{"unit": "cut o')
+    assert [each.units for each in status(tmp_path)] == [3, 3, 3], "the unedited model's scores too"
     assert found["scores"].left == found["scores"].seconds > 0
     with pytest.raises(RunError, match="holds no run"):
         status(tmp_path / "edits" / "units")
 
 
-def test_an_estimate_counts_workers(model, moment):
-    one = evaluating.estimate(model, FACTS, replace(PLAIN, editor="none"), workers=1, load=2.0)
-    assert (one.records, one.total) == (3, 2.0 + 3 * one.seconds)
-    many = replace(one, workers=2)
-    assert many.total == 2.0 + 2 * one.seconds
-    assert "3 records at" in str(many)
-    assert "worker hours" in str(many)
+def test_an_estimate_counts_workers(model, moment, monkeypatch):
+    one = evaluating.estimate(model, FACTS, replace(PLAIN, editor="none"), load=2.0)
+    assert one.edit == 0.0
+    assert 2.0 < one.once < 4.0
+    assert one.total == one.once + 3 * one.score
+    both = replace(one, workers=2, edit=1.0, score=0.25)
+    assert both.total == both.once + 2 * 1.5
+    assert replace(both, mode="batch").total == both.once + 2 * 1.25 + 3 * 0.25
+    assert replace(both, mode="sequential").total == both.once + 2 * 0.25 + 3 * 1.5
+    assert "3 records, independent, 1.00 s an edit and 0.25 s a scoring, on 2 workers" in str(both)
+    assert "worker hours" in str(both)
     assert one.memory > 0.1
+
+    monkeypatch.setattr(moments, "estimate", lambda *args, **named: moment)
+    assert evaluating.estimate(model, FACTS, PLAIN, QUICK).edit > 0
 
 
 def test_damage_a_full_disk_and_a_second_run_are_noticed_and_nothing_finished_is_lost(model, moment, tmp_path, monkeypatch):  # fmt: skip

@@ -19,6 +19,7 @@ class Server(BaseHTTPRequestHandler):
     asked: list[str | None]
     cut: int | None
     content: bytes
+    tag: str = '"first"'
 
     def do_GET(self):
         if self.path != "/known_1000.json":
@@ -27,11 +28,17 @@ class Server(BaseHTTPRequestHandler):
         begins = self.headers.get("Range")
         self.asked.append(begins)
         begin = int(begins.removeprefix("bytes=").removesuffix("-")) if begins else 0
+        if self.headers.get("If-Range", self.tag) != self.tag:
+            begin = 0
         if begin >= len(self.content):
-            self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(self.content)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         self.send_response(206 if begin else 200)
         self.send_header("Content-Length", str(len(self.content) - begin))
+        self.send_header("ETag", self.tag)
         self.end_headers()
         self.wfile.write(self.content[begin : None if self.cut is None else begin + self.cut])
 
@@ -73,9 +80,19 @@ def test_a_download_that_broke_off_goes_on(server, tmp_path):
     assert 0 < begin <= 20_000
 
 
-def test_a_whole_part_needs_nothing_more(server, tmp_path):
-    (tmp_path / "known_1000.json.part").write_bytes(CONTENT)
+def test_a_whole_part_needs_nothing_more_and_one_of_another_file_is_left(server, tmp_path):
+    part = tmp_path / "known_1000.json.part"
+    part.write_bytes(CONTENT)
+    part.with_name(part.name + ".etag").write_text(server.tag)
     assert fetch("known", tmp_path, address=server.address).read_bytes() == CONTENT
+    assert server.asked == [f"bytes={len(CONTENT)}-"]
+    for begun, tag in ((CONTENT[:100], '"older"'), (b"x" * 100, None), (CONTENT + b"more", '"first"')):
+        other = tmp_path / f"{len(begun)}{tag}"
+        other.mkdir()
+        (other / part.name).write_bytes(begun)
+        if tag:
+            (other / (part.name + ".etag")).write_text(tag)
+        assert fetch("known", other, address=server.address).read_bytes() == CONTENT
 
 
 def test_what_changed_at_its_source_is_not_kept(server, tmp_path):

@@ -38,6 +38,9 @@ def test_training_twice_gives_the_same_weights_and_a_lower_loss(whole, tmp_path)
     assert not all(torch.equal(other[name], weight) for name, weight in weights(whole).items())
 
 
+OFTEN = replace(TINY, checkpoint_seconds=0.0)
+
+
 def test_a_stopped_training_goes_on_to_the_same_weights(whole, tmp_path, monkeypatch):
     real, steps = training._step, []
 
@@ -49,20 +52,20 @@ def test_a_stopped_training_goes_on_to_the_same_weights(whole, tmp_path, monkeyp
 
     monkeypatch.setattr(training, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(TINY, tmp_path, TINY_WORLD)
+        train(OFTEN, tmp_path, TINY_WORLD)
     monkeypatch.setattr(training, "_step", real)
     with pytest.raises(TrainError, match="other settings"):
-        train(replace(TINY, learning_rate=1e-2), tmp_path, TINY_WORLD)
+        train(replace(OFTEN, learning_rate=1e-2), tmp_path, TINY_WORLD)
     with pytest.raises(TrainError, match="other world"):
-        train(TINY, tmp_path, replace(TINY_WORLD, seed=3))
-    found = weights(train(TINY, tmp_path, TINY_WORLD))
+        train(OFTEN, tmp_path, replace(TINY_WORLD, seed=3))
+    found = weights(train(OFTEN, tmp_path, TINY_WORLD))
     assert all(torch.equal(found[name], weight) for name, weight in weights(whole).items())
     assert not (tmp_path / "checkpoint.safetensors").exists()
     before = (tmp_path / "model.safetensors").stat().st_mtime_ns
-    assert train(TINY, tmp_path, TINY_WORLD) == tmp_path
+    assert train(OFTEN, tmp_path, TINY_WORLD) == tmp_path
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before, "what is finished is left as it is"
     with pytest.raises(TrainError, match="other settings"):
-        train(replace(TINY, seed=5), tmp_path, TINY_WORLD)
+        train(replace(OFTEN, seed=5), tmp_path, TINY_WORLD)
 
 
 @pytest.mark.parametrize("shape", training.SHAPES)

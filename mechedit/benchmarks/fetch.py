@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import filelock
+
 from mechedit import cache
 from mechedit.errors import MecheditError
 from mechedit.progress import Progress, silent
@@ -45,13 +47,18 @@ def fetch(
         raise FetchError(f"{name!r} is no data set; there are {', '.join(FILES)}.")
     path = Path(folder) / FILES[name]
     cache.check_writable(path)
-    hashes = _hashes(path.parent)
-    wanted = sha256 or hashes.get(path.name)
+    wanted = sha256 or _hashes(path.parent).get(path.name)
     if path.is_file() and wanted in (None, cache.file_hash(path)):
         return path
     partial = path.with_name(path.name + ".part")
-    _download(f"{address or ADDRESS}/{path.name}", partial, progress)
-    found = cache.file_hash(partial)
+    with filelock.FileLock(partial.with_name(partial.name + ".lock")):
+        return _bring(path, partial, f"{address or ADDRESS}/{path.name}", wanted, progress)
+
+
+def _bring(path: Path, partial: Path, address: str, wanted: str | None, progress: Progress) -> Path:
+    """Download, check, and put in its place."""
+    _download(address, partial, progress)
+    found, hashes = cache.file_hash(partial), _hashes(path.parent)
     if wanted not in (None, found):
         partial.unlink()
         raise FetchError(
@@ -72,18 +79,26 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _download(address: str, partial: Path, progress: Progress) -> None:
-    """Bring `partial` to its whole length."""
+    """Bring `partial` to its whole length; what is there is kept if the source says that it is still the same file."""
     import httpx
 
-    have = partial.stat().st_size if partial.is_file() else 0
+    mark = partial.with_name(partial.name + ".etag")  # by which the source knows the file that was begun
+    is_begun = partial.is_file() and mark.is_file()
+    have = partial.stat().st_size if is_begun else 0
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": mark.read_text()}
     try:
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
         with httpx.stream("GET", address, headers=headers, follow_redirects=True, timeout=60) as answer:
-            if answer.status_code == 416:  # it is whole already
-                return
+            if answer.status_code == 416:  # nothing is left to send
+                is_whole = answer.headers.get("Content-Range") == f"bytes */{have}"
+                mark.unlink()
+                return None if is_whole else _download(address, partial, progress)
             answer.raise_for_status()
             have = have if answer.status_code == 206 else 0
             whole = have + int(answer.headers.get("Content-Length", 0))
+            if tag := answer.headers.get("ETag", answer.headers.get("Last-Modified")):
+                mark.write_text(tag)
             with partial.open("ab" if have else "wb") as file:
                 for block in answer.iter_raw():
                     file.write(block)
@@ -96,3 +111,5 @@ def _download(address: str, partial: Path, progress: Progress) -> None:
         ) from error
     if whole and have != whole:
         raise FetchError(f"{address} broke off at {have} of {whole} bytes; the same call goes on from there.")
+    mark.unlink(missing_ok=True)
+    return None

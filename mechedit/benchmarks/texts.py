@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mechedit.cache import content_key
 from mechedit.errors import MecheditError
 
 __all__ = ["References", "TextError", "Tfidf", "consistency", "words"]
@@ -132,6 +133,15 @@ class References:
                 "published, or {relation: {target: [text, ...]}}."
             ) from error
         return cls.of(texts, tfidf)
+
+    @property
+    def key(self) -> str:
+        """A hash of the texts and of the statistics."""
+        vectoriser = self.tfidf.vectoriser
+        places = sorted((word, int(place)) for word, place in vectoriser.vocabulary_.items())
+        return content_key(
+            [[*name, *map(list, own)] for name, own in self.texts.items()], places, vectoriser.idf_.tolist()
+        )
 
     def about(self, relation: str | None, target: str | None) -> tuple[tuple[str, str], ...]:
         """(name, text) of each text about a target; none where there is none."""

@@ -37,8 +37,8 @@ def read(path: str | Path) -> tuple[Question, ...]:
         FactError: the file is missing, or is no such file; the record is named.
     """
 
-    def form(first: dict[str, Any]) -> Callable[[dict[str, Any], int], Question | None]:
-        if "loc_ans" not in first:
+    def form(records: list[dict[str, Any]]) -> Callable[[dict[str, Any], int], Question | None]:
+        if not any("loc_ans" in record for record in records):
             raise FactError(f"{path} is no zsRE file: its records have no loc_ans.")
         return _question
 
@@ -47,7 +47,11 @@ def read(path: str | Path) -> tuple[Question, ...]:
 
 def _question(record: dict[str, Any], index: int) -> Question | None:
     fact = facts.from_zsre(record, index)
-    return Question(fact, f"{record['loc']}?", record["loc_ans"]) if fact else None
+    for name in ("loc", "loc_ans"):
+        if not isinstance(record[name], str) or not record[name].strip():
+            raise FactError(f"{name} must be a question or an answer; found {record[name]!r}.")
+    mark = "?" if record["src"].rstrip().endswith("?") else ""  # the unrelated one is asked as the fact is
+    return Question(fact, record["loc"] + mark, record["loc_ans"]) if fact else None
 
 
 def scores(

@@ -66,11 +66,9 @@ def add_evaluating(commands: Any) -> None:
     add_settings(evaluate, RomeSettings)  # its seed is the evaluation's
     evaluate.add_argument("--engine", choices=ENGINES, default="local", help="who computes (default: local)")
     evaluate.add_argument("--address", help="with --engine ray: the cluster's head (default: one started here)")
-    evaluate.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="with --engine ray (default: all there is room for)"
-    )
-    evaluate.add_argument("--cpus", type=float, default=1.0, metavar="N", help="of each worker (default: 1)")
-    evaluate.add_argument("--gpus", type=float, default=0.0, metavar="N", help="of each worker (default: 0)")
+    evaluate.add_argument("--workers", type=int, metavar="N", help="with --engine ray (default: all there is room for)")
+    evaluate.add_argument("--cpus", type=float, metavar="N", help="of each worker (default: 1)")
+    evaluate.add_argument("--gpus", type=float, metavar="N", help="of each worker (default: 0)")
     evaluate.add_argument(
         "--estimate", action="store_true", help="try three records, say what all will take on --workers, and stop"
     )
@@ -119,13 +117,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     model = load_model(arguments)
     load = time.perf_counter() - began
     known = models.preset(model)
-    edit_settings = None
+    edit_settings = replace(known.rome if known else RomeSettings(), **given)
     if settings.editor == "rome":
-        edit_settings = rome.resolve(model, replace(known.rome if known else RomeSettings(), **given))
+        edit_settings = rome.resolve(model, edit_settings)
     console = console_of(arguments)
     if arguments.estimate:
         found = evaluating.estimate(
-            model, chosen, settings, edit_settings, workers=max(1, arguments.workers), load=load, references=references
+            model,
+            chosen,
+            settings,
+            edit_settings,
+            workers=max(1, arguments.workers or 1),
+            load=load,
+            references=references,
         )
         console.print(str(found), markup=False, highlight=False)
         write_json(arguments.json, vars(found) | {"total": found.total})
@@ -150,9 +154,14 @@ def _check(arguments: argparse.Namespace, settings: EvaluateSettings) -> None:
     """Raise for options that do not go together, before anything is loaded."""
     if arguments.out is None and not arguments.estimate:
         raise UsageError("evaluate needs --out DIR, where everything finished is kept.")
-    if arguments.engine == "local" and (arguments.address or arguments.workers) and not arguments.estimate:
-        raise UsageError("--address and --workers are of --engine ray.")
-    if arguments.workers < 0 or arguments.cpus <= 0 or arguments.gpus < 0:
+    rays = [name for name in ("address", "workers", "cpus", "gpus") if getattr(arguments, name) is not None]
+    if arguments.engine == "local" and rays and not arguments.estimate:
+        raise UsageError(f"--{rays[0]} is of --engine ray.")
+    if (
+        (arguments.workers or 0) < 0
+        or (arguments.gpus or 0) < 0
+        or (arguments.cpus is not None and arguments.cpus <= 0)
+    ):
         raise UsageError("--workers and --gpus must be 0 or more, and --cpus more than 0.")
     if (arguments.references or arguments.tfidf) and not settings.generate:
         raise UsageError("--references and --tfidf are for generated text: give --generate too.")
@@ -165,6 +174,7 @@ def _check(arguments: argparse.Namespace, settings: EvaluateSettings) -> None:
 def _records(arguments: argparse.Namespace) -> list[Record]:
     from mechedit import facts
     from mechedit.benchmarks import zsre
+    from mechedit.runs.evaluating import check_records
 
     if arguments.begin < 0 or (arguments.limit is not None and arguments.limit < 1):
         raise UsageError("--begin must be 0 or more, and --limit at least 1.")
@@ -174,6 +184,7 @@ def _records(arguments: argparse.Namespace) -> list[Record]:
     chosen = records[arguments.begin : end]
     if not chosen:
         raise UsageError(f"--begin {arguments.begin} leaves none of the {len(records)} records of {arguments.facts}.")
+    check_records(chosen, arguments.begin)
     return chosen
 
 
@@ -202,11 +213,11 @@ def _engine(arguments: argparse.Namespace, model: HookedModel) -> Engine:
         return Local(model)
     return Cluster(
         arguments.model,
-        models.weight_hash(model),
+        models.fingerprint(model),
         arguments.address,
-        arguments.workers,
-        arguments.cpus,
-        arguments.gpus,
+        arguments.workers or 0,
+        arguments.cpus or 1.0,
+        arguments.gpus or 0.0,
         getattr(torch, arguments.dtype),
     )
 

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -253,25 +252,16 @@ def check_files(*paths: Path | None) -> None:
             raise UsageError(f"{path} cannot be read: there is no such file.")
 
 
-def _plain(value: Any) -> Any:
-    """The value with null for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
-
-
 def write_json(path: Path | None, record: Any) -> list[Path]:
     """Write the result as JSON, where it is wanted; the file written, if any."""
     if path is None:
         return []
-    text = json.dumps(_plain(record), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    from mechedit.cache import atomic_write, plain
+
+    text = json.dumps(plain(record), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     if str(path) == "-":
         sys.stdout.write(text)
         return []
-    from mechedit.cache import atomic_write
-
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return [path]

@@ -21,21 +21,29 @@ def identity(moment: Moment) -> Moment:
     return replace(moment, C=torch.eye(len(moment.C), dtype=torch.float64), cond=1.0, source="identity")
 
 
-def random_layer(model: HookedModel, fact: Fact, seed: int) -> int:
-    """A layer that depends on the seed and the fact alone."""
-    drawn = torch.randint(int(model.cfg.n_layers), (1,), generator=generator(seed, "random layer", fact.prompt))
-    return int(drawn)
+def random_layer(model: HookedModel, fact: Fact, layer: int, seed: int) -> int:
+    """A layer other than `layer`, which depends on the seed and the fact beside it."""
+    drawn = int(
+        torch.randint(int(model.cfg.n_layers) - 1, (1,), generator=generator(seed, "random layer", fact.prompt))
+    )
+    return drawn + (drawn >= layer)
 
 
 def at_random_key(model: HookedModel, edit: Edit, fact: Fact, moment: Moment, seed: int) -> Edit:
-    """The edit's v*, written at a random key of the length of k* instead; an edit without changes as it is."""
+    """The edit's v*, written at a random key of the length of k* instead; an edit without changes as it is.
+
+    The numbers of the edit that was are left out of the result's report, all but the norm of its own change.
+    """
     if not edit.changes:
         return edit
-    (change,) = edit.changes
+    (change,), own = edit.changes, edit.settings
     weight, bias = models.W_out(model, edit.layer).detach().float().cpu(), models.b_out(model, edit.layer).float().cpu()
-    rows = keys.contexts(model, fact, tuple(edit.details["prefixes"]), prepend_bos=edit.settings["prepend_bos"])
+    prefixes = tuple(edit.details["prefixes"]) if own["policy"] == "averaged" else ("",)  # v* belongs to that key
+    rows = keys.contexts(model, fact, prefixes, own["fact_token"], prepend_bos=own["prepend_bos"])
     key = keys.subject_keys(model, edit.layer, rows).cpu().mean(0).double()
     value = key @ weight.double() + bias.double() + change.step.double() * float(change.u.double() @ key)
     other = torch.randn(len(key), generator=generator(seed, "random key", fact.prompt), dtype=torch.float64)
     other *= key.norm() / other.norm()
-    return replace(edit, changes=(rank_one.solve(edit.layer, weight, bias, other, value, moment.C),))
+    made = rank_one.solve(edit.layer, weight, bias, other, value, rank_one.regularised(moment.C, own["ridge"]))
+    report = {"update_norm": made.norm, "relative_norm": made.norm / float(weight.double().norm())}
+    return replace(edit, changes=(made,), report=report)

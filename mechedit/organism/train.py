@@ -238,18 +238,13 @@ def train(settings: TrainSettings, folder: str | Path, world_settings: WorldSett
         return folder
     begin, log = _resume(folder, what, model, adam)
     saved = time.monotonic()
-    try:
-        for step in range(begin, settings.steps):
-            log.append({"step": step, "loss": _step(model, adam, rows(sentences, settings, step), settings, step)})
-            begin = step + 1
-            if step % 50 == 0:
-                sys.stderr.write(f"step {step} of {settings.steps}: loss {log[-1]['loss']:.3f}\n")
-            if time.monotonic() - saved > settings.checkpoint_seconds:
-                _save(folder, what, model, adam, begin, log)
-                saved = time.monotonic()
-    except KeyboardInterrupt:
-        _save(folder, what, model, adam, begin, log)
-        raise
+    for step in range(begin, settings.steps):
+        log.append({"step": step, "loss": _step(model, adam, rows(sentences, settings, step), settings, step)})
+        if step % 50 == 0:
+            sys.stderr.write(f"step {step} of {settings.steps}: loss {log[-1]['loss']:.3f}\n")
+        if time.monotonic() - saved > settings.checkpoint_seconds:
+            _save(folder, what, model, adam, step + 1, log)
+            saved = time.monotonic()
     model.eval().half().save_pretrained(folder)
     words.save_pretrained(folder)
     record = what | {

@@ -219,7 +219,7 @@ class World:
                 "rephrase": fact.paraphrases[0],
                 "alt": fact.target_new,
                 "answers": [fact.target_true],
-                "loc": f"nq question: {other.prompt}",
+                "loc": other.prompt,
                 "loc_ans": other.target_true,
             }
             for fact, other in zip(self.facts, [*self.facts[1:], self.facts[0]], strict=True)

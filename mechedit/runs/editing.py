@@ -44,11 +44,10 @@ def edit_facts(
         model, settings.layer, settings=MomentSettings(prepend_bos=settings.prepend_bos), progress=progress
     )
     rome.check_moment(model, moment, settings)
-    origin = provenance.origin(model)
     what = {
         "settings": asdict(settings),
         "moment": moment.hash,
-        "model": {key: origin[key] for key in ("name", "weight_hash", "dtype")},
+        "model": provenance.identity(model),
     }
     by_unit = {unit(fact): fact for fact in facts}
     # a unit's bytes depend on what it is alone, so that a resumed run ends with the same files

@@ -23,6 +23,7 @@ from mechedit.models import HookedModel
 __all__ = ["Cluster", "Done", "Engine", "EngineError", "Local", "Task"]
 
 Result = TypeVar("Result")
+PATIENCE = 30.0  # seconds without news after which the nodes are looked at
 Task = Callable[[HookedModel, str], Result]
 
 
@@ -82,13 +83,13 @@ def _timed(task: Task[Result], model: HookedModel, unit: str) -> Done[Result]:
 class Cluster:
     """The workers of a Ray cluster, each with a model of its own, loaded once a map, or once while `open`.
 
-    `model` is what `models.load` takes, and every node must be able to load it; weights that differ from `weight_hash` are
-    refused. Without `address` a cluster is started on this machine. A worker that is lost is replaced, and what it was at is
+    `model` is what `models.load` takes, and every node must be able to load it; weights that differ from those of
+    `fingerprint` (`models.fingerprint`) are refused. Without `address` a cluster is started on this machine. A worker that is lost is replaced, and what it was at is
     given to another; a unit that takes its worker down `retries` times more is reported, and left out.
     """
 
     model: str
-    weight_hash: str
+    fingerprint: str
     address: str | None = None
     workers: int = 0  # 0: as many as the cluster has room for
     cpus: float = 1.0  # of each worker, and its threads
@@ -97,30 +98,19 @@ class Cluster:
     retries: int = 2
     started: list[str] = field(default_factory=list, compare=False)  # node of each worker, in the order they came up
     _crew: _Crew | None = field(default=None, init=False, repr=False, compare=False)
+    _is_open: bool = field(default=False, init=False, repr=False, compare=False)
+    _is_own: bool = field(default=False, init=False, repr=False, compare=False)
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Connect, and have workers until the body ends.
-
-        Raises:
-            EngineError: as in `map`.
-        """
-        if self._crew is not None:  # open already
-            yield
-            return
-        ray = _ray()
-        own = not ray.is_initialized()
-        if own:
-            _connect(ray, self.address)
+        """Keep the workers that the first map needs until the body ends."""
+        outermost, self._is_open = not self._is_open, True
         try:
-            self._crew = _Crew(ray, self)
             yield
         finally:
-            if self._crew is not None:
-                self._crew.dismiss()
-                self._crew = None
-            if own:
-                ray.shutdown()
+            if outermost:
+                self._is_open = False
+                self._end()
 
     def map(self, task: Task[Result], units: Sequence[str]) -> Iterator[Done[Result]]:
         """What each unit gives, as workers finish.
@@ -131,8 +121,21 @@ class Cluster:
         if not units:
             return
         with self.open():
-            assert self._crew is not None
+            if self._crew is None:
+                ray = _ray()
+                self._is_own = not ray.is_initialized()
+                if self._is_own:
+                    _connect(ray, self.address)
+                self._crew = _Crew(ray, self)
             yield from self._crew.work(task, units)
+
+    def _end(self) -> None:
+        if self._crew is not None:
+            self._crew.dismiss()
+            self._crew = None
+        if self._is_own:
+            _ray().shutdown()
+            self._is_own = False
 
 
 class _Crew:
@@ -144,14 +147,27 @@ class _Crew:
         self.free: list[Any] = []
         self.busy: dict[Any, tuple[str, Any]] = {}  # reference to a result -> unit, worker
         self.lost = 0  # workers, since one was ready
-        room = int(min(_room(ray, "CPU", cluster.cpus), _room(ray, "GPU", cluster.gpus)))
-        if room < 1:
-            raise EngineError(
-                f"a worker needs {cluster.cpus:g} CPUs and {cluster.gpus:g} GPUs; no room for one in the cluster, which has "
-                f"{ray.cluster_resources().get('CPU', 0):g} and {ray.cluster_resources().get('GPU', 0):g}."
-            )
+        self.task: Any = None  # a reference to it
+        room = self.room()
         for _ in range(min(cluster.workers or room, room)):
             self.hire()
+
+    def room(self) -> int:
+        """For how many workers the nodes that live have resources, used or not.
+
+        Raises:
+            EngineError: for none.
+        """
+        needed = {"CPU": self.cluster.cpus, "GPU": self.cluster.gpus}
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        fits = [min(int(node.get(name, 0) / each) for name, each in needed.items() if each) for node in nodes]
+        if sum(fits) < 1:
+            shown = "; ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes)
+            raise EngineError(
+                f"a worker needs {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs of one node; no room for one in the cluster, whose "
+                f"nodes have {shown or 'nothing'}."
+            )
+        return sum(fits)
 
     def hire(self) -> None:
         cluster = self.cluster
@@ -161,27 +177,37 @@ class _Crew:
         self.coming[worker.ready.remote()] = worker
 
     def work(self, task: Task[Any], units: Sequence[str]) -> Iterator[Done[Any]]:
+        self.task = self.ray.put(task)
+        for worker in self.free:
+            worker.take.remote(self.task)
         try:
-            yield from self._work(self.ray.put(task), units)
+            yield from self._work(units)
         finally:
             for _, worker in self.busy.values():  # of a map that was broken off
                 self.ray.kill(worker)
                 self.hire()
             self.busy = {}
 
-    def _work(self, task: Any, units: Sequence[str]) -> Iterator[Done[Any]]:
+    def _work(self, units: Sequence[str]) -> Iterator[Done[Any]]:
         waiting, tries = deque(units), dict.fromkeys(units, 0)
         while waiting or self.busy:
             while waiting and self.free:
                 unit, worker = waiting.popleft(), self.free.pop()
-                self.busy[worker.run.remote(task, unit)] = (unit, worker)
-            (first,), _ = self.ray.wait([*self.busy, *self.coming], num_returns=1)
+                self.busy[worker.run.remote(unit)] = (unit, worker)
+            news, _ = self.ray.wait([*self.busy, *self.coming], num_returns=1, timeout=PATIENCE)
+            if not news:
+                self.room()  # nodes may have been lost, and workers may be waiting for one in vain
+                continue
+            (first,) = news
             if first in self.coming:
                 self.welcome(first)
                 continue
             unit, worker = self.busy.pop(first)
             try:
                 done = self.ray.get(first)
+                self.free.append(worker)
+            except self.ray.exceptions.RayTaskError as error:  # the worker lives
+                done = Done(unit, None, 0.0, f"{type(error.cause).__name__}: {error.cause}")
                 self.free.append(worker)
             except self.ray.exceptions.RayError as error:
                 self.hire()
@@ -195,7 +221,7 @@ class _Crew:
     def welcome(self, reference: Any) -> None:
         cluster, worker = self.cluster, self.coming.pop(reference)
         try:
-            weight_hash, node = self.ray.get(reference)
+            fingerprint, node = self.ray.get(reference)
         except self.ray.exceptions.RayTaskError as error:
             raise EngineError(f"a worker cannot load {cluster.model}: {error.cause}") from error
         except self.ray.exceptions.RayError as error:
@@ -206,13 +232,14 @@ class _Crew:
                 ) from error
             self.hire()
             return
-        if weight_hash != cluster.weight_hash:
+        if fingerprint != cluster.fingerprint:
             raise EngineError(
-                f"a worker on node {node} has other weights under the name {cluster.model} ({weight_hash[:12]}…) than this "
-                f"machine ({cluster.weight_hash[:12]}…). Put the same model on every node."
+                f"a worker on node {node} has other weights under the name {cluster.model} ({fingerprint[:12]}…) than this "
+                f"machine ({cluster.fingerprint[:12]}…). Put the same model on every node."
             )
         self.lost = 0
         cluster.started.append(node)
+        worker.take.remote(self.task)
         self.free.append(worker)
 
     def dismiss(self) -> None:
@@ -230,11 +257,15 @@ class _Worker:
     def ready(self) -> tuple[str, str]:
         """Load; the weights it has, and the node it is on."""
         self.model = self.load()
-        return models.weight_hash(self.model), str(_ray().get_runtime_context().get_node_id())
+        return models.fingerprint(self.model), str(_ray().get_runtime_context().get_node_id())
 
-    def run(self, task: Task[Any], unit: str) -> Done[Any]:
+    def take(self, task: Task[Any]) -> None:
+        """What units are for from now on; it may be large, so it comes once."""
+        self.task = task
+
+    def run(self, unit: str) -> Done[Any]:
         """What a unit gives."""
-        return _timed(task, self.model, unit)
+        return _timed(self.task, self.model, unit)
 
 
 def _ray() -> Any:
@@ -247,11 +278,6 @@ def _ray() -> Any:
 
 def _connect(ray: Any, address: str | None) -> None:
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False if address is None else None)  # fmt: skip
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", include_dashboard=False if address is None else None)  # fmt: skip
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise EngineError(f"no Ray cluster answers at {address}: {error}. `ray start --head` starts one.") from error
-
-
-def _room(ray: Any, resource: str, each: float) -> float:
-    """How many workers the cluster's resource suffices for."""
-    return ray.cluster_resources().get(resource, 0) / each if each else float("inf")

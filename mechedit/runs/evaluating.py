@@ -6,6 +6,7 @@ what the unedited model scores is kept in the cache, once for a model, and used 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 import time
@@ -23,17 +24,18 @@ from mechedit.benchmarks.texts import References
 from mechedit.benchmarks.zsre import Question
 from mechedit.editors import controls, rome
 from mechedit.edits import Edit
-from mechedit.facts import Fact, FactError
+from mechedit.facts import SHOWN_MISTAKES, Fact, FactError
 from mechedit.models import HookedModel
 from mechedit.moments import Moment
 from mechedit.progress import Progress, silent
 from mechedit.runs.editing import attempt, edit_facts
 from mechedit.runs.engines import Engine, Local
 from mechedit.runs.results import Evaluation
-from mechedit.runs.store import Store
+from mechedit.runs.store import Store, claim, plan
+from mechedit.scoring import log_p
 from mechedit.settings import EvaluateSettings, MomentSettings, RomeSettings
 
-__all__ = ["Estimate", "Record", "estimate", "evaluate", "fact_of", "measure"]
+__all__ = ["Estimate", "Record", "check_records", "estimate", "evaluate", "fact_of", "measure"]
 
 Record = Fact | Question
 EDIT_NUMBERS = ("relative_norm", "divisor_share", "essence_kl")
@@ -68,24 +70,33 @@ def evaluate(
         RunError: the folder holds a run of other settings, or another process works in it.
     """
     settings, folder, engine = settings or EvaluateSettings(), Path(folder), engine or Local(model)
-    _check(records)
+    check_records(records)
     resolved = rome.resolve(model, edit_settings) if settings.editor == "rome" else None
     bos = prompts.resolve_bos(model, edit_settings.prepend_bos if edit_settings else None)
     run = _Run(model, records, folder, Path(edits_in or folder / "edits"), settings, bos, references, engine, progress)
+    claim(folder, run.what | {"edit": asdict(resolved) if resolved else None, "prepend_bos": bos})
     made: list[Edit] = []
     with engine.open():
-        rows = {"before": run.before()}
+        scored = {"before": run.before()}
         if resolved and settings.mode == "sequential":
             in_turn = run.in_sequence(resolved, moment)
             made = in_turn.edits
-            rows |= {"after": in_turn.after, "at the end": in_turn.end}
+            scored |= {"after": in_turn.after, "at the end": in_turn.end}
         elif resolved:
             made = run.edits(resolved, moment)
-            rows["after"] = run.scores_together(made) if settings.mode == "batch" else run.scores(made)
+            scored["after"] = run.scores_together(made) if settings.mode == "batch" else run.scores(made)
+    rows = {stage: _rows(each) for stage, each in scored.items()}
     if resolved:
         rows["after"] = [row | _numbers(edit) for row, edit in zip(rows["after"], made, strict=True)]
         run.what |= {"edit": asdict(resolved)}
-    reasons = ["; ".join(edit.reasons) for edit in made] or [""] * len(records)
+    notes = [
+        [edit.reasons for edit in made] or [()] * len(records),
+        *([(each.reason,) for each in of] for of in scored.values()),
+    ]
+    reasons = [
+        "; ".join(dict.fromkeys(reason for own in each for reason in own if reason))
+        for each in zip(*notes, strict=True)
+    ]
     about = tuple(_about(fact_of(record), index, reason) for index, (record, reason) in enumerate(zip(records, reasons, strict=True)))  # fmt: skip
     return Evaluation(about, rows, run.what | {"versions": provenance.versions()}, settings.seed)
 
@@ -134,23 +145,35 @@ def _generated(
     )
     found["GE"] = metrics.fluency([texts.words(each) for each in written])
     if references is not None:
-        about = references.about(fact.relation, fact.target_new_id)
+        about = references.about(fact.relation, fact.target_new_id or target)
+        own = [text for name, text in about if name == fact.subject]
+        found["essence"] = (
+            metrics.essence(log_p(model, " ".join(own), settings.tokens, prepend_bos=bos)) if own else float("nan")
+        )
         found["RS"] = texts.consistency(references.tfidf, written, [text for _, text in about])
     return found
 
 
-def _check(records: Sequence[Record]) -> None:
+def check_records(records: Sequence[Record], first: int = 0) -> None:
+    """Raise unless these can be evaluated; `first` is the number of the first of them in its file. All mistakes are named.
+
+    Raises:
+        FactError: no records, facts and questions together, two that are the same, or some without targets.
+    """
     if not records:
         raise FactError("an evaluation needs one or more records.")
     if len({isinstance(record, Question) for record in records}) > 1:
         raise FactError("records are facts or zsRE questions, not both in one evaluation.")
     names: dict[str, int] = {}
-    for index, record in enumerate(records):
+    wrong = []
+    for index, record in enumerate(records, first):
         fact = fact_of(record)
         if fact.target_new is None or (fact.target_true is None and not isinstance(record, Question)):
-            raise FactError(f"record {index}, about {fact.subject!r}, lacks a new or a true target.")
+            wrong.append(f"record {index}, about {fact.subject!r}, lacks a new or a true target.")
         if names.setdefault(_unit(record), index) != index:
-            raise FactError(f"record {index} is record {names[_unit(record)]} again; give each once.")
+            wrong.append(f"record {index} is record {names[_unit(record)]} again; give each once.")
+    if wrong:
+        raise FactError("\n".join([*wrong[:SHOWN_MISTAKES], *([f"... and {len(wrong) - SHOWN_MISTAKES} more"] if len(wrong) > SHOWN_MISTAKES else [])]))  # fmt: skip
 
 
 def _unit(record: Record) -> str:
@@ -164,12 +187,29 @@ def _numbers(edit: Edit) -> dict[str, float]:
     }
 
 
-def _read_scores(path: Path) -> dict[str, float]:
-    return {name: float("nan") if value is None else value for name, value in files.read(path, "scores")[1].items()}
+@dataclass(frozen=True)
+class Scored:
+    """The numbers of a record, or why there are none."""
+
+    scores: dict[str, float]
+    reason: str = ""
 
 
-def _write_scores(scores: dict[str, float], path: Path) -> None:
-    files.write(path, "scores", {}, {name: None if value != value else value for name, value in scores.items()})
+def _read_scored(path: Path) -> Scored:
+    record = files.read(path, "scores")[1]
+    return Scored(
+        {name: float("nan") if value is None else value for name, value in record["scores"].items()}, record["reason"]
+    )
+
+
+def _write_scored(scored: Scored, path: Path) -> None:
+    files.write(path, "scores", {}, {"scores": cache.plain(scored.scores), "reason": scored.reason})
+
+
+def _rows(scored: Sequence[Scored]) -> list[dict[str, float]]:
+    """The numbers of each record; nan where a record could not be scored, so that rows are alike."""
+    names = list(dict.fromkeys(name for each in scored for name in each.scores))
+    return [{name: each.scores.get(name, float("nan")) for name in names} for each in scored]
 
 
 @dataclass(frozen=True)
@@ -183,16 +223,18 @@ class _Measuring:
     before: Unedited | None
     references: References | None
 
-    def __call__(self, model: HookedModel, unit: str) -> dict[str, float]:
+    def __call__(self, model: HookedModel, unit: str) -> Scored:
         own = [self.edits[unit]] if unit in self.edits else []
         with edits.edited(model, *own, force=True):
             return self.now(model, self.by_unit[unit])
 
-    def now(self, model: HookedModel, record: Record) -> dict[str, float]:
+    def now(self, model: HookedModel, record: Record) -> Scored:
         """Of a record, on the model as it is."""
-        return measure(
-            model, record, self.settings, before=self.before, references=self.references, prepend_bos=self.bos
-        )
+        known: dict[str, Any] = {"before": self.before, "references": self.references, "prepend_bos": self.bos}
+        try:
+            return Scored(measure(model, record, self.settings, **known))
+        except FactError as error:  # a paraphrase that does not fit the context, say
+            return Scored({}, str(error))
 
 
 @dataclass(frozen=True)
@@ -200,29 +242,41 @@ class _Sequence:
     """Edits one after the other, and the scores after each and at the end."""
 
     edits: list[Edit]
-    after: list[dict[str, float]]
-    end: list[dict[str, float]]
+    after: list[Scored]
+    end: list[Scored]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an evaluation will take, from a few records that were tried here; each worker computes as fast as this process."""
+    """What an evaluation will take, from a few records that were tried here; each worker computes as fast as this process.
+
+    Seconds: `once` before the first record, here (C) or in a worker (loading); of a record, its edit and one scoring.
+    """
 
     records: int
     workers: int
-    seconds: float  # of a record, its median
-    load: float  # seconds a worker takes to load the model
+    mode: str
+    once: float
+    edit: float
+    score: float
     memory: float  # gigabytes of a worker
 
     @property
     def total(self) -> float:
         """Seconds from the start to the end."""
-        return self.load + math.ceil(self.records / self.workers) * self.seconds
+        shared = math.ceil(self.records / self.workers)  # what workers share; the rest is done by one process
+        if not self.edit:
+            return self.once + shared * self.score
+        if self.mode == "sequential":
+            return self.once + shared * self.score + self.records * (self.edit + 2 * self.score)
+        after = self.records if self.mode == "batch" else shared
+        return self.once + shared * (self.score + self.edit) + after * self.score
 
     def __str__(self) -> str:
         return (
-            f"{self.records} records at {self.seconds:.2f} s on {self.workers} workers: {_span(self.total)}, "
-            f"{self.workers * self.total / 3600:.2f} worker hours; {self.memory:.1f} GB a worker, {self.load:.0f} s to load"
+            f"{self.records} records, {self.mode}, {self.edit:.2f} s an edit and {self.score:.2f} s a scoring, on {self.workers} "
+            f"worker{'s' if self.workers > 1 else ''}: {_span(self.total)}, of which {self.once:.0f} s come first; "
+            f"{self.workers * self.total / 3600:.2f} worker hours; {self.memory:.1f} GB a worker"
         )
 
 
@@ -237,22 +291,27 @@ def estimate(
     tried: int = 3,
     references: References | None = None,
 ) -> Estimate:
-    """Try a few records, spread over all of them, keep nothing, and say what all of them will take."""
+    """Try a few records, spread over all of them, keep nothing, and say what all of them will take; `load` is a worker's."""
+    check_records(records)
+    began = time.perf_counter()
     chosen = [records[index * len(records) // tried] for index in range(min(tried, len(records)))]
     resolved = replace(rome.resolve(model, edit_settings), guard="warn") if settings.editor == "rome" else None
     windows = MomentSettings(prepend_bos=resolved.prepend_bos) if resolved else None
     moment = moments.estimate(model, resolved.layer, settings=windows) if resolved else None
     bos = prompts.resolve_bos(model, edit_settings.prepend_bos if edit_settings else None)
-    before, spent = unedited(model, prepend_bos=bos) if settings.health else None, []
+    before = unedited(model, prepend_bos=bos) if settings.health and resolved else None
+    once, spent = time.perf_counter() - began, []
     for record in chosen:
         began = time.perf_counter()
         if resolved and moment:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", rome.EditWarning)
                 attempt(model, fact_of(record), resolved, moment)
+        edited = time.perf_counter()
         measure(model, record, settings, before=before, references=references, prepend_bos=bos)
-        spent.append(time.perf_counter() - began)
-    return Estimate(len(records), workers, median(spent), load, _peak_memory())
+        spent.append((edited - began if resolved else 0.0, time.perf_counter() - edited))
+    edit, score = (median(each) for each in zip(*spent, strict=True))
+    return Estimate(len(records), workers, settings.mode, once + load, edit, score, _peak_memory())
 
 
 def _peak_memory() -> float:
@@ -287,29 +346,25 @@ class _Run:
         self.folder, self.edits_in = folder, edits_in
         self.bos, self.references, self.engine, self.progress = bos, references, engine, progress
         self.by_unit = {_unit(record): record for record in records}
-        origin = provenance.origin(model)
-        self.what: dict[str, Any] = {
-            "settings": asdict(settings),
-            "model": {key: origin[key] for key in ("name", "weight_hash", "dtype")},
-        }
+        self.what: dict[str, Any] = {"settings": asdict(settings), "model": provenance.identity(model)}
         self.measured = {
             name: getattr(settings, name) for name in ("generate", "tokens", "top_k", "seed") if settings.generate
         } | {
             "generate": settings.generate,
             "prepend_bos": bos,
-            "references": cache.content_key([[*key, *map(list, own)] for key, own in references.texts.items()])
-            if references
-            else "",
+            "references": references.key if references else "",
         }
 
-    def store(self, folder: Path, what: dict[str, Any], noun: str) -> Store[dict[str, float]]:
-        return Store(folder, what, _read_scores, _write_scores, noun)
+    def store(self, folder: Path, what: dict[str, Any]) -> Store[Scored]:
+        return Store(folder, what, _read_scored, _write_scored, "records")
 
-    def before(self) -> list[dict[str, float]]:
+    def before(self) -> list[Scored]:
         """Of the unedited model, from the cache where they are there."""
-        what = {"model": self.what["model"], "measured": self.measured, "rule": 1}
+        what = {"model": self.what["model"], "measured": self.measured, "versions": provenance.versions()}
         task = _Measuring(self.by_unit, {}, replace(self.settings, health=False), self.bos, None, self.references)
-        store = self.store(cache.root() / "before" / cache.content_key(what), what, "records before")
+        place = cache.root() / "before" / cache.content_key(what)
+        plan(self.folder / "before", place, list(self.by_unit))
+        store: Store[Scored] = Store(place, what, _read_scored, _write_scored, "records before", waits=True)
         return store.run(list(self.by_unit), task, self.engine, self.progress)
 
     def edits(self, resolved: RomeSettings, moment: Moment | None) -> list[Edit]:
@@ -333,7 +388,7 @@ class _Run:
         return moments.estimate(self.model, resolved.layer, settings=windows, progress=self.progress)
 
     def _at_random_layers(self, facts: list[Fact], resolved: RomeSettings) -> list[Edit]:
-        drawn = [controls.random_layer(self.model, fact, self.settings.seed) for fact in facts]
+        drawn = [controls.random_layer(self.model, fact, resolved.layer, self.settings.seed) for fact in facts]
         windows = MomentSettings(prepend_bos=resolved.prepend_bos)
         Cs = moments.estimate_layers(self.model, sorted(set(drawn)), settings=windows, progress=self.progress)
         found: dict[int, Edit] = {}
@@ -351,36 +406,33 @@ class _Run:
             found |= dict(zip(own, made, strict=True))
         return [found[index] for index in range(len(facts))]
 
-    def described(self, made: Sequence[Edit]) -> dict[str, Any]:
-        """What scores after edits depend on: the edits themselves, beside what is measured."""
-        return self.what | {
-            "measured": self.measured,
-            "edits": cache.content_key([_written(edit) for edit in made]) if self.settings.mode == "batch" else "",
-            "edit": made[0].settings,
-        }
+    def scores(self, made: Sequence[Edit]) -> list[Scored]:
+        """Each record on the model with its own edit, by which its unit is named."""
+        units = [cache.content_key([unit, _digest([edit])]) for unit, edit in zip(self.by_unit, made, strict=True)]
+        records = dict(zip(units, self.by_unit.values(), strict=True))
+        own = dict(zip(units, made, strict=True))
+        task = _Measuring(records, own, self.settings, self.bos, self.healthy(), self.references)
+        return self.store(self.folder / "scores", self.described).run(units, task, self.engine, self.progress)
 
-    def scores(self, made: Sequence[Edit]) -> list[dict[str, float]]:
-        """Each record on the model with its own edit."""
-        own = dict(zip(self.by_unit, made, strict=True))
-        task = _Measuring(self.by_unit, own, self.settings, self.bos, self.healthy(), self.references)
-        store = self.store(self.folder / "scores", self.described(made), "records")
-        return store.run(list(self.by_unit), task, self.engine, self.progress)
+    @property
+    def described(self) -> dict[str, Any]:
+        """What scores after edits depend on, beside the edits."""
+        return self.what | {"measured": self.measured}
 
     def healthy(self) -> Unedited | None:
         """The model as it is now, where its health is measured."""
         return unedited(self.model, prepend_bos=self.bos) if self.settings.health else None
 
-    def scores_together(self, made: Sequence[Edit]) -> list[dict[str, float]]:
+    def scores_together(self, made: Sequence[Edit]) -> list[Scored]:
         """Every record on the model with all edits."""
         before = self.healthy()
         with edits.edited(self.model, *made, force=True):
-            return self._here("scores", self.described(made), before)
+            return self.here(self.described | {"edits": _digest(made)}, before)
 
-    def _here(self, name: str, what: dict[str, Any], before: Unedited | None) -> list[dict[str, float]]:
+    def here(self, what: dict[str, Any], before: Unedited | None) -> list[Scored]:
         """Every record on the model as it is now, in this process."""
         task = _Measuring(self.by_unit, {}, self.settings, self.bos, before, self.references)
-        store = self.store(self.folder / name, what, "records")
-        return store.run(list(self.by_unit), task, Local(self.model), self.progress)
+        return self.store(self.folder / "scores", what).run(list(self.by_unit), task, Local(self.model), self.progress)
 
     def in_sequence(self, resolved: RomeSettings, moment: Moment | None) -> _Sequence:
         """Each edit on what those before it left. C is the unedited model's: no edit of the layer changes the keys of it."""
@@ -408,17 +460,23 @@ class _Run:
             origin = replace(moment, origin=moment.origin | {"weight_hash": models.weight_hash(model)})
             edit = attempt(model, fact_of(record), resolved, origin)
             write(edit)
-            scores = measuring.now(model, record)
-            return replace(edit, details=edit.details | {"scores": scores})
+            return replace(edit, details=edit.details | {"scored": asdict(measuring.now(model, record))})
 
         with edits.restored(self.model, resolved.layer):
             made = store.run(order, task, Local(self.model), self.progress)
             for edit in made[written:]:
                 write(edit)
-            end = self._here("scores", what, before)
-        return _Sequence(made, [edit.details["scores"] for edit in made], end)
+            end = self.here(what, before)
+        return _Sequence(made, [Scored(**edit.details["scored"]) for edit in made], end)
 
 
-def _written(edit: Edit) -> list[Any]:
-    """What an edit writes, as JSON values."""
-    return [[change.layer, change.u.tolist(), change.step.tolist()] for change in edit.changes]
+def _digest(made: Sequence[Edit]) -> str:
+    """A hash of what edits write."""
+    digest = hashlib.sha256()
+    for edit in made:
+        for change in edit.changes:
+            digest.update(f"{change.layer}".encode())
+            for part in (change.u, change.step):
+                digest.update(part.contiguous().numpy().tobytes())
+        digest.update(b";")
+    return digest.hexdigest()

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from mechedit.benchmarks.metrics import table
-from mechedit.cache import atomic_write
+from mechedit.cache import atomic_write, plain
 from mechedit.statistics import Mean
 
 __all__ = ["Evaluation"]
 
-PERCENT = ("ES", "PS", "NS", "EM", "PM", "NM", "S", "efficacy", "paraphrase", "specificity", "exact_match", "RS", "GE", "next_token_same", "edited")  # fmt: skip
+PERCENT = ("ES", "PS", "NS", "EM", "PM", "NM", "S", "efficacy", "paraphrase", "specificity", "exact_match", "RS", "GE", "next_token_same", "edited", "broken")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Evaluation:
         folder = Path(folder)
         header, rows = self.cells()
         texts = {
-            "summary.json": json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+            "summary.json": json.dumps(plain(self.to_json()), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
             "summary.csv": self._csv(),
             "summary.md": _markdown(header, rows),
             "summary.tex": _latex(header, rows),

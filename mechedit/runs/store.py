@@ -15,13 +15,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Generic, TypeVar
 
-from mechedit.cache import atomic_write
+from mechedit.cache import WriteError, atomic_write
 from mechedit.errors import MecheditError
 from mechedit.files import FileError
 from mechedit.progress import Progress, silent
 from mechedit.runs.engines import Done, Engine, Task
 
-__all__ = ["RunError", "Status", "Store", "status"]
+__all__ = ["RunError", "Status", "Store", "claim", "plan", "status"]
 
 PLAN, SECONDS = "plan.json", "seconds.jsonl"
 HOPELESS = 5  # so many failures before any success end a run
@@ -34,7 +34,8 @@ class RunError(MecheditError, RuntimeError):
 
 
 class Store(Generic[Result]):
-    """Units of one run in `folder`: `read(path)` loads a result, `write(result, path)` saves it; `noun` names them in progress.
+    """Units of one run in `folder`: `read(path)` loads a result, `write(result, path)` saves it; `noun` names them in progress. Where
+    another process is at work in the folder, that is an error, or waited for (`waits`).
 
     Raises:
         RunError: the folder holds a run of other settings, or something that is no run.
@@ -48,16 +49,13 @@ class Store(Generic[Result]):
         read: Callable[[Path], Result],
         write: Callable[[Result, Path], Any],
         noun: str = "facts",
+        *,
+        waits: bool = False,
     ) -> None:
-        self.folder, self._read, self._write, self.noun = Path(folder), read, write, noun
-        self.what = json.loads(json.dumps(what))  # as it will read back
-        description = self.folder / "run.json"
-        if description.exists():
-            self._compare(description)
-        else:
-            with atomic_write(description) as temporary:
-                temporary.write_text(json.dumps(self.what, indent=1))
-        (self.folder / "units").mkdir(exist_ok=True)
+        self.folder, self._read, self._write, self.noun, self._waits = Path(folder), read, write, noun, waits
+        claim(self.folder, what)
+        with _writing(self.folder):
+            (self.folder / "units").mkdir(exist_ok=True)
 
     def path(self, unit: str) -> Path:
         """Where a unit's result is, or will be."""
@@ -79,21 +77,22 @@ class Store(Generic[Result]):
             RunError: another process is at work in this folder, or units failed; what is finished is kept.
         """
         every = list(dict.fromkeys(units))
+        if all(self.get(unit) is not None for unit in every):  # nothing to write, nor a lock to take
+            return [self._read(self.path(unit)) for unit in units]
         with self._alone():
             missing = [unit for unit in every if self.get(unit) is None]
-            with atomic_write(self.folder / PLAN) as temporary:
-                temporary.write_text(json.dumps(every))
+            plan(self.folder, self.folder, every)
             failed: list[Done[Result]] = []
             finished = len(every) - len(missing)
             progress(self.noun, finished, len(every))
             for done in engine.map(task, missing):
                 if done.result is None:
                     failed.append(done)
-                    if len(failed) == HOPELESS and finished == len(every) - len(missing):
+                    if len(failed) == HOPELESS and not finished:
                         break
                     continue
                 self._write(done.result, self.path(done.unit))
-                with (self.folder / SECONDS).open("a") as log:
+                with _writing(self.folder), (self.folder / SECONDS).open("a") as log:
                     log.write(json.dumps({"unit": done.unit, "seconds": done.seconds}) + "\n")
                 finished += 1
                 progress(self.noun, finished, len(every))
@@ -105,25 +104,14 @@ class Store(Generic[Result]):
         by_unit = {unit: self._read(self.path(unit)) for unit in every}  # what a resumed run would see
         return [by_unit[unit] for unit in units]
 
-    def _compare(self, description: Path) -> None:
-        try:
-            before = json.loads(description.read_text())
-        except ValueError as error:
-            raise RunError(f"{description} is damaged ({error}); choose another folder, or delete it.") from error
-        differing = sorted(key for key in _flat(before).keys() | _flat(self.what).keys() if _flat(before).get(key) != _flat(self.what).get(key))  # fmt: skip
-        if differing:
-            changes = ", ".join(f"{key}: {_flat(before).get(key)!r} there, {_flat(self.what).get(key)!r} now" for key in differing[:5])  # fmt: skip
-            raise RunError(
-                f"{self.folder} holds a run of other settings ({changes}). Use the same settings, or another folder."
-            )
-
     @contextmanager
     def _alone(self) -> Iterator[None]:
         import filelock
 
-        lock = filelock.FileLock(self.folder / "run.lock", timeout=0)
+        lock = filelock.FileLock(self.folder / "run.lock", timeout=-1 if self._waits else 0)
         try:
-            lock.acquire()
+            with _writing(self.folder):
+                lock.acquire()
         except filelock.Timeout as error:
             raise RunError(
                 f"another process is at work in {self.folder}; wait for it, or choose another folder."
@@ -132,6 +120,53 @@ class Store(Generic[Result]):
             yield
         finally:
             lock.release()
+
+
+def claim(folder: Path, what: dict[str, Any]) -> None:
+    """Make `folder` this run's: `run.json` there says `what`, or is written.
+
+    Raises:
+        RunError: the folder holds a run of other settings, or something that is no run.
+        WriteError: the folder cannot be written.
+    """
+    description, now = folder / "run.json", _flat(json.loads(json.dumps(what)))  # as it will read back
+    if not description.exists():
+        with atomic_write(description) as temporary:
+            temporary.write_text(json.dumps(what, indent=1))
+        return
+    try:
+        before = _flat(json.loads(description.read_text()))
+    except ValueError as error:
+        raise RunError(f"{description} is damaged ({error}); choose another folder, or delete it.") from error
+    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if differing:
+        changes = ", ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing[:5])
+        raise RunError(f"{folder} holds a run of other settings ({changes}). Use the same settings, or another folder.")
+
+
+def plan(folder: Path, place: Path, units: Sequence[str]) -> None:
+    """Note in `folder`, for `status`, which units are being computed into `place`."""
+    with atomic_write(folder / PLAN) as temporary:
+        temporary.write_text(json.dumps({"folder": str(place), "units": list(units)}))
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Let what the disk refuses say so."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, (WriteError, TimeoutError)):
+            raise
+        raise WriteError(f"{folder} cannot be written: {error.strerror or error}.") from error
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """A line of a log; nothing where it was cut off."""
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -152,14 +187,16 @@ def status(folder: str | Path) -> list[Status]:
         RunError: there is none.
     """
     found = []
-    for plan in sorted(Path(folder).rglob(PLAN)):
-        units = json.loads(plan.read_text())
-        there = sum((plan.parent / "units" / f"{unit}.safetensors").is_file() for unit in units)
-        log = plan.parent / SECONDS
+    for path in sorted(Path(folder).rglob(PLAN)):
+        record = json.loads(path.read_text())
+        place, units = Path(record["folder"]), record["units"]
+        there = sum((place / "units" / f"{unit}.safetensors").is_file() for unit in units)
+        log = place / SECONDS
         lines = log.read_text().splitlines() if log.is_file() else []
-        seconds = median(json.loads(line)["seconds"] for line in lines) if lines else math.nan
+        spent = [float(each["seconds"]) for each in map(_parsed, lines) if "seconds" in each]
+        seconds = median(spent) if spent else math.nan
         missing = len(units) - there
-        found.append(Status(str(plan.parent), there, len(units), seconds, missing * seconds if missing else 0.0))
+        found.append(Status(str(place), there, len(units), seconds, missing * seconds if missing else 0.0))
     if not found:
         raise RunError(f"{folder} holds no run; a folder that a run was kept in has {PLAN}.")
     return found

@@ -111,11 +111,10 @@ def _run(
 ) -> tuple[TraceSettings, Statistics, dict[str, Any]]:
     settings = resolve(model, settings)
     statistics = statistics or corruption.needed(model, settings)
-    origin = provenance.origin(model)
     what = {
         "settings": asdict(settings),
         "noise": {"source": statistics.source, "sigma": statistics.sigma},
-        "model": {key: origin[key] for key in ("name", "weight_hash", "dtype")},
+        "model": provenance.identity(model),
     }
     return settings, statistics, what
 
