@@ -162,7 +162,10 @@ def listing() -> list[Listed]:
     packaged = find_spec(_GEMMA_PACKAGE) is not None
     source = "package" if packaged else "package; pip install 'mechedit[gemma]'"
     rows = [Listed(GEMMA, source, _gemma_is_whole(_gemma_folder()) or packaged, PRESETS[GEMMA])]
-    rows += [Listed(name, "mechedit itself", True, PRESETS.get(name)) for name in organism.MODELS]
+    for name in organism.MODELS:
+        shipped = organism.folder(name).is_dir()
+        source = "mechedit itself" if shipped else "python -m mechedit.organism.train"
+        rows.append(Listed(name, source, shipped, PRESETS.get(name)))
     hub = {"gpt2-medium": "openai-community/", "gpt2-large": "openai-community/", "gpt2-xl": "openai-community/"}
     hub |= {"gpt-j-6b": "EleutherAI/", "gpt-neox-20b": "EleutherAI/"}
     for name, owner in hub.items():
@@ -183,6 +186,11 @@ def _resolve(name: str) -> Path:
     if name == GEMMA:
         return _packaged_gemma()
     if name in organism.MODELS:
+        if not organism.folder(name).is_dir():
+            raise ModelError(
+                f"{name} does not ship with this version. Train it: `python -m mechedit.organism.train --shape "
+                f"{organism.MODELS[name]} --out DIR`, and load DIR."
+            )
         return organism.folder(name)
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"no folder {name} exists. `mechedit models` lists the names that can be loaded.")

@@ -335,6 +335,12 @@ PRESETS: dict[str, Preset] = {
         prepend_bos=True,
         source="tuned here; see experiments/README.md",
     ),
+    "organism": Preset(
+        RomeSettings(layer=0, clamp=4.0, prefixes=((5, 5),)),
+        prepend_bos=True,
+        source="tuned here; see experiments/README.md",
+        window=3,
+    ),
     "gpt2": Preset(
         RomeSettings(layer=4, clamp=3.0),
         prepend_bos=False,
