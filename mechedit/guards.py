@@ -31,8 +31,8 @@ BANDS: dict[str, tuple[float, float, str]] = {
         float("inf"),
         "the two keys of the published policy disagree, and such an edit breaks the model; use policy='averaged'",
     ),
-    "relative_norm": (0.0, 0.5, "so large a change damages much else; lower the clamp, or edit another layer"),
-    "essence_kl": (0.0, 8.0, "the subject has become something else; lower the clamp, or raise kl"),
+    "relative_norm": (0.0, 1.0, "so large a change damages much else; lower the clamp, or edit another layer"),
+    "essence_kl": (0.0, 16.0, "the subject has become something else; lower the clamp, or raise kl"),
     "perplexity_ratio": (
         0.0,
         1.5,

@@ -4,8 +4,8 @@
    `around` it, are the candidates.
 2. Facts with new targets, apart from those that will be reported on, are edited at every candidate with every clamp and learning
    rate, each alone; what is out of its bands is kept, so that the whole picture is seen.
-3. The combination with the best S (harmonic mean of efficacy, paraphrase and neighbourhood success) is proposed. Ties go to the
-   smaller change.
+3. The combination with the best S (harmonic mean of efficacy, paraphrase and neighbourhood success) is proposed, of those whose
+   edits are within the bands of `mechedit.guards`, where there are any. Ties go to the smaller change.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ from mechedit.tracing.averages import average
 
 __all__ = ["Row", "Tuned", "tune"]
 
+MOSTLY = 0.9  # share of edits within the bands that makes a combination one to propose
+
 
 @dataclass(frozen=True)
 class Row:
-    """What one combination did to the facts that were edited: success in percent, means of the edits' numbers."""
+    """What one combination did to the facts that were edited: success in percent, means of the edits' numbers, and the share
+    of the edits that are within the bands."""
 
     layer: int
     clamp: float
@@ -46,6 +49,7 @@ class Row:
     S: float
     relative_norm: float
     perplexity_ratio: float
+    within: float
     n: int
 
 
@@ -111,7 +115,7 @@ def tune(
                 place = folder / f"layer{layer}-clamp{clamp:g}-rate{rate:g}"
                 found = edit_facts(model, scored, place, tried, Cs[layer], progress=progress)
                 rows.append(_row(model, scored, found, tried))
-    best = max(rows, key=lambda row: (round(row.S, 6), -row.relative_norm))
+    best = max(rows, key=lambda row: (row.within >= MOSTLY, round(row.S, 6), -row.relative_norm))
     proposed = replace(given, layer=best.layer, clamp=best.clamp, learning_rate=best.learning_rate)
     return Tuned(proposed, site, tuple(rows), len(known), provenance.origin(model), provenance.versions())
 
@@ -140,5 +144,6 @@ def _row(model: HookedModel, facts: Sequence[Fact], found: Sequence[edits.Edit],
         S=harmonic(*means.values()),
         relative_norm=float(np.mean([report["relative_norm"] for report in done])) if done else float("nan"),
         perplexity_ratio=float(np.mean([report["perplexity_ratio"] for report in done])) if done else float("nan"),
+        within=float(np.mean([bool(edit.changes) and not edit.reasons for edit in found])),
         n=len(scores),
     )

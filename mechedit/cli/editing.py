@@ -319,7 +319,7 @@ def _tune(arguments: argparse.Namespace) -> None:
         )
     console = console_of(arguments)
     console.print(f"traced {found.traced} facts; early site: {found.site}", markup=False, highlight=False)
-    names = ("ES", "PS", "NS", "S", "relative_norm", "perplexity_ratio")
+    names = ("ES", "PS", "NS", "S", "relative_norm", "perplexity_ratio", "within")
     rows = [
         (str(row.layer), f"{row.clamp:g}", f"{row.learning_rate:g}", *(f"{getattr(row, name):.3g}" for name in names))
         for row in found.rows
