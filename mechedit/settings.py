@@ -336,7 +336,7 @@ PRESETS: dict[str, Preset] = {
         source="tuned here; see experiments/README.md",
     ),
     "organism": Preset(
-        RomeSettings(layer=0, clamp=4.0, prefixes=((5, 5),)),
+        RomeSettings(layer=0, clamp=2.0, prefixes=((5, 5),)),
         prepend_bos=True,
         source="tuned here; see experiments/README.md",
         window=3,
