@@ -407,7 +407,7 @@ def test_doctor_reports(run, tmp_path):
         (("trace", "--facts", "built-in", "--out", "x", "--other", "The Louvre"), "--other is one prompt's"),
         ((*TRACE, "--roles", "verb"), "roles must be one of"),
         ((*TRACE, "--kinds", ","), "at least one"),
-        ((*TRACE, "--window", "0"), "at least 1 layer"),
+        ((*TRACE, "--window", "-1"), "0 (the preset's) or more layers"),
         ((*TRACE[:-2], "--draws", "0"), "at least 1"),
         ((*EDIT, "--target", " "), "target_new must be a word"),
         ((*EDIT, "--target", "Seattle"), "nothing to edit"),
