@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechedit import cache, organism
+from mechedit import cache
 from mechedit.errors import MecheditError
 from mechedit.settings import PRESETS, Preset
 
@@ -159,6 +159,8 @@ class Listed:
 
 def listing() -> list[Listed]:
     """The models that `load` knows by name."""
+    from mechedit import organism
+
     packaged = find_spec(_GEMMA_PACKAGE) is not None
     source = "package" if packaged else "package; pip install 'mechedit[gemma]'"
     rows = [Listed(GEMMA, source, _gemma_is_whole(_gemma_folder()) or packaged, PRESETS[GEMMA])]
@@ -179,6 +181,8 @@ def listing() -> list[Listed]:
 
 def _resolve(name: str) -> Path:
     """The local folder that holds the model `name`, converted or downloaded if need be."""
+    from mechedit import organism
+
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise ModelError(f"{name} is a folder without config.json; a model folder has Hugging Face's format.")
