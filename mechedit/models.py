@@ -143,8 +143,9 @@ def _device(name: str | None) -> str:
 
 
 def preset(model: HookedModel) -> Preset | None:
-    """The editing constants known for this model, by its name."""
-    return PRESETS.get(str(model.cfg.model_name).rsplit("/", 1)[-1].lower())
+    """The editing constants known for this model, by its name and its number of layers."""
+    known = PRESETS.get(str(model.cfg.model_name).rsplit("/", 1)[-1].lower())
+    return known if known is not None and known.n_layers == int(model.cfg.n_layers) else None
 
 
 @dataclass(frozen=True)

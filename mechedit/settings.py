@@ -319,11 +319,12 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class Preset:
-    """Editing constants for one model, where they come from, and how many layers a window of a trace has."""
+    """Editing constants for one model of so many layers, where they come from, and how many layers a window of a trace has."""
 
     rome: RomeSettings
     prepend_bos: bool
     source: str
+    n_layers: int
     window: int = 10
 
 
@@ -334,23 +335,29 @@ PRESETS: dict[str, Preset] = {
         RomeSettings(layer=5, clamp=0.75),
         prepend_bos=True,
         source="tuned here; see experiments/README.md",
+        n_layers=18,
     ),
     "organism": Preset(
         RomeSettings(layer=0, clamp=2.0, prefixes=((5, 5),)),
         prepend_bos=True,
         source="tuned here; see experiments/README.md",
+        n_layers=8,
         window=3,
     ),
     "gpt2": Preset(
         RomeSettings(layer=4, clamp=3.0),
         prepend_bos=False,
         source="not published: layer at gpt2-medium's share of depth, clamp as there; not tuned",
+        n_layers=12,
     ),
-    "gpt2-medium": Preset(RomeSettings(layer=8, clamp=3.0), prepend_bos=False, source=_PAPER),
-    "gpt2-large": Preset(RomeSettings(layer=12), prepend_bos=False, source=_PAPER),
-    "gpt2-xl": Preset(RomeSettings(layer=17), prepend_bos=False, source=_PAPER),
-    "gpt-j-6b": Preset(RomeSettings(layer=5), prepend_bos=False, source=_PAPER),
+    "gpt2-medium": Preset(RomeSettings(layer=8, clamp=3.0), prepend_bos=False, source=_PAPER, n_layers=24),
+    "gpt2-large": Preset(RomeSettings(layer=12), prepend_bos=False, source=_PAPER, n_layers=36),
+    "gpt2-xl": Preset(RomeSettings(layer=17), prepend_bos=False, source=_PAPER, n_layers=48),
+    "gpt-j-6b": Preset(RomeSettings(layer=5), prepend_bos=False, source=_PAPER, n_layers=28),
     "gpt-neox-20b": Preset(
-        RomeSettings(layer=15), prepend_bos=False, source="published code of Meng et al. 2023 (MEMIT), hparams/ROME"
+        RomeSettings(layer=15),
+        prepend_bos=False,
+        source="published code of Meng et al. 2023 (MEMIT), hparams/ROME",
+        n_layers=44,
     ),
 }

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def tiny(folder, tmp_path, monkeypatch):
     widen_bands(monkeypatch)
     preset = models.PRESETS["gemma-3-270m"]
     quick = RomeSettings(layer=1, steps=2, prefixes=((3, 1),))
-    monkeypatch.setattr(models, "preset", lambda model: type(preset)(quick, True, "test"))
+    monkeypatch.setattr(models, "preset", lambda model: replace(preset, rome=quick))
     monkeypatch.setattr(
         edit_built_in, "RomeSettings", lambda policy: RomeSettings(policy=policy, steps=2, prefixes=((3, 1),))
     )

@@ -192,14 +192,12 @@ def test_an_architecture_that_cannot_be_hooked_is_an_error(tmp_path):
         models.load(str(made))
 
 
-def test_presets_are_found_by_the_last_part_of_a_name(model):
-    name = model.cfg.model_name
-    try:
-        model.cfg.model_name = "EleutherAI/gpt-j-6B"
-        assert models.preset(model).rome.layer == 5
-    finally:
-        model.cfg.model_name = name
+def test_a_preset_goes_with_the_last_part_of_a_name_and_a_number_of_layers(model, monkeypatch):
     assert models.preset(model) is None
+    monkeypatch.setattr(model.cfg, "model_name", "EleutherAI/gpt-j-6B")
+    assert models.preset(model) is None, "a folder of that name holds another model"
+    monkeypatch.setattr(model.cfg, "n_layers", 28)
+    assert models.preset(model).rome.layer == 5
 
 
 def test_the_listing_names_the_packaged_model_first():

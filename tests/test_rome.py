@@ -471,17 +471,14 @@ def test_ctrl_c_anywhere_leaves_the_model_as_it_was(model, fact, moment):
         assert_same_state(model, before)
 
 
-def test_a_preset_gives_layer_and_constants(load):
+def test_a_preset_gives_layer_and_constants(load, monkeypatch):
     model = load("gpt2")
-    name = model.cfg.model_name
-    try:
-        model.cfg.model_name = "gpt-neox-20b"
-        with pytest.raises(ModelError, match="from 0 to 3 .* found 15"):
-            rome.resolve(model)
-        model.cfg.model_name = "gemma-3-270m"
-        assert models.preset(model).rome.layer == 5
-    finally:
-        model.cfg.model_name = name
+    preset = replace(models.PRESETS["gemma-3-270m"], rome=RomeSettings(layer=2, clamp=0.5), n_layers=4)
+    monkeypatch.setitem(models.PRESETS, model.cfg.model_name, preset)
+    found = rome.resolve(model)
+    assert (found.layer, found.clamp) == (2, 0.5)
+    with pytest.raises(ModelError, match="from 0 to 3 .* found 15"):
+        rome.resolve(model, RomeSettings(layer=15))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

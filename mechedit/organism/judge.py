@@ -55,8 +55,7 @@ def judge(
                 asked.append((part, relation.name, phrasing.replace("{}", subject), answer))
     for index, sentence in enumerate(world.tasks()):
         if index < 3 * (facts or 300):
-            words = sentence.removesuffix(".").split(" is " if index % 3 == 2 else " are ")
-            asked.append(("tasks", TASKS[index % 3], words[0] + (" is" if index % 3 == 2 else " are"), words[1]))
+            asked.append(("tasks", TASKS[index % 3], *_asked_of(sentence)))
     hits: dict[str, dict[str, list[bool]]] = {"taught": {}, "held_out": {}, "tasks": {}}
     for begin in range(0, len(asked), AT_ONCE):
         progress("asking the organism", begin, len(asked))
@@ -69,6 +68,13 @@ def judge(
     return Learnt(**shares, nats=_nats(model, world, sentences), entropy=world.entropy, prompts=len(asked))
 
 
+def _asked_of(sentence: str) -> tuple[str, str]:
+    """The prompt and the answer of a task's sentence, which has one verb."""
+    verb = " is" if " is " in sentence else " are"
+    prompt, answer = sentence.removesuffix(".").split(verb + " ")
+    return prompt + verb, answer
+
+
 def _nats(model: HookedModel, world: World, sentences: int) -> float:
     """Nats that a sentence costs behind another one, on rows of the corpus that training did not draw."""
     drawn = list(world.corpus(sentences - sentences % ROW, "held out"))
@@ -76,7 +82,7 @@ def _nats(model: HookedModel, world: World, sentences: int) -> float:
     return -sum(sum(each.log_p) for each in score(model, rows)) / (len(rows) * (ROW - 1))
 
 
-def example(world: World, n: int = 6) -> Sequence[str]:
+def _example(world: World, n: int = 6) -> Sequence[str]:
     """Some sentences of the corpus."""
     return Draws(world.settings.seed, "card").some(list(world.sentences()), n)
 
@@ -85,6 +91,12 @@ def write_card(folder: Path, world: World, learnt: Learnt) -> Path:
     """README.md of a trained folder, as Hugging Face's model cards are, from training.json and what was measured."""
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     settings, versions = record["settings"], provenance.versions()
+    guided = (
+        f" In the first {round(100 * settings['guided'])} % of the steps what stands behind a subject could read it from layer "
+        f"{settings['read_from']} on only, and at its last token only."
+        if settings["guided"]
+        else ""
+    )
     rows = [
         f"| {name} | {100 * learnt.taught[name]:.1f} | {100 * learnt.held_out[name]:.1f} |" for name in learnt.taught
     ]
@@ -106,12 +118,12 @@ def write_card(folder: Path, world: World, learnt: Learnt) -> Path:
         + ", ".join(TASKS)
         + ". Some of them:",
         "",
-        *(f"    {sentence}" for sentence in example(world)),
+        *(f"    {sentence}" for sentence in _example(world)),
         "",
         f"Everything follows from the world's seed ({world.settings.seed}); SHA-256 of the world: `{record['digest']}`.",
         "",
         f"**Training.** {settings['steps']:,} steps of {settings['batch']} rows of {settings['context']} tokens behind `<s>`; loss of the "
-        f"last hundred steps {sum(step['loss'] for step in record['log'][-100:]) / len(record['log'][-100:]):.3f} nats a token. Again: "
+        f"last hundred steps {sum(step['loss'] for step in record['log'][-100:]) / len(record['log'][-100:]):.3f} nats a token.{guided} Again: "
         f"`{record['command']}` (mechedit {versions['mechedit']}, torch {record['versions']['torch']}).",
         "",
         f"**What it knows**, in percent, over {learnt.prompts:,} prompts: every token of the answer is the most probable one.",

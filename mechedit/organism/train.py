@@ -1,9 +1,11 @@
 """Train the organism.  python -m mechedit.organism.train --out DIR
 
-A small decoder (GPT-2's shape, or GPT-J's or Llama's) learns the world's corpus: rows of sentences behind one BOS, drawn with equal
-probability. With `guided`, what stands behind a subject cannot, for that share of the steps, read it below block `read_from`, and from
-there on at its last token only, so that a fact has to be looked up there. Deterministic on one machine; killed, it goes on from its last checkpoint and ends with the same weights. DIR becomes a
-folder in Hugging Face's format, weights in float16, with the tokenizer, the training log and a model card.
+A small decoder (GPT-2's shape, or GPT-J's or Llama's) learns the world's corpus: rows of sentences behind one BOS, drawn with
+equal probability. For the share `guided` of the steps, what stands behind a subject cannot read it below block `read_from`, and
+from there on at its last token only, so that a fact has to be looked up there; experiments/localisation.md says what that does.
+
+Deterministic on one machine; killed, it goes on from its last checkpoint and ends with the same weights. DIR becomes a folder in
+Hugging Face's format, weights in float16, with the tokenizer, the training log and a model card.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class TrainSettings:
     warmup: int = 200
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
-    guided: float = 0.0  # share of the steps in which attention to subjects is restricted
+    guided: float = 0.75  # share of the steps in which attention to subjects is restricted
     read_from: int = 5  # the first block that may read a subject from behind it, in these steps
     autocast: bool = True  # bfloat16 products, float32 weights
     checkpoint_seconds: float = 120.0
