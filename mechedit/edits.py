@@ -46,11 +46,11 @@ class Edit:
     report: dict[str, float]
     before: dict[str, float]
     after: dict[str, float]
-    origin: dict[str, Any]
-    settings: dict[str, Any]
-    versions: dict[str, str]
+    origin: dict[str, Any] = field(repr=False)
+    settings: dict[str, Any] = field(repr=False)
+    versions: dict[str, str] = field(repr=False)
     seconds: float
-    details: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict, repr=False)
     reasons: tuple[str, ...] = ()
 
     @property

@@ -325,6 +325,8 @@ def _hooked_transformer(hf_model: Any, tokenizer: Any, folder: Path, device: str
         "tokenizer_name": None,
         "model_name": folder.name,
     }
+    if fields["act_fn"] == "gelu_new":
+        fields["act_fn"] = "gelu_pytorch_tanh"  # the same function, in one kernel instead of seven
     cfg = HookedTransformerConfig.from_dict(fields)
     state = get_pretrained_state_dict(str(folder), cfg, hf_model, dtype=dtype)
     model = HookedTransformer(cfg, tokenizer, move_to_device=False)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -52,8 +52,8 @@ class RankOneEdit:
     """`W_out += outer(u, step)` in block `layer`. `divisor` is u @ key, by which the step was divided."""
 
     layer: int
-    u: Float[Tensor, " d_mlp"]
-    step: Float[Tensor, " d_model"]
+    u: Float[Tensor, " d_mlp"] = field(repr=False)
+    step: Float[Tensor, " d_model"] = field(repr=False)
     divisor: float = 1.0
 
     @property

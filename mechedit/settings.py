@@ -338,7 +338,7 @@ PRESETS: dict[str, Preset] = {
         n_layers=18,
     ),
     "organism": Preset(
-        RomeSettings(layer=0, clamp=2.0, prefixes=((5, 5),)),
+        RomeSettings(layer=0, clamp=1.0, prefixes=((5, 5),)),
         prepend_bos=True,
         source="tuned here; see experiments/README.md",
         n_layers=8,
