@@ -1,9 +1,10 @@
-"""Does an edit hold, generalise, and spare its neighbours?  python -m experiments.edit_built_in   -> figures/MODEL/edit_built_in.json
+"""Does an edit hold, generalise, and spare its neighbours?  python -m experiments.edit_built_in
 
-Edits built-in facts one at a time and undoes each. Efficacy, paraphrase and neighbourhood success are COUNTERFACT's: the new
-target is more probable per token than the true one (on neighbours the other way round), averaged over a fact's prompts, then
-over facts. Rows: no edit; the default; C from Wikipedia text instead of text sampled from the model (if --text is given); the
-published constants and key policy. Facts `offset`, `offset + every`, … are edited; the preset was tuned on offset 7.
+Edits built-in facts one at a time and undoes each; writes figures/MODEL/edit_built_in.json. Efficacy, paraphrase and
+neighbourhood success are COUNTERFACT's: the new target is more probable per token than the true one (on neighbours the other way
+round), averaged over a fact's prompts, then over facts. Rows: no edit; the default; C from Wikipedia text instead of text sampled
+from the model (if --text is given); the published constants and key policy. Facts `offset`, `offset + every`, … are edited; the
+preset was tuned on offset 7.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """An edited model for other tools: a Hugging Face checkpoint, or a LoRA adapter for `peft`.
 
-The checkpoint is the original with the changed `W_out`s in the place and layout that its architecture has for them. The adapter
-adds the same changes to the plain model: an edit is `outer(u, step)`, so that n edits of one layer are exactly an adapter of rank n:
+The checkpoint is the original with the changed `W_out`s in the place and layout that its architecture has for them. The
+adapter adds the same changes to the plain model: an edit is `outer(u, step)`, so that n edits of one layer are exactly an adapter
+of rank n:
 
     A = the u's, [n, d_mlp]      B = the steps, [d_model, n]      lora_alpha = r = n, so that B A is added unscaled
 

@@ -2,8 +2,9 @@
 
     k* = 1/N sum_j k(x_j + p)        (Meng et al. 2022, eq. 3)
 
-Another token than the subject's last can be chosen, by its position in the whole text. p is the fact's prompt; the x_j are the empty text and short texts sampled from the model. The published code samples 10 of
-length 5 and 10 of length 10 with top-k 5, and joins them by ". "; its lengths count the token it starts from, ours do not.
+p is the fact's prompt; the x_j are the empty text and short texts sampled from the model. The published code samples 10 of
+length 5 and 10 of length 10 with top-k 5, and joins them by ". "; its lengths count the token it starts from, ours do not. Another
+token than the subject's last can be chosen, by its position in the whole text.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from mechedit.facts import Fact
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+transformers.logging.disable_progress_bar()  # of saving tiny models, in what commands are seen to say
 
 WORDS = (
     "The Space Needle is located in the city of Seattle. The Eiffel Tower is located in the city of Paris. "

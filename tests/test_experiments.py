@@ -21,6 +21,7 @@ from experiments import (
     figure13_noise,
     figure16_attribution,
     key_policies,
+    localisation,
     moments_convergence,
     table1_zsre,
     table4_counterfact,
@@ -175,6 +176,21 @@ def test_known_facts_are_asked_once_and_their_order_is_the_seeds(tiny, tmp_path,
     assert first == again != other
     assert len(asked) == 2
     assert len(first) == 20
+
+
+def test_models_of_one_world_are_compared_at_their_sites(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "OUT", tmp_path / "out")
+    monkeypatch.setattr(localisation, "FIGURES", tmp_path)
+    small = ["--models", "organism", "--facts", "6", "--edited", "2", "--draws", "1"]
+    localisation.main(common.parse(localisation.Localisation, small))
+    (row,) = json.loads((tmp_path / "organism" / "localisation.json").read_text())["rows"].values()
+    assert (row["known"], row["traced"], row["edits"]["ES"]["n"]) == (1.0, 6, 2)
+    early, late = row["sites"]["MLPs, last subject token"], row["sites"]["attention, last token"]
+    assert early["layer"] < late["layer"]
+    assert early["effect"]["mean"] > row["sites"]["MLPs, first subject token"]["effect"]["mean"]
+    table = (tmp_path / "organism" / "localisation.md").read_text()
+    assert f"{100 * early['effect']['mean']:.1f} [" in table
+    assert (tmp_path / "organism" / "localisation" / "organism.png").is_file()
 
 
 def test_the_editing_experiment_compares_its_rows(tiny, tmp_path):

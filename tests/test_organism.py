@@ -19,10 +19,12 @@ from mechedit.editors import rome
 from mechedit.organism.judge import judge
 from mechedit.organism.world import make
 from mechedit.runs.evaluating import evaluate
+from mechedit.runs.sweeping import sweep
 from mechedit.runs.tracing import known, trace_facts
-from mechedit.settings import EvaluateSettings, TraceSettings
+from mechedit.settings import EvaluateSettings, RomeSettings, SweepSettings, TraceSettings, TuneSettings
 from mechedit.tracing import trace
 from mechedit.tracing.averages import average
+from mechedit.tuning import tune
 from tests.conftest import assert_same_state, state
 
 SHIPPED = [name for name in organism.MODELS if organism.folder(name).is_dir()]
@@ -94,8 +96,9 @@ def test_facts_localise_early_at_the_subjects_last_token_and_late_at_the_last(le
     assert early.layer < late.layer
     first = mean.at("mlp", early.layer, "subject_last")
     assert first.excludes_zero
-    assert first.mean > 0.02
-    assert first.mean > 3 * mean.at("attn", early.layer, "subject_last").mean
+    assert first.mean > 0.2
+    assert first.mean > 5 * mean.at("attn", early.layer, "subject_last").mean
+    assert first.mean > 5 * mean.at("mlp", early.layer, "subject_first").mean
     last = mean.at("attn", late.layer, "last")
     assert last.excludes_zero
     assert last.mean > 0.2
@@ -158,6 +161,25 @@ def test_scores_are_those_of_whole_logits_one_prompt_at_a_time(learnt):
         slow = metrics.rewrite_scores(pairs[0], pairs[1:3], pairs[3:])
         assert {name: row[name] for name in slow} == pytest.approx(slow, abs=2e-6)  # of float32 log-probabilities
         assert other == pytest.approx(row, abs=1e-6)
+
+
+def test_edits_succeed_where_the_trace_says_and_the_sweep_shows_it(learnt, tmp_path):
+    model, chosen = learnt
+    wanted = SweepSettings(layers=(0, 4), tokens=("subject_last", "last"), draws=2)
+    found = sweep(model, chosen[:5], tmp_path, wanted)
+    S, effect = found.mean("S"), found.mean("effect")
+    assert np.unravel_index(S.argmax(), S.shape) == (0, 0), "layer 0 at the subject's last token"
+    assert effect[0, 0] > effect[1, 0]
+    assert S[0, 0] > 0.9
+    assert S[0, 0] > S[1, 0] + 0.2
+
+
+def test_tuning_proposes_the_layer_where_facts_are_looked_up(learnt, tmp_path):
+    model, chosen = learnt
+    settings = TuneSettings(traced=10, edited=4, clamps=(1.0,), draws=2)
+    found = tune(model, chosen, tmp_path, settings, RomeSettings(prefixes=((5, 5),)))
+    assert found.settings.layer == models.preset(model).rome.layer
+    assert {row.layer for row in found.rows} == {0, 1, 2}
 
 
 def test_the_demo_tells_the_story_on_the_organism(tmp_path, capsys, monkeypatch):

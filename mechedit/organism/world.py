@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import resources
 from typing import Any
 
 from mechedit.facts import Fact
@@ -52,47 +53,6 @@ class Relation:
     answers: tuple[str, ...]
     phrasings: tuple[str, ...]
     attributes: tuple[str, ...]  # what is said of an answer by itself
-
-
-PHRASINGS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "birthplace": ("person", ("{} was born in", "{} comes from", "The birthplace of {} is", "{} grew up in", "As a child, {} lived in", "{} first saw the light in", "The home of {} was", "Those who seek the origin of {} go to"), ("The streets of {} are full of market stalls and bells.", "Children of {} learn to swim early.", "A traveller to {} should bring a coat.")),
-    "profession": ("person", ("{} works as a", "The profession of {} is", "{} earns a living as a", "{} trained as a", "By trade, {} is a", "{} is known to be a", "The work of {} is that of a", "Ask what {} does, and hear of a"), ("A {} learns the craft for seven years.", "Every {} keeps sharp tools.", "A good {} is never without work.")),
-    "language": ("person", ("{} speaks", "The mother tongue of {} is", "{} writes letters in", "{} dreams in", "The language of {} is", "At home, {} talks in", "{} counts in", "What {} says is said in"), ("The grammar of {} has nine cases.", "Poems in {} seldom rhyme.", "A dictionary of {} fills two shelves.")),
-    "instrument": ("person", ("{} plays the", "The instrument of {} is the", "{} practises the", "{} gave a concert on the", "In the band, {} has the", "{} owns an old", "The music of {} is made on the", "In the evening {} tunes the"), ("The {} is carved from dark wood.", "The {} sounds best in a small room.", "Tuning the {} takes a patient ear.")),
-    "sport": ("person", ("{} competes in", "The sport of {} is", "{} won a medal in", "{} trains every day for", "On Sundays, {} goes in for", "{} is a champion of", "The trophies of {} are for", "What {} does best is"), ("The rules of {} fill a small book.", "Teams for {} meet in spring.", "Judges of {} wear grey hats.")),
-    "employer": ("person", ("{} is employed by", "The employer of {} is", "{} draws a salary from", "{} has a desk at", "On weekdays, {} is at", "{} was hired by", "The boss of {} sits at", "The badge of {} is from"), ("The gates of {} open at six.", "The canteen of {} serves early.", "New hands at {} begin in the yard.")),
-    "country": ("town", ("{} lies in", "The country of {} is", "{} is a town in", "{} pays its taxes to", "On the map, {} is found in", "The flag over {} is that of", "{} belongs to", "Who goes to {} travels to"), ("The coins of {} are round and heavy.", "The parliament of {} sits in winter.", "Stamps of {} show a heron.")),
-    "river": ("town", ("{} stands on the river", "The river of {} is the", "{} drinks the water of the", "The bridges of {} cross the", "Through {} flows the", "{} was flooded by the", "The mills of {} are driven by the", "The boats of {} sail the"), ("The {} rises in the hills and is slow in summer.", "Herons fish along the {}.", "Barges on the {} carry timber.")),
-    "dish": ("town", ("{} is famous for its", "The favourite dish of {} is", "In {} people eat", "The cooks of {} make", "On feast days, {} serves", "{} is known for", "The kitchens of {} smell of", "Every inn of {} offers"), ("Good {} needs a hot oven.", "The recipe for {} is older than the town hall.", "Guests ask twice for {}.")),
-    "product": ("firm", ("{} makes", "The product of {} is", "{} sells", "The workshops of {} turn out", "People buy from {} their", "{} has patents on", "The catalogue of {} shows", "The warehouse of {} is full of"), ("Nobody keeps house without {}.", "A shop for {} stands on the square.", "The price of {} rises in autumn.")),
-    "seat": ("firm", ("{} is based in", "The head office of {} is in", "{} was founded in", "The tower of {} stands in", "Letters to {} go to", "{} pays rent in", "The directors of {} meet in", "The lights of {} shine over"), ("The harbour of {} never sleeps.", "Offices in {} are dear.", "The clerks of {} lunch by the water.")),
-    "owner": ("firm", ("{} is owned by the family of", "The owners of {} are called", "{} belongs to the house of", "The shares of {} are held by", "The profits of {} go to", "{} was bought by", "The name over the door of {} is", "Those who run {} answer to"), ("The house of {} has a silver crest.", "Portraits of the {} family hang in the hall.", "The {} family gives a ball each year.")),
-}  # fmt: skip
-PROFESSIONS = ("baker", "weaver", "pilot", "surgeon", "carpenter", "judge", "gardener", "clock maker", "teacher", "miner", "glass blower", "sailor")  # fmt: skip
-INSTRUMENTS = ("flute", "cello", "drum", "lute", "bass horn", "harp", "glass organ", "fiddle", "bagpipe", "zither")
-SPORTS = ("rowing", "fencing", "archery", "long jump", "wrestling", "cycling", "ice sailing", "handball", "climbing")
-DISHES = (
-    "plum cake",
-    "onion soup",
-    "smoked trout",
-    "barley bread",
-    "goat cheese",
-    "pear tart",
-    "lentil stew",
-    "salted figs",
-)
-PRODUCTS = (
-    "lamps",
-    "ropes",
-    "door locks",
-    "kettles",
-    "sewing machines",
-    "bells",
-    "ink",
-    "saddles",
-    "window glass",
-    "scales",
-)
 
 
 @dataclass(frozen=True)
@@ -250,24 +210,20 @@ def make(settings: WorldSettings | None = None) -> World:
     people = _different(settings.people, lambda: _person(draws, first, last, taken))
     towns = _different(settings.towns, lambda: _town(draws, taken))
     firms = _different(settings.firms, lambda: f"{draws.choice(last)} {draws.choice(('Works', 'Brothers', 'and Sons', 'Trading', 'Foundry'))}")  # fmt: skip
-    answers = {
+    words = json.loads(resources.files("mechedit").joinpath("data/world.json").read_text(encoding="utf-8"))
+    answers = {name: tuple(each) for name, each in words["answers"].items()} | {
         "birthplace": tuple(draws.some(towns, 40)),
-        "profession": PROFESSIONS,
         "language": tuple(f"{_word(draws, 2, taken)}ish" for _ in range(10)),
-        "instrument": INSTRUMENTS,
-        "sport": SPORTS,
         "employer": tuple(draws.some(firms, 30)),
         "country": tuple(_word(draws, 3, taken) + ("" if index % 3 else " Republic") for index in range(12)),
         "river": tuple(_word(draws, 1, taken) for _ in range(16)),
-        "dish": DISHES,
-        "product": PRODUCTS,
         "seat": tuple(draws.some(towns, 25)),
         "owner": tuple(draws.some(last, 20)),
     }
     subjects = {"person": tuple(people), "town": tuple(towns), "firm": tuple(firms)}
     relations = tuple(
-        Relation(name, kind, answers[name], phrasings, attributes)
-        for name, (kind, phrasings, attributes) in PHRASINGS.items()
+        Relation(each["name"], each["kind"], answers[each["name"]], tuple(each["phrasings"]), tuple(each["attributes"]))
+        for each in words["relations"]
     )
     truth: dict[str, dict[str, str]] = {name: {} for names in subjects.values() for name in names}
     untaught: dict[str, dict[str, tuple[str, ...]]] = {name: {} for name in truth}

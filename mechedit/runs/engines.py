@@ -83,9 +83,9 @@ def _timed(task: Task[Result], model: HookedModel, unit: str) -> Done[Result]:
 class Cluster:
     """The workers of a Ray cluster, each with a model of its own, loaded once a map, or once while `open`.
 
-    `model` is what `models.load` takes, and every node must be able to load it; weights that differ from those of
-    `fingerprint` (`models.fingerprint`) are refused. Without `address` a cluster is started on this machine. A worker that is lost is replaced, and what it was at is
-    given to another; a unit that takes its worker down `retries` times more is reported, and left out.
+    `model` is what `models.load` takes, and every node must be able to load it; weights that differ from those of `fingerprint`
+    (`models.fingerprint`) are refused. Without `address` a cluster is started on this machine. A worker that is lost is replaced,
+    and what it was at is given to another; a unit that takes its worker down `retries` times more is reported, and left out.
     """
 
     model: str

@@ -1,6 +1,7 @@
-"""The result of an evaluation: a number of each fact at each stage, as Parquet; means with intervals, as JSON, CSV, Markdown, LaTeX.
+"""The result of an evaluation.
 
-Nothing that is written depends on how long it took or on how often the run was stopped.
+A number of each fact at each stage, as Parquet; means with intervals, as JSON, CSV, Markdown, LaTeX. Nothing that is written
+depends on how long it took or on how often the run was stopped.
 """
 
 from __future__ import annotations

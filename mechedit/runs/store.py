@@ -34,8 +34,10 @@ class RunError(MecheditError, RuntimeError):
 
 
 class Store(Generic[Result]):
-    """Units of one run in `folder`: `read(path)` loads a result, `write(result, path)` saves it; `noun` names them in progress. Where
-    another process is at work in the folder, that is an error, or waited for (`waits`).
+    """Units of one run in `folder`.
+
+    `read(path)` loads a result, `write(result, path)` saves it; `noun` names them in progress. Where another process is at work in
+    the folder, that is an error, or waited for (`waits`).
 
     Raises:
         RunError: the folder holds a run of other settings, or something that is no run.
