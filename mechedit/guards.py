@@ -3,7 +3,7 @@
     divisor_share       u @ key over what the averaged key gives: near zero, the published policy's two keys disagree
     relative_norm       |change| over |W_out|
     essence_kl          KL(edited || original) of what follows "{subject} is a", in nats
-    perplexity_ratio    edited over original, on the held-out text that ships with mechedit
+    perplexity_ratio    edited over original, on `held_out_text`
 
 The published policy can break a model by one edit ("disabling edits", Gupta et al. 2024); the first and the last number show it.
 """
@@ -11,17 +11,19 @@ The published policy can break a model by one edit ("disabling edits", Gupta et 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit import organism
 from mechedit.models import Blocks, HookedModel
 from mechedit.prompts import check_length, encode, pad, resolve_bos
 from mechedit.scoring import mean_log_p
 
-__all__ = ["BANDS", "Health", "drift", "measure", "reasons"]
+__all__ = ["BANDS", "Health", "drift", "held_out_text", "measure", "reasons"]
 
 HELD_OUT_TOKENS = 128  # enough to see damage, and a small part of an edit's time
 BANDS: dict[str, tuple[float, float, str]] = {
@@ -56,8 +58,25 @@ def measure(model: HookedModel, subject: str, *, prepend_bos: bool | None = None
     check_length(model, len(ids))
     blocks = Blocks(model)
     essence = blocks.logits(blocks.final(pad(model, [ids]))[:, -1])[0].float().log_softmax(-1)
-    text = resources.files("mechedit").joinpath("data/held_out.txt").read_text(encoding="utf-8")
-    return Health(essence.cpu(), mean_log_p(model, text, HELD_OUT_TOKENS, prepend_bos=prepend_bos))
+    text = mean_log_p(model, held_out_text(model), HELD_OUT_TOKENS, prepend_bos=prepend_bos)
+    return Health(essence.cpu(), text)
+
+
+def held_out_text(model: HookedModel) -> str:
+    """Text that no one fact has to do with: prose that ships with mechedit; of an organism, sentences of its world."""
+    return _of_the_world() if model.cfg.model_name in organism.MODELS else _prose()
+
+
+@cache
+def _prose() -> str:
+    return resources.files("mechedit").joinpath("data/held_out.txt").read_text(encoding="utf-8")
+
+
+@cache
+def _of_the_world() -> str:
+    from mechedit.organism.world import make
+
+    return " ".join(make().corpus(60, "health"))
 
 
 def drift(before: Health, after: Health) -> dict[str, float]:

@@ -264,6 +264,13 @@ def test_a_random_key_carries_the_same_value(model, moment):
     assert controls.at_random_key(model, empty, FACTS[0], moment, 3) is empty
 
 
+def test_generated_text_longer_than_the_context_is_refused_before_anything_is_edited(model, tmp_path):
+    settings = replace(PLAIN, generate=True, tokens=int(model.cfg.n_ctx))
+    with pytest.raises(SettingsError, match=r"must fit the context of \d+ tokens of .*--tokens"):
+        evaluate(model, FACTS, tmp_path / "run", settings)
+    assert not (tmp_path / "run").exists()
+
+
 def test_generated_text_is_measured(model, moment, tmp_path):
     references = References.of({("city", "Q90"): (("", "The Eiffel Tower is located in the city of Paris."),)})
     settings = replace(PLAIN, generate=True, tokens=24)

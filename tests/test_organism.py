@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from mechedit import cli, edits, facts, models, moments, organism, scoring, sites
-from mechedit.benchmarks import counterfact, metrics
+from mechedit.benchmarks import counterfact, health, metrics
 from mechedit.editors import rome
 from mechedit.organism.judge import judge
 from mechedit.organism.world import make
@@ -143,6 +144,16 @@ def test_an_edit_changes_what_is_said_and_is_undone_bit_for_bit(learnt):
     assert_same_state(model, before)
 
 
+def test_unrelated_text_is_of_the_organisms_own_world(learnt):
+    model, chosen = learnt
+    before = health.unedited(model)
+    assert before.perplexity < 8, "sentences it knows; English prose is noise to it"
+    with edits.edited(model, rome.edit(model, chosen[4])):
+        after = health.health(model, before)
+    assert after["perplexity_ratio"] == pytest.approx(1, abs=0.1)
+    assert after["next_token_same"] > 0.9
+
+
 def test_scores_are_those_of_whole_logits_one_prompt_at_a_time(learnt):
     model, chosen = learnt
 
@@ -180,6 +191,37 @@ def test_tuning_proposes_the_layer_where_facts_are_looked_up(learnt, tmp_path):
     found = tune(model, chosen, tmp_path, settings, RomeSettings(prefixes=((5, 5),)))
     assert found.settings.layer == models.preset(model).rome.layer
     assert {row.layer for row in found.rows} == {0, 1, 2}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_an_evaluation_killed_at_twenty_moments_ends_in_the_same_bytes(tmp_path):
+    """SIGKILL of the command, wherever it happens to be; then it is finished and compared with one left in peace."""
+    command = [sys.executable, "-m", "mechedit.cli", "evaluate", "--model", "organism", "--facts", "organism"]
+    command += ["--limit", "200", "--device", "cpu", "--out"]
+
+    def tables(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.stem in ("results", "summary")}
+
+    def units():
+        return len(list(tmp_path.glob("war/**/units/*")))
+
+    subprocess.run([*command, str(tmp_path / "peace")], check=True, capture_output=True)
+    stream, kept = random.Random(0), [0]
+    for _ in range(20):
+        process = subprocess.Popen([*command, str(tmp_path / "war")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        wanted = kept[-1] + stream.randrange(1, 9)
+        while units() < wanted and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(stream.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+        kept.append(units())
+    assert kept == sorted(kept)
+    assert 20 <= kept[-1] < 200, "killed in the middle each time, and nothing finished was lost"
+    subprocess.run([*command, str(tmp_path / "war")], check=True, capture_output=True)
+    assert tables(tmp_path / "war") == tables(tmp_path / "peace")
+    assert {"results.parquet", "summary.json", "summary.csv", "summary.md", "summary.tex"} <= tables(tmp_path / "war").keys()  # fmt: skip
 
 
 def test_the_demo_tells_the_story_on_the_organism(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,6 @@
 """What edits do to text that has nothing to do with them, and to the weights.
 
-perplexity        of the held-out text that ships with mechedit
+perplexity        of `guards.held_out_text`
 perplexity_ratio  to that of the unedited model
 next_token_kl     mean KL(edited || unedited) of the next token, in nats, at positions spread over that text
 next_token_same   share of these positions whose most probable token is still the same
@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from importlib import resources
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechedit import models
+from mechedit import guards, models
 from mechedit.models import Blocks, HookedModel, device_of
 from mechedit.prompts import encode, pad, resolve_bos
 
@@ -41,8 +40,7 @@ class Unedited:
 
 def unedited(model: HookedModel, *, prepend_bos: bool | None = None) -> Unedited:
     """The model as it is now."""
-    text = resources.files("mechedit").joinpath("data/held_out.txt").read_text(encoding="utf-8")
-    ids, _ = encode(model, text, prepend_bos=resolve_bos(model, prepend_bos))
+    ids, _ = encode(model, guards.held_out_text(model), prepend_bos=resolve_bos(model, prepend_bos))
     row = pad(model, [ids[: min(TOKENS, int(model.cfg.n_ctx))]])
     return Unedited(row.cpu(), *_read(model, row))
 

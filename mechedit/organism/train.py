@@ -203,6 +203,13 @@ def network(settings: TrainSettings, vocabulary: int) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
+def _trim(model: Any, context: int) -> None:
+    """Leave out the positions that no row of the training had, so that nobody reads what was never learnt."""
+    model.config.max_position_embeddings = context
+    if (positions := getattr(model.base_model, "wpe", None)) is not None:
+        model.base_model.wpe = torch.nn.Embedding.from_pretrained(positions.weight[:context].detach(), freeze=False)
+
+
 def rate(settings: TrainSettings, step: int) -> float:
     """The learning rate of a step: linear warm-up, then half a cosine down to a tenth."""
     if step < settings.warmup:
@@ -246,6 +253,7 @@ def train(settings: TrainSettings, folder: str | Path, world_settings: WorldSett
         if time.monotonic() - saved > settings.checkpoint_seconds:
             _save(folder, what, model, adam, step + 1, log)
             saved = time.monotonic()
+    _trim(model, settings.context)
     model.eval().half().save_pretrained(folder)
     words.save_pretrained(folder)
     record = what | {

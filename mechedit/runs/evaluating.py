@@ -33,7 +33,7 @@ from mechedit.runs.engines import Engine, Local
 from mechedit.runs.results import Evaluation
 from mechedit.runs.store import Store, claim, plan
 from mechedit.scoring import log_p
-from mechedit.settings import EvaluateSettings, MomentSettings, RomeSettings
+from mechedit.settings import EvaluateSettings, MomentSettings, RomeSettings, SettingsError
 
 __all__ = ["Estimate", "Record", "check_records", "estimate", "evaluate", "fact_of", "measure"]
 
@@ -67,10 +67,12 @@ def evaluate(
 
     Raises:
         FactError: no records, two that are the same, or one without both targets.
+        SettingsError: generated texts that do not fit the model's context.
         RunError: the folder holds a run of other settings, or another process works in it.
     """
     settings, folder, engine = settings or EvaluateSettings(), Path(folder), engine or Local(model)
     check_records(records)
+    _check_tokens(model, settings)
     resolved = rome.resolve(model, edit_settings) if settings.editor == "rome" else None
     bos = prompts.resolve_bos(model, edit_settings.prepend_bos if edit_settings else None)
     run = _Run(model, records, folder, Path(edits_in or folder / "edits"), settings, bos, references, engine, progress)
@@ -174,6 +176,14 @@ def check_records(records: Sequence[Record], first: int = 0) -> None:
             wrong.append(f"record {index} is record {names[_unit(record)]} again; give each once.")
     if wrong:
         raise FactError("\n".join([*wrong[:SHOWN_MISTAKES], *([f"... and {len(wrong) - SHOWN_MISTAKES} more"] if len(wrong) > SHOWN_MISTAKES else [])]))  # fmt: skip
+
+
+def _check_tokens(model: HookedModel, settings: EvaluateSettings) -> None:
+    if settings.generate and settings.tokens >= (limit := int(model.cfg.n_ctx)):
+        raise SettingsError(
+            f"generated texts must fit the context of {limit} tokens of {model.cfg.model_name}, with one before them; found "
+            f"{settings.tokens}. Give fewer tokens (--tokens)."
+        )
 
 
 def _unit(record: Record) -> str:
