@@ -8,10 +8,7 @@ Rows of GPT-2 XL are the paper's own (Meng et al. 2022, Table 1), another model 
 
 from __future__ import annotations
 
-import json
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -21,7 +18,6 @@ from mechedit import models, moments, organism
 from mechedit.benchmarks import zsre
 from mechedit.benchmarks.zsre import Question
 from mechedit.editors import rome
-from mechedit.organism.world import make
 from mechedit.runs.evaluating import evaluate
 from mechedit.settings import EvaluateSettings
 
@@ -48,12 +44,7 @@ class Table1:
 
 def questions(model: str, begin: int, n: int) -> list[Question]:
     """`n` questions from `begin` on."""
-    if model not in organism.MODELS:
-        return list(zsre.read(data("zsre.json"))[begin : begin + n])
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / "zsre.json"
-        path.write_text(json.dumps(make().zsre()[begin : begin + n]))
-        return list(zsre.read(path))
+    return list(zsre.named("organism" if model in organism.MODELS else data("zsre.json"))[begin : begin + n])
 
 
 def main(settings: Table1) -> None:

@@ -3,7 +3,7 @@
 Rows, each with ES, PS, NS, S and their magnitudes, and 95 % bootstrap intervals over facts:
 - no edit; the default; the published policy and constants;
 - controls: C = identity, another layer for each fact, a random key in place of k*;
-- the default at the layers around the causal trace's peak.
+- the default at the layers around the preset's, which was chosen near the causal trace's peak.
 
 On the organism the facts are of its own world. Edits and scores are kept in out/ as soon as they are found, so a killed run
 goes on. Rows of GPT-2 XL are the paper's own (Meng et al. 2022, Table 4), another model on 7,500 records.
@@ -67,8 +67,11 @@ def main(settings: Table4) -> None:
         shown = found[name].table("after" if edit else "before")
         say(f"{name}, {len(facts)} facts: {', '.join(f'{key} {shown[key]}' for key in (*SUCCESSES, 'S'))}")
 
-    n = int(model.cfg.n_layers)
-    near = range(max(0, default.layer - settings.around), min(n, default.layer + settings.around + 1))
+    def layers() -> None:
+        n = int(model.cfg.n_layers)
+        for layer in range(max(0, default.layer - settings.around), min(n, default.layer + settings.around + 1)):
+            row(f"layer {layer}", few, replace(default, layer=layer), edits="default" if layer == default.layer else "")
+
     every: dict[str, Callable[[], None]] = {
         "no edit": lambda: row("no edit", chosen[: settings.unedited], None),
         "default": lambda: row("default", many, default),
@@ -76,16 +79,10 @@ def main(settings: Table4) -> None:
         "identity": lambda: row("identity", few, default, "identity"),
         "random layer": lambda: row("random layer", few, default, "random_layer"),
         "random key": lambda: row("random key", few, default, "random_key", "default"),
-        "layers": lambda: (
-            [
-                row(f"layer {layer}", few, replace(default, layer=layer))
-                if layer != default.layer
-                else row(f"layer {layer}", few, default, edits="default")
-                for layer in near
-            ]
-            and None
-        ),
+        "layers": layers,
     }
+    if unknown := set(settings.rows) - set(ROWS):
+        raise SystemExit(f"rows are {', '.join(ROWS)}; found {', '.join(sorted(unknown))}.")
     for name in settings.rows:
         every[name]()
     tables = {name: each.table("before" if name == "no edit" else "after") for name, each in found.items()}

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from mechedit.errors import MecheditError
 
 __all__ = [
-    "SETS",
     "Fact",
     "FactError",
     "built_in",
@@ -32,7 +31,6 @@ __all__ = [
 Made = TypeVar("Made")
 SHOWN_MISTAKES = 20  # of a file, before the rest is counted
 
-SETS = ("built-in", "organism")
 """Sets of facts that ship with mechedit, as `named` takes them."""
 
 FORMS = (

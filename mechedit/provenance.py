@@ -9,7 +9,7 @@ from typing import Any
 
 from mechedit.models import HookedModel, device_of, fingerprint, weight_hash
 
-__all__ = ["origin", "versions"]
+__all__ = ["identity", "origin", "versions"]
 
 
 def versions() -> dict[str, str]:

@@ -302,7 +302,7 @@ class EvaluateSettings:
     tokens: int = knob(100, "tokens of each generated text, its prompt's included")
     top_k: int = knob(5, "tokens that generation chooses among at each step")
     health: bool = knob(True, "also measure what an edit does to text that has nothing to do with it")
-    seed: int = knob(0, "seed of controls, generated text and intervals")
+    seed: int = knob(0, "seed of controls, generated text and intervals; on the command line of ROME's prefixes too")
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -114,9 +113,7 @@ def tune(
             for rate in settings.learning_rates:
                 tried = rome.resolve(model, replace(given, layer=layer, clamp=clamp, learning_rate=rate, guard="warn"))
                 place = folder / f"layer{layer}-clamp{clamp:g}-rate{rate:g}"
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", rome.EditWarning)  # `within` counts them
-                    found = edit_facts(model, scored, place, tried, Cs[layer], progress=progress)
+                found = edit_facts(model, scored, place, tried, Cs[layer], progress=progress)
                 rows.append(_row(model, scored, found, tried))
     best = max(rows, key=lambda row: (row.within >= MOSTLY, round(row.S, 6), -row.relative_norm))
     proposed = replace(given, layer=best.layer, clamp=best.clamp, learning_rate=best.learning_rate)

@@ -587,6 +587,11 @@ def test_evaluate_reads_zsre(run, tmp_path):
         (("--out", "x", "--mode", "sequential", "--control", "identity"), "a control changes ROME's independent edits"),
         (("--out", "x", "--generate", "--references", "nothing.json"), "nothing.json cannot be read"),
         (("--out", "x", "--control", "luck"), "control must be one of"),
+        (("--out", "x", "--tokens", "20"), "--tokens is of generated text"),
+        (("--out", "x", "--top-k", "2"), "--top-k is of generated text"),
+        (("--out", "x", "--editor", "none", "--clamp", "1"), "--clamp is of edits"),
+        (("--out", "x", "--editor", "none", "--mode", "batch"), "--mode is of edits"),
+        (("--out", "x", "--benchmark", "zsre", "--facts", "built-in"), "no zsRE questions"),
     ],
 )
 def test_evaluate_says_what_does_not_go_together_before_anything_is_loaded(run, records, tmp_path, monkeypatch, options, message):  # fmt: skip

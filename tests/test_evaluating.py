@@ -313,7 +313,7 @@ def test_mistakes_are_found_before_the_expensive_part(model, tmp_path):
     with pytest.raises(FactError, match="one or more records"):
         evaluate(model, [], tmp_path)
     with pytest.raises(FactError, match=r"(?s)record 1, about 'Rome', lacks.*record 3 is record 0 again"):
-        evaluate(model, [FACTS[0], Fact("Rome", CITY, "Paris"), FACTS[1], FACTS[0]], tmp_path)
+        evaluate(model, [FACTS[0], Fact("Rome", CITY, "Paris"), FACTS[1], replace(FACTS[0], id="7")], tmp_path)
     with pytest.raises(FactError, match="record 8, about 'Rome', lacks"):
         check_records([FACTS[0], Fact("Rome", CITY, "Paris")], 7)
     with pytest.raises(FactError, match=r"and 5 more"):
@@ -341,6 +341,10 @@ def test_health_sees_damage_and_nothing_where_nothing_was_done(model):
         dead = health(model, before)
     assert dead["broken"] == 1.0
     assert math.isnan(dead["weight_norm_ratio"])
+    with edits.restored(model, 2), torch.no_grad():
+        edits.models.W_out(model, 2).mul_(1e30)
+        wild = health(model, before)
+    assert not any(map(math.isinf, wild.values())), "means are of finite numbers"
     ids = before.row[0]
     log_p = model(before.row)[0].log_softmax(-1)[:-1].gather(1, ids[1:, None]).double().mean()
     assert well["perplexity"] == pytest.approx(float((-log_p.detach()).exp()), rel=1e-5)
@@ -382,6 +386,27 @@ def test_status_says_how_far_a_run_is(model, moment, tmp_path):
     assert found["scores"].left == found["scores"].seconds > 0
     with pytest.raises(RunError, match="holds no run"):
         status(tmp_path / "edits" / "units")
+
+
+def test_status_is_the_same_from_any_folder_and_of_a_run_that_was_moved(model, moment, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluate(model, FACTS, "run", PLAIN, QUICK, moment)
+    monkeypatch.chdir("/")
+    assert [each.finished for each in status(tmp_path / "run")] == [3, 3, 3]
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "deeper").mkdir()
+    (tmp_path / "moved" / "deeper" / "plan.json").write_text("[1]")  # another program's
+    assert [each.finished for each in status(tmp_path / "moved")] == [3, 3, 3]
+
+
+def test_other_records_in_one_batch_and_a_moment_of_another_layer_are_refused_at_once(model, moment, tmp_path, monkeypatch):  # fmt: skip
+    batch = replace(PLAIN, mode="batch")
+    evaluate(model, FACTS[:2], tmp_path, batch, QUICK, moment)
+    monkeypatch.setattr(evaluating, "measure", lambda *args, **named: pytest.fail("measured"))
+    with pytest.raises(RunError, match="holds a run of other settings .records"):
+        evaluate(model, FACTS, tmp_path, batch, QUICK, moment)
+    with pytest.raises(edits.EditError, match="layer"):
+        evaluate(model, FACTS, tmp_path / "other", PLAIN, replace(QUICK, layer=2), moment)
 
 
 def test_an_estimate_counts_workers(model, moment, monkeypatch):

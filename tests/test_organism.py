@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mechedit import cli, edits, facts, models, moments, organism, scoring, sites
-from mechedit.benchmarks import counterfact, health, metrics
+from mechedit.benchmarks import counterfact, health, metrics, zsre
 from mechedit.editors import rome
 from mechedit.organism.judge import judge
 from mechedit.organism.world import make
@@ -246,6 +246,15 @@ def test_the_preset_is_the_one_that_the_sweep_proposed(learnt):
     C = moments.estimate(model, preset.rome.layer)
     assert np.isfinite(C.cond)
     assert C.keys >= 10 * len(C.C)
+
+
+def test_the_world_asks_zsre_questions(learnt, tmp_path):
+    model, _ = learnt
+    questions = zsre.named("organism")[:5]
+    found = evaluate(model, questions, tmp_path, EvaluateSettings(health=False))
+    before, after = found.table("before"), found.table("after")
+    assert before["specificity"].mean == after["specificity"].mean == 1.0
+    assert before["efficacy"].mean < 0.6 < after["efficacy"].mean
 
 
 def test_a_variant_that_does_not_ship_says_how_to_train_it(monkeypatch, tmp_path):

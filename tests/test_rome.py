@@ -471,6 +471,18 @@ def test_ctrl_c_anywhere_leaves_the_model_as_it_was(model, fact, moment):
         assert_same_state(model, before)
 
 
+def test_prefixes_can_be_given(load, monkeypatch):
+    widen_bands(monkeypatch)
+    model, settings = load("gpt2"), RomeSettings(layer=1, steps=2, prefixes=((3, 1),))
+    sampled = rome.edit(model, FACT, settings)
+    monkeypatch.setattr(keys, "sample", lambda *args, **named: pytest.fail("sampled"))
+    given = rome.edit(model, FACT, settings, prefixes=sampled.details["prefixes"])
+    assert torch.equal(given.changes[0].u, sampled.changes[0].u)
+    other = rome.edit(model, FACT, settings, prefixes=("", "The city. "))
+    assert other.details["prefixes"] == ["", "The city. "]
+    assert not torch.equal(other.changes[0].u, sampled.changes[0].u)
+
+
 def test_a_preset_gives_layer_and_constants(load, monkeypatch):
     model = load("gpt2")
     preset = replace(models.PRESETS["gemma-3-270m"], rome=RomeSettings(layer=2, clamp=0.5), n_layers=4)

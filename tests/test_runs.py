@@ -39,6 +39,8 @@ def test_a_run_gives_each_facts_own_trace(model, tmp_path):
         assert each.prompt == fact.prompt
         assert all(torch.equal(each.draws[kind], alone.draws[kind]) for kind in SMALL.kinds)
     assert set(units(tmp_path)) == {f"{unit(fact)}.safetensors" for fact in FACTS}
+    twice = trace_facts(model, [FACTS[0], FACTS[1], FACTS[0]], tmp_path, SMALL)
+    assert [each.prompt for each in twice] == [FACTS[0].prompt, FACTS[1].prompt, FACTS[0].prompt]
 
 
 def test_a_run_that_was_cut_off_goes_on_with_what_is_missing(model, tmp_path, monkeypatch):

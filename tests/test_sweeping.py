@@ -89,6 +89,8 @@ def test_maps_are_drawn_with_gaps_where_nothing_was_seen(tmp_path):
 def test_mistakes_are_said_first(model, tmp_path):
     with pytest.raises(FactError, match="record 1 lacks"):
         sweep(model, [FACTS[0], replace(FACTS[1], neighbours=())], tmp_path)
+    with pytest.raises(FactError, match="record 2 is record 0 again"):
+        sweep(model, [*FACTS[:2], replace(FACTS[0], id="2")], tmp_path)
     for wrong in ({"tokens": ()}, {"tokens": ("middle",)}, {"draws": 0}, {"window": -1}):
         with pytest.raises(SettingsError):
             SweepSettings(**wrong)

@@ -54,14 +54,15 @@ def health(model: HookedModel, before: Unedited) -> dict[str, float]:
     )
     same = (log_p.argmax(-1) == before.log_p.argmax(-1)).float().mean()
     kl = (log_p.exp() * (log_p - before.log_p)).sum(-1).mean()
-    return {
+    found = {
         "perplexity": perplexity,
         "perplexity_ratio": perplexity / before.perplexity,
         "next_token_kl": max(float(kl), 0.0) if math.isfinite(float(kl)) else math.nan,
         "next_token_same": float(same),
         "weight_norm_ratio": largest,
-        "broken": float(not all(map(math.isfinite, (perplexity, float(kl), largest)))),
     }
+    finite = {name: value if math.isfinite(value) else math.nan for name, value in found.items()}
+    return finite | {"broken": float(any(map(math.isnan, finite.values())))}
 
 
 @torch.no_grad()

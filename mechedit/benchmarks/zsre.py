@@ -18,7 +18,7 @@ from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
 from mechedit.scoring import score
 
-__all__ = ["Question", "read", "scores"]
+__all__ = ["Question", "named", "read", "scores"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,22 @@ class Question:
     fact: Fact
     unrelated: str
     answer: str
+
+
+def named(name: str | Path) -> tuple[Question, ...]:
+    """The questions of the organism's world (`organism`), or of a file.
+
+    Raises:
+        FactError: as in `read`; the built-in facts have no unrelated questions.
+    """
+    if name == "built-in":
+        raise FactError("the built-in facts are no zsRE questions; give a zsRE file, or `organism`.")
+    if name != "organism":
+        return read(name)
+    from mechedit.organism.world import make
+
+    found = (_question(record, index) for index, record in enumerate(make().zsre()))
+    return tuple(question for question in found if question is not None)
 
 
 def read(path: str | Path) -> tuple[Question, ...]:

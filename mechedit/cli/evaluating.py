@@ -163,6 +163,13 @@ def _check(arguments: argparse.Namespace, settings: EvaluateSettings) -> None:
         or (arguments.cpus is not None and arguments.cpus <= 0)
     ):
         raise UsageError("--workers and --gpus must be 0 or more, and --cpus more than 0.")
+    asked = given_settings(arguments, EvaluateSettings)
+    if idle := [name for name in ("tokens", "top_k") if name in asked and not settings.generate]:
+        raise UsageError(f"--{idle[0].replace('_', '-')} is of generated text: give --generate too.")
+    edits = [name for name in given_settings(arguments, RomeSettings) if name not in ("seed", "prepend_bos")]
+    edits += ["mode"] * ("mode" in asked)
+    if settings.editor == "none" and edits:
+        raise UsageError(f"--{edits[0].replace('_', '-')} is of edits, and --editor none makes none.")
     if (arguments.references or arguments.tfidf) and not settings.generate:
         raise UsageError("--references and --tfidf are for generated text: give --generate too.")
     if arguments.tfidf and not arguments.references:
@@ -179,7 +186,7 @@ def _records(arguments: argparse.Namespace) -> list[Record]:
     if arguments.begin < 0 or (arguments.limit is not None and arguments.limit < 1):
         raise UsageError("--begin must be 0 or more, and --limit at least 1.")
     is_zsre = getattr(arguments, "benchmark", "counterfact") == "zsre"
-    records: list[Record] = [*(zsre.read(arguments.facts) if is_zsre else facts.named(arguments.facts))]
+    records: list[Record] = [*(zsre.named(arguments.facts) if is_zsre else facts.named(arguments.facts))]
     end = None if arguments.limit is None else arguments.begin + arguments.limit
     chosen = records[arguments.begin : end]
     if not chosen:
@@ -211,8 +218,9 @@ def _engine(arguments: argparse.Namespace, model: HookedModel) -> Engine:
 
     if arguments.engine == "local":
         return Local(model)
+    is_folder = Path(arguments.model).is_dir()  # workers have a working folder of their own
     return Cluster(
-        arguments.model,
+        str(Path(arguments.model).absolute()) if is_folder else arguments.model,
         models.fingerprint(model),
         arguments.address,
         arguments.workers or 0,
@@ -250,7 +258,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     check_places(arguments.json, arguments.out / "sweep.json")
     model = load_model(arguments)
     known = models.preset(model)
-    base = replace(known.rome if known else RomeSettings(layer=0), **given)
+    base = replace(known.rome if known else RomeSettings(), **given)
     with keeping(f"what is finished is kept in {arguments.out}"), progress_bars() as progress:
         found = sweeping.sweep(model, chosen, arguments.out, settings, base, progress=progress)
     console = console_of(arguments)
@@ -264,8 +272,9 @@ def _sweep(arguments: argparse.Namespace) -> None:
         highlight=False,
     )
     written = figures.write(sweeping.sweep_maps(found), arguments.out / "sweep")
-    written += write_json(arguments.out / "sweep.json", found.to_json())
-    show_files(console, written + write_json(arguments.json, found.to_json()))
+    record = found.to_json()
+    written += write_json(arguments.out / "sweep.json", record)
+    show_files(console, written + write_json(arguments.json, record))
 
 
 def _status(arguments: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ def random_layer(model: HookedModel, fact: Fact, layer: int, seed: int) -> int:
 def at_random_key(model: HookedModel, edit: Edit, fact: Fact, moment: Moment, seed: int) -> Edit:
     """The edit's v*, written at a random key of the length of k* instead; an edit without changes as it is.
 
-    The numbers of the edit that was are left out of the result's report, all but the norm of its own change.
+    What was measured on the edit that was is left out of the result; its report has the norm of its own change.
     """
     if not edit.changes:
         return edit
@@ -46,4 +46,4 @@ def at_random_key(model: HookedModel, edit: Edit, fact: Fact, moment: Moment, se
     other *= key.norm() / other.norm()
     made = rank_one.solve(edit.layer, weight, bias, other, value, rank_one.regularised(moment.C, own["ridge"]))
     report = {"update_norm": made.norm, "relative_norm": made.norm / float(weight.double().norm())}
-    return replace(edit, changes=(made,), report=report)
+    return replace(edit, changes=(made,), report=report, reasons=(), before={}, after={})

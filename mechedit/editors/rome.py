@@ -60,12 +60,14 @@ def edit(
     settings: RomeSettings | None = None,
     moment: Moment | None = None,
     *,
+    prefixes: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> Edit:
     """Find the rank-one change that makes the model complete `fact.prompt` with `fact.target_new`. The model is left as it is.
 
     Several facts must have one subject; the result's `fact`, `before` and `after` are the first's, `details["also"]` has the
-    others'. Without `moment`, C is estimated from text sampled from the model, once, and kept in the cache.
+    others'. Without `moment`, C is estimated from text sampled from the model, once, and kept in the cache. `prefixes`, "" the first
+    of them, stand before the prompt in place of those that the settings sample.
 
     Raises:
         FactError: a fact has no new target, or does not fit the model, or several have different subjects.
@@ -83,7 +85,8 @@ def edit(
     moment = moment or moments.estimate(
         model, settings.layer, settings=MomentSettings(prepend_bos=settings.prepend_bos), progress=progress
     )
-    change, report, details = _find(model, facts, targets, moment, settings, progress)
+    before_prompt = keys.prefixes(model, settings) if prefixes is None else tuple(prefixes)
+    change, report, details = _find(model, facts, targets, moment, before_prompt, settings, progress)
     with rank_one.edited(model, change):
         after = _measure(model, facts, settings)
         report |= guards.drift(healthy, guards.measure(model, facts[0].subject, prepend_bos=settings.prepend_bos))
@@ -144,11 +147,11 @@ def _find(
     facts: tuple[Fact, ...],
     targets: list[list[int]],
     moment: Moment,
+    before: tuple[str, ...],
     settings: RomeSettings,
     progress: Progress,
 ) -> tuple[rank_one.RankOneEdit, dict[str, float], dict[str, Any]]:
     """The change, its numbers, and what it was made from."""
-    before = keys.prefixes(model, settings)
     bos, token = settings.prepend_bos, settings.fact_token
     rows = [row for fact in facts for row in keys.contexts(model, fact, before, token, prepend_bos=bos)]
     wanted = [target for target in targets for _ in before]

@@ -21,7 +21,7 @@ from mechedit.scoring import score
 
 __all__ = ["Learnt", "judge", "write_card"]
 
-ROW = 6  # sentences in a row, as in training
+ROW = 3  # sentences in a row, of which any three fit what the organism reads
 AT_ONCE = 2000  # prompts between two reports of progress
 
 

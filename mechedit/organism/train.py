@@ -236,14 +236,15 @@ def train(settings: TrainSettings, folder: str | Path, world_settings: WorldSett
     """
     folder = Path(folder)
     world = make(world_settings or WorldSettings())
+    how = {name: value for name, value in asdict(settings).items() if name != "checkpoint_seconds"}
+    what = {"settings": how, "world": asdict(world.settings)}
+    if _is_finished(folder, what):
+        return folder
     words = tokenizer(world, settings.vocabulary)
     sentences = encoded(world, words)
     model = network(settings, len(words))
     groups = [{"params": [each for each in model.parameters() if (each.ndim > 1) == decayed], "weight_decay": settings.weight_decay * decayed} for decayed in (True, False)]  # fmt: skip
     adam = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
-    what = {"settings": asdict(settings), "world": asdict(world.settings)}
-    if _is_finished(folder, what):
-        return folder
     begin, log = _resume(folder, what, model, adam)
     saved = time.monotonic()
     for step in range(begin, settings.steps):
@@ -316,9 +317,11 @@ def _is_finished(folder: Path, what: dict[str, Any]) -> bool:
 
 
 def _check_same(path: Path, record: dict[str, Any], what: dict[str, Any]) -> None:
-    for part in what:
-        if record[part] != json.loads(json.dumps(what[part])):
-            raise TrainError(f"{path} was trained with other {part}; use the same, or another folder.")
+    for part, values in what.items():
+        if other := sorted(name for name in values if record[part].get(name) != values[name]):
+            raise TrainError(
+                f"{path} was trained with other {part} ({', '.join(other)}); use the same, or another folder."
+            )
 
 
 @torch.no_grad()

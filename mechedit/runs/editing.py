@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mechedit import edits, moments, provenance
+from mechedit import edits, keys, moments, provenance
 from mechedit.editors import rome
 from mechedit.edits import Edit, EditError
 from mechedit.facts import Fact, FactError
@@ -55,7 +56,7 @@ def edit_facts(
         folder, what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=0.0), path)
     )
 
-    task = _Editing(by_unit, settings, moment)
+    task = _Editing(by_unit, settings, moment, keys.prefixes(model, settings))
     return store.run([unit(fact) for fact in facts], task, engine or Local(model), progress)
 
 
@@ -66,15 +67,20 @@ class _Editing:
     by_unit: dict[str, Fact]
     settings: RomeSettings
     moment: Moment
+    prefixes: tuple[str, ...]  # sampled once, not by each worker
 
     def __call__(self, model: HookedModel, name: str) -> Edit:
-        return attempt(model, self.by_unit[name], self.settings, self.moment)
+        return attempt(model, self.by_unit[name], self.settings, self.moment, self.prefixes)
 
 
-def attempt(model: HookedModel, fact: Fact, settings: RomeSettings, moment: Moment) -> Edit:
-    """The edit of a fact, or one without changes that says why not."""
+def attempt(
+    model: HookedModel, fact: Fact, settings: RomeSettings, moment: Moment, prefixes: Sequence[str] | None = None
+) -> Edit:
+    """The edit of a fact, or one without changes that says why not. What is out of its bands is in its reasons, and no warning."""
     try:
-        return rome.edit(model, fact, settings, moment)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rome.EditWarning)
+            return rome.edit(model, fact, settings, moment, prefixes=prefixes)
     except (EditError, FactError, RankOneError) as error:
         return _refused(model, fact, settings, str(error))
 

@@ -10,7 +10,6 @@ import hashlib
 import math
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -63,20 +62,26 @@ def evaluate(
 
     A record that cannot be edited, or whose edit is rolled back, is scored on the model as it was, and says why. `edits_in` is
     where edits are kept, if not in `folder`: a run of the same edits, `edit_facts`' say, is used as it is. `engine` computes
-    independent edits and scores; edits that depend on each other are written here.
+    independent edits and scores; edits that depend on each other are written here. Without `moment`, and always at random layers, C
+    is estimated from text sampled from the model.
 
     Raises:
         FactError: no records, two that are the same, or one without both targets.
         SettingsError: generated texts that do not fit the model's context.
+        TextError: text is to be generated, and the extra `evaluate` is missing.
         RunError: the folder holds a run of other settings, or another process works in it.
     """
     settings, folder, engine = settings or EvaluateSettings(), Path(folder), engine or Local(model)
     check_records(records)
-    _check_tokens(model, settings)
+    _check_generation(model, settings)
     resolved = rome.resolve(model, edit_settings) if settings.editor == "rome" else None
     bos = prompts.resolve_bos(model, edit_settings.prepend_bos if edit_settings else None)
     run = _Run(model, records, folder, Path(edits_in or folder / "edits"), settings, bos, references, engine, progress)
-    claim(folder, run.what | {"edit": asdict(resolved) if resolved else None, "prepend_bos": bos})
+    if resolved and moment and settings.control != "random_layer":
+        rome.check_moment(model, moment, resolved)
+    together = settings.mode != "independent"  # then every record matters to every other
+    everyone = {"records": cache.content_key(list(run.by_unit))} if together else {}
+    claim(folder, run.described | {"edit": asdict(resolved) if resolved else None} | everyone)
     made: list[Edit] = []
     with engine.open():
         scored = {"before": run.before()}
@@ -178,8 +183,12 @@ def check_records(records: Sequence[Record], first: int = 0) -> None:
         raise FactError("\n".join([*wrong[:SHOWN_MISTAKES], *([f"... and {len(wrong) - SHOWN_MISTAKES} more"] if len(wrong) > SHOWN_MISTAKES else [])]))  # fmt: skip
 
 
-def _check_tokens(model: HookedModel, settings: EvaluateSettings) -> None:
-    if settings.generate and settings.tokens >= (limit := int(model.cfg.n_ctx)):
+def _check_generation(model: HookedModel, settings: EvaluateSettings) -> None:
+    """Raise where texts cannot be generated, or not be measured."""
+    if not settings.generate:
+        return
+    texts.words("")  # needs the extra `evaluate`
+    if settings.tokens >= (limit := int(model.cfg.n_ctx)):
         raise SettingsError(
             f"generated texts must fit the context of {limit} tokens of {model.cfg.model_name}, with one before them; found "
             f"{settings.tokens}. Give fewer tokens (--tokens)."
@@ -187,7 +196,9 @@ def _check_tokens(model: HookedModel, settings: EvaluateSettings) -> None:
 
 
 def _unit(record: Record) -> str:
-    return cache.content_key(asdict(record))
+    """The name of a record's unit: what it says, whatever its id."""
+    plain = replace(record, fact=replace(record.fact, id="")) if isinstance(record, Question) else replace(record, id="")  # fmt: skip
+    return cache.content_key(asdict(plain))
 
 
 def _numbers(edit: Edit) -> dict[str, float]:
@@ -301,8 +312,10 @@ def estimate(
     tried: int = 3,
     references: References | None = None,
 ) -> Estimate:
-    """Try a few records, spread over all of them, keep nothing, and say what all of them will take; `load` is a worker's."""
+    """Try a few records, spread over all of them, and say what all of them will take; `load` is a worker's. Edits and scores are not
+    kept; C is, in the cache."""
     check_records(records)
+    _check_generation(model, settings)
     began = time.perf_counter()
     chosen = [records[index * len(records) // tried] for index in range(min(tried, len(records)))]
     resolved = replace(rome.resolve(model, edit_settings), guard="warn") if settings.editor == "rome" else None
@@ -310,15 +323,14 @@ def estimate(
     moment = moments.estimate(model, resolved.layer, settings=windows) if resolved else None
     bos = prompts.resolve_bos(model, edit_settings.prepend_bos if edit_settings else None)
     before = unedited(model, prepend_bos=bos) if settings.health and resolved else None
+    measuring = _Measuring({}, {}, settings, bos, before, references)
     once, spent = time.perf_counter() - began, []
     for record in chosen:
         began = time.perf_counter()
         if resolved and moment:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", rome.EditWarning)
-                attempt(model, fact_of(record), resolved, moment)
+            attempt(model, fact_of(record), resolved, moment)
         edited = time.perf_counter()
-        measure(model, record, settings, before=before, references=references, prepend_bos=bos)
+        measuring.now(model, record)
         spent.append((edited - began if resolved else 0.0, time.perf_counter() - edited))
     edit, score = (median(each) for each in zip(*spent, strict=True))
     return Estimate(len(records), workers, settings.mode, once + load, edit, score, _peak_memory())
@@ -357,10 +369,8 @@ class _Run:
         self.bos, self.references, self.engine, self.progress = bos, references, engine, progress
         self.by_unit = {_unit(record): record for record in records}
         self.what: dict[str, Any] = {"settings": asdict(settings), "model": provenance.identity(model)}
-        self.measured = {
-            name: getattr(settings, name) for name in ("generate", "tokens", "top_k", "seed") if settings.generate
-        } | {
-            "generate": settings.generate,
+        of_text = ("tokens", "top_k", "seed") if settings.generate else ()
+        self.measured = {name: getattr(settings, name) for name in ("generate", *of_text)} | {
             "prepend_bos": bos,
             "references": references.key if references else "",
         }

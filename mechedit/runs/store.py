@@ -79,10 +79,11 @@ class Store(Generic[Result]):
             RunError: another process is at work in this folder, or units failed; what is finished is kept.
         """
         every = list(dict.fromkeys(units))
-        if all(self.get(unit) is not None for unit in every):  # nothing to write, nor a lock to take
-            return [self._read(self.path(unit)) for unit in units]
+        there = {unit: self.get(unit) for unit in every}
+        if None not in there.values():  # nothing to write, nor a lock to take
+            return [there[unit] for unit in units]  # type: ignore[misc]
         with self._alone():
-            missing = [unit for unit in every if self.get(unit) is None]
+            missing = [unit for unit in every if there[unit] is None and self.get(unit) is None]
             plan(self.folder, self.folder, every)
             failed: list[Done[Result]] = []
             finished = len(every) - len(missing)
@@ -149,7 +150,8 @@ def claim(folder: Path, what: dict[str, Any]) -> None:
 def plan(folder: Path, place: Path, units: Sequence[str]) -> None:
     """Note in `folder`, for `status`, which units are being computed into `place`."""
     with atomic_write(folder / PLAN) as temporary:
-        temporary.write_text(json.dumps({"folder": str(place), "units": list(units)}))
+        own = place.absolute() == folder.absolute()  # such a folder may be moved
+        temporary.write_text(json.dumps({"folder": "" if own else str(place.absolute()), "units": list(units)}))
 
 
 @contextmanager
@@ -163,11 +165,11 @@ def _writing(folder: Path) -> Iterator[None]:
         raise WriteError(f"{folder} cannot be written: {error.strerror or error}.") from error
 
 
-def _parsed(line: str) -> dict[str, Any]:
-    """A line of a log; nothing where it was cut off."""
+def _parsed(text: str) -> dict[str, Any]:
+    """An object of JSON, a line of a log say; nothing where it was cut off, or is something else."""
     try:
-        return dict(json.loads(line))
-    except ValueError:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
         return {}
 
 
@@ -190,8 +192,10 @@ def status(folder: str | Path) -> list[Status]:
     """
     found = []
     for path in sorted(Path(folder).rglob(PLAN)):
-        record = json.loads(path.read_text())
-        place, units = Path(record["folder"]), record["units"]
+        record = _parsed(path.read_text())
+        if "units" not in record:  # another program's
+            continue
+        units, place = record["units"], Path(record["folder"]) if record["folder"] else path.parent
         there = sum((place / "units" / f"{unit}.safetensors").is_file() for unit in units)
         log = place / SECONDS
         lines = log.read_text().splitlines() if log.is_file() else []

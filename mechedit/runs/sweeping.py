@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mechedit import moments, provenance
+from mechedit import models, moments, provenance
 from mechedit.benchmarks.metrics import SUCCESSES, harmonic
 from mechedit.editors import rome
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel, check_layer
 from mechedit.progress import Progress, silent
 from mechedit.runs.engines import Engine, Local
-from mechedit.runs.evaluating import evaluate
+from mechedit.runs.evaluating import check_records, evaluate
 from mechedit.runs.tracing import trace_facts
 from mechedit.settings import (
-    FACT_TOKENS,
     ROLE_TITLES,
     EvaluateSettings,
     MomentSettings,
@@ -83,6 +82,7 @@ class Sweep:
             "correlation_with_effect": found,
             "origin": self.origin,
             "settings": self.settings,
+            "versions": provenance.versions(),
         }
 
 
@@ -99,15 +99,18 @@ def sweep(
     """Trace the facts, edit each at every layer and token, and score it. Everything is kept in `folder`, and resumed from it.
 
     Raises:
-        FactError: a fact lacks targets, paraphrases or neighbours, so that it has no S.
+        FactError: no facts, two that are the same, or one that lacks targets, paraphrases or neighbours, so that it has no S.
         RunError: the folder holds a run of other settings.
     """
     settings, folder = settings or SweepSettings(), Path(folder)
+    check_records(facts)
     for index, fact in enumerate(facts):
         if not (fact.target_new and fact.target_true and fact.paraphrases and fact.neighbours):
             raise FactError(f"a sweep scores ES, PS and NS; record {index} lacks targets, paraphrases or neighbours.")
     layers = [check_layer(model, layer) for layer in settings.layers] or list(range(int(model.cfg.n_layers)))
-    base = replace(rome.resolve(model, edit_settings), guard="warn")
+    known = models.preset(model)
+    given = edit_settings or (known.rome if known else RomeSettings())
+    base = replace(rome.resolve(model, replace(given, layer=layers[0])), guard="warn")
     windows = MomentSettings(prepend_bos=base.prepend_bos)
     Cs = moments.estimate_layers(model, layers, settings=windows, progress=progress)
     wanted = TraceSettings(kinds=("mlp",), window=settings.window, draws=settings.draws, seed=settings.seed, prepend_bos=base.prepend_bos)  # fmt: skip
@@ -134,7 +137,7 @@ def sweep(
                     for name in SUCCESSES:
                         scores[name][index, row, column] = each[name]
     origin = provenance.origin(model)
-    record = {"sweep": asdict(settings), "edit": asdict(base)}
+    record = {"sweep": asdict(settings), "edit": {name: each for name, each in asdict(base).items() if name not in ("layer", "fact_token")}}  # fmt: skip
     return Sweep(tuple(layers), settings.tokens, scores, effects, settings.seed, origin, record)
 
 
@@ -188,6 +191,3 @@ def _rank_correlation(scores: dict[str, np.ndarray], effects: np.ndarray, name: 
 
 def _nulls(grid: np.ndarray) -> list[list[float | None]]:
     return [[None if np.isnan(value) else float(value) for value in row] for row in grid]
-
-
-assert set(FACT_TOKENS) <= set(ROLE_TITLES), "tokens of an edit are roles of a trace"

@@ -55,7 +55,7 @@ def trace_facts(
     store: Store[Trace] = Store(folder, what, Trace.load, Trace.save)
 
     task = _Tracing(by_unit, settings, statistics)
-    return store.run(list(by_unit), task, engine or Local(model), progress)
+    return store.run([unit(fact) for fact, _ in others], task, engine or Local(model), progress)
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,12 @@ def sever_facts(
 ) -> list[Severed]:
     """`tracing.severing.severed` of each fact, resumably as `trace_facts`."""
     settings, statistics, what = _run(model, settings, statistics)
-    by_unit = {unit(fact): (fact, other) for fact, other in partners(model, facts, settings)}
+    others = partners(model, facts, settings)
+    by_unit = {unit(fact): (fact, other) for fact, other in others}
     store: Store[Severed] = Store(folder, what | {"shared_draws": shared_draws}, Severed.load, Severed.save)
 
     task = _Severing(by_unit, settings, statistics, shared_draws)
-    return store.run(list(by_unit), task, engine or Local(model), progress)
+    return store.run([unit(fact) for fact, _ in others], task, engine or Local(model), progress)
 
 
 def _run(
