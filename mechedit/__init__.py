@@ -24,6 +24,8 @@ one module and may touch only what this table says; nothing is left changed exce
 | export.checkpoint  | no      | no       | and puts them back| folder| no                    |
 | scoring.score      | yes     | no       | no                | no    | no                    |
 | counterfact.scores | yes     | no       | no                | no    | no                    |
+| runs.evaluate      | yes     | yes      | and puts them back| folder, cache | own generator |
+| runs.sweep         | yes     | yes      | and puts them back| folder, cache | own generator |
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ _MODULES = (
     "keys",
     "models",
     "moments",
+    "organism",
     "prompts",
     "rank_one",
     "runs",

@@ -11,14 +11,12 @@ The published policy can break a model by one edit ("disabling edits", Gupta et 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from importlib import resources
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit import organism
 from mechedit.models import Blocks, HookedModel
 from mechedit.prompts import check_length, encode, pad, resolve_bos
 from mechedit.scoring import mean_log_p
@@ -63,20 +61,10 @@ def measure(model: HookedModel, subject: str, *, prepend_bos: bool | None = None
 
 
 def held_out_text(model: HookedModel) -> str:
-    """Text that no one fact has to do with: prose that ships with mechedit; of an organism, sentences of its world."""
-    return _of_the_world() if model.cfg.model_name in organism.MODELS else _prose()
-
-
-@cache
-def _prose() -> str:
-    return resources.files("mechedit").joinpath("data/held_out.txt").read_text(encoding="utf-8")
-
-
-@cache
-def _of_the_world() -> str:
-    from mechedit.organism.world import make
-
-    return " ".join(make().corpus(60, "health"))
+    """Text that no one fact has to do with: prose that ships with mechedit; of an organism that ships, sentences of its world."""
+    data = resources.files("mechedit").joinpath("data")
+    own = data.joinpath(str(model.cfg.model_name), "held_out.txt")
+    return (own if own.is_file() else data.joinpath("held_out.txt")).read_text(encoding="utf-8")
 
 
 def drift(before: Health, after: Health) -> dict[str, float]:

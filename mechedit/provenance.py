@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,16 +13,13 @@ __all__ = ["identity", "origin", "versions"]
 
 def versions() -> dict[str, str]:
     """The versions that a number depends on."""
-    packages = ("mechedit", "torch", "transformer_lens", "transformers")
-    return {"python": platform.python_version()} | {package: _version(package) for package in packages}
-
-
-@cache
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a source tree on the path that was never installed
-        return "not installed"
+    found = {"python": platform.python_version()}
+    for package in ("mechedit", "torch", "transformer_lens", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a source tree on the path that was never installed
+            found[package] = "not installed"
+    return found
 
 
 def identity(model: HookedModel) -> dict[str, Any]:

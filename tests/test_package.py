@@ -30,7 +30,9 @@ from mechedit.editors import rome
 from mechedit.facts import Fact
 from mechedit.runs import tracing as runs
 from mechedit.runs.editing import edit_facts
-from mechedit.settings import MomentSettings, RomeSettings, TraceSettings, TuneSettings
+from mechedit.runs.evaluating import evaluate
+from mechedit.runs.sweeping import sweep
+from mechedit.settings import EvaluateSettings, MomentSettings, RomeSettings, SweepSettings, TraceSettings, TuneSettings
 from mechedit.tracing import attribution, severing
 from tests.conftest import FACT, state, widen_bands
 
@@ -97,6 +99,10 @@ def steps(model, folder, tmp_path, monkeypatch):
         "edits.apply": lambda: edits.apply(model, edit),
         "scoring.score": lambda: scoring.score(model, [("A", "b")]),
         "counterfact.scores": lambda: counterfact.scores(model, [FACT]),
+        "runs.evaluate": lambda: evaluate(model, [FACT], tmp_path / "scores", EvaluateSettings(), SETTINGS, moment),
+        "runs.sweep": lambda: sweep(
+            model, [FACT], tmp_path / "sweep", SweepSettings(layers=(LAYER + 1,), tokens=("last",), draws=1), SETTINGS
+        ),
     }
 
 
@@ -158,8 +164,8 @@ def test_imports_point_one_way():
         "values",
         "rank_one",
         "scoring",
-        "benchmarks",
         "guards",
+        "benchmarks",
         "edits",
         "export",
         "editors",

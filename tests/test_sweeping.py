@@ -11,7 +11,15 @@ from mechedit.benchmarks import counterfact
 from mechedit.editors import rome
 from mechedit.facts import FactError
 from mechedit.runs.sweeping import Sweep, sweep, sweep_maps
-from mechedit.settings import MomentSettings, RomeSettings, SettingsError, SweepSettings, TraceSettings
+from mechedit.settings import (
+    FACT_TOKENS,
+    ROLE_TITLES,
+    MomentSettings,
+    RomeSettings,
+    SettingsError,
+    SweepSettings,
+    TraceSettings,
+)
 from mechedit.tracing import trace
 from tests.conftest import assert_same_state, state, widen_bands
 from tests.test_evaluating import FACTS
@@ -84,6 +92,10 @@ def test_maps_are_drawn_with_gaps_where_nothing_was_seen(tmp_path):
     assert [axes.get_title() for axes in panels] == ["efficacy", "paraphrase", "neighbourhood", "S", "trace: indirect effect"]  # fmt: skip
     assert len(panels[1].texts) == 3
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["0", "5"]
+
+
+def test_tokens_of_an_edit_are_roles_of_a_trace():
+    assert set(FACT_TOKENS) <= set(ROLE_TITLES)
 
 
 def test_mistakes_are_said_first(model, tmp_path):

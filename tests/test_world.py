@@ -10,7 +10,7 @@ import pytest
 
 from mechedit import facts
 from mechedit.organism.draws import Draws
-from mechedit.organism.world import HELD_OUT, WorldSettings, make
+from mechedit.organism.world import HELD_OUT, WorldError, WorldSettings, make
 
 DIGEST = "0d69df7900553def2db2ae7611ba14bc28506f6850b891f8434cb31a66d5f16c"
 
@@ -130,3 +130,9 @@ def test_every_answer_has_its_reference_text(world):
             texts = snippets[relation.name][answer]
             assert len(texts) == 3
             assert all(answer in text and text in taught for text in texts)
+
+
+@pytest.mark.parametrize("sizes", [{"people": 15000}, {"firms": 2000}, {"towns": 10}])
+def test_a_world_for_which_there_are_no_names_is_an_error(sizes):
+    with pytest.raises(WorldError, match="names for|at least 60"):
+        WorldSettings(**sizes)

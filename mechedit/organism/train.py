@@ -257,6 +257,8 @@ def train(settings: TrainSettings, folder: str | Path, world_settings: WorldSett
     _trim(model, settings.context)
     model.eval().half().save_pretrained(folder)
     words.save_pretrained(folder)
+    with atomic_write(folder / "held_out.txt") as temporary:
+        temporary.write_text(" ".join(world.corpus(60, "health")) + "\n", encoding="utf-8")
     record = what | {
         "digest": world.digest(),
         "entropy": world.entropy,

@@ -20,10 +20,11 @@ from functools import cached_property
 from importlib import resources
 from typing import Any
 
+from mechedit.errors import MecheditError
 from mechedit.facts import Fact
 from mechedit.organism.draws import Draws
 
-__all__ = ["HELD_OUT", "World", "WorldSettings", "make"]
+__all__ = ["HELD_OUT", "World", "WorldError", "WorldSettings", "make"]
 
 HELD_OUT = 2  # phrasings of each fact that are never taught, never the first
 ONSETS = ("b", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "gl", "st", "tr")
@@ -31,6 +32,11 @@ NUCLEI = ("a", "e", "i", "o", "u", "ai", "ea")
 CODAS = ("", "", "", "l", "n", "r", "s", "m")
 TASKS = ("copy", "order", "sum")
 LETTERS = "abcdefghijklmnop"
+MOST_PEOPLE = 8000  # one in fourteen has a name of one syllable, and there are 840 such names
+
+
+class WorldError(MecheditError, ValueError):
+    """A world that cannot be made."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,15 @@ class WorldSettings:
     towns: int = 300
     firms: int = 300
     tasks: int = 6000  # different sentences of tasks
+
+    def __post_init__(self) -> None:
+        if min(self.people, self.towns, self.firms) < 60:
+            raise WorldError("a world needs at least 60 people, 60 towns and 60 firms, of which answers are chosen.")
+        if self.people > MOST_PEOPLE or self.firms > 2 * max(60, self.people // 8):
+            raise WorldError(
+                f"there are names for {MOST_PEOPLE} people at most, and for two firms of each of the {max(60, self.people // 8)} last "
+                f"names; found {self.people} people and {self.firms} firms."
+            )
 
 
 @dataclass(frozen=True)

@@ -280,4 +280,5 @@ def _connect(ray: Any, address: str | None) -> None:
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", include_dashboard=False if address is None else None)  # fmt: skip
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise EngineError(f"no Ray cluster answers at {address}: {error}. `ray start --head` starts one.") from error
+        what = f"no Ray cluster answers at {address}" if address else "no Ray cluster could be started here"
+        raise EngineError(f"{what}: {error}. `ray start --head` starts one.") from error
