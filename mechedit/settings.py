@@ -344,6 +344,20 @@ PRESETS: dict[str, Preset] = {
         n_layers=8,
         window=3,
     ),
+    "organism-gptj": Preset(
+        RomeSettings(layer=0, clamp=1.0, prefixes=((5, 5),)),
+        prepend_bos=True,
+        source="tuned here; see experiments/README.md",
+        n_layers=8,
+        window=3,
+    ),
+    "organism-llama": Preset(
+        RomeSettings(layer=0, clamp=1.0, prefixes=((5, 5),)),
+        prepend_bos=True,
+        source="tuned here; see experiments/README.md",
+        n_layers=8,
+        window=3,
+    ),
     "gpt2": Preset(
         RomeSettings(layer=4, clamp=3.0),
         prepend_bos=False,

@@ -203,7 +203,8 @@ def test_a_preset_goes_with_the_last_part_of_a_name_and_a_number_of_layers(model
 def test_the_listing_names_the_packaged_model_first():
     rows = models.listing()
     assert rows[0].name == "gemma-3-270m"
-    assert {row.name for row in rows if row.preset is None} == {"organism-gptj", "organism-llama"}
+    assert all(row.preset for row in rows)
+    assert {row.source for row in rows if row.name in ("organism", "organism-gptj")} == {"mechedit itself"}
 
 
 def test_a_cache_entry_is_built_once_and_again_when_it_is_damaged(tmp_path):

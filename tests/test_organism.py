@@ -235,10 +235,11 @@ def test_the_demo_tells_the_story_on_the_organism(tmp_path, capsys, monkeypatch)
     assert record["after"]["p_new"] > 0.9
 
 
-def test_the_preset_is_the_one_that_the_sweep_proposed(learnt):
-    model, _ = learnt
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_preset_is_the_one_that_the_sweep_proposed(name):
+    model = models.load(name, device="cpu")
     preset = models.preset(model)
-    evidence = json.loads((Path(__file__).parents[1] / "figures" / "organism" / "tuned.json").read_text())
+    evidence = json.loads((Path(__file__).parents[1] / "figures" / name / "tuned.json").read_text())
     assert (evidence["settings"]["layer"], evidence["settings"]["clamp"]) == (preset.rome.layer, preset.rome.clamp)
     assert evidence["origin"]["weight_hash"] == models.weight_hash(model)
     assert preset.rome.layer < int(model.cfg.n_layers) // 2
