@@ -9,7 +9,9 @@ import pytest
 
 from experiments import (
     benchmark_editing,
+    benchmark_engines,
     benchmark_scaling,
+    benchmark_scoring,
     benchmark_tracing,
     common,
     edit_built_in,
@@ -17,6 +19,7 @@ from experiments import (
     figure1_trace,
     figure2_average_effects,
     figure3_severed,
+    figure5_sweep,
     figure7_lines,
     figure13_noise,
     figure16_attribution,
@@ -31,7 +34,7 @@ from mechedit.benchmarks.zsre import Question
 from mechedit.editors import rome
 from mechedit.facts import Fact
 from mechedit.organism.world import make
-from mechedit.settings import CONSTANTS, PREFIXES, RomeSettings
+from mechedit.settings import CONSTANTS, PREFIXES, RomeSettings, SweepSettings
 from tests.conftest import widen_bands
 
 MADE_UP = [
@@ -273,6 +276,40 @@ def test_the_table_of_zsre_has_every_row(to_edit, tmp_path, monkeypatch):
     assert set(rows) == {"no edit", "default", "published", "identity", "random layer"}
     assert (rows["no edit"]["efficacy"]["n"], rows["published"]["efficacy"]["n"], rows["identity"]["efficacy"]["n"]) == (4, 3, 2)  # fmt: skip
     assert rows["default"]["p_new"]["mean"] > rows["no edit"]["p_new"]["mean"]
+
+
+def test_figure_5_edits_at_layers_and_tokens_beside_the_traces(to_edit, tmp_path, monkeypatch):
+    for name, value in (("FIGURES", tmp_path), ("benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])):
+        monkeypatch.setattr(figure5_sweep, name, value)
+    monkeypatch.setattr(figure5_sweep, "SweepSettings", lambda **given: SweepSettings(tokens=("subject_last",), draws=2, **given))  # fmt: skip
+    arguments = ["--model", to_edit, "--begin", "1", "--facts", "2", "--every", "2"]
+    figure5_sweep.main(common.parse(figure5_sweep.Figure5, arguments))
+    found = read(tmp_path, "figure5_sweep")["sweep"]
+    assert (found["n"], found["layers"], found["tokens"]) == (2, [0, 2], ["subject_last"])
+    assert next(tmp_path.rglob("figure5_sweep.png")).stat().st_size > 5000
+
+
+def test_the_scoring_benchmark_finds_both_ways_equal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "FIGURES", tmp_path)
+    monkeypatch.setattr(benchmark_scoring, "peak", lambda settings, records: float(records))
+    few = ["--model", "organism", "--records", "3", "--times", "1"]
+    benchmark_scoring.main(common.parse(benchmark_scoring.BenchmarkScoring, few))
+    record = read(tmp_path, "benchmark_scoring")
+    assert record["largest_difference"] < 1e-5
+    assert record["prompts"] == sum(2 * (1 + len(fact.paraphrases) + len(fact.neighbours)) for fact in facts.named("organism")[:3])  # fmt: skip
+    assert record["peak_gigabytes"] == {"3": 3.0, "30": 30.0}
+    assert record["times_as_quick"] > 1
+    benchmark_scoring.main(common.parse(benchmark_scoring.BenchmarkScoring, [*few, "--way", "memory"]))
+    assert 0.1 < json.loads(capsys.readouterr().out)["gigabytes"] < 20
+
+
+def test_the_engines_benchmark_finds_both_engines_equal(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "FIGURES", tmp_path)
+    benchmark_engines.main(common.parse(benchmark_engines.BenchmarkEngines, ["--records", "2", "--threads", "1"]))
+    record = read(tmp_path, "benchmark_engines")
+    assert record["same_summary"]
+    assert record["started"] == 1
+    assert min(record["start"], record["local"], record["ray"]) > 0
 
 
 def test_benchmark_rows_are_the_files_or_the_worlds(tmp_path, monkeypatch):
