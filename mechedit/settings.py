@@ -352,7 +352,7 @@ PRESETS: dict[str, Preset] = {
         window=3,
     ),
     "organism-llama": Preset(
-        RomeSettings(layer=0, clamp=1.0, prefixes=((5, 5),)),
+        RomeSettings(layer=2, clamp=4.0, prefixes=((5, 5),)),
         prepend_bos=True,
         source="tuned here; see experiments/README.md",
         n_layers=8,
