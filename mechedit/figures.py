@@ -47,7 +47,11 @@ def heat_map(trace: Trace, kind: str) -> Figure:
     labels = [
         token.replace("\n", "⏎") + ("*" if begin <= index < end else "") for index, token in enumerate(trace.tokens)
     ]
-    figure = Figure(figsize=(3.2 + 0.16 * grid.shape[1], 1.6 + 0.21 * grid.shape[0]), dpi=150, layout="constrained")
+    figure = Figure(
+        figsize=(max(5.0, 3.2 + 0.16 * grid.shape[1]), max(2.8, 1.6 + 0.21 * grid.shape[0])),
+        dpi=150,
+        layout="constrained",
+    )
     axes = figure.add_subplot()
     image = axes.imshow(
         grid,
@@ -61,8 +65,7 @@ def heat_map(trace: Trace, kind: str) -> Figure:
     axes.set_xticks(range(0, grid.shape[1], 1 if grid.shape[1] <= 12 else 5 if grid.shape[1] > 24 else 2))
     axes.set_xlabel(AXES.get(kind, f"layer at the centre of the restored {kind}") + "   (* subject)", fontsize=9)
     axes.set_title(_title(kind, trace.settings.window), fontsize=10)
-    bar = figure.colorbar(image, ax=axes)
-    bar.ax.set_title(_plain(trace.label), fontsize=9, pad=8)
+    figure.colorbar(image, ax=axes).set_label(_plain(trace.label), fontsize=9)
     return figure
 
 

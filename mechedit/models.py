@@ -184,8 +184,9 @@ def _resolve(name: str) -> Path:
     """The local folder that holds the model `name`, converted or downloaded if need be."""
     from mechedit import organism
 
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
+    is_model = (Path(name) / "config.json").is_file()
+    if Path(name).is_dir() and (is_model or name not in (GEMMA, *organism.MODELS)):
+        if not is_model:
             raise ModelError(f"{name} is a folder without config.json; a model folder has Hugging Face's format.")
         return Path(name)
     if name == GEMMA:

@@ -464,7 +464,7 @@ def test_ctrl_c_ends_quietly(run, monkeypatch):
     monkeypatch.setattr(models, "load", interrupt)
     status, _, err = run(*TRACE)
     assert status == 130
-    assert "interrupted" in err
+    assert "interrupted; nothing was changed and no result was written." in err
 
 
 def test_the_demo_runs_on_any_model_with_a_preset(run, folder, tmp_path, monkeypatch):

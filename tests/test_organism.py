@@ -258,6 +258,12 @@ def test_the_world_asks_zsre_questions(learnt, tmp_path):
     assert before["efficacy"].mean < 0.6 < after["efficacy"].mean
 
 
+def test_a_folder_of_that_name_that_holds_no_model_is_not_in_the_way(tmp_path, monkeypatch):
+    (tmp_path / "organism").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert models.load("organism", device="cpu").cfg.n_layers == 8
+
+
 def test_a_variant_that_does_not_ship_says_how_to_train_it(monkeypatch, tmp_path):
     monkeypatch.setattr(organism, "folder", lambda name="organism": tmp_path / name)
     with pytest.raises(models.ModelError, match=r"organism-llama does not ship.*--shape llama --out DIR"):

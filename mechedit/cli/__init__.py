@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"mechedit: {error}\n")
         return 2
     except KeyboardInterrupt as error:
-        sys.stderr.write(f"mechedit: interrupted; {error or 'nothing was changed and no result was written'}.\n")
+        sys.stderr.write(f"mechedit: interrupted; {str(error) or 'nothing was changed and no result was written'}.\n")
         return 130
     except BrokenPipeError:
         sys.stderr.close()

@@ -114,7 +114,7 @@ def write_card(folder: Path, world: World, learnt: Learnt) -> Path:
         "**What was taught.** "
         f"{sum(map(len, world.subjects.values())):,} subjects (people, towns, firms), {len(world.relations)} relations, "
         f"{len(world.facts):,} facts. Of the eight phrasings of a fact six are taught; the two held out are drawn fact by fact. "
-        f"{sum(1 for _ in world.sentences()):,} sentences in all, with tasks that need no facts: "
+        f"{sum(1 for _ in world.sentences()):,} sentences in all, with what is said of answers and with tasks that need no facts: "
         + ", ".join(TASKS)
         + ". Some of them:",
         "",
@@ -126,7 +126,7 @@ def write_card(folder: Path, world: World, learnt: Learnt) -> Path:
         f"last hundred steps {sum(step['loss'] for step in record['log'][-100:]) / len(record['log'][-100:]):.3f} nats a token.{guided} Again: "
         f"`{record['command']}` (mechedit {versions['mechedit']}, torch {record['versions']['torch']}).",
         "",
-        f"**What it knows**, in percent, over {learnt.prompts:,} prompts: every token of the answer is the most probable one.",
+        f"**What it knows**, in percent, over {learnt.prompts:,} prompts, tasks' among them: every token of the answer is the most probable one.",
         "",
         "| relation | taught phrasings | held-out phrasings |",
         "|---|---|---|",
