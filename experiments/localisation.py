@@ -49,7 +49,7 @@ def main(settings: Localisation) -> None:
         model = models.load(name)
         found[short_name(model)] = row(model, settings)
         say(f"{name}: {found[short_name(model)]}")
-    record = {"settings": asdict(settings), "versions": provenance.versions(), "rows": found}
+    record = {"settings": asdict(settings) | {"models": list(found)}, "versions": provenance.versions(), "rows": found}
     here = FIGURES / "organism"
     with cache.atomic_write(here / "localisation.json") as temporary:
         temporary.write_text(json.dumps(cache.plain(record), indent=1) + "\n")
