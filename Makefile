@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
-PYTEST ?= -m "not slow"
+# Two processes of one thread each: quicker here than one of two, and files with one model stay in one process.
+PYTEST ?= -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow check install
 
@@ -11,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mechedit demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

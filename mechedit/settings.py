@@ -329,35 +329,29 @@ class Preset:
 
 
 _PAPER = "published code of Meng et al. 2022, hparams/ROME"
+_TUNED = "tuned here; see experiments/README.md"
+
+
+def _organism(layer: int, clamp: float) -> Preset:
+    return Preset(
+        RomeSettings(layer=layer, clamp=clamp, prefixes=((5, 5),)),
+        prepend_bos=True,
+        source=_TUNED,
+        n_layers=8,
+        window=3,
+    )
+
 
 PRESETS: dict[str, Preset] = {
     "gemma-3-270m": Preset(
         RomeSettings(layer=5, clamp=0.75),
         prepend_bos=True,
-        source="tuned here; see experiments/README.md",
+        source=_TUNED,
         n_layers=18,
     ),
-    "organism": Preset(
-        RomeSettings(layer=0, clamp=1.0, prefixes=((5, 5),)),
-        prepend_bos=True,
-        source="tuned here; see experiments/README.md",
-        n_layers=8,
-        window=3,
-    ),
-    "organism-gptj": Preset(
-        RomeSettings(layer=0, clamp=1.0, prefixes=((5, 5),)),
-        prepend_bos=True,
-        source="tuned here; see experiments/README.md",
-        n_layers=8,
-        window=3,
-    ),
-    "organism-llama": Preset(
-        RomeSettings(layer=2, clamp=4.0, prefixes=((5, 5),)),
-        prepend_bos=True,
-        source="tuned here; see experiments/README.md",
-        n_layers=8,
-        window=3,
-    ),
+    "organism": _organism(layer=0, clamp=1.0),
+    "organism-gptj": _organism(layer=0, clamp=1.0),
+    "organism-llama": _organism(layer=2, clamp=4.0),
     "gpt2": Preset(
         RomeSettings(layer=4, clamp=3.0),
         prepend_bos=False,

@@ -218,7 +218,7 @@ def test_a_trace_says_what_was_measured(model, fact, measure, ids, label):
         repr(found)
         == f"Trace({fact.prompt!r}: {label} = {found.p_clean:.3f} clean, {found.p_corrupted:.3f} corrupted; mlp)"
     )
-    assert figures.heat_map(found, "mlp").axes[1].get_title() == label
+    assert figures.heat_map(found, "mlp").axes[1].get_ylabel() == label
 
 
 def test_a_component_of_ones_own_is_a_kind(model, fact):

@@ -66,8 +66,8 @@ def edit(
     """Find the rank-one change that makes the model complete `fact.prompt` with `fact.target_new`. The model is left as it is.
 
     Several facts must have one subject; the result's `fact`, `before` and `after` are the first's, `details["also"]` has the
-    others'. Without `moment`, C is estimated from text sampled from the model, once, and kept in the cache. `prefixes`, "" the first
-    of them, stand before the prompt in place of those that the settings sample.
+    others'. Without `moment`, C is estimated from text sampled from the model, once, and kept in the cache. `prefixes`, "" the
+    first of them, stand before the prompt in place of those that the settings sample.
 
     Raises:
         FactError: a fact has no new target, or does not fit the model, or several have different subjects.

@@ -312,8 +312,10 @@ def estimate(
     tried: int = 3,
     references: References | None = None,
 ) -> Estimate:
-    """Try a few records, spread over all of them, and say what all of them will take; `load` is a worker's. Edits and scores are not
-    kept; C is, in the cache."""
+    """Try a few records, spread over all of them, and say what all of them will take; `load` is a worker's.
+
+    Edits and scores are not kept; C is, in the cache.
+    """
     check_records(records)
     _check_generation(model, settings)
     began = time.perf_counter()

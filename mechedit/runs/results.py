@@ -26,7 +26,8 @@ PERCENT = ("ES", "PS", "NS", "EM", "PM", "NM", "S", "efficacy", "paraphrase", "s
 class Evaluation:
     """Scores of each fact at each stage: "before", "after" (each edit, or all), and "at the end" of sequential edits.
 
-    `facts` has, in the same order, who and what each is about, and the reason why it was not edited, or what of its edit is out of its bands.
+    `facts` has, in the same order, who and what each is about, and the reason why it was not edited, or what of its edit is out of
+    its bands.
     """
 
     facts: tuple[dict[str, Any], ...]

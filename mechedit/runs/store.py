@@ -104,8 +104,10 @@ class Store(Generic[Result]):
                 f"{len(failed)} of {len(every)} units in {self.folder} failed, {finished} are finished and kept; run again to "
                 f"try those that are missing. The first: {failed[0].error} (unit {failed[0].unit})."
             )
-        by_unit = {unit: self._read(self.path(unit)) for unit in every}  # what a resumed run would see
-        return [by_unit[unit] for unit in units]
+        for unit, found in there.items():
+            if found is None:
+                there[unit] = self._read(self.path(unit))  # what a resumed run would see
+        return [there[unit] for unit in units]  # type: ignore[misc]
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
