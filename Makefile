@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mechedit demo
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST)
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

@@ -8,13 +8,15 @@ of causal tracing. `built_in()` is a set written for this project, `named("organ
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from mechedit.errors import MecheditError
+from mechedit import records
+from mechedit.errors import FactError
+from mechedit.records import Part
 
 __all__ = [
     "Fact",
@@ -25,22 +27,13 @@ __all__ = [
     "from_zsre",
     "named",
     "read",
-    "read_as",
 ]
 
-Made = TypeVar("Made")
-SHOWN_MISTAKES = 20  # of a file, before the rest is counted
-
-"""Sets of facts that ship with mechedit, as `named` takes them."""
 
 FORMS = (
     "subject, prompt, target_true and target_new (the fields of facts.Fact); COUNTERFACT, nested (requested_rewrite) or flat "
     "(ground_truth); zsRE (loc_ans); known facts (attribute)"
 )
-
-
-class FactError(MecheditError, ValueError):
-    """A fact, or a file of facts, that cannot be used as it is."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +60,22 @@ class Fact:
     target_new_id: str | None = None  # by which reference texts name the new target
 
     def __post_init__(self) -> None:
+        wrong = []
         if not self.subject.strip():
-            raise FactError(f"the subject must be a word or more; it is {self.subject!r}.")
+            wrong.append(f"the subject must be a word or more; it is {self.subject!r}")
         if (slots := self.template.count("{}")) != 1:
-            raise FactError(f"a template must hold exactly one {{}} for the subject; {self.template!r} holds {slots}.")
+            wrong.append(f"a template must hold exactly one {{}} for the subject; {self.template!r} holds {slots}")
         object.__setattr__(self, "template", self.template.rstrip())
         for name in ("target_true", "target_new"):
             target = getattr(self, name)
             if target is not None and not target.strip():
-                raise FactError(f"{name} must be a word or more; it is {target!r}.")
+                wrong.append(f"{name} must be a word or more; it is {target!r}")
             if target is not None:
                 object.__setattr__(self, name, target.strip())
         if self.target_new is not None and self.target_new == self.target_true:
-            raise FactError(f"target_new equals target_true ({self.target_new!r}): there is nothing to edit.")
+            wrong.append(f"target_new equals target_true ({self.target_new!r}): there is nothing to edit")
+        if wrong:
+            raise FactError("; ".join(wrong) + ".")
 
     @property
     def prompt(self) -> str:
@@ -146,11 +142,13 @@ def from_prompt(
 def built_in() -> tuple[Fact, ...]:
     """The facts that ship with mechedit; the first is the Space Needle's."""
     text = resources.files("mechedit").joinpath("data/facts.json").read_text(encoding="utf-8")
-    return tuple(_nested(record, index) for index, record in enumerate(json.loads(text)))
+    return tuple(_nested(Part(record, []), index) for index, record in enumerate(json.loads(text)))
 
 
-def named(name: str | Path) -> tuple[Fact, ...]:
+def named(name: str | Path, need: Sequence[str] = ()) -> tuple[Fact, ...]:
     """The set of facts of this name: `built-in`, `organism` (all that is true in the organism's world), or a file.
+
+    Those of a file must have the fields named in `need`; the sets have all.
 
     Raises:
         FactError: as in `read`.
@@ -159,70 +157,38 @@ def named(name: str | Path) -> tuple[Fact, ...]:
         from mechedit.organism.world import make
 
         return make().facts
-    return built_in() if name == "built-in" else read(name)
+    return built_in() if name == "built-in" else read(name, need)
 
 
-def read(path: str | Path) -> tuple[Fact, ...]:
+def read(path: str | Path, need: Sequence[str] = ()) -> tuple[Fact, ...]:
     """The facts of a JSON file: a list of objects with the fields of `Fact` (`prompt` may stand for `template`), nested or
-    flat COUNTERFACT, zsRE as MEND has it, or known facts; the form is recognised by the first record.
+    flat COUNTERFACT, zsRE as MEND has it, or known facts; the form is recognised by the first record that has one.
 
-    zsRE records are left out where the question does not contain the subject exactly once or nothing new is to be said.
-
-    Raises:
-        FactError: the file is missing, no list of records, or records lack what their form needs; all of them are named.
-    """
-    return read_as(path, lambda records: _form(records, path))
-
-
-def read_as(
-    path: str | Path, form: Callable[[list[dict[str, Any]]], Callable[[dict[str, Any], int], Made | None]]
-) -> tuple[Made, ...]:
-    """What each record of a JSON file is made into, but None. `form` gives the maker for a file of such records.
+    Every fact must have the fields named in `need` ("target_true", say). zsRE records are left out where the question does not
+    contain the subject exactly once or nothing new is to be said.
 
     Raises:
-        FactError: as in `read`.
+        FactError: the file is missing, no list of records, or records have mistakes; all of them are named.
     """
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FactError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise FactError(f"{path} is not JSON: it is no text in UTF-8.") from error
-    except ValueError as error:
-        raise FactError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
-        raise FactError(f"{path} must hold a list of one or more records, each an object.")
-    make = form(records)
-    found: list[Made] = []
-    wrong: list[str] = []
-    seen: dict[str, int] = {}
-    for index, record in enumerate(records):
-        try:
-            made = make(record, index)
-        except FactError as error:
-            wrong.append(f"record {index}: {error}")
-        except KeyError as error:
-            wrong.append(f"record {index} lacks {error}, which its form ({FORMS}) needs.")
-        except (TypeError, AttributeError, IndexError, ValueError) as error:
-            wrong.append(f"record {index} is not of its form ({FORMS}): {error}.")
-        else:
-            if made is not None:
-                found.append(made)
-        for key in ("id", "case_id", "known_id"):
-            if (own := record.get(key)) is not None and seen.setdefault(f"{key} {own!r}", index) != index:
-                wrong.append(f"record {index} has the {key} {own!r} of record {seen[f'{key} {own!r}']}.")
-    if wrong:
-        if len(wrong) == 1:
-            raise FactError(f"{path}, {wrong[0]}")
-        more = f"\n... and {len(wrong) - SHOWN_MISTAKES} more" if len(wrong) > SHOWN_MISTAKES else ""
-        first = "\n".join(wrong[:SHOWN_MISTAKES])
-        raise FactError(f"{path} has {len(wrong)} mistakes:\n{first}{more}")
-    return tuple(found)
+
+    def form(found: list[dict[str, Any]]) -> Callable[[Part, int], Fact | None]:
+        make = _form(found, path)
+
+        def checked(part: Part, index: int) -> Fact | None:
+            fact = make(part, index)
+            for name in need:
+                if fact is not None and getattr(fact, name) is None:
+                    part.mistakes.append(f"it lacks {name}, which is needed here")
+            return fact
+
+        return checked
+
+    return records.read(path, form, f"A record has one of these forms: {FORMS}.")
 
 
-def _form(records: list[dict[str, Any]], path: str | Path) -> Callable[[dict[str, Any], int], Fact | None]:
+def _form(found: list[dict[str, Any]], path: str | Path) -> Callable[[Part, int], Fact | None]:
     """The reader for records that look like the first of these that has a form."""
-    forms: list[tuple[str, Callable[[dict[str, Any], int], Fact | None]]] = [
+    forms: list[tuple[str, Callable[[Part, int], Fact | None]]] = [
         ("requested_rewrite", _nested),
         ("ground_truth", _flat),
         ("loc_ans", from_zsre),
@@ -230,93 +196,98 @@ def _form(records: list[dict[str, Any]], path: str | Path) -> Callable[[dict[str
         ("template", _plain),
         ("prompt", _plain),
     ]
-    for record in records:
+    for record in found:
         for key, make in forms:
             if key in record:
                 return make
-    raise FactError(
-        f"{path}: the form of the records is not known. It must be one of: {FORMS}. The first record has {', '.join(records[0])}."
-    )
+    has = f" The first has {', '.join(found[0]) or 'nothing'}." if found else ""
+    raise FactError(f"{path}: the form of the records is not known. It must be one of: {FORMS}.{has}")
 
 
-def _plain(record: dict[str, Any], index: int) -> Fact:
+def _plain(part: Part, index: int) -> Fact:
     """The fields of `Fact` themselves, a whole `prompt` in the template's place if that is there."""
-    several = ("paraphrases", "neighbours", "generations")
     names = {each.name for each in fields(Fact)} | {"prompt"}
-    if unknown := sorted(record.keys() - names):
-        raise FactError(f"{', '.join(unknown)} is no field of a fact; there are {', '.join(sorted(names))}.")
-    given = {key: value for key, value in record.items() if key not in ("prompt", "template", *several)}
-    given |= {name: _prompts(record, name) for name in several}
-    template = record["template"] if "template" in record else from_prompt(record["prompt"], record["subject"]).template
-    return Fact(**(given | {"template": template, "id": str(record.get("id", index))}))
+    if unknown := sorted(part.value.keys() - names):
+        part.mistakes.append(f"{', '.join(unknown)} is no field of a fact; there are {', '.join(sorted(names))}")
+    subject = part.text("subject")
+    return Fact(
+        subject,
+        part.text("template") if "template" in part.value else _template(part, part.text("prompt"), subject, None),
+        part.optional("target_true"),
+        part.optional("target_new"),
+        part.texts("paraphrases"),
+        part.texts("neighbours"),
+        part.texts("generations"),
+        part.optional("relation"),
+        part.id("id", index),
+        part.optional("target_new_id"),
+    )
 
 
-def _prompts(record: dict[str, Any], name: str) -> tuple[str, ...]:
-    """A list of prompts of a record, empty where it has none."""
-    prompts = record.get(name, [])
-    if not isinstance(prompts, list) or not all(isinstance(each, str) and each.strip() for each in prompts):
-        raise FactError(f"{name} must be a list of prompts; found {prompts!r}.")
-    return tuple(prompts)
+def _template(part: Part, prompt: str, subject: str, occurrence: int | None) -> str:
+    """The template of a whole prompt; an empty one where that cannot be told."""
+    if subject != "<subject>" and prompt != "<prompt>":
+        try:
+            return from_prompt(prompt, subject, occurrence=occurrence).template
+        except FactError as error:
+            part.mistakes.append(str(error).rstrip("."))
+    return "{}"
 
 
-def _prompt(record: dict[str, Any], name: str) -> tuple[str, ...]:
+def _one(part: Part, name: str) -> tuple[str, ...]:
     """The one prompt of a record by this name, if it has it."""
-    prompt = record.get(name) or ""
-    if not isinstance(prompt, str):
-        raise FactError(f"{name} must be a prompt; found {prompt!r}.")
-    return (prompt,) if prompt.strip() else ()
+    prompt = part.optional(name) if part.value.get(name) != "" else None
+    return () if prompt is None else (prompt,)
 
 
-def _nested(record: dict[str, Any], index: int) -> Fact:
-    rewrite = record["requested_rewrite"]
+def _nested(part: Part, index: int) -> Fact:
+    rewrite = part.part("requested_rewrite")
+    true, new = rewrite.part("target_true"), rewrite.part("target_new")
     return Fact(
-        subject=rewrite["subject"],
-        template=rewrite["prompt"],
-        target_true=rewrite["target_true"]["str"],
-        target_new=rewrite["target_new"]["str"],
-        paraphrases=_prompts(record, "paraphrase_prompts"),
-        neighbours=_prompts(record, "neighborhood_prompts"),
-        generations=_prompts(record, "generation_prompts"),
-        relation=rewrite.get("relation_id"),
-        id=str(record.get("case_id", index)),
-        target_new_id=rewrite["target_new"].get("id"),
+        subject=rewrite.text("subject"),
+        template=rewrite.text("prompt"),
+        target_true=true.text("str"),
+        target_new=new.text("str"),
+        paraphrases=part.texts("paraphrase_prompts"),
+        neighbours=part.texts("neighborhood_prompts"),
+        generations=part.texts("generation_prompts"),
+        relation=rewrite.optional("relation_id"),
+        id=part.id("case_id", index),
+        target_new_id=new.optional("id"),
     )
 
 
-def _flat(record: dict[str, Any], index: int) -> Fact:
-    whole = from_prompt(record["prompt"], record["subject"], occurrence=0)
+def _flat(part: Part, index: int) -> Fact:
+    subject = part.text("subject")
     return Fact(
-        subject=whole.subject,
-        template=whole.template,
-        target_true=record["ground_truth"],
-        target_new=record["target_new"],
-        paraphrases=_prompt(record, "rephrase_prompt"),
-        neighbours=_prompt(record, "locality_prompt"),
-        id=str(record.get("case_id", index)),
+        subject=subject,
+        template=_template(part, part.text("prompt"), subject, 0),
+        target_true=part.text("ground_truth"),
+        target_new=part.text("target_new"),
+        paraphrases=_one(part, "rephrase_prompt"),
+        neighbours=_one(part, "locality_prompt"),
+        id=part.id("case_id", index),
     )
 
 
-def from_zsre(record: dict[str, Any], index: int) -> Fact | None:
+def from_zsre(part: Part, index: int) -> Fact | None:
     """The fact of a zsRE record in the form of MEND; None where it cannot be edited (`read`)."""
-    usable = record["subject"].strip() and record["src"].count(record["subject"]) == 1
-    if not usable or not record["alt"].strip() or record["alt"] == record["answers"][0]:
+    subject, question, answers = part.text("subject"), part.text("src"), part.texts("answers")
+    new = None if part.value.get("alt") == "" else part.text("alt")
+    if not answers:
+        part.mistakes.append("answers must hold one or more")
+    paraphrases = _one(part, "rephrase")
+    if part.mistakes or new is None or new == answers[0] or question.count(subject) != 1:
         return None
-    whole = from_prompt(record["src"], record["subject"])
-    return Fact(
-        subject=whole.subject,
-        template=whole.template,
-        target_true=record["answers"][0],
-        target_new=record["alt"],
-        paraphrases=_prompt(record, "rephrase"),
-        id=str(record.get("case_id", index)),
-    )
+    template = from_prompt(question, subject).template
+    return Fact(subject, template, answers[0], new, paraphrases, id=part.id("case_id", index))
 
 
-def _known(record: dict[str, Any], index: int) -> Fact:
+def _known(part: Part, index: int) -> Fact:
     return Fact(
-        subject=record["subject"],
-        template=record["template"],
-        target_true=record["attribute"],
-        relation=record.get("relation_id"),
-        id=str(record.get("known_id", index)),
+        subject=part.text("subject"),
+        template=part.text("template"),
+        target_true=part.text("attribute"),
+        relation=part.optional("relation_id"),
+        id=part.id("known_id", index),
     )

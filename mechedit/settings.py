@@ -82,9 +82,9 @@ class SettingsError(MecheditError, ValueError):
     """A setting that cannot be meant."""
 
 
-def knob(default: Any, help: str) -> Any:
-    """A dataclass field with the sentence that documents it here and on the command line."""
-    return field(default=default, metadata={"help": help})
+def knob(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with the sentence that documents it here and on the command line, and what it, or each of it, may be."""
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 def knobs(settings: type) -> list[tuple[str, Any, str]]:
@@ -97,12 +97,8 @@ def _require(holds: bool, message: str) -> None:
         raise SettingsError(message)
 
 
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{name} must be one of {', '.join(choices)}; found {value!r}.")
-
-
-def _check_types(settings: Any) -> None:
-    """Raise where a field holds another type than its default does."""
+def _check_each(settings: Any) -> None:
+    """Raise where a field holds another type than its default does, or none of its choices."""
     for each in fields(settings):
         value = getattr(settings, each.name)
         wanted: Any = type(each.default)
@@ -114,6 +110,9 @@ def _check_types(settings: Any) -> None:
         else:
             holds, name = isinstance(value, wanted), wanted.__name__
         _require(holds, f"{each.name} must be of type {name}; found {value!r}.")
+        if choices := each.metadata["choices"]:
+            for own in value if isinstance(value, tuple) else (value,):
+                _require(own in choices, f"{each.name} must be one of {', '.join(choices)}; found {own!r}.")
 
 
 @dataclass(frozen=True)
@@ -127,17 +126,20 @@ class TraceSettings:
     centre: str = knob(
         "code",
         "code: layer l restores [l - w//2, l + ceil(w/2) - 1] as published; paper: even windows one block higher",
+        CENTRES,
     )
-    roles: tuple[str, ...] = knob((), "token roles whose positions are restored; empty means every position")
+    roles: tuple[str, ...] = knob((), "token roles whose positions are restored; empty means every position", ROLES)
     draws: int = knob(10, "noise draws that are averaged")
-    corruption: str = knob("gaussian", f"how the subject is corrupted: {', '.join(CORRUPTIONS)}")
+    corruption: str = knob("gaussian", "how the subject is corrupted", CORRUPTIONS)
     noise: float = knob(3.0, "scale of the noise, in units of `scale`")
-    scale: str = knob("sigma", "sigma: standard deviations of embeddings (the vocabulary's by default); absolute: 1")
+    scale: str = knob(
+        "sigma", "sigma: standard deviations of embeddings (the vocabulary's by default); absolute: 1", SCALES
+    )
     degrees: float = knob(3.0, "degrees of freedom of Student-t noise")
     replace: bool = knob(False, "noise takes the embeddings' place instead of being added to them")
     extra: int = knob(0, "tokens after the subject that are corrupted with it")
-    measure: str = knob("p", f"what of the answer is measured: {', '.join(MEASURES)}")
-    precision: str = knob("model", "model: the model's own number format; bfloat16: quicker, and not exact")
+    measure: str = knob("p", "what of the answer is measured", MEASURES)
+    precision: str = knob("model", "model: the model's own number format; bfloat16: quicker, and not exact", PRECISIONS)
     memory: float = knob(2.0, "gigabytes that a trace may take beside the model")
     seed: int = knob(0, "noise depends on this seed and the fact alone")
     prepend_bos: bool | None = knob(
@@ -145,7 +147,7 @@ class TraceSettings:
     )
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        _check_each(self)
         _require(bool(self.kinds), f"kinds must name at least one of {', '.join(KINDS)}; it is empty.")
         _require(len(set(self.kinds)) == len(self.kinds), f"kinds must differ from each other; found {self.kinds}.")
         _require(self.window >= 0, f"window must be 0 (the preset's) or more layers; found {self.window}.")
@@ -154,13 +156,6 @@ class TraceSettings:
         _require(self.degrees > 0, f"degrees must be positive; found {self.degrees}.")
         _require(self.extra >= 0, f"extra must be 0 or more tokens; found {self.extra}.")
         _require(self.memory > 0, f"memory must be a positive number of gigabytes; found {self.memory}.")
-        _choice("centre", self.centre, CENTRES)
-        _choice("corruption", self.corruption, CORRUPTIONS)
-        _choice("scale", self.scale, SCALES)
-        _choice("measure", self.measure, MEASURES)
-        _choice("precision", self.precision, PRECISIONS)
-        for role in self.roles:
-            _choice("roles", role, ROLES)
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> TraceSettings:
@@ -185,7 +180,7 @@ class MomentSettings:
     parts: int = knob(1, "into how many shares the text is dealt, so that several machines can share the work")
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        _check_each(self)
         _require(
             0 <= self.part < self.parts, f"part must be from 0 to parts - 1 = {self.parts - 1}; found {self.part}."
         )
@@ -208,16 +203,18 @@ class RomeSettings:
         PREFIXES["default"],
         f"sampled prefixes as (tokens, how many), or {', '.join(PREFIXES)}; the bare prompt is added",
     )
-    fact_token: str = knob("subject_last", f"token whose key is edited: {', '.join(FACT_TOKENS)}")
+    fact_token: str = knob("subject_last", "token whose key is edited", FACT_TOKENS)
     policy: str = knob(
         "averaged",
         "averaged: one key everywhere; prompt: the bare prompt's alone; published: the averaged key in u, the bare prompt's in "
         "the divisor, and the published code's stop",
+        POLICIES,
     )
     ridge: float = knob(0.0, "this share of C's mean diagonal is added to its diagonal")
     guard: str = knob(
         "refuse",
         "an edit out of its bands is an error (refuse), a warning (warn), or empty, with the reason (rollback)",
+        GUARDS,
     )
     seed: int = knob(0, "seed of the sampled prefixes")
     prepend_bos: bool | None = knob(
@@ -225,10 +222,7 @@ class RomeSettings:
     )
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _choice("policy", self.policy, POLICIES)
-        _choice("fact_token", self.fact_token, FACT_TOKENS)
-        _choice("guard", self.guard, GUARDS)
+        _check_each(self)
         _require(self.ridge >= 0, f"ridge must be 0 or more; found {self.ridge}.")
         _require(self.clamp > 0, f"clamp must be positive; found {self.clamp}.")
         _require(self.steps >= 0, f"steps must be 0 or more; found {self.steps}.")
@@ -255,7 +249,7 @@ class TuneSettings:
     seed: int = knob(0, "seed of the noise")
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        _check_each(self)
         _require(self.traced >= 2, f"traced must be at least 2 facts; found {self.traced}.")
         for name in ("edited", "draws"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}.")
@@ -270,16 +264,14 @@ class SweepSettings:
     """Where `mechedit sweep` edits, and how it traces."""
 
     layers: tuple[int, ...] = knob((), "layers that are edited; empty means every layer")
-    tokens: tuple[str, ...] = knob(FACT_TOKENS, "tokens whose key is edited")
+    tokens: tuple[str, ...] = knob(FACT_TOKENS, "tokens whose key is edited", FACT_TOKENS)
     window: int = knob(0, "layers in a window of mlp outputs of the traces; 0: the model's preset, else ten")
     draws: int = knob(4, "noise draws of each trace")
     seed: int = knob(0, "seed of the noise and of the interval")
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        _check_each(self)
         _require(bool(self.tokens), f"tokens must name at least one of {', '.join(FACT_TOKENS)}; it is empty.")
-        for token in self.tokens:
-            _choice("tokens", token, FACT_TOKENS)
         _require(self.window >= 0, f"window must be 0 (the preset's) or more layers; found {self.window}.")
         _require(self.draws >= 1, f"draws must be at least 1; found {self.draws}.")
 
@@ -288,15 +280,17 @@ class SweepSettings:
 class EvaluateSettings:
     """What `mechedit evaluate` does with each record, and what it measures."""
 
-    editor: str = knob("rome", f"what edits: {', '.join(EDITORS)}")
+    editor: str = knob("rome", "what edits each record", EDITORS)
     mode: str = knob(
         "independent",
         "independent: each fact on the model as it was; batch: all edits, found so, written together; sequential: each on what "
         "the ones before it left, scored right after it and again at the end",
+        MODES,
     )
     control: str = knob(
         "none",
-        f"what is put in the place of a part of the method: {', '.join(CONTROLS)} (C = 1; another layer for each fact; a random key)",
+        "what takes the place of a part of the method: C = 1; another layer for each fact; a random key",
+        CONTROLS,
     )
     generate: bool = knob(False, "also generate text: entropy, consistency with --references, exact match")
     tokens: int = knob(100, "tokens of each generated text, its prompt's included")
@@ -305,10 +299,7 @@ class EvaluateSettings:
     seed: int = knob(0, "seed of controls, generated text and intervals; on the command line of ROME's prefixes too")
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _choice("editor", self.editor, EDITORS)
-        _choice("mode", self.mode, MODES)
-        _choice("control", self.control, CONTROLS)
+        _check_each(self)
         for name in ("tokens", "top_k"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}.")
         _require(

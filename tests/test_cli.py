@@ -228,7 +228,7 @@ def test_an_interrupted_run_says_what_is_kept_and_how_to_go_on(run, known_file, 
     assert len(calls) == 5
 
 
-@pytest.mark.parametrize("wrong", [["trace", "x", "--draws", "many"], ["diff", "x"], ["tune", "--clamps", "a"], ["no-such-command"], ["trace", "--no-such-option"], ["sever", "x", "--subject", "x", "--window", "3"], ["sever", "x", "--subject", "x", "--role", "verb"]])  # fmt: skip
+@pytest.mark.parametrize("wrong", [["trace", "x", "--draws", "many"], ["diff", "x"], ["tune", "--clamps", "a"], ["no-such-command"], ["edit", "x", "--policy", "mixed"], ["evaluate", "--control", "luck"], ["trace", "--no-such-option"], ["sever", "x", "--subject", "x", "--window", "3"], ["sever", "x", "--subject", "x", "--role", "verb"]])  # fmt: skip
 def test_wrong_options_end_in_one_line(wrong, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(wrong)
@@ -413,7 +413,6 @@ def test_doctor_reports(run, tmp_path):
         ((*EDIT, "--target", "Seattle"), "nothing to edit"),
         ((*EDIT, "--layer", "99"), "layer must be from 0 to 3"),
         (EDIT[:8], "no layer is given"),
-        ((*EDIT, "--policy", "mixed"), "policy must be one of"),
         ((*EDIT, "--text", "/no/file"), "cannot be read"),
         (("apply", "/no/file"), "does not exist"),
         ((*TRACE, "--out", "/dev/null/x"), "cannot be written"),
@@ -531,8 +530,23 @@ def test_evaluate_scores_a_file_of_ones_own_and_resumes(run, records, tmp_path, 
     status, said, _ = run("status", out, model=False)
     assert status == 0
     assert said.count("2 of 2") == 3
+    assert "6 of 6" in said
     status, _, err = run("evaluate", "--facts", records, "--out", out, *QUICK, "--mode", "batch")
     assert (status, "settings.mode" in err) == (2, True)
+    status, _, err = run("evaluate", "--facts", records, "--limit", "1", "--out", out, *QUICK)
+    assert (status, "has results of 1 records that are not among these 1" in " ".join(err.split())) == (2, True)
+    (tmp_path / "run" / "results.parquet").write_bytes(b"PAR1")
+    status, _, err = run("evaluate", "--facts", records, "--out", out, *QUICK)
+    assert (status, "results.parquet is damaged" in " ".join(err.split())) == (2, True)
+
+
+def test_help_says_the_defaults_of_the_command_and_the_choices(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "A model with a preset (`mechedit models`) has the preset's layer" in shown
+    assert "--guard {refuse,warn,rollback}" in shown
+    assert "with the reason (rollback) (default: rollback)" in shown
 
 
 def test_evaluate_has_every_option_of_its_settings(run, records, tmp_path):
@@ -586,7 +600,6 @@ def test_evaluate_reads_zsre(run, tmp_path):
         (("--out", "x", "--generate", "--tfidf", "a", "b"), "give both"),
         (("--out", "x", "--mode", "sequential", "--control", "identity"), "a control changes ROME's independent edits"),
         (("--out", "x", "--generate", "--references", "nothing.json"), "nothing.json cannot be read"),
-        (("--out", "x", "--control", "luck"), "control must be one of"),
         (("--out", "x", "--tokens", "20"), "--tokens is of generated text"),
         (("--out", "x", "--top-k", "2"), "--top-k is of generated text"),
         (("--out", "x", "--editor", "none", "--clamp", "1"), "--clamp is of edits"),

@@ -353,7 +353,8 @@ def test_health_sees_damage_and_nothing_where_nothing_was_done(model):
 def test_results_are_written_in_every_form(tmp_path):
     rows = [{"ES": 1.0, "PS": 0.5, "NS": 1.0, "RS": math.nan}, {"ES": 0.0, "PS": 1.0, "NS": 1.0, "RS": math.nan}]
     facts = tuple({"id": str(index), "subject": "A_b", "reason": ""} for index in range(2))
-    result = Evaluation(facts, {"before": rows[::-1], "after": rows}, {"settings": {"seed": 0}})
+    what = {"settings": {"editor": "rome", "mode": "independent", "control": "none"}, "model": {"name": "M"}}
+    result = Evaluation(facts, {"before": rows[::-1], "after": rows}, what)
     result.save(tmp_path)
     from pyarrow import parquet
 
@@ -364,7 +365,8 @@ def test_results_are_written_in_every_form(tmp_path):
     assert summary["stages"]["after"]["S"]["mean"] == pytest.approx(metrics.harmonic(0.5, 0.75, 1.0))
     assert summary["stages"]["after"]["RS"]["mean"] is None
     assert (tmp_path / "summary.csv").read_text().splitlines()[1].startswith("before,ES,0.5,")
-    assert (tmp_path / "summary.md").read_text().startswith("|  | ES | PS | NS | S |")
+    assert (tmp_path / "summary.md").read_text().startswith("| 2 records | ES | PS | NS | S |")
+    assert "M, rome, independent: means of 2 records with 95 % intervals" in (tmp_path / "summary.md").read_text()
     latex = (tmp_path / "summary.tex").read_text()
     assert r"\begin{tabular}{lrrrrr}" in latex
     assert "50.0 [0.0, 100.0]" in latex
@@ -377,7 +379,8 @@ def test_status_says_how_far_a_run_is(model, moment, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, FACTS, tmp_path, PLAIN, QUICK, moment, progress=interrupt)
-    found = {each.folder.rsplit("/", 1)[-1]: each for each in status(tmp_path)}
+    found = {each.folder: each for each in status(tmp_path)}
+    assert set(found) == {"before", "edits", "scores"}
     assert (found["edits"].finished, found["edits"].units, found["edits"].left) == (3, 3, 0.0)
     assert (found["scores"].finished, found["scores"].units) == (2, 3)
     log = tmp_path / "scores" / "seconds.jsonl"

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mechedit import facts
+from mechedit import facts, records
 from mechedit.benchmarks.metrics import accuracy
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
+from mechedit.records import Part
 from mechedit.scoring import score
 
 __all__ = ["Question", "named", "read", "scores"]
@@ -42,7 +43,7 @@ def named(name: str | Path) -> tuple[Question, ...]:
         return read(name)
     from mechedit.organism.world import make
 
-    found = (_question(record, index) for index, record in enumerate(make().zsre()))
+    found = (_question(Part(record, []), index) for index, record in enumerate(make().zsre()))
     return tuple(question for question in found if question is not None)
 
 
@@ -50,24 +51,23 @@ def read(path: str | Path) -> tuple[Question, ...]:
     """The records of a zsRE file that can be edited: the question names its subject once, and the new answer is new.
 
     Raises:
-        FactError: the file is missing, or is no such file; the record is named.
+        FactError: the file is missing, is no such file, or records have mistakes; all of them are named.
     """
 
-    def form(records: list[dict[str, Any]]) -> Callable[[dict[str, Any], int], Question | None]:
-        if not any("loc_ans" in record for record in records):
+    def form(found: list[dict[str, Any]]) -> Callable[[Part, int], Question | None]:
+        if not any("loc_ans" in record for record in found):
             raise FactError(f"{path} is no zsRE file: its records have no loc_ans.")
         return _question
 
-    return facts.read_as(path, form)
+    return records.read(path, form, "A zsRE record has subject, src, rephrase, alt, answers, loc and loc_ans.")
 
 
-def _question(record: dict[str, Any], index: int) -> Question | None:
-    fact = facts.from_zsre(record, index)
-    for name in ("loc", "loc_ans"):
-        if not isinstance(record[name], str) or not record[name].strip():
-            raise FactError(f"{name} must be a question or an answer; found {record[name]!r}.")
-    mark = "?" if record["src"].rstrip().endswith("?") else ""  # the unrelated one is asked as the fact is
-    return Question(fact, record["loc"] + mark, record["loc_ans"]) if fact else None
+def _question(part: Part, index: int) -> Question | None:
+    fact, unrelated, answer = facts.from_zsre(part, index), part.text("loc"), part.text("loc_ans")
+    if fact is None:
+        return None
+    mark = "?" if fact.template.endswith("?") else ""  # the unrelated one is asked as the fact is
+    return Question(fact, unrelated + mark, answer)
 
 
 def scores(

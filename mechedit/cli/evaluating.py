@@ -63,7 +63,7 @@ def add_evaluating(commands: Any) -> None:
         help="with --references: published TF-IDF statistics (default: of the references)",
     )
     evaluate.add_argument("--constants", choices=tuple(CONSTANTS), help="constants of v* (default: the model's preset)")
-    add_settings(evaluate, RomeSettings)  # its seed is the evaluation's
+    add_settings(evaluate, RomeSettings, defaults={"guard": "rollback"})  # its seed is the evaluation's
     evaluate.add_argument("--engine", choices=ENGINES, default="local", help="who computes (default: local)")
     evaluate.add_argument("--address", help="with --engine ray: the cluster's head (default: one started here)")
     evaluate.add_argument("--workers", type=int, metavar="N", help="with --engine ray (default: all there is room for)")
@@ -106,12 +106,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from mechedit import models
     from mechedit.editors import rome
     from mechedit.runs import evaluating
+    from mechedit.runs.results import check_kept
 
     settings = EvaluateSettings(**given_settings(arguments, EvaluateSettings))
     given: dict[str, Any] = {"guard": "rollback"} | CONSTANTS.get(arguments.constants, {}) | given_settings(arguments, RomeSettings)  # fmt: skip
     RomeSettings(**given)  # mistakes are reported before the model is loaded
     _check(arguments, settings)
     chosen = _records(arguments)
+    if arguments.out and not arguments.estimate:
+        check_kept(arguments.out, [evaluating.fact_of(record) for record in chosen])
     references = _references(arguments)
     began = time.perf_counter()
     model = load_model(arguments)
@@ -186,7 +189,8 @@ def _records(arguments: argparse.Namespace) -> list[Record]:
     if arguments.begin < 0 or (arguments.limit is not None and arguments.limit < 1):
         raise UsageError("--begin must be 0 or more, and --limit at least 1.")
     is_zsre = getattr(arguments, "benchmark", "counterfact") == "zsre"
-    records: list[Record] = [*(zsre.named(arguments.facts) if is_zsre else facts.named(arguments.facts))]
+    both = ("target_true", "target_new")
+    records: list[Record] = [*(zsre.named(arguments.facts) if is_zsre else facts.named(arguments.facts, both))]
     end = None if arguments.limit is None else arguments.begin + arguments.limit
     chosen = records[arguments.begin : end]
     if not chosen:
@@ -236,7 +240,7 @@ def _show(console: Console, result: Evaluation) -> None:
     turned = [list(column) for column in zip(*rows, strict=True)]
     show_table(
         console,
-        (f"{len(result.facts)} records", *turned[0]),
+        (header[0], *turned[0]),
         list(zip(header[1:], *zip(*turned[1:], strict=True), strict=True)),
     )
     without = [fact for fact in result.facts if fact["reason"]]
@@ -282,8 +286,16 @@ def _status(arguments: argparse.Namespace) -> None:
 
     found = status(arguments.folder)
     rows = [
-        (each.folder, f"{each.finished} of {each.units}", f"{each.seconds:.2f}", f"{each.left / 60:.1f}")
+        (each.folder, f"{each.finished} of {each.units}", *map(_number, (each.seconds, each.left / 60)))
         for each in found
     ]
+    if len(found) > 1:
+        finished, units, left = (sum(getattr(each, name) for each in found) for name in ("finished", "units", "left"))
+        rows.append(("all of these", f"{finished} of {units}", "", _number(left / 60)))
     show_table(console_of(arguments), ("run", "finished", "s a unit", "minutes left, one by one"), rows)
     write_json(arguments.json, [vars(each) for each in found])
+
+
+def _number(value: float) -> str:
+    """Nothing where it is not known yet."""
+    return f"{value:.2f}" if value == value else ""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from mechedit.settings import (
     PREFIXES,
+    RomeSettings,
     knobs,
 )
 
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 DEFAULT_MODEL = "gemma-3-270m"
+PRESET = "A model with a preset (`mechedit models`) has the preset's layer, clamp and prefixes instead of the defaults below."
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,12 +40,7 @@ class Parser(argparse.ArgumentParser):
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, *, model: bool = False
 ) -> argparse.ArgumentParser:
-    described = help[0].upper() + help[1:] + "."
-    if name == "edit":
-        described += (
-            " A model with a preset (`mechedit models`) has the preset's layer and clamp instead of the defaults below."
-        )
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=described)
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
     parser.set_defaults(run=run)
     if model:
         parser.add_argument(
@@ -90,13 +88,25 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_settings(parser: argparse.ArgumentParser, settings: type, without: Sequence[str] = ()) -> None:
-    """An option for each field of a settings dataclass, with its default and its sentence. An option not given is None."""
+def add_settings(
+    parser: argparse.ArgumentParser,
+    settings: type,
+    without: Sequence[str] = (),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """An option for each field of a settings dataclass, with its default and its sentence. An option not given is None.
+
+    `defaults` are those of this command, where they are not the settings' own.
+    """
+    if settings is RomeSettings:
+        parser.description = f"{parser.description} {PRESET}"
     types = {each.name: each.type for each in fields(settings)}
+    choices = {each.name: each.metadata["choices"] for each in fields(settings)}
     for name, default, text in knobs(settings):
         flag = "--" + name.replace("_", "-")
         if name in without or flag in parser._option_string_actions:
             continue
+        default = defaults.get(name, default)
         shown = "" if default is None else f" (default: {_shown(default)})"
         if default is None or isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
@@ -111,7 +121,8 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, without: Seque
             parser.add_argument(
                 flag,
                 type=type(default),
-                metavar=type(default).__name__.upper()[:5],
+                choices=choices[name] or None,
+                metavar=None if choices[name] else type(default).__name__.upper()[:5],
                 help=(text + shown).replace("%", "%%"),
             )
 

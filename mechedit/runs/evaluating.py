@@ -23,10 +23,11 @@ from mechedit.benchmarks.texts import References
 from mechedit.benchmarks.zsre import Question
 from mechedit.editors import controls, rome
 from mechedit.edits import Edit
-from mechedit.facts import SHOWN_MISTAKES, Fact, FactError
+from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
 from mechedit.moments import Moment
 from mechedit.progress import Progress, silent
+from mechedit.records import listed
 from mechedit.runs.editing import attempt, edit_facts
 from mechedit.runs.engines import Engine, Local
 from mechedit.runs.results import Evaluation
@@ -180,7 +181,7 @@ def check_records(records: Sequence[Record], first: int = 0) -> None:
         if names.setdefault(_unit(record), index) != index:
             wrong.append(f"record {index} is record {names[_unit(record)]} again; give each once.")
     if wrong:
-        raise FactError("\n".join([*wrong[:SHOWN_MISTAKES], *([f"... and {len(wrong) - SHOWN_MISTAKES} more"] if len(wrong) > SHOWN_MISTAKES else [])]))  # fmt: skip
+        raise FactError(listed(wrong))
 
 
 def _check_generation(model: HookedModel, settings: EvaluateSettings) -> None:

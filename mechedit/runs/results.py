@@ -9,15 +9,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mechedit.benchmarks.metrics import table
 from mechedit.cache import atomic_write, plain
+from mechedit.facts import Fact
+from mechedit.runs.store import RunError
 from mechedit.statistics import Mean
 
-__all__ = ["Evaluation"]
+__all__ = ["Evaluation", "check_kept"]
 
 PERCENT = ("ES", "PS", "NS", "EM", "PM", "NM", "S", "efficacy", "paraphrase", "specificity", "exact_match", "RS", "GE", "next_token_same", "edited", "broken")  # fmt: skip
 
@@ -59,10 +62,20 @@ class Evaluation:
             },
         }
 
+    @property
+    def caption(self) -> str:
+        """What the table is of, in a sentence."""
+        settings = self.what["settings"]
+        how = [settings[name] for name in ("editor", "mode", "control") if settings.get(name, "none") != "none"]
+        return (
+            f"{self.what['model']['name']}, {', '.join(how) or 'not edited'}: means of {len(self.facts)} records with 95 % intervals; "
+            f"shares in percent."
+        )
+
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """The table as people read it: header and rows. Shares are in percent, intervals behind the mean."""
         rows = [[stage, *(_cell(name, self.table(stage).get(name)) for name in self.names)] for stage in self.rows]
-        return ["", *self.names], rows
+        return [f"{len(self.facts)} records", *self.names], rows
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write results.parquet and summary.{json,csv,md,tex}; the files.
@@ -75,8 +88,8 @@ class Evaluation:
         texts = {
             "summary.json": json.dumps(plain(self.to_json()), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
             "summary.csv": self._csv(),
-            "summary.md": _markdown(header, rows),
-            "summary.tex": _latex(header, rows),
+            "summary.md": f"{_markdown(header, rows)}\n{self.caption}\n",
+            "summary.tex": f"% {self.caption}\n{_latex(header, rows)}",
         }
         with atomic_write(folder / "results.parquet") as temporary:
             self._parquet(temporary)
@@ -109,6 +122,29 @@ class Evaluation:
         columns = ["stage", *self.facts[0], *names]
         schema = pyarrow.schema([(name, types.get(name, pyarrow.string())) for name in columns])
         parquet.write_table(pyarrow.Table.from_pylist(lines, schema), path)
+
+
+def check_kept(folder: Path, facts: Sequence[Fact]) -> None:
+    """Raise where the table of these would take the place of one of other records.
+
+    Raises:
+        RunError: `folder` has results of records that are not among these.
+    """
+    path = folder / "results.parquet"
+    if not path.is_file():
+        return
+    from pyarrow import ArrowException, parquet
+
+    names = ("subject", "prompt", "target_new")
+    try:
+        kept = {tuple(line.values()) for line in parquet.read_table(path, columns=list(names)).to_pylist()}
+    except (ArrowException, OSError) as error:
+        raise RunError(f"{path} is damaged ({error}); delete it, or choose another folder.") from error
+    if others := kept - {tuple(getattr(fact, name) for name in names) for fact in facts}:
+        raise RunError(
+            f"{folder} has results of {len(others)} records that are not among these {len(facts)}, {min(others)[1]!r} for one; they would "
+            "be replaced. Evaluate those too, or choose another folder."
+        )
 
 
 def _cell(name: str, each: Mean | None) -> str:

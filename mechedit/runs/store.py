@@ -177,7 +177,10 @@ def _parsed(text: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is. `seconds` is the median of a unit's, `left` what the missing ones would take one after the other."""
+    """How far a run is, by its place in the folder asked about.
+
+    `seconds` is the median of a unit's, `left` what the missing ones would take one after the other; nan where none is finished.
+    """
 
     folder: str
     finished: int
@@ -204,7 +207,12 @@ def status(folder: str | Path) -> list[Status]:
         spent = [float(each["seconds"]) for each in map(_parsed, lines) if "seconds" in each]
         seconds = median(spent) if spent else math.nan
         missing = len(units) - there
-        found.append(Status(str(place), there, len(units), seconds, missing * seconds if missing else 0.0))
+        name = str(path.parent.relative_to(folder))
+        found.append(
+            Status(
+                name if name != "." else str(folder), there, len(units), seconds, missing * seconds if missing else 0.0
+            )
+        )
     if not found:
         raise RunError(f"{folder} holds no run; a folder that a run was kept in has {PLAN}.")
     return found
