@@ -148,6 +148,7 @@ def test_imports_point_one_way():
         "statistics",
         "cache",
         "models",
+        "records",
         "facts",
         "prompts",
         "provenance",
