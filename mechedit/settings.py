@@ -335,7 +335,7 @@ def _organism(layer: int, clamp: float) -> Preset:
 
 PRESETS: dict[str, Preset] = {
     "gemma-3-270m": Preset(
-        RomeSettings(layer=5, clamp=0.75),
+        RomeSettings(layer=3, clamp=0.75),
         prepend_bos=True,
         source=_TUNED,
         n_layers=18,

@@ -55,7 +55,7 @@ def moment(gemma, tmp_path_factory):
         for fact in facts.built_in()
     ]
     text.write_text("".join(lines))
-    return moments.estimate(gemma, 5, [text], MomentSettings(tokens=8192))
+    return moments.estimate(gemma, rome.resolve(gemma).layer, [text], MomentSettings(tokens=8192))
 
 
 def test_logits_equal_hugging_face():
@@ -236,7 +236,7 @@ def test_a_damaged_conversion_is_noticed():
 @pytest.mark.parametrize("index", [0, 40])
 def test_on_real_weights_the_published_policy_is_the_published_code(index, gemma, moment):
     fact = facts.built_in()[index]
-    constants = RomeSettings(steps=4, prefixes=((4, 2), (7, 2)), clamp=4.0, guard="warn", layer=5)
+    constants = RomeSettings(steps=4, prefixes=((4, 2), (7, 2)), clamp=4.0, guard="warn", layer=moment.layer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rome.EditWarning)
         edit, plain = both(gemma, fact, moment, constants)
