@@ -3,7 +3,8 @@
 Rows, each with ES, PS, NS, S and their magnitudes, and 95 % bootstrap intervals over facts:
 - no edit; the default; the published policy and constants;
 - controls: C = identity, another layer for each fact, a random key in place of k*;
-- the default at the layers around the preset's, which was chosen near the causal trace's peak.
+- the default at the layers around the preset's, which was chosen near the causal trace's peak;
+- with `--text FILE`, the default with C estimated on that text, in place of text sampled from the model.
 
 On the organism the facts are of its own world. Edits and scores are kept in out/ as soon as they are found, so a killed run
 goes on. Rows of GPT-2 XL are the paper's own (Meng et al. 2022, Table 4), another model on 7,500 records.
@@ -11,8 +12,9 @@ goes on. Rows of GPT-2 XL are the paper's own (Meng et al. 2022, Table 4), anoth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ class Table4:
     control_facts: int = 60  # of the controls and the layers
     around: int = 2  # layers on each side of the preset's
     rows: tuple[str, ...] = ROWS
+    text: Path = Path()  # WikiText, say
     seed: int = 0
     threads: int = 2
 
@@ -58,9 +61,16 @@ def main(settings: Table4) -> None:
     few, many = chosen[: settings.control_facts], chosen[: settings.facts]
     found: dict[str, Evaluation] = {}
 
-    def row(name: str, facts: list[Fact], edit: RomeSettings | None, control: str = "none", edits: str = "") -> None:
+    def row(
+        name: str,
+        facts: list[Fact],
+        edit: RomeSettings | None,
+        control: str = "none",
+        edits: str = "",
+        texts: Sequence[Path] = (),
+    ) -> None:
         wanted = EvaluateSettings(editor="rome" if edit else "none", control=control, health=False, seed=settings.seed)
-        moment = moments.estimate(model, edit.layer, progress=progress()) if edit else None
+        moment = moments.estimate(model, edit.layer, texts, progress=progress()) if edit else None
         place = folder(model, "table4", settings.begin, name)
         edits_in = folder(model, "table4", settings.begin, edits or name) / "edits"
         found[name] = evaluate(model, facts, place, wanted, edit, moment, edits_in=edits_in, progress=progress(10))
@@ -80,10 +90,11 @@ def main(settings: Table4) -> None:
         "random layer": lambda: row("random layer", few, default, "random_layer"),
         "random key": lambda: row("random key", few, default, "random_key", "default"),
         "layers": layers,
+        "text": lambda: row("C of the text", few, default, texts=[settings.text]),
     }
     if unknown := set(settings.rows) - set(ROWS):
         raise SystemExit(f"rows are {', '.join(ROWS)}; found {', '.join(sorted(unknown))}.")
-    for name in settings.rows:
+    for name in (*settings.rows, *(["text"] if settings.text != Path() else [])):
         every[name]()
     tables = {name: each.table("before" if name == "no edit" else "after") for name, each in found.items()}
     result: dict[str, Any] = {"rows": {name: plain(table) for name, table in tables.items()}, "edit": vars(default)}

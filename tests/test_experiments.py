@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from experiments import (
     benchmark_scoring,
     benchmark_tracing,
     common,
-    edit_built_in,
     editing,
     figure1_trace,
     figure2_average_effects,
@@ -51,9 +49,6 @@ def tiny(folder, tmp_path, monkeypatch):
     preset = models.PRESETS["gemma-3-270m"]
     quick = RomeSettings(layer=1, steps=2, prefixes=((3, 1),))
     monkeypatch.setattr(models, "preset", lambda model: replace(preset, rome=quick))
-    monkeypatch.setattr(
-        edit_built_in, "RomeSettings", lambda policy: RomeSettings(policy=policy, steps=2, prefixes=((3, 1),))
-    )
     return str(folder("gpt2"))
 
 
@@ -196,27 +191,6 @@ def test_models_of_one_world_are_compared_at_their_sites(tmp_path, monkeypatch):
     assert (tmp_path / "organism" / "localisation" / "organism.png").is_file()
 
 
-def test_the_editing_experiment_compares_its_rows(tiny, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"{number} The Space Needle is located in the city of Seattle." for number in range(300)))
-    edit_built_in.main(
-        common.parse(edit_built_in.EditBuiltIn, ["--model", tiny, "--every", "200", "--text", str(text)])
-    )
-    record = read(tmp_path, "edit_built_in")
-    for row in ("no edit", "default", "text", "published"):
-        summary, rows = record[row]["summary"], record[row]["rows"]
-        assert summary["n"] == len(rows) == 2
-        assert summary["NS"] == pytest.approx(100 * statistics.mean(each["NS"] for each in rows))
-    assert record["text"]["source"] != record["default"]["source"]
-
-
-def test_a_summary_is_means_in_percent_and_their_harmonic_mean():
-    rows = [{"ES": 1.0, "PS": 0.5, "NS": 1.0, "p_new": 0.2}, {"ES": 0.0, "PS": 0.5, "NS": 0.5, "p_new": 0.4}]
-    summary = edit_built_in.summary(rows)
-    assert (summary["ES"], summary["PS"], summary["NS"], summary["n"]) == (50, 50, 75, 2)
-    assert summary["S"] == pytest.approx(3 / (1 / 50 + 1 / 50 + 1 / 75))
-
-
 # --- editing ----------------------------------------------------------------------------------------------------------
 
 TO_EDIT = [
@@ -246,16 +220,19 @@ def to_edit(tiny, tmp_path, monkeypatch):
 
 
 def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path, monkeypatch):
-    arguments = ["--model", to_edit, "--unedited", "4", "--facts", "4", "--control-facts", "2", "--around", "1"]
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{number} The Space Needle is located in the city of Seattle." for number in range(300)))
+    arguments = ["--model", to_edit, "--unedited", "4", "--facts", "4", "--control-facts", "2", "--around", "1", "--text", str(text)]  # fmt: skip
     table4_counterfact.main(common.parse(table4_counterfact.Table4, arguments))
     record = read(tmp_path, "table4_counterfact")
     rows = record["rows"]
-    assert set(rows) == {"no edit", "default", "published", "identity", "random layer", "random key", "layer 0", "layer 1", "layer 2"}  # fmt: skip
+    assert set(rows) == {"no edit", "default", "published", "identity", "random layer", "random key", "layer 0", "layer 1", "layer 2", "C of the text"}  # fmt: skip
     for name, row in rows.items():
         assert row["S"]["low"] <= row["S"]["mean"] <= row["S"]["high"]
         assert row["ES"]["n"] == (4 if name in ("no edit", "default", "published") else 2)
     assert rows["default"]["p_new"]["mean"] > rows["no edit"]["p_new"]["mean"]
     assert rows["random key"]["p_new"]["mean"] < rows["default"]["p_new"]["mean"]
+    assert rows["C of the text"]["p_new"]["mean"] != rows["layer 1"]["p_new"]["mean"], "the same facts, layer and keys"
     less = record["less the default"]
     assert less["layer 1"]["ES"]["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 2}
     assert set(less) == set(rows) - {"no edit", "default"}

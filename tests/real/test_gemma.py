@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mechedit import cache, edits, facts, models, moments, scoring, sites
-from mechedit.benchmarks import counterfact, metrics
+from mechedit.benchmarks import counterfact, metrics, zsre
 from mechedit.editors import rome
 from mechedit.settings import KINDS, MomentSettings, RomeSettings, TraceSettings
 from mechedit.tracing import grid, prepare, trace
@@ -208,6 +208,37 @@ def test_twenty_facts_are_edited_well(gemma):
     assert edited["ES"].mean >= 0.95
     assert edited["PS"].mean >= 0.8
     assert edited["NS"].mean >= unedited["NS"].mean - 0.2
+
+
+@torch.no_grad()
+def one_at_a_time(model, prompt, target):
+    """Log-probability of each of a target's tokens, and whether it is the first, by one pass with whole logits."""
+    begin, whole = model.to_tokens(prompt).shape[1], model.to_tokens(f"{prompt} {target}")
+    log_p = model(whole)[0, begin - 1 : -1].double().log_softmax(-1)
+    wanted = whole[0, begin:]
+    return log_p.gather(1, wanted[:, None])[:, 0], log_p.argmax(-1) == wanted
+
+
+@pytest.mark.slow
+def test_scores_of_real_records_are_those_of_one_prompt_at_a_time(gemma, data):
+    some = facts.read(data / "counterfact_flat.json")[:50]
+    turned = counterfact.scores(gemma, some[::-1])[::-1]
+    for fact, row, other in zip(some, counterfact.scores(gemma, some), turned, strict=True):
+        pairs = [
+            metrics.Pair(*(float(one_at_a_time(gemma, prompt, target)[0].mean()) for target in targets))
+            for prompt in (fact.prompt, *fact.paraphrases, *fact.neighbours)
+            for targets in [(fact.target_new, fact.target_true)]
+        ]
+        slow = metrics.rewrite_scores(pairs[0], pairs[1:2], pairs[2:])
+        assert {name: row[name] for name in slow} == pytest.approx(slow, abs=1e-6)
+        assert other == pytest.approx(row, abs=1e-6)
+    asked = zsre.read(data / "zsre.json")[:50]
+    for question, row in zip(asked, zsre.scores(gemma, asked), strict=True):
+        fact = question.fact
+        (paraphrase,) = fact.paraphrases
+        answers = [(fact.prompt, fact.target_new), (paraphrase, fact.target_new), (question.unrelated, question.answer)]
+        slow = [float(one_at_a_time(gemma, *each)[1].double().mean()) for each in answers]
+        assert [row[name] for name in ("efficacy", "paraphrase", "specificity")] == pytest.approx(slow, abs=1e-6)
 
 
 @pytest.mark.slow
