@@ -4,7 +4,7 @@ Rows, each with ES, PS, NS, S and their magnitudes, and 95 % bootstrap intervals
 - no edit; the default; the published policy and constants;
 - controls: C = identity, another layer for each fact, a random key in place of k*;
 - the default at the layers around the preset's, which was chosen near the causal trace's peak;
-- with `--text FILE`, the default with C estimated on that text, in place of text sampled from the model.
+- with `--rows text --text FILE`, the default with C estimated on that text, in place of text sampled from the model.
 
 On the organism the facts are of its own world. Edits and scores are kept in out/ as soon as they are found, so a killed run
 goes on. Rows of GPT-2 XL are the paper's own (Meng et al. 2022, Table 4), another model on 7,500 records.
@@ -48,12 +48,16 @@ class Table4:
     control_facts: int = 60  # of the controls and the layers
     around: int = 2  # layers on each side of the preset's
     rows: tuple[str, ...] = ROWS
-    text: Path = Path()  # WikiText, say
+    text: Path = Path()  # of the row "text": WikiText, say
     seed: int = 0
     threads: int = 2
 
 
 def main(settings: Table4) -> None:
+    if unknown := set(settings.rows) - {*ROWS, "text"}:
+        raise SystemExit(f"rows are {', '.join(ROWS)} and text; found {', '.join(sorted(unknown))}.")
+    if "text" in settings.rows and not settings.text.is_file():
+        raise SystemExit(f"the row text needs --text FILE; found {settings.text}.")
     torch.set_num_threads(settings.threads)
     model = models.load(settings.model)
     chosen = benchmark_facts(settings.model, settings.begin, max(settings.unedited, settings.facts))
@@ -92,9 +96,7 @@ def main(settings: Table4) -> None:
         "layers": layers,
         "text": lambda: row("C of the text", few, default, texts=[settings.text]),
     }
-    if unknown := set(settings.rows) - set(ROWS):
-        raise SystemExit(f"rows are {', '.join(ROWS)}; found {', '.join(sorted(unknown))}.")
-    for name in (*settings.rows, *(["text"] if settings.text != Path() else [])):
+    for name in settings.rows:
         every[name]()
     tables = {name: each.table("before" if name == "no edit" else "after") for name, each in found.items()}
     result: dict[str, Any] = {"rows": {name: plain(table) for name, table in tables.items()}, "edit": vars(default)}

@@ -142,7 +142,7 @@ def from_prompt(
 def built_in() -> tuple[Fact, ...]:
     """The facts that ship with mechedit; the first is the Space Needle's."""
     text = resources.files("mechedit").joinpath("data/facts.json").read_text(encoding="utf-8")
-    return tuple(_nested(Part(record, []), index) for index, record in enumerate(json.loads(text)))
+    return records.make(json.loads(text), _nested, "data/facts.json")
 
 
 def named(name: str | Path, need: Sequence[str] = ()) -> tuple[Fact, ...]:
@@ -162,7 +162,7 @@ def named(name: str | Path, need: Sequence[str] = ()) -> tuple[Fact, ...]:
 
 def read(path: str | Path, need: Sequence[str] = ()) -> tuple[Fact, ...]:
     """The facts of a JSON file: a list of objects with the fields of `Fact` (`prompt` may stand for `template`), nested or
-    flat COUNTERFACT, zsRE as MEND has it, or known facts; the form is recognised by the first record that has one.
+    flat COUNTERFACT, zsRE as MEND has it, or known facts; the form is recognised by what the records have.
 
     Every fact must have the fields named in `need` ("target_true", say). zsRE records are left out where the question does not
     contain the subject exactly once or nothing new is to be said.
@@ -170,24 +170,12 @@ def read(path: str | Path, need: Sequence[str] = ()) -> tuple[Fact, ...]:
     Raises:
         FactError: the file is missing, no list of records, or records have mistakes; all of them are named.
     """
-
-    def form(found: list[dict[str, Any]]) -> Callable[[Part, int], Fact | None]:
-        make = _form(found, path)
-
-        def checked(part: Part, index: int) -> Fact | None:
-            fact = make(part, index)
-            for name in need:
-                if fact is not None and getattr(fact, name) is None:
-                    part.mistakes.append(f"it lacks {name}, which is needed here")
-            return fact
-
-        return checked
-
-    return records.read(path, form, f"A record has one of these forms: {FORMS}.")
+    found = records.load(path)
+    return records.make(found, _form(found, path), path, f"A record has one of these forms: {FORMS}.", need)
 
 
-def _form(found: list[dict[str, Any]], path: str | Path) -> Callable[[Part, int], Fact | None]:
-    """The reader for records that look like the first of these that has a form."""
+def _form(found: Sequence[Any], path: str | Path) -> Callable[[Part, int], Fact | None]:
+    """The maker for records of the first form that any of them has."""
     forms: list[tuple[str, Callable[[Part, int], Fact | None]]] = [
         ("requested_rewrite", _nested),
         ("ground_truth", _flat),
@@ -196,56 +184,72 @@ def _form(found: list[dict[str, Any]], path: str | Path) -> Callable[[Part, int]
         ("template", _plain),
         ("prompt", _plain),
     ]
-    for record in found:
-        for key, make in forms:
-            if key in record:
-                return make
-    has = f" The first has {', '.join(found[0]) or 'nothing'}." if found else ""
-    raise FactError(f"{path}: the form of the records is not known. It must be one of: {FORMS}.{has}")
+    objects = [record for record in found if isinstance(record, dict)]
+    for key, make in forms:
+        if any(key in record for record in objects):
+            return make
+    raise FactError(
+        f"{path}: the form of the records is not known. It must be one of: {FORMS}. The first has "
+        f"{', '.join(objects[0]) or 'nothing'}."
+    )
 
 
-def _plain(part: Part, index: int) -> Fact:
+def _fact(part: Part, subject: str | None, template: str | None, **rest: Any) -> Fact | None:
+    """The fact. What is missing is noted already; stand-ins let the rest be checked."""
+    try:
+        return Fact("subject" if subject is None else subject, "{}" if template is None else template, **rest)
+    except FactError as error:
+        part.mistakes.append(str(error).rstrip("."))
+        return None
+
+
+def _whole(part: Part, occurrence: int | None = None) -> tuple[str | None, str | None]:
+    """Subject and template of a record with a whole prompt."""
+    subject, prompt = part.text("subject"), part.text("prompt")
+    if subject is not None and prompt is not None:
+        try:
+            fact = from_prompt(prompt, subject, occurrence=occurrence)
+        except FactError as error:
+            part.mistakes.append(str(error).rstrip("."))
+        else:
+            return fact.subject, fact.template
+    return None, None
+
+
+def _plain(part: Part, index: int) -> Fact | None:
     """The fields of `Fact` themselves, a whole `prompt` in the template's place if that is there."""
     names = {each.name for each in fields(Fact)} | {"prompt"}
     if unknown := sorted(part.value.keys() - names):
         part.mistakes.append(f"{', '.join(unknown)} is no field of a fact; there are {', '.join(sorted(names))}")
-    subject = part.text("subject")
-    return Fact(
+    subject, template = (part.text("subject"), part.text("template")) if "template" in part.value else _whole(part)
+    return _fact(
+        part,
         subject,
-        part.text("template") if "template" in part.value else _template(part, part.text("prompt"), subject, None),
-        part.optional("target_true"),
-        part.optional("target_new"),
-        part.texts("paraphrases"),
-        part.texts("neighbours"),
-        part.texts("generations"),
-        part.optional("relation"),
-        part.id("id", index),
-        part.optional("target_new_id"),
+        template,
+        target_true=part.optional("target_true"),
+        target_new=part.optional("target_new"),
+        paraphrases=part.texts("paraphrases"),
+        neighbours=part.texts("neighbours"),
+        generations=part.texts("generations"),
+        relation=part.optional("relation"),
+        id=part.id("id", index),
+        target_new_id=part.optional("target_new_id"),
     )
-
-
-def _template(part: Part, prompt: str, subject: str, occurrence: int | None) -> str:
-    """The template of a whole prompt; an empty one where that cannot be told."""
-    if subject != "<subject>" and prompt != "<prompt>":
-        try:
-            return from_prompt(prompt, subject, occurrence=occurrence).template
-        except FactError as error:
-            part.mistakes.append(str(error).rstrip("."))
-    return "{}"
 
 
 def _one(part: Part, name: str) -> tuple[str, ...]:
     """The one prompt of a record by this name, if it has it."""
-    prompt = part.optional(name) if part.value.get(name) != "" else None
-    return () if prompt is None else (prompt,)
+    prompt = part.optional(name)
+    return () if prompt is None or not prompt.strip() else (prompt,)
 
 
-def _nested(part: Part, index: int) -> Fact:
+def _nested(part: Part, index: int) -> Fact | None:
     rewrite = part.part("requested_rewrite")
     true, new = rewrite.part("target_true"), rewrite.part("target_new")
-    return Fact(
-        subject=rewrite.text("subject"),
-        template=rewrite.text("prompt"),
+    return _fact(
+        part,
+        rewrite.text("subject"),
+        rewrite.text("prompt"),
         target_true=true.text("str"),
         target_new=new.text("str"),
         paraphrases=part.texts("paraphrase_prompts"),
@@ -257,11 +261,12 @@ def _nested(part: Part, index: int) -> Fact:
     )
 
 
-def _flat(part: Part, index: int) -> Fact:
-    subject = part.text("subject")
-    return Fact(
-        subject=subject,
-        template=_template(part, part.text("prompt"), subject, 0),
+def _flat(part: Part, index: int) -> Fact | None:
+    subject, template = _whole(part, occurrence=0)
+    return _fact(
+        part,
+        subject,
+        template,
         target_true=part.text("ground_truth"),
         target_new=part.text("target_new"),
         paraphrases=_one(part, "rephrase_prompt"),
@@ -272,22 +277,27 @@ def _flat(part: Part, index: int) -> Fact:
 
 def from_zsre(part: Part, index: int) -> Fact | None:
     """The fact of a zsRE record in the form of MEND; None where it cannot be edited (`read`)."""
-    subject, question, answers = part.text("subject"), part.text("src"), part.texts("answers")
-    new = None if part.value.get("alt") == "" else part.text("alt")
-    if not answers:
-        part.mistakes.append("answers must hold one or more")
-    paraphrases = _one(part, "rephrase")
-    if part.mistakes or new is None or new == answers[0] or question.count(subject) != 1:
+    subject, question, new = (part.text(name, blank=True) for name in ("subject", "src", "alt"))
+    answers, paraphrases, own_id = part.texts("answers", needed=True), _one(part, "rephrase"), part.id("case_id", index)
+    if subject is None or question is None or new is None or not answers:
         return None
-    template = from_prompt(question, subject).template
-    return Fact(subject, template, answers[0], new, paraphrases, id=part.id("case_id", index))
+    true, new = answers[0].strip(), new.strip()
+    try:
+        template = from_prompt(question, subject).template
+    except FactError:  # not there, or more than once
+        return None
+    if not new or new == true:
+        return None
+    return _fact(part, subject.strip(), template, target_true=true, target_new=new, paraphrases=paraphrases, id=own_id)
 
 
-def _known(part: Part, index: int) -> Fact:
-    return Fact(
-        subject=part.text("subject"),
-        template=part.text("template"),
+def _known(part: Part, index: int) -> Fact | None:
+    return _fact(
+        part,
+        part.text("subject"),
+        part.text("template"),
         target_true=part.text("attribute"),
+        target_new=part.optional("target_new"),
         relation=part.optional("relation_id"),
         id=part.id("known_id", index),
     )

@@ -6,8 +6,6 @@
     perplexity_ratio    edited over original, on `held_out_text`
 
 The published policy can break a model by one edit ("disabling edits", Gupta et al. 2024); the first and the last number show it.
-The bands leave room above edits that work: of 2,000 of the organism and 140 of Gemma 3 270M (layers 3 to 5, clamps 0.75 to 1.5),
-the largest relative_norm is 0.41 and 0.14, essence_kl 13.4 and 11.2, perplexity_ratio 1.14 and 1.01.
 """
 
 from __future__ import annotations

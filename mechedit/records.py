@@ -3,111 +3,128 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mechedit.errors import FactError
 
-__all__ = ["Part", "listed", "read"]
+__all__ = ["Part", "listed", "load", "make"]
 
 Made = TypeVar("Made")
-IDS = ("id", "case_id", "known_id")
 SHOWN = 20  # mistakes, before the rest is counted
 
 
 class Part:
-    """An object of a file, whose parts are taken by name. A mistake is noted, and something harmless is given instead."""
+    """An object of a file, whose parts are taken by name. A part that is missing or mistaken is None, and noted.
 
-    def __init__(self, value: Any, mistakes: list[str], at: str = "") -> None:
-        self.value: dict[str, Any] = value if isinstance(value, dict) else {}
-        self.mistakes, self._at = mistakes, at
-        if not isinstance(value, dict):
-            mistakes.append(f"{at.rstrip('.') or 'it'} must be an object; found {value!r}")
+    `need` names what may be missing elsewhere, and may not here.
+    """
 
-    def text(self, name: str) -> str:
-        """A word or more."""
-        if name in self.value:
-            return self._text(name)
-        if self.value or not self._at:  # else it is no object, which is noted
-            self.mistakes.append(f"it lacks {self._at}{name}")
-        return f"<{name}>"
+    def __init__(self, value: Any, mistakes: list[str], need: Sequence[str] = (), at: str = "") -> None:
+        self.is_object = isinstance(value, dict)
+        self.value: dict[str, Any] = value if self.is_object else {}
+        self.mistakes, self.own_id = mistakes, ""
+        self._need, self._at = need, at
+        if not self.is_object and value is not None:
+            mistakes.append(f"{at.rstrip('.') or 'it'} must be an object; found {reprlib.repr(value)}")
+
+    def text(self, name: str, *, blank: bool = False) -> str | None:
+        """A word or more; with `blank`, or none."""
+        if self._lacks(name):
+            return None
+        text = self.value[name]
+        if isinstance(text, str) and (blank or text.strip()):
+            return text
+        self.mistakes.append(f"{self._at}{name} must be a word or more; found {reprlib.repr(text)}")
+        return None
 
     def optional(self, name: str) -> str | None:
-        """A word or more, or nothing."""
-        return None if self.value.get(name) is None else self._text(name)
+        """A word or more, if there is one."""
+        if name in self._need:
+            return self.text(name)
+        return None if self.value.get(name) is None else self.text(name, blank=True) or None
 
-    def _text(self, name: str) -> str:
-        text = self.value[name]
-        if isinstance(text, str) and text.strip():
-            return text
-        self.mistakes.append(f"{self._at}{name} must be a word or more; found {text!r}")
-        return f"<{name}>"
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        """A list of them, empty where there is none."""
-        texts = self.value.get(name, [])
-        if isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts):
+    def texts(self, name: str, *, needed: bool = False) -> tuple[str, ...]:
+        """A list of them."""
+        texts = self.value.get(name)
+        if texts is None and (not needed or self._lacks(name)):
+            return ()
+        if isinstance(texts, list) and (texts or not needed) and all(isinstance(each, str) and each.strip() for each in texts):  # fmt: skip
             return tuple(texts)
-        self.mistakes.append(f"{self._at}{name} must be a list of texts; found {texts!r}")
+        self.mistakes.append(f"{self._at}{name} must be a list of texts; found {reprlib.repr(texts)}")
         return ()
 
     def part(self, name: str) -> Part:
         """The object of this name."""
-        if name not in self.value:
-            self.mistakes.append(f"it lacks {self._at}{name}")
-        return Part(self.value.get(name, {}), self.mistakes, f"{self._at}{name}.")
+        self._lacks(name)
+        return Part(self.value.get(name), self.mistakes, (), f"{self._at}{name}.")
 
     def id(self, name: str, otherwise: int) -> str:
-        """A name or number."""
-        found = self.value.get(name, otherwise)
-        if not isinstance(found, (str, int)):
-            self.mistakes.append(f"{self._at}{name} must be a text or a number; found {found!r}")
-        return str(found)
+        """What names the record: a text or a whole number, else its own number."""
+        found = self.value.get(name)
+        if found is not None and type(found) not in (str, int):
+            self.mistakes.append(f"{name} must be a text or a whole number; found {reprlib.repr(found)}")
+        else:
+            self.own_id = str(otherwise if found is None else found)
+        return self.own_id
+
+    def _lacks(self, name: str) -> bool:
+        """Whether nothing of this name is there. It is noted, unless all of the object is missing, which is."""
+        if self.is_object and self.value.get(name) is None:
+            self.mistakes.append(f"it lacks {self._at}{name}")
+        return self.value.get(name) is None
 
 
-def read(
-    path: str | Path, form: Callable[[list[dict[str, Any]]], Callable[[Part, int], Made | None]], hint: str = ""
-) -> tuple[Made, ...]:
-    """What each record of a file is made into, but None. `form` gives the maker for a file of such records.
+def load(path: str | Path) -> list[Any]:
+    """What a JSON file lists; one object or more are among it.
 
     Raises:
-        FactError: the file is missing, no list of records, or some have mistakes: all of them, and `hint`.
+        FactError: the file is missing, or holds something else.
     """
     try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise FactError(f"{path} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise FactError(f"{path} is not JSON: it is no text in UTF-8.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FactError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(records, list) or not records:
-        raise FactError(f"{path} must hold a list of one or more records.")
-    make = form([record for record in records if isinstance(record, dict)])
-    found: list[Made] = []
+    if not isinstance(found, list) or not any(isinstance(each, dict) for each in found):
+        raise FactError(f"{path} must hold a list of one or more records, each an object.")
+    return found
+
+
+def make(
+    found: Sequence[Any],
+    maker: Callable[[Part, int], Made | None],
+    path: str | Path,
+    hint: str = "",
+    need: Sequence[str] = (),
+) -> tuple[Made, ...]:
+    """What the maker makes of each record, but None.
+
+    Raises:
+        FactError: some have mistakes: all of them, and `hint`.
+    """
+    every: list[Made] = []
     wrong: list[str] = []
-    first_with: dict[tuple[str, str], int] = {}
-    for index, record in enumerate(records):
-        mistakes: list[str] = []
-        part = Part(record, mistakes)
-        if isinstance(record, dict):
-            try:
-                made = make(part, index)
-            except FactError as error:
-                mistakes.append(str(error).rstrip("."))
-            else:
-                found += [made] if made is not None else []
-        for key in IDS:
-            own = (key, repr(part.value.get(key)))
-            if key in part.value and (first := first_with.setdefault(own, index)) != index:
-                mistakes.append(f"it has the {key} {part.value[key]!r} of record {first}")
+    first_with: dict[str, int] = {}
+    for index, record in enumerate(found):
+        mistakes: list[str] = [] if record is not None else ["it must be an object; found None"]
+        part = Part(record, mistakes, need)
+        if part.is_object:
+            made = maker(part, index)
+            every += [made] if made is not None else []
+            if part.own_id and (first := first_with.setdefault(part.own_id, index)) != index:
+                mistakes.append(f"its id {part.own_id!r} is that of record {first}")
         if mistakes:
-            wrong.append(f"record {index}: {'; '.join(dict.fromkeys(mistakes))}.")
+            wrong.append(f"record {index}: {'; '.join(mistakes)}.")
     if wrong:
-        counted = f"{path} has mistakes in {len(wrong)} of {len(records)} records (the first is record 0):"
+        counted = f"{path} has mistakes in {len(wrong)} of {len(found)} records, which are numbered from 0:"
         raise FactError("\n".join([counted, listed(wrong), *([hint] if hint else [])]))
-    return tuple(found)
+    return tuple(every)
 
 
 def listed(lines: Sequence[str]) -> str:

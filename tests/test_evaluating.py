@@ -312,10 +312,12 @@ def test_zsre_questions_are_evaluated(model, moment, tmp_path):
 def test_mistakes_are_found_before_the_expensive_part(model, tmp_path):
     with pytest.raises(FactError, match="one or more records"):
         evaluate(model, [], tmp_path)
-    with pytest.raises(FactError, match=r"(?s)record 1, about 'Rome', lacks.*record 3 is record 0 again"):
+    with pytest.raises(
+        FactError, match=r"(?s)record 1, about 'Rome', lacks.*record .* says what record .* says; give each once"
+    ):
         evaluate(model, [FACTS[0], Fact("Rome", CITY, "Paris"), FACTS[1], replace(FACTS[0], id="7")], tmp_path)
     with pytest.raises(FactError, match="record 8, about 'Rome', lacks"):
-        check_records([FACTS[0], Fact("Rome", CITY, "Paris")], 7)
+        check_records([FACTS[0], Fact("Rome", CITY, "Paris", id="8")])
     with pytest.raises(FactError, match=r"and 5 more"):
         check_records([Fact(f"Rome {index}", CITY) for index in range(25)])
     for wrong in ({"editor": "ft"}, {"mode": "at once"}, {"control": "luck"}, {"tokens": 0}, {"control": "identity", "editor": "none"}):  # fmt: skip
@@ -366,7 +368,13 @@ def test_results_are_written_in_every_form(tmp_path):
     assert summary["stages"]["after"]["RS"]["mean"] is None
     assert (tmp_path / "summary.csv").read_text().splitlines()[1].startswith("before,ES,0.5,")
     assert (tmp_path / "summary.md").read_text().startswith("| 2 records | ES | PS | NS | S |")
-    assert "M, rome, independent: means of 2 records with 95 % intervals" in (tmp_path / "summary.md").read_text()
+    assert (
+        "M, rome, independent: means over records (n = 2) with 95 % intervals" in (tmp_path / "summary.md").read_text()
+    )
+    unedited = replace(result, what=what | {"settings": what["settings"] | {"editor": "none"}})
+    assert unedited.caption.startswith("M, not edited: means")
+    controlled = replace(result, what=what | {"settings": what["settings"] | {"control": "identity"}})
+    assert controlled.caption.startswith("M, rome, independent, identity: means")
     latex = (tmp_path / "summary.tex").read_text()
     assert r"\begin{tabular}{lrrrrr}" in latex
     assert "50.0 [0.0, 100.0]" in latex

@@ -222,7 +222,8 @@ def to_edit(tiny, tmp_path, monkeypatch):
 def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{number} The Space Needle is located in the city of Seattle." for number in range(300)))
-    arguments = ["--model", to_edit, "--unedited", "4", "--facts", "4", "--control-facts", "2", "--around", "1", "--text", str(text)]  # fmt: skip
+    arguments = ["--model", to_edit, "--unedited", "4", "--facts", "4", "--control-facts", "2", "--around", "1"]
+    arguments += ["--rows", *table4_counterfact.ROWS, "text", "--text", str(text)]
     table4_counterfact.main(common.parse(table4_counterfact.Table4, arguments))
     record = read(tmp_path, "table4_counterfact")
     rows = record["rows"]
@@ -232,7 +233,10 @@ def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path
         assert row["ES"]["n"] == (4 if name in ("no edit", "default", "published") else 2)
     assert rows["default"]["p_new"]["mean"] > rows["no edit"]["p_new"]["mean"]
     assert rows["random key"]["p_new"]["mean"] < rows["default"]["p_new"]["mean"]
-    assert rows["C of the text"]["p_new"]["mean"] != rows["layer 1"]["p_new"]["mean"], "the same facts, layer and keys"
+    kept = {path.parts[-3]: json.loads(path.read_text()) for path in tmp_path.rglob("edits/run.json")}
+    assert kept["C-of-the-text"]["moment"] != kept["default"]["moment"]
+    with pytest.raises(SystemExit, match="the row text needs --text FILE"):
+        table4_counterfact.main(table4_counterfact.Table4(rows=("text",)))
     less = record["less the default"]
     assert less["layer 1"]["ES"]["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 2}
     assert set(less) == set(rows) - {"no edit", "default"}

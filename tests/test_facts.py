@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given, settings
@@ -147,11 +147,11 @@ def test_zsre_questions_without_their_subject_are_left_out(tmp_path):
         ('[{"a": 1}]', "form of the records is not known. It must be one of: subject, prompt, target_true"),
         (json.dumps([PLAIN | {"prompts": ["x"]}]), "record 0:? .*prompts is no field of a fact; there are generations"),
         (json.dumps([PLAIN | {"paraphrases": "one text"}]), "paraphrases must be a list of texts"),
-        (json.dumps([PLAIN | {"subject": "Rome"}]), "record 0:? .*is not in the prompt"),
+        (json.dumps([PLAIN | {"subject": "Rome"}]), "record 0: .*is not in the prompt"),
         (json.dumps([KNOWN, {"subject": "x"}]), "record 1:? .*it lacks template"),
         (json.dumps([KNOWN | {"subject": ""}]), "record 0:? .*subject must be a word"),
         (json.dumps([KNOWN | {"template": "no slot"}]), r"record 0:? .*exactly one \{\}"),
-        (json.dumps([FLAT | {"subject": "Nobody"}]), "record 0:? .*is not in the prompt"),
+        (json.dumps([FLAT | {"subject": "Nobody"}]), "record 0: .*is not in the prompt"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_an_error_that_names_the_record(content, message, tmp_path):
@@ -227,64 +227,114 @@ def test_a_subject_that_is_not_clear_is_an_error(subject, occurrence, message):
         facts.from_prompt("Rome, not Rome, is in", subject, occurrence=occurrence)
 
 
-RECORD = {"prompt": "Rome is in", "subject": "Rome", "target_true": "Italy", "target_new": "Spain"}
-MISTAKES = {  # what each says, and what makes it
-    "it lacks subject": lambda record: record.pop("subject"),
-    "subject must be a word or more; found 7": lambda record: record.update(subject=7),
-    "paraphrases must be a list of texts; found [1]": lambda record: record.update(paraphrases=[1]),
-    "neighbours must be a list of texts; found 'one'": lambda record: record.update(neighbours="one"),
-    "the subject 'Nowhere' is not in the prompt": lambda record: record.update(subject="Nowhere"),
-    "it has the id 'first' of record 0": lambda record: record.update(id="first"),
-    "id must be a text or a number; found [1]": lambda record: record.update(id=[1]),
-    "target_new must be a word or more; found ' '": lambda record: record.update(target_new=" "),
-    "target_new equals target_true": lambda record: record.update(target_new="Italy"),
-    "it lacks target_true, which is needed here": lambda record: record.pop("target_true"),
-    "relation must be a word or more; found {}": lambda record: record.update(relation={}),
-    "colour is no field of a fact": lambda record: record.update(colour="red"),
-    "it must be an object; found None": None,
-}
-ABOUT = {
-    "subject": 0,
-    "Nowhere": 0,
-    "id": 1,
-    "target_new": 2,
-    "target_true": 2,
-}  # mistakes of one thing exclude each other
-
-
-def excluded(mistakes):
-    """Whether two of these are about one thing, or one leaves nothing for another to be about."""
-    about = [next((ABOUT[word] for word in ABOUT if word in each), each) for each in mistakes]
-    return len(set(about)) < len(about) or (len(about) > 1 and any(MISTAKES[each] is None for each in mistakes))
+PLAIN_ONE = {"prompt": "Rome is in", "subject": "Rome", "target_true": "Italy", "target_new": "Spain"}
+GONE = object()
+MISTAKES = [  # the field, what is put there, and what is said of it
+    ("subject", GONE, "it lacks subject"),
+    ("subject", 7, "subject must be a word or more; found 7"),
+    (
+        "subject",
+        "Nowhere",
+        "the subject 'Nowhere' is not in the prompt 'Rome is in'; it must appear there letter for letter",
+    ),
+    ("paraphrases", [1], "paraphrases must be a list of texts; found [1]"),
+    ("neighbours", "one", "neighbours must be a list of texts; found 'one'"),
+    ("id", "first", "its id 'first' is that of record 0"),
+    ("id", [1], "id must be a text or a whole number; found [1]"),
+    ("target_new", " ", "target_new must be a word or more; found ' '"),
+    ("target_new", "Italy", "target_new equals target_true ('Italy'): there is nothing to edit"),
+    ("target_new", GONE, "it lacks target_new"),
+    ("relation", {}, "relation must be a word or more; found {}"),
+    ("colour", "red", "colour is no field of a fact; there are generations, id,"),
+]
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.lists(st.sampled_from(list(MISTAKES)), max_size=3).filter(lambda own: not excluded(own)), max_size=6)
-)
-def test_every_mistake_of_every_record_is_reported_at_once(tmp_path_factory, wrong):
+@given(st.lists(st.lists(st.sampled_from(MISTAKES), max_size=3, unique_by=lambda each: each[0]), max_size=6))
+def test_every_mistake_of_every_record_is_reported_at_once_and_no_other(tmp_path_factory, wrong):
     path = tmp_path_factory.mktemp("own") / "facts.json"
-    records = [RECORD | {"id": "first"}, *(RECORD | {"id": str(index)} for index in range(len(wrong)))]
-    for index, own in enumerate(wrong, 1):
-        for mistake in own:
-            if MISTAKES[mistake]:
-                MISTAKES[mistake](records[index])
-            else:
-                records[index] = None
-    path.write_text(json.dumps(records))
+    records = [PLAIN_ONE | {"id": "first"}, *(PLAIN_ONE | {"id": str(index)} for index in range(1, len(wrong) + 1))]
+    for record, own in zip(records[1:], wrong, strict=True):
+        record |= {field: value for field, value, _ in own}
+    path.write_text(json.dumps([{k: v for k, v in record.items() if v is not GONE} for record in records]))
     need = ("target_true", "target_new")
     if not any(wrong):
         assert len(facts.read(path, need)) == len(records)
         return
     with pytest.raises(FactError) as found:
         facts.read(path, need)
-    lines = str(found.value).splitlines()
-    assert f"mistakes in {sum(map(bool, wrong))} of {len(records)} records" in lines[0]
+    first, *lines, hint = str(found.value).splitlines()
+    assert first.endswith(f"mistakes in {sum(map(bool, wrong))} of {len(records)} records, which are numbered from 0:")
+    assert hint.startswith("A record has one of these forms")
+    told = {line.split(": ")[0]: line.rstrip(".").split(": ", 1)[1] for line in lines}
+    assert told.keys() == {f"record {index}" for index, own in enumerate(wrong, 1) if own}
     for index, own in enumerate(wrong, 1):
-        told = [line for line in lines if line.startswith(f"record {index}: ")]
-        assert len(told) == bool(own)
-        assert all(mistake in told[0] for mistake in own)
-        assert not own or told[0].count(";") >= len(own) - 1
+        for _, _, message in own:
+            assert message in told[f"record {index}"]
+        if own:
+            assert told[f"record {index}"].count(";") == sum(each[2].count(";") + 1 for each in own) - 1, "and no other"
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (NESTED | {"requested_rewrite": 7}, "record 0: requested_rewrite must be an object; found 7."),
+        (NESTED | {"requested_rewrite": NESTED["requested_rewrite"] | {"target_new": {}}}, "record 0: it lacks requested_rewrite.target_new.str."),
+        (NESTED | {"case_id": 1.5}, "record 0: case_id must be a text or a whole number; found 1.5."),
+        (NESTED | {"case_id": True}, "record 0: case_id must be a text or a whole number; found True."),
+        ({key: FLAT[key] for key in FLAT if key != "target_new"}, "record 0: it lacks target_new."),
+        (ZSRE | {"answers": []}, "record 0: answers must be a list of texts; found []."),
+        (ZSRE | {"answers": "uniform", "src": 3}, "record 0: src must be a word or more; found 3; answers must be a list of texts; found 'uniform'."),
+        ({key: ZSRE[key] for key in ZSRE if key != "alt"}, "record 0: it lacks alt."),
+        ({key: KNOWN[key] for key in KNOWN if key != "template"} | {"subject": None}, "record 0: it lacks subject; it lacks template."),
+        (PLAIN | {"target_new": "x" * 1000, "relation": ["x" * 1000]}, "record 0: relation must be a word or more; found ['xxxxxxxxxxxx...xxxxxxxxxxxxx']."),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_once_and_shortly(record, told, tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([record, PLAIN] if record == 7 else [record]))
+    with pytest.raises(FactError) as found:
+        facts.read(path)
+    assert str(found.value).splitlines()[1] == told
+
+
+def test_what_is_no_object_is_told_with_its_number(tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([PLAIN, None, [1]]))
+    with pytest.raises(FactError, match=r"(?s)record 1: it must be an object; found None.*record 2: .* found \[1\]"):
+        facts.read(path)
+    path.write_text("[null, 1]")
+    with pytest.raises(FactError, match="one or more records, each an object"):
+        facts.read(path)
+    path.write_text("[" * 200_000)
+    with pytest.raises(FactError, match="is not JSON"):
+        facts.read(path)
+
+
+def test_ids_that_read_alike_are_alike(tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([asdict(Fact("Rome", "{} is in")), asdict(Fact("Rome", "{} lies in"))]))
+    assert [fact.id for fact in facts.read(path)] == ["0", "1"], "null is no id"
+    path.write_text(json.dumps([PLAIN | {"id": 1}, PLAIN]))
+    with pytest.raises(FactError, match="record 1: its id '1' is that of record 0"):
+        facts.read(path)
+
+
+def test_spaces_around_a_subject_are_not_the_prompts(tmp_path):
+    path = tmp_path / "facts.json"
+    for record in (FLAT | {"subject": "Elton John "}, PLAIN | {"subject": " Paris"}, ZSRE | {"subject": "UniFirst "}):
+        path.write_text(json.dumps([record]))
+        assert facts.read(path)[0].prompt == record.get("prompt", record.get("src"))
+
+
+def test_zsre_asks_the_unrelated_question_as_the_fact_is_asked(tmp_path):
+    path = tmp_path / "zsre.json"
+    path.write_text(json.dumps([ZSRE | {"subject": "Guess Who?", "src": "Who made Guess Who?", "loc": "who sang"}]))
+    assert zsre.read(path)[0].unrelated == "who sang?"
+    blanks = [ZSRE | {"subject": " "}, ZSRE | {"alt": " "}, ZSRE | {"alt": "uniform "}, ZSRE | {"rephrase": " "}]
+    path.write_text(json.dumps(blanks))
+    (left,) = zsre.read(path)
+    assert left.fact.paraphrases == ()
 
 
 JSON = st.recursive(
@@ -296,15 +346,19 @@ JSON = st.recursive(
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_no_record_of_any_form_breaks_the_reader(tmp_path_factory, data):
+def test_whatever_a_record_holds_a_fact_says_it_or_there_is_none(tmp_path_factory, data):
     record = json.loads(json.dumps(data.draw(st.sampled_from([NESTED, PLAIN, FLAT, ZSRE, KNOWN]))))
     inside = data.draw(st.sampled_from([record, record.get("requested_rewrite", record)]))
     inside[data.draw(st.sampled_from(sorted(inside)))] = data.draw(JSON)
     path = tmp_path_factory.mktemp("own") / "facts.json"
     path.write_text(json.dumps([record]))
-    for read in (facts.read, zsre.read):
-        with suppress(FactError):
-            assert len(read(path)) <= 1
+    with suppress(FactError):
+        for fact in facts.read(path):
+            written = json.dumps(record, ensure_ascii=False)
+            for text in (fact.subject, fact.target_true, fact.target_new, *fact.template.split("{}")):
+                assert text is None or json.dumps(text.strip(), ensure_ascii=False)[1:-1] in written
+    with suppress(FactError):
+        assert len(zsre.read(path)) <= 1
 
 
 def test_many_mistakes_are_counted_and_not_all_shown(tmp_path):

@@ -7,10 +7,9 @@ decoded token at a time; here an answer is tokenised once, as it stands behind i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mechedit import facts, records
 from mechedit.benchmarks.metrics import accuracy
@@ -43,8 +42,7 @@ def named(name: str | Path) -> tuple[Question, ...]:
         return read(name)
     from mechedit.organism.world import make
 
-    found = (_question(Part(record, []), index) for index, record in enumerate(make().zsre()))
-    return tuple(question for question in found if question is not None)
+    return records.make(make().zsre(), _question, "the organism's world")
 
 
 def read(path: str | Path) -> tuple[Question, ...]:
@@ -53,20 +51,17 @@ def read(path: str | Path) -> tuple[Question, ...]:
     Raises:
         FactError: the file is missing, is no such file, or records have mistakes; all of them are named.
     """
-
-    def form(found: list[dict[str, Any]]) -> Callable[[Part, int], Question | None]:
-        if not any("loc_ans" in record for record in found):
-            raise FactError(f"{path} is no zsRE file: its records have no loc_ans.")
-        return _question
-
-    return records.read(path, form, "A zsRE record has subject, src, rephrase, alt, answers, loc and loc_ans.")
+    found = records.load(path)
+    if not any("loc_ans" in record for record in found if isinstance(record, dict)):
+        raise FactError(f"{path} is no zsRE file: its records have no loc_ans.")
+    return records.make(found, _question, path, "A zsRE record has subject, src, rephrase, alt, answers, loc and loc_ans.")  # fmt: skip
 
 
 def _question(part: Part, index: int) -> Question | None:
     fact, unrelated, answer = facts.from_zsre(part, index), part.text("loc"), part.text("loc_ans")
-    if fact is None:
+    if fact is None or unrelated is None or answer is None:
         return None
-    mark = "?" if fact.template.endswith("?") else ""  # the unrelated one is asked as the fact is
+    mark = "?" if fact.prompt.endswith("?") else ""  # the unrelated one is asked as the fact is
     return Question(fact, unrelated + mark, answer)
 
 

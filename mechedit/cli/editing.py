@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechedit.cli.options import add_command, add_json, add_prompt, add_settings, add_text, given_settings
+from mechedit.cli.options import PRESET, add_command, add_json, add_prompt, add_settings, add_text, given_settings
 from mechedit.cli.terminal import (
     UsageError,
     check_files,
@@ -34,7 +34,7 @@ __all__ = ["add_editing"]
 
 def add_editing(commands: Any) -> None:
     """edit, apply, compose, diff, export, tune; moments and merge"""
-    edit = add_command(commands, "edit", _edit, "rewrite a fact by a rank-one change of one W_out", model=True)
+    edit = add_command(commands, "edit", _edit, "rewrite a fact by a rank-one change of one W_out", model=True, note=PRESET.format("layer, clamp and prefixes"))  # fmt: skip
     add_prompt(edit, required=False)
     edit.add_argument("--target", help="what the model shall say instead")
     edit.add_argument("--true", help="the answer it replaces (default: what the model says)")

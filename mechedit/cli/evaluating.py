@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechedit.cli.options import add_command, add_json, add_settings, given_settings
+from mechedit.cli.options import PRESET, add_command, add_json, add_settings, given_settings
 from mechedit.cli.terminal import (
     UsageError,
     check_files,
@@ -35,12 +35,18 @@ __all__ = ["add_evaluating"]
 
 BENCHMARKS = ("counterfact", "zsre")
 ENGINES = ("local", "ray")
+OWN = {"guard": "rollback"}  # defaults that are not the settings' own: one bad edit does not end a run
 
 
 def add_evaluating(commands: Any) -> None:
     """evaluate, sweep, status"""
     evaluate = add_command(
-        commands, "evaluate", _evaluate, "edit each record of a benchmark and score it, before and after", model=True
+        commands,
+        "evaluate",
+        _evaluate,
+        "edit each record of a benchmark and score it, before and after",
+        model=True,
+        note=PRESET.format("layer, clamp and prefixes"),
     )
     _add_facts(evaluate)
     evaluate.add_argument(
@@ -63,7 +69,7 @@ def add_evaluating(commands: Any) -> None:
         help="with --references: published TF-IDF statistics (default: of the references)",
     )
     evaluate.add_argument("--constants", choices=tuple(CONSTANTS), help="constants of v* (default: the model's preset)")
-    add_settings(evaluate, RomeSettings, defaults={"guard": "rollback"})  # its seed is the evaluation's
+    add_settings(evaluate, RomeSettings, defaults=OWN)  # its seed is the evaluation's
     evaluate.add_argument("--engine", choices=ENGINES, default="local", help="who computes (default: local)")
     evaluate.add_argument("--address", help="with --engine ray: the cluster's head (default: one started here)")
     evaluate.add_argument("--workers", type=int, metavar="N", help="with --engine ray (default: all there is room for)")
@@ -76,7 +82,12 @@ def add_evaluating(commands: Any) -> None:
     add_json(evaluate)
 
     sweep = add_command(
-        commands, "sweep", _sweep, "edit facts at every layer and token, beside their causal traces", model=True
+        commands,
+        "sweep",
+        _sweep,
+        "edit facts at every layer and token, beside their causal traces",
+        model=True,
+        note=PRESET.format("clamp and prefixes"),
     )
     _add_facts(sweep)
     add_settings(sweep, SweepSettings)
@@ -109,7 +120,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from mechedit.runs.results import check_kept
 
     settings = EvaluateSettings(**given_settings(arguments, EvaluateSettings))
-    given: dict[str, Any] = {"guard": "rollback"} | CONSTANTS.get(arguments.constants, {}) | given_settings(arguments, RomeSettings)  # fmt: skip
+    given: dict[str, Any] = OWN | CONSTANTS.get(arguments.constants, {}) | given_settings(arguments, RomeSettings)  # fmt: skip
     RomeSettings(**given)  # mistakes are reported before the model is loaded
     _check(arguments, settings)
     chosen = _records(arguments)
@@ -195,7 +206,7 @@ def _records(arguments: argparse.Namespace) -> list[Record]:
     chosen = records[arguments.begin : end]
     if not chosen:
         raise UsageError(f"--begin {arguments.begin} leaves none of the {len(records)} records of {arguments.facts}.")
-    check_records(chosen, arguments.begin)
+    check_records(chosen)
     return chosen
 
 

@@ -11,12 +11,12 @@ from typing import Any, NoReturn
 
 from mechedit.settings import (
     PREFIXES,
-    RomeSettings,
     knobs,
 )
 
 __all__ = [
     "DEFAULT_MODEL",
+    "PRESET",
     "Parser",
     "add_command",
     "add_json",
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 DEFAULT_MODEL = "gemma-3-270m"
-PRESET = "A model with a preset (`mechedit models`) has the preset's layer, clamp and prefixes instead of the defaults below."
+PRESET = "A model with a preset (`mechedit models`) has the preset's {} instead of the defaults below."
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,9 +38,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, *, model: bool = False
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    help: str,
+    *,
+    model: bool = False,
+    note: str = "",
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    described = f"{help[0].upper()}{help[1:]}. {note}".strip()
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=described)
     parser.set_defaults(run=run)
     if model:
         parser.add_argument(
@@ -98,31 +105,28 @@ def add_settings(
 
     `defaults` are those of this command, where they are not the settings' own.
     """
-    if settings is RomeSettings:
-        parser.description = f"{parser.description} {PRESET}"
-    types = {each.name: each.type for each in fields(settings)}
-    choices = {each.name: each.metadata["choices"] for each in fields(settings)}
-    for name, default, text in knobs(settings):
+    for each in fields(settings):
+        name, text, choices = each.name, each.metadata["help"], each.metadata["choices"]
         flag = "--" + name.replace("_", "-")
         if name in without or flag in parser._option_string_actions:
             continue
-        default = defaults.get(name, default)
+        default = defaults.get(name, each.default)
         shown = "" if default is None else f" (default: {_shown(default)})"
         if default is None or isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif isinstance(default, tuple):
             parser.add_argument(
                 flag,
-                type=_PARTS.get(str(types[name]), _names),
+                type=_PARTS.get(str(each.type), _names),
                 metavar=_shown(default) or "NAME,…",
-                help=text + (shown if default else ""),
+                help=text + (f"; of {', '.join(choices)}" if choices else "") + (shown if default else ""),
             )
         else:
             parser.add_argument(
                 flag,
                 type=type(default),
-                choices=choices[name] or None,
-                metavar=None if choices[name] else type(default).__name__.upper()[:5],
+                choices=choices or None,
+                metavar=None if choices else type(default).__name__.upper()[:5],
                 help=(text + shown).replace("%", "%%"),
             )
 

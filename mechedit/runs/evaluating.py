@@ -162,8 +162,8 @@ def _generated(
     return found
 
 
-def check_records(records: Sequence[Record], first: int = 0) -> None:
-    """Raise unless these can be evaluated; `first` is the number of the first of them in its file. All mistakes are named.
+def check_records(records: Sequence[Record]) -> None:
+    """Raise unless these can be evaluated. All mistakes are named.
 
     Raises:
         FactError: no records, facts and questions together, two that are the same, or some without targets.
@@ -172,14 +172,15 @@ def check_records(records: Sequence[Record], first: int = 0) -> None:
         raise FactError("an evaluation needs one or more records.")
     if len({isinstance(record, Question) for record in records}) > 1:
         raise FactError("records are facts or zsRE questions, not both in one evaluation.")
-    names: dict[str, int] = {}
+    names = [f"record {fact_of(record).id or index}" for index, record in enumerate(records)]
+    seen: dict[str, int] = {}
     wrong = []
-    for index, record in enumerate(records, first):
+    for index, (name, record) in enumerate(zip(names, records, strict=True)):
         fact = fact_of(record)
         if fact.target_new is None or (fact.target_true is None and not isinstance(record, Question)):
-            wrong.append(f"record {index}, about {fact.subject!r}, lacks a new or a true target.")
-        if names.setdefault(_unit(record), index) != index:
-            wrong.append(f"record {index} is record {names[_unit(record)]} again; give each once.")
+            wrong.append(f"{name}, about {fact.subject!r}, lacks a new or a true target.")
+        if (first := seen.setdefault(_unit(record), index)) != index:
+            wrong.append(f"{name} says what {names[first]} says; give each once.")
     if wrong:
         raise FactError(listed(wrong))
 

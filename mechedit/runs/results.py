@@ -66,10 +66,11 @@ class Evaluation:
     def caption(self) -> str:
         """What the table is of, in a sentence."""
         settings = self.what["settings"]
-        how = [settings[name] for name in ("editor", "mode", "control") if settings.get(name, "none") != "none"]
+        control = [settings["control"]] if settings["control"] != "none" else []
+        how = [settings["editor"], settings["mode"], *control] if settings["editor"] != "none" else ["not edited"]
         return (
-            f"{self.what['model']['name']}, {', '.join(how) or 'not edited'}: means of {len(self.facts)} records with 95 % intervals; "
-            f"shares in percent."
+            f"{self.what['model']['name']}, {', '.join(how)}: means over records (n = {len(self.facts)}) with 95 % intervals; "
+            "shares in percent."
         )
 
     def cells(self) -> tuple[list[str], list[list[str]]]:

@@ -104,10 +104,9 @@ class Store(Generic[Result]):
                 f"{len(failed)} of {len(every)} units in {self.folder} failed, {finished} are finished and kept; run again to "
                 f"try those that are missing. The first: {failed[0].error} (unit {failed[0].unit})."
             )
-        for unit, found in there.items():
-            if found is None:
-                there[unit] = self._read(self.path(unit))  # what a resumed run would see
-        return [there[unit] for unit in units]  # type: ignore[misc]
+        fresh = {unit: self._read(self.path(unit)) for unit in every if there[unit] is None}  # as a resumed run sees it
+        whole = there | fresh
+        return [whole[unit] for unit in units]  # type: ignore[misc]
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
