@@ -31,7 +31,7 @@ __all__ = [
 
 
 FORMS = (
-    "subject, prompt, target_true and target_new (the fields of facts.Fact); COUNTERFACT, nested (requested_rewrite) or flat "
+    "subject, prompt (or template, with {} for the subject), target_true and target_new (the fields of facts.Fact); COUNTERFACT, nested (requested_rewrite) or flat "
     "(ground_truth); zsRE (loc_ans); known facts (attribute)"
 )
 
@@ -117,6 +117,10 @@ def from_prompt(
     for name, text in (("prompt", prompt), ("subject", subject)):
         if not text.strip():
             raise FactError(f"the {name} must be a word or more; it is {text!r}.")
+    if "{}" in prompt:
+        raise FactError(
+            f"a prompt holds its subject itself; {prompt!r} is a template, with {{}} in the subject's place."
+        )
     subject = subject.strip()
     starts = [at for at in range(len(prompt)) if prompt.startswith(subject, at)]
     if not starts:
@@ -126,15 +130,13 @@ def from_prompt(
     if len(starts) > 1 and occurrence is None:
         raise FactError(
             f"the subject {subject!r} appears {len(starts)} times in the prompt {prompt!r}; "
-            f"choose one with occurrence=0 to {len(starts) - 1} (--occurrence on the command line)."
+            f"choose one with occurrence=0 to {len(starts) - 1} (--occurrence on the command line), or give a template, with {{}} there."
         )
     chosen = occurrence or 0
     if not 0 <= chosen < len(starts):
         raise FactError(
             f"occurrence must be from 0 to {len(starts) - 1}, as often as {subject!r} is in the prompt; found {chosen}."
         )
-    if "{}" in prompt:
-        raise FactError(f"a prompt may not contain {{}}, which marks the subject in a template: {prompt!r}.")
     at = starts[chosen]
     return Fact(subject, prompt[:at] + "{}" + prompt[at + len(subject) :], target_true, target_new)
 

@@ -65,11 +65,11 @@ def summary(values: np.ndarray, seed: int = 0) -> Mean:
 
 
 def statistic(values: np.ndarray, of_means: Callable[..., float], seed: int = 0) -> Mean:
-    """A function of the means of the columns of `values` [fact, column], with its interval."""
+    """A function of the means of the columns of `values` [fact, column], with its interval; n is of the column with the fewest."""
     means = _resampled(values, seed, RESAMPLES)
     found = [of_means(*row) for row in means[~np.isnan(means).any(1)]]
     low, high = np.percentile(found, [2.5, 97.5])
-    return Mean(of_means(*np.nanmean(values, 0)), float(low), float(high), len(values))
+    return Mean(of_means(*np.nanmean(values, 0)), float(low), float(high), int((~np.isnan(values)).sum(0).min()))
 
 
 def paired(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Paired:

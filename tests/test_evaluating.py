@@ -371,6 +371,9 @@ def test_results_are_written_in_every_form(tmp_path):
     assert (
         "M, rome, independent: means over records (n = 2) with 95 % intervals" in (tmp_path / "summary.md").read_text()
     )
+    partly = replace(result, rows={"after": [rows[0], rows[1] | {"PS": math.nan}]}, _tables={})
+    assert "50.0 [50.0, 50.0], n = 1" in partly.cells()[1][0]
+    assert partly.table("after")["S"].n == 1
     unedited = replace(result, what=what | {"settings": what["settings"] | {"editor": "none"}})
     assert unedited.caption.startswith("M, not edited: means")
     controlled = replace(result, what=what | {"settings": what["settings"] | {"control": "identity"}})

@@ -144,7 +144,7 @@ def test_zsre_questions_without_their_subject_are_left_out(tmp_path):
         ("{", "is not JSON"),
         ("{}", "must hold a list"),
         ("[]", "must hold a list"),
-        ('[{"a": 1}]', "form of the records is not known. It must be one of: subject, prompt, target_true"),
+        ('[{"a": 1}]', "form of the records is not known. It must be one of: subject, prompt .or template"),
         (json.dumps([PLAIN | {"prompts": ["x"]}]), "record 0:? .*prompts is no field of a fact; there are generations"),
         (json.dumps([PLAIN | {"paraphrases": "one text"}]), "paraphrases must be a list of texts"),
         (json.dumps([PLAIN | {"subject": "Rome"}]), "record 0: .*is not in the prompt"),
@@ -207,6 +207,8 @@ def test_a_fact_that_cannot_be_meant_is_an_error(arguments, message):
 
 
 def test_a_prompt_with_its_subject_becomes_a_fact():
+    with pytest.raises(FactError, match=r"a prompt holds its subject itself; '\{\} is in' is a template"):
+        facts.from_prompt("{} is in", "Rome")
     assert facts.from_prompt("The Louvre is in", "Louvre").template == "The {} is in"
     twice = facts.from_prompt("Rome, not Rome, is in", "Rome", occurrence=1)
     assert (twice.template, twice.prompt, twice.subject_start) == ("Rome, not {}, is in", "Rome, not Rome, is in", 10)
@@ -217,7 +219,7 @@ def test_a_prompt_with_its_subject_becomes_a_fact():
     [
         ("Paris", None, "is not in the prompt"),
         ("", None, "must be a word"),
-        ("Rome", None, "appears 2 times .* occurrence=0 to 1"),
+        ("Rome", None, "appears 2 times .* occurrence=0 to 1.*or give a template"),
         ("Rome", 2, "from 0 to 1"),
         ("Rome", -1, "from 0 to 1"),
     ],

@@ -99,8 +99,11 @@ def test_tokens_of_an_edit_are_roles_of_a_trace():
 
 
 def test_mistakes_are_said_first(model, tmp_path):
-    with pytest.raises(FactError, match="record 1 lacks"):
-        sweep(model, [FACTS[0], replace(FACTS[1], neighbours=())], tmp_path)
+    some = [FACTS[0], replace(FACTS[1], neighbours=()), replace(FACTS[2], neighbours=(), paraphrases=())]
+    with pytest.raises(
+        FactError, match=r"(?s)record .*has no neighbours\..*record .*has no paraphrases and no neighbours"
+    ):
+        sweep(model, some, tmp_path)
     with pytest.raises(FactError, match="says what record .* says"):
         sweep(model, [*FACTS[:2], replace(FACTS[0], id="2")], tmp_path)
     for wrong in ({"tokens": ()}, {"tokens": ("middle",)}, {"draws": 0}, {"window": -1}):

@@ -270,6 +270,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     given = given_settings(arguments, RomeSettings)
     RomeSettings(**given)
     chosen = [fact_of(record) for record in _records(arguments)]
+    sweeping.check_complete(chosen)
     check_places(arguments.json, arguments.out / "sweep.json")
     model = load_model(arguments)
     known = models.preset(model)

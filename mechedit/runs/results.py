@@ -74,8 +74,11 @@ class Evaluation:
         )
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        """The table as people read it: header and rows. Shares are in percent, intervals behind the mean."""
-        rows = [[stage, *(_cell(name, self.table(stage).get(name)) for name in self.names)] for stage in self.rows]
+        """The table as people read it: header and rows. Shares are in percent, intervals behind the mean, n where it is smaller."""
+        rows = [
+            [stage, *(_cell(name, self.table(stage).get(name), len(self.facts)) for name in self.names)]
+            for stage in self.rows
+        ]
         return [f"{len(self.facts)} records", *self.names], rows
 
     def save(self, folder: str | Path) -> list[Path]:
@@ -143,17 +146,17 @@ def check_kept(folder: Path, facts: Sequence[Fact]) -> None:
         raise RunError(f"{path} is damaged ({error}); delete it, or choose another folder.") from error
     if others := kept - {tuple(getattr(fact, name) for name in names) for fact in facts}:
         raise RunError(
-            f"{folder} has results of {len(others)} records that are not among these {len(facts)}, {min(others)[1]!r} for one; they would "
-            "be replaced. Evaluate those too, or choose another folder."
+            f"{folder} has results that are not of these {len(facts)} records ({len(others)} of them; {min(others)[1]!r} becoming "
+            f"{min(others)[2]!r} for one), and they would be replaced. Evaluate those too, choose another folder, or delete that one."
         )
 
 
-def _cell(name: str, each: Mean | None) -> str:
+def _cell(name: str, each: Mean | None, n: int) -> str:
     if each is None or not each.n:
         return ""
     scale, digits = (100, 1) if name in PERCENT else (1, 3)
     mean, low, high = (f"{scale * value:.{digits}f}" for value in (each.mean, each.low, each.high))
-    return f"{mean} [{low}, {high}]"
+    return f"{mean} [{low}, {high}]" + (f", n = {each.n}" if each.n < n else "")
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -20,6 +20,7 @@ from mechedit.editors import rome
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel, check_layer
 from mechedit.progress import Progress, silent
+from mechedit.records import listed
 from mechedit.runs.engines import Engine, Local
 from mechedit.runs.evaluating import check_records, evaluate
 from mechedit.runs.tracing import trace_facts
@@ -38,7 +39,7 @@ from mechedit.tracing.roles import positions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Sweep", "sweep", "sweep_maps"]
+__all__ = ["Sweep", "check_complete", "sweep", "sweep_maps"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,6 +87,21 @@ class Sweep:
         }
 
 
+def check_complete(facts: Sequence[Fact]) -> None:
+    """Raise unless each of these has an S. All that are not complete are named.
+
+    Raises:
+        FactError: a fact has no paraphrases, or no neighbours.
+    """
+    wrong = [
+        f"record {fact.id or index}, about {fact.subject!r}, has no {' and no '.join(missing)}."
+        for index, fact in enumerate(facts)
+        if (missing := [name for name in ("paraphrases", "neighbours") if not getattr(fact, name)])
+    ]
+    if wrong:
+        raise FactError(f"a sweep needs ES, PS and NS of every fact:\n{listed(wrong)}")
+
+
 def sweep(
     model: HookedModel,
     facts: Sequence[Fact],
@@ -99,14 +115,12 @@ def sweep(
     """Trace the facts, edit each at every layer and token, and score it. Everything is kept in `folder`, and resumed from it.
 
     Raises:
-        FactError: no facts, two that are the same, or one that lacks targets, paraphrases or neighbours, so that it has no S.
+        FactError: no facts, two that are the same, or some that lack targets, paraphrases or neighbours, so that they have no S.
         RunError: the folder holds a run of other settings.
     """
     settings, folder = settings or SweepSettings(), Path(folder)
     check_records(facts)
-    for index, fact in enumerate(facts):
-        if not (fact.target_new and fact.target_true and fact.paraphrases and fact.neighbours):
-            raise FactError(f"a sweep scores ES, PS and NS; record {index} lacks targets, paraphrases or neighbours.")
+    check_complete(facts)
     layers = [check_layer(model, layer) for layer in settings.layers] or list(range(int(model.cfg.n_layers)))
     known = models.preset(model)
     given = edit_settings or (known.rome if known else RomeSettings())
@@ -156,7 +170,7 @@ def sweep_maps(found: Sweep) -> Figure:
         for (row, column), value in np.ndenumerate(grid):
             if not np.isnan(value):
                 dark = (value - np.nanmin(grid)) / max(float(np.nanmax(grid) - np.nanmin(grid)), 1e-9) if name == "effect" else 1 - value / 100  # fmt: skip
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if dark > 0.5 else "black")  # fmt: skip
+                axes.text(column, row, f"{value + 0.0:.0f}", ha="center", va="center", fontsize=7, color="white" if dark > 0.5 else "black")  # fmt: skip
         figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=6)
     panels[0].set_yticks(range(len(found.layers)), list(map(str, found.layers)), fontsize=7)
     panels[0].set_ylabel("edited layer", fontsize=9)
