@@ -257,6 +257,16 @@ def test_progress_is_lines_where_there_is_no_terminal(run, monkeypatch):
     assert "trace: " not in run(*TRACE, "--answer", "Seattle")[2]
 
 
+def test_what_was_spoken_of_is_said_to_be_done(monkeypatch, capsys):
+    clock = iter([0.0, 1.0, 16.0, 16.0, 17.0, 18.0, 18.0, 19.0])  # read once more when a line is said
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    report = terminal._progress_lines()
+    for done in (1, 2, 3, 4):
+        report("edits", done, 4)
+    report("scores", 4, 4)
+    assert capsys.readouterr().err.splitlines() == ["edits: 2 of 4", "edits: 4 of 4"]
+
+
 def test_facts_the_model_does_not_know_are_left_out(run, known_file, tmp_path):
     status, out, err = run("trace", "--facts", str(known_file), "--draws", "1", "--out", str(tmp_path / "run"))
     assert "the model knows 0 of 4 facts" in out

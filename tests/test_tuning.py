@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,7 @@ from mechedit import tuning
 from mechedit.benchmarks.metrics import harmonic
 from mechedit.editors import rome
 from mechedit.facts import FactError
-from mechedit.settings import RomeSettings, SettingsError, TuneSettings
+from mechedit.settings import PRESETS, RomeSettings, SettingsError, TuneSettings
 from tests.conftest import FACT, widen_bands
 
 BASE = RomeSettings(steps=2, prefixes=(), prepend_bos=False)
@@ -65,3 +66,11 @@ def test_facts_that_cannot_be_tuned_on_are_an_error(model, known, tmp_path, monk
     for wrong in ({"clamps": ()}, {"learning_rates": (0.0,)}, {"edited": 0}, {"traced": 1}, {"around": -1}):
         with pytest.raises(SettingsError, match=next(iter(wrong))):
             TuneSettings(**wrong)
+
+
+def test_gemmas_preset_is_the_one_that_the_sweep_proposed():
+    found = json.loads((Path(__file__).parents[1] / "figures" / "gemma-3-270m" / "tuned.json").read_text())
+    preset = PRESETS["gemma-3-270m"].rome
+    assert (found["settings"]["layer"], found["settings"]["clamp"]) == (preset.layer, preset.clamp)
+    best = max(found["rows"], key=lambda row: (row["within"], row["S"]))
+    assert (best["layer"], best["clamp"], best["n"]) == (preset.layer, preset.clamp, 20)

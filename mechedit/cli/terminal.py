@@ -84,13 +84,16 @@ def progress_bars() -> Iterator[Progress]:
 
 
 def _progress_lines() -> Progress:
-    """A line on standard error when a step has lasted a while, and every so often after that."""
-    said = time.monotonic()
+    """A line on standard error when a step has lasted a while, every so often after that, and at the end of what was spoken of."""
+    said, begun = time.monotonic(), set[str]()
 
     def report(what: str, done: int, of: int) -> None:
         nonlocal said
-        if time.monotonic() - said >= SECONDS_A_LINE:
+        if time.monotonic() - said >= SECONDS_A_LINE or (done == of and what in begun):
             said = time.monotonic()
+            begun.add(what)
+            if done == of:
+                begun.remove(what)
             sys.stderr.write(f"{what}: {done} of {of}\n")
             sys.stderr.flush()
 
