@@ -324,7 +324,7 @@ def _tune(arguments: argparse.Namespace) -> None:
         (str(row.layer), f"{row.clamp:g}", f"{row.learning_rate:g}", *(f"{getattr(row, name):.3g}" for name in names))
         for row in found.rows
     ]
-    show_table(console, ("layer", "clamp", "rate", *names), rows)
+    show_table(console, ("layer", "clamp", "rate", *(name.replace("_", " ") for name in names)), rows)
     best = found.settings
     console.print(
         f"proposed: --layer {best.layer} --clamp {best.clamp:g} --learning-rate {best.learning_rate:g}",
