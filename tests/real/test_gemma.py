@@ -230,8 +230,9 @@ def test_scores_of_real_records_are_those_of_one_prompt_at_a_time(gemma, data):
             for targets in [(fact.target_new, fact.target_true)]
         ]
         slow = metrics.rewrite_scores(pairs[0], pairs[1:2], pairs[2:])
-        assert {name: row[name] for name in slow} == pytest.approx(slow, abs=1e-6)
-        assert other == pytest.approx(row, abs=1e-6)
+        assert {name: row[name] for name in metrics.SUCCESSES} == {name: slow[name] for name in metrics.SUCCESSES}
+        assert {name: row[name] for name in slow} == pytest.approx(slow, abs=5e-5)  # probabilities of float32 logits
+        assert other == pytest.approx(row, abs=5e-5)
     asked = zsre.read(data / "zsre.json")[:50]
     for question, row in zip(asked, zsre.scores(gemma, asked), strict=True):
         fact = question.fact
