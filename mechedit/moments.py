@@ -337,8 +337,7 @@ def _batches(
             def report(what: str, done: int, of: int) -> None:
                 progress(what, index * of + done, len(begins) * of)
 
-            numbers = generator(settings.seed, "moment text", str(index))
-            return windows(sample(model, some, body, numbers, progress=report))
+            return windows(_sampled(model, some, body, (settings.seed, "moment text", str(index)), report))
 
         for index, begin in enumerate(begins):
             some = min(rows, -(-(settings.tokens - begin) // body))
@@ -355,6 +354,18 @@ def _batches(
     if whole := len(pending) // body * body:
         batch = torch.tensor(pending[:whole]).view(-1, body)
         yield whole, partial(windows, batch)
+
+
+def _sampled(
+    model: HookedModel, rows: int, length: int, seed: tuple[int, str, str], progress: Progress
+) -> Int[Tensor, "rows length"]:
+    """Text sampled from the model, from the cache if it is there: the next layer's C needs no more than to read it."""
+    path = cache.root() / "moments" / f"{cache.content_key(fingerprint(model), rows, length, seed, RULE)}.text.safetensors"
+    with suppress(files.FileError):
+        return files.read(path, "moment-text")[0]["tokens"]
+    tokens = sample(model, rows, length, generator(*seed), progress=progress)
+    files.write(path, "moment-text", {"tokens": tokens}, {"rows": rows, "seed": seed})
+    return tokens
 
 
 def _encoded(model: HookedModel, text: Text) -> Iterator[list[int]]:
