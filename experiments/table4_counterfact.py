@@ -3,7 +3,7 @@
 Rows, each with ES, PS, NS, S and their magnitudes, and 95 % bootstrap intervals over facts:
 - no edit; the default; the published policy and constants;
 - controls: C = identity, another layer for each fact, a random key in place of k*;
-- the default at the layers around the preset's, which was chosen near the causal trace's peak;
+- the default at the layers around the causal trace's peak;
 - with `--rows text --text FILE`, the default with C estimated on that text, in place of text sampled from the model.
 
 On the organism the facts are of its own world. Edits and scores are kept in out/ as soon as they are found, so a killed run
@@ -46,7 +46,7 @@ class Table4:
     unedited: int = 1000  # facts of the row without edits
     facts: int = 150  # of the default and the published row
     control_facts: int = 60  # of the controls and the layers
-    around: int = 2  # layers on each side of the preset's
+    layers: tuple[int, ...] = (3, 4, 5, 6, 7)  # of the row "layers": around the peak of Gemma's average trace
     rows: tuple[str, ...] = ROWS
     text: Path = Path()  # of the row "text": WikiText, say
     seed: int = 0
@@ -82,8 +82,7 @@ def main(settings: Table4) -> None:
         say(f"{name}, {len(facts)} facts: {', '.join(f'{key} {shown[key]}' for key in (*SUCCESSES, 'S'))}")
 
     def layers() -> None:
-        n = int(model.cfg.n_layers)
-        for layer in range(max(0, default.layer - settings.around), min(n, default.layer + settings.around + 1)):
+        for layer in settings.layers:
             row(f"layer {layer}", few, replace(default, layer=layer), edits="default" if layer == default.layer else "")
 
     every: dict[str, Callable[[], None]] = {
