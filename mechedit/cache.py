@@ -95,7 +95,10 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise WriteError(f"{path} is a folder; name a file in it.")
+    made = [folder for folder in path.parents if not folder.exists()]
     _beside(path).unlink()
+    for folder in made:  # nothing is left of a command that goes on to fail
+        folder.rmdir()
 
 
 def _beside(path: Path) -> Path:

@@ -115,6 +115,7 @@ def check_folder(folder: str | Path) -> Path:
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """A folder that becomes `folder` if the body ends without an error."""
+    folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         yield temporary

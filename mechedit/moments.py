@@ -360,7 +360,9 @@ def _sampled(
     model: HookedModel, rows: int, length: int, seed: tuple[int, str, str], progress: Progress
 ) -> Int[Tensor, "rows length"]:
     """Text sampled from the model, from the cache if it is there: the next layer's C needs no more than to read it."""
-    path = cache.root() / "moments" / f"{cache.content_key(fingerprint(model), rows, length, seed, RULE)}.text.safetensors"
+    path = (
+        cache.root() / "moments" / f"{cache.content_key(fingerprint(model), rows, length, seed, RULE)}.text.safetensors"
+    )
     with suppress(files.FileError):
         return files.read(path, "moment-text")[0]["tokens"]
     tokens = sample(model, rows, length, generator(*seed), progress=progress)

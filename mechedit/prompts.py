@@ -21,6 +21,7 @@ __all__ = [
     "Prompt",
     "audit",
     "continuation",
+    "doubts",
     "encode",
     "pad",
     "prepare",
@@ -163,8 +164,6 @@ def audit(model: HookedModel, fact: Fact, *, prepend_bos: bool | None = None) ->
             notes.append(
                 f"{name} {target!r} is {len(ids)} tokens; a trace measures the first (measure p_answer: all), an edit learns all."
             )
-        if model.tokenizer.unk_token_id is not None and model.tokenizer.unk_token_id in ids:
-            notes.append(f"{name} {target!r} has a token the vocabulary does not know.")
         if target and not _seam_is_clean(model, fact.prompt, target):
             notes.append(
                 f"the tokenizer merges the end of the prompt with {name} {target!r}; the target is encoded on its own."
@@ -173,14 +172,40 @@ def audit(model: HookedModel, fact: Fact, *, prepend_bos: bool | None = None) ->
         notes.append(
             "both targets begin with the same token; probabilities of their first tokens cannot tell them apart."
         )
-    notes += _subject_notes(model, fact, prompt)
+    if prompt.subject[1] == len(prompt.ids):
+        notes.append("the subject ends the prompt: its last token is also the prompt's last.")
+    if fact.target_true and fact.target_true.lower() in fact.prompt.lower():
+        notes.append(f"the prompt contains the answer {fact.target_true!r}.")
+    notes += doubts(model, fact, prepend_bos=prepend_bos)
     return Audit(prompt, targets["target_true"], targets["target_new"], tuple(notes))
+
+
+def doubts(model: HookedModel, fact: Fact, *, prepend_bos: bool | None = None) -> list[str]:
+    """What is likely a mistake of who wrote the fact down. The model is not run."""
+    notes = []
+    for name, target in (("target_true", fact.target_true), ("target_new", fact.target_new)):
+        if target and model.tokenizer.unk_token_id in continuation(model, fact.prompt, target):
+            notes.append(f"{name} {target!r} has a token the vocabulary does not know.")
+    return notes + _subject_notes(model, fact, prepare(model, fact, prepend_bos=prepend_bos))
 
 
 def _seam_is_clean(model: HookedModel, prompt: str, target: str) -> bool:
     alone, _ = encode(model, prompt, prepend_bos=False)
     both, _ = encode(model, prompt + joined(prompt, target), prepend_bos=False)
     return both[: len(alone)] == alone
+
+
+def _word_around(text: str, begin: int, end: int) -> str:
+    """The part from `begin` to `end`, with the letters and digits that go on before and behind it, in scripts with spaces."""
+
+    def goes_on(letter: str) -> bool:
+        return letter.isdigit() or letter.lower() != letter.upper()
+
+    while begin > 0 and goes_on(text[begin]) and goes_on(text[begin - 1]):
+        begin -= 1
+    while end < len(text) and goes_on(text[end - 1]) and goes_on(text[end]):
+        end += 1
+    return text[begin:end]
 
 
 def _subject_notes(model: HookedModel, fact: Fact, prompt: Prompt) -> list[str]:
@@ -190,14 +215,13 @@ def _subject_notes(model: HookedModel, fact: Fact, prompt: Prompt) -> list[str]:
     first, last = offsets[prompt.subject[0]], offsets[prompt.last_subject]
     if fact.prompt[first[0] : begin].strip() or last[1] > end:
         notes.append("a token holds a part of the subject together with other text; the whole token counts as subject.")
+    word = _word_around(fact.prompt, begin, end)
+    if word != fact.subject:
+        notes.append(f"the subject {fact.subject!r} stands inside a longer word, {word!r}.")
     if fact.prompt.count(fact.subject) > 1:
         notes.append(
             f"the subject appears {fact.prompt.count(fact.subject)} times; only the one in the template's {{}} counts."
         )
-    if prompt.subject[1] == len(prompt.ids):
-        notes.append("the subject ends the prompt: its last token is also the prompt's last.")
-    if fact.target_true and fact.target_true.lower() in fact.prompt.lower():
-        notes.append(f"the prompt contains the answer {fact.target_true!r}.")
     for paraphrase in fact.paraphrases:
         if fact.subject not in paraphrase:
             notes.append(f"a paraphrase does not name the subject: {paraphrase!r}.")

@@ -487,6 +487,7 @@ def test_the_demo_runs_on_any_model_with_a_preset(run, folder, tmp_path, monkeyp
         "top answer",
         "early site",
         "late site",
+        "ROME writes at layer 1",
         "paraphrase",
         "neighbour",
         "P(Seattle)",
@@ -635,11 +636,30 @@ def test_sweep_draws_its_maps_and_says_how_far_traces_foretell_them(run, records
     assert status == 0
     assert "rank correlation of S" in said
     assert (tmp_path / "s" / "sweep.png").stat().st_size > 5000
-    assert json.loads((tmp_path / "s" / "sweep.json").read_text())["layers"] == [0, 2]
-    status, _, err = run("sweep", "--facts", records, "--out", str(tmp_path / "t"), "--layers", "9")
+    record = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert record["layers"] == [0, 2]
+    lines = [line.split(",") for line in (tmp_path / "s" / "sweep.csv").read_text().splitlines()]
+    assert lines[0] == ["layer", "token", "ES", "PS", "NS", "S", "effect", "n"]
+    assert [line[:2] for line in lines[1:]] == [["0", "subject_last"], ["0", "last"], ["2", "subject_last"], ["2", "last"]]  # fmt: skip
+    assert float(lines[4][6]) == record["mean"]["effect"][1][1]
+    assert lines[4][7] == "2"
+    status, _, err = run("sweep", "--facts", records, "--out", str(tmp_path / "t" / "u"), "--layers", "9")
     assert (status, "layer must be from 0 to 3" in err) == (2, True)
+    assert not (tmp_path / "t").exists(), "a command that is refused leaves nothing"
     with pytest.raises(SystemExit):
         run("sweep", "--facts", records, "--out", str(tmp_path / "t"), "--layers", "0.5")
+
+
+def test_status_says_that_more_is_left_than_is_known(run, records, tmp_path, monkeypatch):
+    def interrupt(*args, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mechedit.editors.rome.edit", interrupt)
+    assert run("evaluate", "--facts", records, "--out", str(tmp_path / "run"), *QUICK)[0] == 130
+    status, said, _ = run("status", str(tmp_path / "run"), model=False)
+    assert status == 0
+    assert "2 of 6" in said
+    assert "more than 0.00" in said
 
 
 def test_status_of_a_folder_without_runs(run, tmp_path):

@@ -156,7 +156,8 @@ def test_a_record_that_cannot_be_edited_is_scored_as_it_was_and_says_why(model, 
     monkeypatch.setattr(rome, "edit", edit)
     for mode in ("independent", "batch", "sequential"):
         found = evaluate(model, FACTS, tmp_path / mode, replace(PLAIN, mode=mode), QUICK, moment)
-        assert [fact["reason"] for fact in found.facts] == ["", "", "u is NaN"]
+        assert ["NaN" in fact["reason"] for fact in found.facts] == [False, False, True]
+        assert found.facts[2]["reason"] == "u is NaN"
         assert found.rows["after"][2]["edited"] == 0.0
         assert math.isnan(found.rows["after"][2]["relative_norm"])
     alone = evaluate(model, FACTS, tmp_path / "independent", PLAIN, QUICK, moment)
@@ -400,6 +401,38 @@ def test_status_says_how_far_a_run_is(model, moment, tmp_path):
     assert found["scores"].left == found["scores"].seconds > 0
     with pytest.raises(RunError, match="holds no run"):
         status(tmp_path / "edits" / "units")
+
+
+def test_status_counts_stages_that_have_not_begun(model, moment, tmp_path):
+    def interrupt(what, done, of):
+        if what == "facts" and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, FACTS, tmp_path, PLAIN, QUICK, moment, progress=interrupt)
+    assert [(each.folder, each.finished, each.units) for each in status(tmp_path)] == [
+        ("before", 3, 3),
+        ("edits", 1, 3),
+        ("scores", 0, 3),
+    ]
+    evaluate(model, FACTS, tmp_path, PLAIN, QUICK, moment)
+    assert [each.finished for each in status(tmp_path)] == [3, 3, 3]
+
+
+def test_records_that_look_wrong_and_hollow_successes_have_a_note(model, moment, tmp_path, monkeypatch):
+    odd = Fact("Pari", "{}s is located in the city of", "Seattle", "Berlin")
+    real = counterfact.scores
+    monkeypatch.setattr(counterfact, "scores", lambda *args, **named: [row | {"ES": 1.0, "p_new": 0.004} for row in real(*args, **named)])  # fmt: skip
+    first, second = evaluate(model, [odd, FACTS[1]], tmp_path, PLAIN, QUICK, moment).facts
+    assert "the subject 'Pari' stands inside a longer word, 'Paris'." in first["reason"]
+    assert second["reason"] == "the new target beats the true one with P = 0.004."
+    unedited_rows = evaluate(model, [FACTS[1]], tmp_path / "none", replace(PLAIN, editor="none")).facts
+    assert unedited_rows[0]["reason"] == ""
+
+
+def test_a_summary_says_the_condition_of_C(model, moment, tmp_path):
+    found = evaluate(model, FACTS[:1], tmp_path, PLAIN, QUICK, moment)
+    assert found.to_json()["cond_C"] == {"1": moment.cond}
 
 
 def test_status_is_the_same_from_any_folder_and_of_a_run_that_was_moved(model, moment, tmp_path, monkeypatch):

@@ -222,7 +222,8 @@ def to_edit(tiny, tmp_path, monkeypatch):
 def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{number} The Space Needle is located in the city of Seattle." for number in range(300)))
-    arguments = ["--model", to_edit, "--unedited", "4", "--facts", "4", "--control-facts", "2", "--layers", "0", "1", "2"]
+    arguments = ["--model", to_edit, "--unedited", "4", "--facts", "4", "--control-facts", "2"]
+    arguments += ["--layers", "0", "1", "2"]
     arguments += ["--rows", *table4_counterfact.ROWS, "text", "--text", str(text)]
     table4_counterfact.main(common.parse(table4_counterfact.Table4, arguments))
     record = read(tmp_path, "table4_counterfact")

@@ -84,6 +84,28 @@ def test_the_audit_shows_tokens_and_targets_and_finds_nothing_in_a_good_fact(mod
 
 
 @pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("in Paris now", "Paris"),
+        ("Paris's streets", "Paris"),
+        ("(Paris)", "Paris"),
+        ("Paris-Nice", "Paris"),
+        ("SParis", "SParis"),
+        ("Paris2", "Paris2"),
+        ("去Paris吧", "Paris"),
+        ("éParisé", "éParisé"),
+    ],
+)
+def test_a_word_ends_where_letters_and_digits_do(text, word):
+    begin = text.index("Paris")
+    assert prompts._word_around(text, begin, begin + 5) == word
+
+
+def test_a_subject_of_a_script_without_spaces_is_in_no_longer_word():
+    assert prompts._word_around("東京都の首都", 0, 2) == "東京"
+
+
+@pytest.mark.parametrize(
     ("fact", "note"),
     [
         (Fact("Paris", "The city of {}", "zebra"), "is .* tokens; a trace measures the first"),
@@ -92,6 +114,7 @@ def test_the_audit_shows_tokens_and_targets_and_finds_nothing_in_a_good_fact(mod
         (Fact("Paris", "{} is Rome or", "Rome"), "contains the answer"),
         (Fact("Paris", "{} is in", paraphrases=("It is in",)), "does not name the subject"),
         (Fact("eattl", "S{}e is in"), "together with other text"),
+        (Fact("Pari", "{}s is in"), "stands inside a longer word, 'Paris'"),
         (Fact("Paris", "{} is in", "zebra one", "zebra two"), "begin with the same token"),
     ],
 )

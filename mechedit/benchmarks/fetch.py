@@ -50,6 +50,7 @@ def fetch(
     wanted = sha256 or _hashes(path.parent).get(path.name)
     if path.is_file() and wanted in (None, cache.file_hash(path)):
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     with filelock.FileLock(partial.with_name(partial.name + ".lock")):
         return _bring(path, partial, f"{address or ADDRESS}/{path.name}", wanted, progress)

@@ -289,7 +289,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     )
     written = figures.write(sweeping.sweep_maps(found), arguments.out / "sweep")
     record = found.to_json()
-    written += write_json(arguments.out / "sweep.json", record)
+    written += [*write_json(arguments.out / "sweep.json", record), found.save_csv(arguments.out / "sweep.csv")]
     show_files(console, written + write_json(arguments.json, record))
 
 
@@ -302,8 +302,10 @@ def _status(arguments: argparse.Namespace) -> None:
         for each in found
     ]
     if len(found) > 1:
-        finished, units, left = (sum(getattr(each, name) for each in found) for name in ("finished", "units", "left"))
-        rows.append(("all of these", f"{finished} of {units}", "", _number(left / 60)))
+        finished, units = (sum(getattr(each, name) for each in found) for name in ("finished", "units"))
+        known = sum(each.left for each in found if each.left == each.left)
+        more = "more than " * any(each.left != each.left for each in found)  # a stage of which no unit is finished
+        rows.append(("all of these", f"{finished} of {units}", "", more + _number(known / 60)))
     show_table(console_of(arguments), ("run", "finished", "s a unit", "minutes left, one by one"), rows)
     write_json(arguments.json, [vars(each) for each in found])
 

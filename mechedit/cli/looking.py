@@ -151,6 +151,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
     root = cache.root()
     cache.check_writable(root / "doctor")
+    root.mkdir(parents=True, exist_ok=True)
     import torch
 
     rows = [(f"version of {name}", found) for name, found in provenance.versions().items()]

@@ -98,6 +98,11 @@ def _demo(arguments: argparse.Namespace) -> None:
     console.rule(f"2. Rewrite it there: {fact.target_true} → {fact.target_new}")
     with progress_bars() as progress:
         edit = rome.edit(model, fact, progress=progress)
+    console.print(
+        f"The trace shows where this fact passes. ROME writes at layer {edit.settings['layer']}, where edits of other facts did best: "
+        "the best layers of both need not be one.",
+        highlight=False,
+    )
     show_edit(console, edit.to_json())
 
     console.rule("3. What changed, and what did not?")

@@ -31,13 +31,14 @@ from mechedit.records import listed
 from mechedit.runs.editing import attempt, edit_facts
 from mechedit.runs.engines import Engine, Local
 from mechedit.runs.results import Evaluation
-from mechedit.runs.store import Store, claim, plan
+from mechedit.runs.store import PLAN, Store, claim, plan
 from mechedit.scoring import log_p
 from mechedit.settings import EvaluateSettings, MomentSettings, RomeSettings, SettingsError
 
 __all__ = ["Estimate", "Record", "check_records", "estimate", "evaluate", "fact_of", "measure"]
 
 Record = Fact | Question
+IMPROBABLE = 0.01  # of a new target after its edit; a note says so
 EDIT_NUMBERS = ("relative_norm", "divisor_share", "essence_kl")
 
 
@@ -83,6 +84,8 @@ def evaluate(
     together = settings.mode != "independent"  # then every record matters to every other
     everyone = {"records": cache.content_key(list(run.by_unit))} if together else {}
     claim(folder, run.described | {"edit": asdict(resolved) if resolved else None} | everyone)
+    if resolved:
+        run.announce()
     made: list[Edit] = []
     with engine.open():
         scored = {"before": run.before()}
@@ -96,9 +99,15 @@ def evaluate(
     rows = {stage: _rows(each) for stage, each in scored.items()}
     if resolved:
         rows["after"] = [row | _numbers(edit) for row, edit in zip(rows["after"], made, strict=True)]
-        run.what |= {"edit": asdict(resolved)}
+        conditions = {edit.settings["layer"]: edit.report["cond_C"] for edit in made if "cond_C" in edit.report}
+        run.what |= {
+            "edit": asdict(resolved),
+            "cond_C": {str(layer): conditions[layer] for layer in sorted(conditions)},
+        }
     notes = [
+        [_doubts(model, fact_of(record), bos) for record in records],
         [edit.reasons for edit in made] or [()] * len(records),
+        [_improbable(row) for row in rows.get("after", ())] or [()] * len(records),
         *([(each.reason,) for each in of] for of in scored.values()),
     ]
     reasons = [
@@ -107,6 +116,20 @@ def evaluate(
     ]
     about = tuple(_about(fact_of(record), index, reason) for index, (record, reason) in enumerate(zip(records, reasons, strict=True)))  # fmt: skip
     return Evaluation(about, rows, run.what | {"versions": provenance.versions()}, settings.seed)
+
+
+def _doubts(model: HookedModel, fact: Fact, bos: bool) -> list[str]:
+    """What may be a mistake in a record; of one that cannot be read by the model its scores say why."""
+    try:
+        return prompts.doubts(model, fact, prepend_bos=bos)
+    except FactError:
+        return []
+
+
+def _improbable(row: dict[str, float]) -> list[str]:
+    """A word on an edit whose success is hollow: it left both targets improbable."""
+    hollow = row["edited"] and row.get("ES") == 1 and row["p_new"] < IMPROBABLE
+    return [f"the new target beats the true one with P = {row['p_new']:.2g}."] if hollow else []
 
 
 def _about(fact: Fact, index: int, reason: str) -> dict[str, Any]:
@@ -298,7 +321,7 @@ class Estimate:
     def __str__(self) -> str:
         return (
             f"{self.records} records, {self.mode}, {self.edit:.2f} s an edit and {self.score:.2f} s a scoring, on {self.workers} "
-            f"worker{'s' if self.workers > 1 else ''}: {_span(self.total)}, of which {self.once:.0f} s come first; "
+            f"worker{'s' if self.workers > 1 else ''}: {_span(self.total)}, of which {self.once:.0f} s come first (C, workers' loading); "
             f"{self.workers * self.total / 3600:.2f} worker hours; {self.memory:.1f} GB a worker"
         )
 
@@ -390,6 +413,13 @@ class _Run:
         plan(self.folder / "before", place, list(self.by_unit))
         store: Store[Scored] = Store(place, what, _read_scored, _write_scored, "records before", waits=True)
         return store.run(list(self.by_unit), task, self.engine, self.progress)
+
+    def announce(self) -> None:
+        """Note the stages to come, so that `status` counts them before they begin."""
+        stages = [self.edits_in] * (self.settings.control != "random_layer") + [self.folder / "scores"]
+        for place in stages:
+            if not (place / PLAN).exists():
+                plan(place, place, list(self.by_unit))
 
     def edits(self, resolved: RomeSettings, moment: Moment | None) -> list[Edit]:
         """Each record's edit, found on the unedited model."""

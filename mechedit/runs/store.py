@@ -21,7 +21,7 @@ from mechedit.files import FileError
 from mechedit.progress import Progress, silent
 from mechedit.runs.engines import Done, Engine, Task
 
-__all__ = ["RunError", "Status", "Store", "claim", "plan", "status"]
+__all__ = ["PLAN", "RunError", "Status", "Store", "claim", "plan", "status"]
 
 PLAN, SECONDS = "plan.json", "seconds.jsonl"
 HOPELESS = 5  # so many failures before any success end a run

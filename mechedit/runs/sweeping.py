@@ -16,6 +16,7 @@ import numpy as np
 
 from mechedit import models, moments, provenance
 from mechedit.benchmarks.metrics import SUCCESSES, harmonic
+from mechedit.cache import atomic_write
 from mechedit.editors import rome
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel, check_layer
@@ -85,6 +86,24 @@ class Sweep:
             "settings": self.settings,
             "versions": provenance.versions(),
         }
+
+    def save_csv(self, path: str | Path) -> Path:
+        """One line for each layer and token: means over the facts that have such a token, and how many they are; the path.
+
+        Raises:
+            WriteError: the path cannot be written.
+        """
+        names = (*SUCCESSES, "S", "effect")
+        means = {name: self.mean(name) for name in names}
+        n = (~np.isnan(self.effects)).sum(0)
+        lines = [["layer", "token", *names, "n"]]
+        for row, layer in enumerate(self.layers):
+            for column, token in enumerate(self.tokens):
+                found = (float(means[name][row, column]) for name in names)
+                lines.append([str(layer), token, *("" if np.isnan(each) else repr(each) for each in found), str(n[row, column])])  # fmt: skip
+        with atomic_write(Path(path)) as temporary:
+            temporary.write_text("".join(",".join(line) + "\n" for line in lines))
+        return Path(path)
 
 
 def check_complete(facts: Sequence[Fact]) -> None:
