@@ -228,7 +228,7 @@ def test_a_job_that_is_stopped_goes_on_and_ends_with_the_same_bits(sampled, mode
 
         with pytest.raises(KeyboardInterrupt):
             moments.estimate(model, 1, texts, SMALL, progress=interrupt)
-        (kept,) = (cache.root() / "moments").glob("*.part.safetensors")
+        assert len(list((cache.root() / "moments").glob("*.part.safetensors"))) == 1
         passes.clear()
         again = moments.estimate(model, 1, texts, SMALL)
         assert torch.equal(again.C, whole.C)

@@ -104,7 +104,7 @@ def evaluate(
             "edit": asdict(resolved),
             "cond_C": {str(layer): conditions[layer] for layer in sorted(conditions)},
         }
-    notes = [
+    notes: list[Sequence[Sequence[str]]] = [
         [_doubts(model, fact_of(record), bos) for record in records],
         [edit.reasons for edit in made] or [()] * len(records),
         [_improbable(row) for row in rows.get("after", ())] or [()] * len(records),
