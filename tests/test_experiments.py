@@ -310,11 +310,11 @@ def test_benchmark_rows_are_the_files_or_the_worlds(tmp_path, monkeypatch):
 
 
 def test_policies_are_compared_by_what_they_break(to_edit, tmp_path):
-    key_policies.main(common.parse(key_policies.KeyPolicies, ["--model", to_edit, "--begin", "1", "--facts", "2"]))
+    key_policies.main(common.parse(key_policies.KeyPolicies, ["--model", to_edit, "--begin", "1", "--facts", "2", "--one-key", "1"]))  # fmt: skip
     policies = read(tmp_path, "key_policies")["policies"]
     assert list(policies) == ["default", "published", "published constants, one key"]
+    assert [each["n"] for each in policies.values()] == [2, 2, 1]
     for each in policies.values():
-        assert each["n"] == 2
         assert each["quantiles"]["perplexity_ratio"]["0.0"] <= each["quantiles"]["perplexity_ratio"]["1.0"]
     for name, one_key in (("default", True), ("published", False), ("published constants, one key", True)):
         share = policies[name]["quantiles"]["divisor_share"]["0.5"]

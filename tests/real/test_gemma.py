@@ -220,7 +220,12 @@ def one_at_a_time(model, prompt, target):
 
 
 @pytest.mark.slow
-def test_scores_of_real_records_are_those_of_one_prompt_at_a_time(gemma, data):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-5), (torch.float64, 1e-6)])
+def test_scores_of_real_records_are_those_of_one_prompt_at_a_time(dtype, tolerance, data):
+    """In float32 logits of one prompt differ by up to 1e-4 with what else is in its pass."""
+    gemma = models.load("gemma-3-270m", device="cpu", dtype=dtype)
+    if dtype == torch.float64 and models.is_bridge(gemma):
+        pytest.skip("Hugging Face's norms compute in float32")
     some = facts.read(data / "counterfact_flat.json")[:50]
     turned = counterfact.scores(gemma, some[::-1])[::-1]
     for fact, row, other in zip(some, counterfact.scores(gemma, some), turned, strict=True):
@@ -231,8 +236,8 @@ def test_scores_of_real_records_are_those_of_one_prompt_at_a_time(gemma, data):
         ]
         slow = metrics.rewrite_scores(pairs[0], pairs[1:2], pairs[2:])
         assert {name: row[name] for name in metrics.SUCCESSES} == {name: slow[name] for name in metrics.SUCCESSES}
-        assert {name: row[name] for name in slow} == pytest.approx(slow, abs=5e-5)  # probabilities of float32 logits
-        assert other == pytest.approx(row, abs=5e-5)
+        assert {name: row[name] for name in slow} == pytest.approx(slow, abs=tolerance)
+        assert other == pytest.approx(row, abs=tolerance)
     asked = zsre.read(data / "zsre.json")[:50]
     for question, row in zip(asked, zsre.scores(gemma, asked), strict=True):
         fact = question.fact
