@@ -79,13 +79,15 @@ def draw(rows: list[dict[str, Any]], d_mlp: int) -> Figure:
     x = [row["keys"] / d_mlp for row in rows]
     left.plot(x, [row["cosine"]["mean"] for row in rows], "o-")
     left.fill_between(x, [row["cosine"]["low"] for row in rows], [row["cosine"]["high"] for row in rows], alpha=0.2)
-    left.set_ylabel("cosine of u with that of the most keys")
+    left.set_ylabel("cosine of u with the last")
     for score in ("ES", "PS", "NS", "S"):
         right.plot(x, [100 * row["scores"][score]["mean"] for row in rows], "o-", label=score)
     right.set_ylabel("success, percent")
-    right.legend(frameon=False)
+    right.legend(frameon=False, bbox_to_anchor=(1, 1))
     for axes in (left, right):
         axes.set_xscale("log")
+        axes.set_xticks(x, [f"{each:g}" for each in x])
+        axes.minorticks_off()
         axes.set_xlabel("keys per dimension of the key")
         axes.spines[["top", "right"]].set_visible(False)
     return figure
