@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechedit import files, models, rank_one
+from mechedit import cache, files, models, rank_one
 from mechedit.errors import MecheditError
 from mechedit.files import FileError
 from mechedit.models import HookedModel
@@ -25,6 +25,7 @@ __all__ = ["Applied", "Edit", "EditError", "Overlap", "apply", "compose", "diff"
 
 
 COMPOSED = "composed"
+IMPROBABLE = 0.01  # of a new target after its edit
 
 
 class EditError(MecheditError, ValueError):
@@ -58,6 +59,16 @@ class Edit:
         """The block that is edited."""
         return self.changes[0].layer if self.changes else int(self.settings["layer"])
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What makes this less than an edit: no changes, or a target that stays improbable. Guards look at damage, not at that."""
+        if not self.changes:
+            return ("it has no changes, and writes nothing",)
+        p = {name: self.after.get(name, float("nan")) for name in ("p_new", "p_true")}  # nan in a composed edit
+        if p["p_new"] < IMPROBABLE or p["p_new"] <= p["p_true"]:
+            return (f"it hardly took: P(new) = {p['p_new']:.2g} and P(true) = {p['p_true']:.2g} after it",)
+        return ()
+
     def to_json(self) -> dict[str, Any]:
         """What `mechedit edit --json` writes."""
         return {
@@ -72,6 +83,7 @@ class Edit:
             "after": self.after,
             "edit": self.report,
             "reasons": list(self.reasons),
+            "notes": list(self.notes),
             "seconds": self.seconds,
             "settings": self.settings,
             "origin": self.origin,
@@ -98,8 +110,10 @@ def save(edit: Edit, path: str | Path) -> Path:
     """Write an edit as one safetensors file, whole or not at all.
 
     Raises:
-        WriteError: the folder cannot be written.
+        WriteError: the path is a folder, or cannot be written.
     """
+    if Path(path).is_dir():
+        raise cache.WriteError(f"{path} is a folder; name a file in it.")
     tensors: dict[str, Tensor] = {}
     for index, change in enumerate(edit.changes):
         tensors |= {f"{index}.u": change.u, f"{index}.step": change.step}
@@ -150,7 +164,8 @@ def check(model: HookedModel, edits: Sequence[Edit]) -> None:
             raise EditError(
                 f"this edit of {edit.fact['subject']!r} was made for {edit.origin['name']} with weights "
                 f"{edit.origin['weight_hash'][:12]}…, but {model.cfg.model_name} has weights {weight_hash[:12]}…. Load the model "
-                "it was made for, or pass force=True (--force) if you know that they agree where it matters."
+                "it was made for, give edits that belong together in one call, or pass force=True (--force) if you know that "
+                "the weights agree where it matters."
             )
 
 

@@ -224,7 +224,7 @@ class RomeSettings:
     def __post_init__(self) -> None:
         _check_each(self)
         _require(self.ridge >= 0, f"ridge must be 0 or more; found {self.ridge}.")
-        _require(self.clamp > 0, f"clamp must be positive; found {self.clamp}.")
+        _require(0 < self.clamp < float("inf"), f"clamp must be positive and finite; found {self.clamp}.")
         _require(self.steps >= 0, f"steps must be 0 or more; found {self.steps}.")
         _require(self.learning_rate > 0, f"learning_rate must be positive; found {self.learning_rate}.")
         _require(self.weight_decay >= 0, f"weight_decay must be 0 or more; found {self.weight_decay}.")

@@ -64,6 +64,11 @@ class Tuned:
     origin: dict[str, Any]
     versions: dict[str, str]
 
+    @property
+    def worked(self) -> bool:
+        """Whether any edit that was tried succeeded; if none did, the proposal is worth nothing."""
+        return any(row.ES for row in self.rows)
+
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON values."""
         return asdict(self)

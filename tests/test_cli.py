@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mechedit
-from mechedit import cli, edits, figures, models, moments
+from mechedit import cli, edits, figures, guards, models, moments
 from mechedit.cli import options, terminal
 from mechedit.moments import Moment
 from mechedit.settings import MomentSettings, RomeSettings, TraceSettings, TuneSettings, knobs
@@ -716,9 +716,13 @@ def test_edits_of_many_facts_are_kept_and_can_be_composed_compared_and_exported(
     assert status == 0
     assert "2 of 2 facts edited, each alone" in out
     first, second = (str(path) for path in sorted((folder / "units").iterdir()))
-    assert len(json.loads((folder / "edits.json").read_text())) == 2
+    listed = json.loads((folder / "edits.json").read_text())
+    assert len(listed) == 2
+    assert [edits.load(folder / each["file"]).fact["prompt"] for each in listed] == [each["prompt"] for each in listed]
     whole = tmp_path / "whole.safetensors"
     assert run("compose", first, second, "--out", str(whole), model=False)[0] == 0
+    status, _, err = run("compose", first, second, "--out", first, model=False)
+    assert (status, "is one of the edits that are composed" in err) == (2, True)
     assert len(edits.load(whole).changes) == 2
     status, out, _ = run("diff", first, second, "--json", str(tmp_path / "diff.json"), model=False)
     assert "cos of change" in out
@@ -736,9 +740,30 @@ def test_edits_of_many_facts_are_kept_and_can_be_composed_compared_and_exported(
     assert len(json.loads((tmp_path / "i.json").read_text())["parts"]) == 2
     assert run("diff", str(whole), first, "--json", str(tmp_path / "d.json"), model=False)[0] == 0
     assert json.loads((tmp_path / "d.json").read_text())[0]["u"] is None, "JSON has no nan"
+    assert "nan" not in run("diff", str(whole), first, model=False)[1]
     status, _, err = run("export", str(whole), "--out", str(tmp_path / "edited"))
     assert status == 2
     assert "is not empty; export into a new folder" in err
+
+
+def test_edits_that_write_nothing_are_said_to(run, counterfact, tmp_path, monkeypatch):
+    path, strict = tmp_path / "edit.safetensors", dict.fromkeys(guards.BANDS, (2.0, 3.0, "nothing is"))
+    monkeypatch.setattr(guards, "BANDS", strict)
+    status, out, _ = run(*EDIT, "--guard", "rollback", "--out", str(path))
+    assert (status, "note: it has no changes, and writes nothing." in out) == (0, True)
+    said = f"note on {path}: it has no changes, and writes nothing."
+    assert said in " ".join(run("apply", str(path))[1].split())
+    whole = tmp_path / "whole.safetensors"
+    assert said in " ".join(run("compose", str(path), str(path), "--out", str(whole), model=False)[1].split())
+    quick = ("--layer", "1", "--steps", "1", "--prefixes", "none", "--guard", "rollback")
+    status, out, err = run("edit", "--facts", str(counterfact), *quick, "--out", str(tmp_path / "run"))
+    assert (status, "0 of 2 facts edited" in out, "none of the 2 facts was edited" in err) == (2, True, True)
+
+
+def test_a_warning_of_the_guards_is_told_once_and_without_a_source_line(run, monkeypatch, recwarn):
+    monkeypatch.setattr(guards, "BANDS", {"cond_C": (0.0, 1.0, "it is a test")})
+    status, out, err = run(*EDIT, "--guard", "warn")
+    assert (status, out.count("it is a test"), "it is a test" in err, len(recwarn)) == (0, 1, False, 0)
 
 
 def test_constants_and_prefixes_go_by_name(run, tmp_path):
@@ -765,6 +790,8 @@ def test_parts_of_a_moment_are_merged_and_used(run, tmp_path, monkeypatch):
     path = tmp_path / "edit.safetensors"
     assert run(*EDIT, "--moment", str(whole), "--out", str(path))[0] == 0
     assert edits.load(path).details["moment"]["hash"] == Moment.load(whole).hash
+    status, _, err = run(*EDIT, "--moment", str(paths[0]), "--out", str(path))
+    assert (status, "C is part 0 of 2" in err) == (2, True)
     status, _, err = run("merge", str(paths[0]), "--out", str(whole), model=False)
     assert status == 2
     assert "each of the 2 parts" in err
@@ -827,9 +854,13 @@ def test_tuning_proposes_settings_and_keeps_its_runs(run, tmp_path, monkeypatch)
     ]
     path.write_text(json.dumps(rows))
     command = ("tune", "--facts", str(path), "--begin", "1", "--traced", "2", "--edited", "1", "--around", "0")
+    monkeypatch.setattr("mechedit.tuning.Tuned.worked", True)
     status, out, _ = run(*command, "--clamps", "1,3", "--draws", "1", "--out", str(tmp_path / "tune"))
     assert status == 0
     assert "proposed: --layer" in out
+    monkeypatch.setattr("mechedit.tuning.Tuned.worked", False)
+    out = run(*command, "--clamps", "1,3", "--draws", "1", "--out", str(tmp_path / "tune"))[1]
+    assert "no edit succeeded, so nothing is proposed" in out
     record = json.loads((tmp_path / "tune" / "tuned.json").read_text())
     assert [row["clamp"] for row in record["rows"]] == [1.0, 3.0]
     kept = [Trace.load(path) for path in (tmp_path / "tune" / "traces" / "units").iterdir()]

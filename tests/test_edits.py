@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mechedit import edits, files, models, moments, rank_one
+from mechedit.cache import WriteError
 from mechedit.editors import rome
 from mechedit.edits import EditError
 from mechedit.facts import Fact
@@ -46,6 +47,31 @@ def test_a_composition_writes_what_its_parts_write_in_order(model, pair, tmp_pat
     assert edits.diff(nothing, pair[0])[0].ratio != edits.diff(nothing, pair[0])[0].ratio, "nan"
     again = edits.compose(whole, pair[0])
     assert len(again.changes) == 4
+
+
+def test_an_edit_says_when_it_hardly_took(pair):
+    took = replace(pair[0], after={"p_new": 0.6, "p_true": 0.1})
+    assert took.notes == ()
+    assert took.to_json()["notes"] == []
+    for after in ({"p_new": 0.005, "p_true": 0.001}, {"p_new": 0.3, "p_true": 0.4}):
+        (note,) = replace(took, after=after).notes
+        assert note == f"it hardly took: P(new) = {after['p_new']:.2g} and P(true) = {after['p_true']:.2g} after it"
+    assert replace(took, changes=(), reasons=("too large",)).notes == ("it has no changes, and writes nothing",)
+    assert edits.compose(*pair).notes == (), "its parts have their own"
+
+
+def test_an_edit_is_not_saved_as_a_folder(pair, tmp_path):
+    with pytest.raises(WriteError, match="is a folder; name a file in it"):
+        edits.save(pair[0], tmp_path)
+
+
+def test_a_second_edit_on_top_of_one_that_is_in_the_model_says_what_to_do(model, pair):
+    with (
+        edits.edited(model, pair[0]),
+        pytest.raises(EditError, match="give edits that belong together in one call"),
+        edits.edited(model, pair[1]),
+    ):
+        pass
 
 
 def test_edits_of_different_weights_are_not_composed(pair):

@@ -419,13 +419,11 @@ def test_status_counts_stages_that_have_not_begun(model, moment, tmp_path):
     assert [each.finished for each in status(tmp_path)] == [3, 3, 3]
 
 
-def test_records_that_look_wrong_and_hollow_successes_have_a_note(model, moment, tmp_path, monkeypatch):
+def test_records_that_look_wrong_and_edits_that_hardly_took_have_a_note(model, moment, tmp_path):
     odd = Fact("Pari", "{}s is located in the city of", "Seattle", "Berlin")
-    real = counterfact.scores
-    monkeypatch.setattr(counterfact, "scores", lambda *args, **named: [row | {"ES": 1.0, "p_new": 0.004} for row in real(*args, **named)])  # fmt: skip
-    first, second = evaluate(model, [odd, FACTS[1]], tmp_path, PLAIN, QUICK, moment).facts
+    first, second = evaluate(model, [odd, FACTS[1]], tmp_path, PLAIN, replace(QUICK, steps=0), moment).facts
     assert "the subject 'Pari' stands inside a longer word, 'Paris'." in first["reason"]
-    assert second["reason"] == "the new target beats the true one with P = 0.004."
+    assert second["reason"].startswith("it hardly took: P(new) = ")
     unedited_rows = evaluate(model, [FACTS[1]], tmp_path / "none", replace(PLAIN, editor="none")).facts
     assert unedited_rows[0]["reason"] == ""
 

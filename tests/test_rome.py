@@ -446,6 +446,7 @@ def test_perplexity_is_that_of_every_token_given_those_before(model):
         {"guard": "hope"},
         {"ridge": -1.0},
         {"clamp": 0.0},
+        {"clamp": float("inf")},
         {"steps": -1},
         {"learning_rate": 0.0},
         {"weight_decay": -1.0},

@@ -51,6 +51,12 @@ def test_the_facts_that_are_edited_are_not_those_that_are_traced_and_rates_are_t
     assert not edited & {unit.name for unit in (tmp_path / "traces" / "units").iterdir()}
 
 
+@pytest.mark.parametrize("success", [0.0, 1.0])
+def test_it_is_known_whether_anything_worked(success, model, known, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning.counterfact, "scores", lambda *args, **named: [{"ES": success, "PS": 0.0, "NS": 1.0}])
+    assert tuning.tune(model, known, tmp_path, SMALL, BASE).worked == bool(success)
+
+
 def test_what_was_tuned_is_kept(model, known, tmp_path, monkeypatch):
     first = tuning.tune(model, known, tmp_path, SMALL, BASE)
     monkeypatch.setattr(rome, "edit", lambda *args, **kwargs: pytest.fail("an edit was found again"))

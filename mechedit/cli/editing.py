@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from mechedit.cli.terminal import (
     show_edit,
     show_files,
     show_moment,
+    show_notes,
     show_table,
     write_json,
 )
@@ -139,7 +141,8 @@ def _edit(arguments: argparse.Namespace) -> None:
     model = load_model(arguments)
     known = models.preset(model)
     settings = rome.resolve(model, replace(known.rome if known else RomeSettings(), **given))
-    with progress_bars() as progress:
+    with progress_bars() as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore", rome.EditWarning)  # `show_edit` has the reasons
         moment = moment or _moment(arguments, model, settings, progress)
         if arguments.facts:
             return _edit_facts(arguments, model, chosen, settings, moment, progress)
@@ -212,7 +215,9 @@ def _edit_facts(
     moment: Moment | None,
     progress: Progress,
 ) -> None:
+    from mechedit import edits
     from mechedit.runs.editing import edit_facts
+    from mechedit.runs.tracing import unit
 
     with keeping(f"finished edits are kept in {arguments.out}"):
         found = edit_facts(model, chosen, arguments.out, settings, moment, progress=progress)
@@ -222,16 +227,20 @@ def _edit_facts(
             edit.fact["prompt"],
             str(edit.fact["target_new"]),
             *(f"{p['p_new']:.3f}" if p else "-" for p in (edit.before, edit.after)),
-            "; ".join(edit.reasons),
+            "; ".join(edit.reasons or edit.notes),
         )
         for edit in found
     ]
     show_table(console, ("prompt", "new target", "P before", "P after", "why not"), rows)
     done = sum(bool(edit.changes) for edit in found)
     console.print(f"{done} of {len(found)} facts edited, each alone; their files are in {arguments.out / 'units'}")
-    record = [edit.to_json() for edit in found]
+    record = [
+        {"file": f"units/{unit(fact)}.safetensors"} | edit.to_json() for fact, edit in zip(chosen, found, strict=True)
+    ]
     written = write_json(arguments.out / "edits.json", record)
     show_files(console, written + write_json(arguments.json, record))
+    if not done:
+        raise edits.EditError(f"none of the {len(found)} facts was edited; the table says why.")
 
 
 def _apply(arguments: argparse.Namespace) -> None:
@@ -249,6 +258,7 @@ def _apply(arguments: argparse.Namespace) -> None:
         after = {prompt: generation.complete(model, prompt) for prompt in asked}
     console = console_of(arguments)
     show_table(console, ("prompt", "before", "after"), [(prompt, before[prompt], after[prompt]) for prompt in asked])
+    show_notes(console, dict(zip(arguments.files, loaded, strict=True)))
     write_json(
         arguments.json,
         {
@@ -262,9 +272,13 @@ def _apply(arguments: argparse.Namespace) -> None:
 def _compose(arguments: argparse.Namespace) -> None:
     from mechedit import edits
 
+    if arguments.out.resolve() in {path.resolve() for path in arguments.files}:
+        raise UsageError(f"--out {arguments.out} is one of the edits that are composed; name another file.")
     check_places(arguments.out)
-    whole = edits.compose(*(edits.load(path) for path in arguments.files))
-    show_files(console_of(arguments), [edits.save(whole, arguments.out)])
+    loaded = [edits.load(path) for path in arguments.files]
+    console = console_of(arguments)
+    show_files(console, [edits.save(edits.compose(*loaded), arguments.out)])
+    show_notes(console, dict(zip(arguments.files, loaded, strict=True)))
 
 
 def _diff(arguments: argparse.Namespace) -> None:
@@ -281,7 +295,10 @@ def _diff(arguments: argparse.Namespace) -> None:
         console.print(f"they write in no layer together: {layers[0]}; {layers[1]}", highlight=False)
     else:
         rows = [
-            (str(each.layer), *(f"{value:.3f}" for value in (each.u, each.step, each.change, each.ratio)))
+            (
+                str(each.layer),
+                *(f"{value:.3f}" if value == value else "" for value in (each.u, each.step, each.change, each.ratio)),
+            )
             for each in found
         ]
         show_table(console, ("layer", "cos of u", "cos of step", "cos of change", "norm ratio"), rows)
@@ -327,7 +344,9 @@ def _tune(arguments: argparse.Namespace) -> None:
     show_table(console, ("layer", "clamp", "rate", *(name.replace("_", " ") for name in names)), rows)
     best = found.settings
     console.print(
-        f"proposed: --layer {best.layer} --clamp {best.clamp:g} --learning-rate {best.learning_rate:g}",
+        f"proposed: --layer {best.layer} --clamp {best.clamp:g} --learning-rate {best.learning_rate:g}"
+        if found.worked
+        else "no edit succeeded, so nothing is proposed; give larger --clamps, or more layers (--around)",
         highlight=False,
     )
     written = write_json(arguments.out / "tuned.json", found.to_json())

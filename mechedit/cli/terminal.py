@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from mechedit.settings import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mechedit.edits import Edit
     from mechedit.models import HookedModel
     from mechedit.moments import Moment
     from mechedit.progress import Progress
@@ -37,6 +38,7 @@ __all__ = [
     "show_edit",
     "show_files",
     "show_moment",
+    "show_notes",
     "show_sites",
     "show_table",
     "show_trace",
@@ -194,6 +196,15 @@ def show_edit(console: Console, edit: dict[str, Any]) -> None:
     )
     for reason in edit["reasons"]:
         console.print(f"out of its band: {reason}", markup=False, highlight=False)
+    for note in edit["notes"]:
+        console.print(f"note: {note}.", markup=False, highlight=False)
+
+
+def show_notes(console: Console, named: Mapping[Path, Edit]) -> None:
+    """What makes any of these edits less than one."""
+    for path, edit in named.items():
+        for note in edit.notes:
+            console.print(f"note on {path}: {note}.", markup=False, highlight=False)
 
 
 def show_average(console: Console, mean: Average) -> None:

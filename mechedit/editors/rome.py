@@ -75,6 +75,8 @@ def edit(
         ModelError: no such layer, or a block without `W_out`.
     """
     began = time.perf_counter()
+    if isinstance(fact, str):
+        raise FactError(f"an edit needs a Fact, or several of one subject; found the text {fact!r}.")
     facts = (fact,) if isinstance(fact, Fact) else tuple(fact)
     settings = resolve(model, settings)
     targets = _check_facts(model, facts, settings)
@@ -237,6 +239,10 @@ def check_moment(model: HookedModel, moment: Moment, settings: RomeSettings) -> 
     if not bool(moment.C.isfinite().all()):
         raise EditError(
             "C must be finite, but it holds NaN or infinity. Estimate it again; in float16, load the model in float32."
+        )
+    if moment.settings.parts > 1:
+        raise EditError(
+            f"C is part {moment.settings.part} of {moment.settings.parts} of a text; put all together with moments.merge (`mechedit merge`)."
         )
     if moment.keys <= len(moment.C):
         raise EditError(

@@ -38,7 +38,6 @@ from mechedit.settings import EvaluateSettings, MomentSettings, RomeSettings, Se
 __all__ = ["Estimate", "Record", "check_records", "estimate", "evaluate", "fact_of", "measure"]
 
 Record = Fact | Question
-IMPROBABLE = 0.01  # of a new target after its edit; a note says so
 EDIT_NUMBERS = ("relative_norm", "divisor_share", "essence_kl")
 
 
@@ -106,8 +105,7 @@ def evaluate(
         }
     notes: list[Sequence[Sequence[str]]] = [
         [_doubts(model, fact_of(record), bos) for record in records],
-        [edit.reasons for edit in made] or [()] * len(records),
-        [_improbable(row) for row in rows.get("after", ())] or [()] * len(records),
+        [(*edit.reasons, *(edit.notes if edit.changes else ())) for edit in made] or [()] * len(records),
         *([(each.reason,) for each in of] for of in scored.values()),
     ]
     reasons = [
@@ -124,12 +122,6 @@ def _doubts(model: HookedModel, fact: Fact, bos: bool) -> list[str]:
         return prompts.doubts(model, fact, prepend_bos=bos)
     except FactError:
         return []
-
-
-def _improbable(row: dict[str, float]) -> list[str]:
-    """A word on an edit whose success is hollow: it left both targets improbable."""
-    hollow = row["edited"] and row.get("ES") == 1 and row["p_new"] < IMPROBABLE
-    return [f"the new target beats the true one with P = {row['p_new']:.2g}."] if hollow else []
 
 
 def _about(fact: Fact, index: int, reason: str) -> dict[str, Any]:
