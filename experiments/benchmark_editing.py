@@ -2,8 +2,7 @@
 
 In one run, on one fact, the published policy and constants with the same number of steps: mechedit's edit, and the published
 algorithm run plainly (tests/slow_edit.py: whole forward passes, all logits). Each run is a process of its own, which also gives
-its peak memory; medians of `repeats`. The prefixes and C are there beforehand for both. Beside them, the default edit, and C:
-keys a second against a bare forward pass to that layer over the same batches.
+its peak memory; medians of `repeats`. The prefixes and C are there beforehand for both. Beside them, the default edit.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from experiments.editing import published
 from mechedit import facts, keys, models, moments, prompts
 from mechedit.editors import rome
 from mechedit.facts import Fact
-from mechedit.settings import MomentSettings
 from tests.slow_edit import published_edit
 
 
@@ -36,7 +34,6 @@ class BenchmarkEditing:
     model: str = "gemma-3-270m"
     steps: int = 20
     repeats: int = 5
-    keys: int = 8192  # of the moment whose rate is measured
     threads: int = 2
     way: str = ""  # what a process of the benchmark itself runs: mechedit, plain, default
 
@@ -86,28 +83,6 @@ def memory(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def rate(model: models.HookedModel, settings: BenchmarkEditing) -> dict[str, float]:
-    """Keys a second of C's sums, and of the bare forward pass to its layer over the same batches."""
-    layer = rome.resolve(model).layer
-    wanted = MomentSettings(tokens=settings.keys, prepend_bos=True)
-    width = wanted.context
-    rows = moments.BATCH_TOKENS // width
-    ids = torch.randint(int(model.cfg.d_vocab), (rows, width), generator=torch.Generator().manual_seed(0))
-    batches = [(rows * (width - 1), lambda: ids)] * (settings.keys // (rows * (width - 1)))
-    found: dict[str, float] = {}
-    for way in ("warm", "moments", "bare", "moments again", "bare again"):
-        began = time.perf_counter()
-        if way.startswith("bare"):
-            with torch.no_grad():
-                for _, make in batches:
-                    model(make(), stop_at_layer=layer + 1)
-        else:
-            moments.accumulate(model, [layer], iter(batches), wanted)
-        found[way] = len(batches) * rows * (width - 1) / (time.perf_counter() - began)
-    both = {way: max(found[way], found[f"{way} again"]) for way in ("moments", "bare")}
-    return both | {"moments_over_bare": both["moments"] / both["bare"]}
-
-
 def main(settings: BenchmarkEditing) -> None:
     if settings.way:
         sys.stdout.write(json.dumps(run_one(settings)) + "\n")
@@ -118,8 +93,7 @@ def main(settings: BenchmarkEditing) -> None:
     moments.estimate(model, rome_settings.layer)
     for each in (rome_settings, published(rome_settings)):
         keys.prefixes(model, each)
-    result: dict[str, Any] = {"moments_keys_a_second": rate(model, settings)}
-    say(f"C: {result['moments_keys_a_second']['moments_over_bare']:.2f} of a bare forward pass's rate")
+    result: dict[str, Any] = {}
     for repeat in range(settings.repeats):
         for way in ("mechedit", "plain", "default"):
             options = [

@@ -53,6 +53,7 @@ __all__ = [
 BATCH_TOKENS = 4096
 SAMPLED = "sampled from the model"
 CHECKPOINT_SECONDS = 60.0
+GRAM_BLOCKS = 8  # of rows: more save multiplications, and make products less square
 RULE = "one stream in windows, BOS not counted"  # of what is a key; part of the cache's key
 
 
@@ -451,5 +452,15 @@ def _with(sums: Sums, kept: dict[int, Tensor], take: int, index: int, skip: int)
     totals = {}
     for layer, total in sums.totals.items():
         keys = kept[layer][:, skip:].flatten(0, 1)[:take].float()
-        totals[layer] = total + (keys.T @ keys).cpu().double()
+        totals[layer] = total + _gram(keys).cpu().double()
     return Sums(totals, sums.keys + take, index + 1)
+
+
+def _gram(keys: Float[Tensor, "keys d_mlp"]) -> Float[Tensor, "d_mlp d_mlp"]:
+    """The sum of k k^T over keys. It is symmetric: only blocks from the diagonal on are multiplied, the others are copies."""
+    gram = keys.new_empty(2 * keys.shape[1:])
+    ends = torch.arange(keys.shape[1]).tensor_split(GRAM_BLOCKS)
+    for block in (slice(int(some[0]), int(some[-1]) + 1) for some in ends if len(some)):
+        torch.mm(keys[:, block].T, keys[:, block.start :], out=gram[block, block.start :])
+        gram[block.stop :, block] = gram[block, block.stop :].T
+    return gram

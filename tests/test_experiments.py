@@ -9,6 +9,7 @@ import pytest
 from experiments import (
     benchmark_editing,
     benchmark_engines,
+    benchmark_moments,
     benchmark_scaling,
     benchmark_scoring,
     benchmark_tracing,
@@ -339,6 +340,10 @@ def test_the_editing_benchmark_finds_both_edits_equal(to_edit, capsys):
         found[way] = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["mechedit"]["update_norm"] == pytest.approx(found["plain"]["update_norm"], rel=1e-4)
     assert found["default"]["seconds"] > 0
-    model = models.load(to_edit, device="cpu")
-    found = benchmark_editing.rate(model, benchmark_editing.BenchmarkEditing(keys=4096))
+
+
+def test_the_moments_benchmark_counts_keys_a_second(to_edit, tmp_path):
+    benchmark_moments.main(benchmark_moments.BenchmarkMoments(model=to_edit, keys=4096, repeats=2))
+    found = read(tmp_path, "benchmark_moments")
+    assert len(found["keys_a_second"]["bare"]) == len(found["keys_a_second"]["moments"]) == 2
     assert 0 < found["moments_over_bare"] < 2

@@ -175,6 +175,14 @@ def test_layer_and_context_are_checked_before_anything_runs(model):
         MomentSettings(tokens=-1)
 
 
+@pytest.mark.parametrize("d_mlp", [1, 5, 128, 129])
+def test_the_product_of_keys_is_symmetric_and_that_of_the_whole_matrices(d_mlp):
+    keys = torch.randn(300, d_mlp, generator=torch.Generator().manual_seed(d_mlp))
+    gram = moments._gram(keys)
+    assert bool((gram == gram.T).all())
+    torch.testing.assert_close(gram.double(), keys.double().T @ keys.double(), rtol=1e-5, atol=1e-4)
+
+
 def test_a_C_without_full_rank_has_infinite_condition():
     assert moments.condition(torch.diag(torch.tensor([1.0, 4.0]))) == pytest.approx(4.0)
     assert moments.condition(torch.diag(torch.tensor([1.0, 0.0]))) == float("inf")
