@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mechedit import edits, models, provenance
-from mechedit.cache import check_writable
+from mechedit.cache import check_writable, plain
 from mechedit.edits import Edit, EditError
 from mechedit.models import HookedModel
 
@@ -35,7 +35,7 @@ def checkpoint(
 ) -> Path:
     """Write the model `name`, with the edits in it, as a folder in Hugging Face's format, tokenizer included.
 
-    `model` is that model as `models.load` gives it, unedited. The weights keep its number format.
+    `mechedit.json` beside the weights says which edits they are. `model` is that model as `models.load` gives it, unedited. The weights keep its number format.
 
     Raises:
         EditError: an edit was made for other weights (and `force` is not given), or no parameter equals the model's `W_out`.
@@ -50,6 +50,7 @@ def checkpoint(
     with _whole(folder) as temporary:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        _write_json(temporary / "mechedit.json", _record(name, edited))
     return folder
 
 
@@ -92,10 +93,18 @@ def adapter(model: HookedModel, name: str, edited: Sequence[Edit], folder: str |
     }
     with _whole(folder) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
-        record = {"versions": provenance.versions(), "edits": [edit.to_json() for edit in edited]}
-        for stem, content in (("adapter_config", config), ("mechedit", record)):
-            (temporary / f"{stem}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        _write_json(temporary / "adapter_config.json", config)
+        _write_json(temporary / "mechedit.json", _record(name, edited))
     return folder
+
+
+def _record(name: str, edited: Sequence[Edit]) -> dict[str, Any]:
+    """What was exported, for who finds the folder."""
+    return {"model": name, "versions": provenance.versions(), "edits": [edit.to_json() for edit in edited]}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
 
 
 def check_folder(folder: str | Path) -> Path:
@@ -119,7 +128,10 @@ def _whole(folder: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         yield temporary
-        temporary.chmod(folder.stat().st_mode)
+        mode = folder.stat().st_mode
+        temporary.chmod(mode)
+        for file in temporary.iterdir():
+            file.chmod(mode & 0o666)  # safetensors makes private files; an export is shared like any other
         temporary.replace(folder)  # which is there, and empty
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -90,6 +90,8 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     if not path.is_file():
         raise FileError(f"{path} does not exist or is no file.")
+    if path.suffix == ".json":
+        raise FileError(f"{path} is a JSON file, for people to read; what mechedit reads again ends in .safetensors.")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)

@@ -90,6 +90,13 @@ class Moment:
         """SHA-256 of C, which says by which C an edit was made."""
         return hashlib.sha256(self.C.double().cpu().contiguous().numpy().tobytes()).hexdigest()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What makes this less than was asked for: a text that ended before."""
+        if self.settings.parts == 1 and self.keys < self.settings.tokens:
+            return (f"the text gave {self.keys} keys of the {self.settings.tokens} that were wanted",)
+        return ()
+
     def to_json(self) -> dict[str, Any]:
         """Everything but C itself."""
         record = {"layer": self.layer, "keys": self.keys, "cond": self.cond, "source": self.source}
@@ -163,15 +170,21 @@ def estimate_layers(
         sums = accumulate(model, wanted, _batches(model, texts, settings, progress), settings, checkpoint, progress)
         if not sums.keys:
             raise MomentError(
-                "the text is shorter than one window; add text or lower the context."
+                f"{_what(texts)} is shorter than one window of {settings.context} tokens; add text or lower the context."
                 if settings.parts == 1
-                else f"the text has fewer than {settings.parts} batches of {BATCH_TOKENS} tokens; take fewer parts."
+                else f"{_what(texts)} has fewer than {settings.parts} batches of {BATCH_TOKENS} tokens; take fewer parts."
             )
         for layer, total in sums.totals.items():
             C = total / sums.keys
             if not bool(C.isfinite().all()):
-                raise MomentError(f"keys of block {layer} hold NaN or infinity; in float16, load the model in float32.")
-            _check_enough(len(C), sums.keys, settings)
+                raise MomentError(
+                    f"keys of block {layer} hold NaN or infinity: in float16, load the model in float32; else its weights are damaged."
+                )
+            if settings.parts == 1 and sums.keys <= len(C):
+                raise MomentError(
+                    f"C needs more keys than d_mlp = {len(C)} to be invertible; {_what(texts)} gave {sums.keys}. Add text, or leave "
+                    "it out to sample from the model."
+                )
             cond = condition(C)
             found[layer] = Moment(layer, C, sums.keys, cond, source, settings, origin, provenance.versions())
             found[layer].save(places[layer])
@@ -267,13 +280,6 @@ def _resolved(model: HookedModel, layers: Sequence[int], settings: MomentSetting
     return settings
 
 
-def _check_enough(d_mlp: int, keys: int, settings: MomentSettings) -> None:
-    if settings.parts == 1 and keys <= d_mlp:
-        raise MomentError(
-            f"C needs more keys than d_mlp = {d_mlp} to be invertible; the text gave {keys}. Add text, or leave it out to sample from the model."
-        )
-
-
 def _cached(path: Path) -> Moment | None:
     """The moment at `path`; a damaged one is made again."""
     if path.is_file():
@@ -303,6 +309,12 @@ def _source(texts: Sequence[Text]) -> str:
     except OSError as error:
         raise MomentError(f"{error.filename} cannot be read: {error.strerror}.") from error
     return "texts " + " ".join(names)
+
+
+def _what(texts: Sequence[Text]) -> str:
+    """The text, as messages name it."""
+    names = [each.name if isinstance(each, Corpus) else str(each) for each in texts]
+    return f"the text of {', '.join(names)}" if names else "the sampled text"
 
 
 def _dataset(corpus: Corpus) -> Any:

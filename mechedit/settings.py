@@ -223,6 +223,7 @@ class RomeSettings:
 
     def __post_init__(self) -> None:
         _check_each(self)
+        _require(self.layer >= -1, f"layer must be a block, from 0, or -1 for the preset's; found {self.layer}.")
         _require(self.ridge >= 0, f"ridge must be 0 or more; found {self.ridge}.")
         _require(0 < self.clamp < float("inf"), f"clamp must be positive and finite; found {self.clamp}.")
         _require(self.steps >= 0, f"steps must be 0 or more; found {self.steps}.")

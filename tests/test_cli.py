@@ -237,6 +237,12 @@ def test_wrong_options_end_in_one_line(wrong, capsys):
     assert "--help` lists the options" in line
 
 
+def test_an_unknown_option_names_the_help_of_its_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["edit", "x", "--clampp", "1"])
+    assert capsys.readouterr().err == "mechedit edit: unrecognized arguments: --clampp 1. `mechedit edit --help` lists the options.\n"  # fmt: skip
+
+
 def test_a_trace_says_what_may_surprise_and_where_the_sites_are(run):
     status, out, _ = run(*TRACE, "--answer", "Seattle")
     assert status == 0
@@ -429,6 +435,10 @@ def test_doctor_reports(run, tmp_path):
         ((*EDIT, "--out", "/dev/null/x.safetensors"), "cannot be written"),
         ((*EDIT, "--out", "/tmp"), "is a folder"),  # noqa: S108
         (("moments", "--layer", "1", "--tokens", "5"), "more keys than d_mlp"),
+        (("moments", "--layer", "-2"), "layer must be a block, from 0, or -1"),
+        (("moments", "--layer", "1", "--text", "/tmp"), "/tmp cannot be read: it is a folder"),  # noqa: S108
+        ((*EDIT, "--layer", "-2"), "layer must be a block, from 0, or -1"),
+        (("tune", "--begin", "99999", "--out", "x"), "--begin 99999 leaves no fact of the"),
     ],
 )
 def test_mistakes_end_in_one_line_and_status_2(arguments, message, run):
@@ -440,9 +450,10 @@ def test_mistakes_end_in_one_line_and_status_2(arguments, message, run):
 
 
 def test_inspecting_what_is_no_result_is_an_error(run, tmp_path):
-    status, _, err = run("inspect", str(tmp_path / "none"), model=False)
-    assert status == 2
-    assert "does not exist" in err
+    (tmp_path / "edits.json").write_text("[]")
+    for name, message in (("none", "does not exist"), ("edits.json", "what mechedit reads again ends in .safetensors")):
+        status, _, err = run("inspect", str(tmp_path / name), model=False)
+        assert (status, message in err) == (2, True)
 
 
 def test_prefixes_are_parsed(capsys):
@@ -719,6 +730,7 @@ def test_edits_of_many_facts_are_kept_and_can_be_composed_compared_and_exported(
     listed = json.loads((folder / "edits.json").read_text())
     assert len(listed) == 2
     assert [edits.load(folder / each["file"]).fact["prompt"] for each in listed] == [each["prompt"] for each in listed]
+    assert [each["seconds"] for each in listed] == [None, None], "files of a run do not depend on its speed"
     whole = tmp_path / "whole.safetensors"
     assert run("compose", first, second, "--out", str(whole), model=False)[0] == 0
     status, _, err = run("compose", first, second, "--out", first, model=False)
@@ -731,6 +743,7 @@ def test_edits_of_many_facts_are_kept_and_can_be_composed_compared_and_exported(
     status, out, _ = run("export", str(whole), "--out", str(tmp_path / "edited"))
     assert status == 0
     assert (tmp_path / "edited" / "model.safetensors").is_file()
+    assert "mechedit.json" in out
     status, out, _ = run("export", str(whole), "--adapter", "--out", str(tmp_path / "adapter"))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     status, out, _ = run("apply", str(whole))
@@ -758,6 +771,9 @@ def test_edits_that_write_nothing_are_said_to(run, counterfact, tmp_path, monkey
     quick = ("--layer", "1", "--steps", "1", "--prefixes", "none", "--guard", "rollback")
     status, out, err = run("edit", "--facts", str(counterfact), *quick, "--out", str(tmp_path / "run"))
     assert (status, "0 of 2 facts edited" in out, "none of the 2 facts was edited" in err) == (2, True, True)
+    assert f"{PROMPT}: cond_C" in " ".join(out.split()), "each fact's reason has a line of its own"
+    status, _, err = run("edit", "--facts", str(counterfact), *quick, "--out", str(path))
+    assert (status, "is a file; with --facts it is a folder" in err) == (2, True)
 
 
 def test_a_warning_of_the_guards_is_told_once_and_without_a_source_line(run, monkeypatch, recwarn):

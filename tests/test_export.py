@@ -44,6 +44,9 @@ def test_an_exported_checkpoint_has_the_edited_models_logits(shape, made, folder
     before = state(model)
     out = export.checkpoint(model, str(folder(shape)), found, tmp_path / "edited")
     assert_same_state(model, before)
+    record = json.loads((out / "mechedit.json").read_text())
+    assert [each["prompt"] for each in record["edits"]] == [each.fact["prompt"] for each in found]
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1, "all files can be read by the same people"
     plain = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
     tokens = transformers.AutoTokenizer.from_pretrained(out)(TEXT, return_tensors="pt").input_ids
     expected = edited_logits(model, tokens, found)

@@ -148,11 +148,18 @@ def test_too_few_keys_are_an_error(model, tmp_path):
         moments.estimate(model, 1, settings=MomentSettings(tokens=100))
     short = tmp_path / "short.txt"
     short.write_text(WORDS)
-    with pytest.raises(MomentError, match="the text gave"):
+    with pytest.raises(MomentError, match=r"the text of .*short\.txt gave"):
         moments.estimate(model, 1, [short], MomentSettings(tokens=300, context=16))
     short.write_text("a")
-    with pytest.raises(MomentError, match="shorter than one window"):
+    with pytest.raises(MomentError, match=r"short\.txt is shorter than one window of 16 tokens"):
         moments.estimate(model, 1, [short], MomentSettings(tokens=300, context=16))
+
+
+def test_a_text_that_ends_too_early_is_noted(model, text):
+    whole = moments.estimate(model, 1, [text], MomentSettings(tokens=300, context=16))
+    assert whole.notes == ()
+    short = moments.estimate(model, 1, [text], MomentSettings(tokens=10**6, context=16))
+    assert short.notes == (f"the text gave {short.keys} keys of the 1000000 that were wanted",)
 
 
 def test_text_that_cannot_be_read_is_an_error(model, tmp_path):

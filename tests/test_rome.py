@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechedit import cache, edits, files, guards, keys, models, moments, prompts, rank_one, scoring, values
+from mechedit import cache, edits, files, generation, guards, keys, models, moments, prompts, rank_one, scoring, values
 from mechedit.editors import rome
 from mechedit.edits import EditError
 from mechedit.facts import Fact, FactError
@@ -327,8 +327,28 @@ def test_without_a_true_target_the_models_own_answer_is_the_true_one(model, mome
     if not said.strip():
         pytest.skip("the random model says white space")
     edit = rome.edit(model, fact, QUICK, moment)
-    assert edit.fact["target_true"] == said.strip()
+    assert edit.fact["target_true"].startswith(said.strip())
+    assert generation.complete(model, fact.prompt).split()[0].startswith(edit.fact["target_true"])
     assert edit.before["p_true"] <= p + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [(" New York, and", "New"), (" Seattle.", "Seattle"), (" U.S. of", "U.S"), (", he", "first"), ("", "first")],
+)
+def test_the_true_target_is_the_whole_first_word_of_the_models_answer(model, moment, monkeypatch, text, word):
+    fact = Fact("Rome", "{} is the city", target_new="Paris")
+    monkeypatch.setattr(generation, "complete", lambda *args, **kwargs: text)
+    monkeypatch.setattr(scoring, "top", lambda *args, **kwargs: [(" first", -1, 0.5)])
+    assert rome.edit(model, fact, QUICK, moment).fact["target_true"] == word
+
+
+def test_what_is_no_fact_or_no_moment_is_told(model, moment):
+    """Past the tests' own checks of types, which users do not have."""
+    with pytest.raises(EditError, match="a Moment .* found a Tensor"):
+        rome.check_moment.__wrapped__(model, moment.C, QUICK)
+    with pytest.raises(FactError, match="needs a Fact, or several of one subject; found the text 'Rome'"):
+        rome.edit.__wrapped__(model, "Rome", QUICK, moment)
 
 
 def test_the_same_seed_gives_the_same_edit(model, fact, moment):

@@ -144,6 +144,8 @@ def _edit(arguments: argparse.Namespace) -> None:
     with progress_bars() as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", rome.EditWarning)  # `show_edit` has the reasons
         moment = moment or _moment(arguments, model, settings, progress)
+        for note in moment.notes if moment else ():
+            console_of(arguments).print(f"note on C: {note}.", markup=False, highlight=False)
         if arguments.facts:
             return _edit_facts(arguments, model, chosen, settings, moment, progress)
         edit = rome.edit(model, chosen[0], settings, moment, progress=progress)
@@ -181,6 +183,8 @@ def _facts_to_edit(arguments: argparse.Namespace) -> list[Fact]:
     chosen = list(facts.named(arguments.facts))[: arguments.limit]
     if not any(fact.target_new for fact in chosen):
         raise UsageError(f"no fact of {arguments.facts} has a new target; COUNTERFACT and zsRE files have.")
+    if arguments.out.is_file():
+        raise UsageError(f"--out {arguments.out} is a file; with --facts it is a folder, with a file for each fact.")
     check_places(arguments.json, arguments.out / "edits.json")
     return chosen
 
@@ -227,11 +231,14 @@ def _edit_facts(
             edit.fact["prompt"],
             str(edit.fact["target_new"]),
             *(f"{p['p_new']:.3f}" if p else "-" for p in (edit.before, edit.after)),
-            "; ".join(edit.reasons or edit.notes),
+            "" if edit.changes else "no",
         )
         for edit in found
     ]
-    show_table(console, ("prompt", "new target", "P before", "P after", "why not"), rows)
+    show_table(console, ("prompt", "new target", "P before", "P after", "edited"), rows)
+    for edit in found:
+        for word in edit.reasons or edit.notes:
+            console.print(f"{edit.fact['prompt']}: {word}", markup=False, highlight=False)
     done = sum(bool(edit.changes) for edit in found)
     console.print(f"{done} of {len(found)} facts edited, each alone; their files are in {arguments.out / 'units'}")
     record = [
@@ -240,7 +247,7 @@ def _edit_facts(
     written = write_json(arguments.out / "edits.json", record)
     show_files(console, written + write_json(arguments.json, record))
     if not done:
-        raise edits.EditError(f"none of the {len(found)} facts was edited; the table says why.")
+        raise edits.EditError(f"none of the {len(found)} facts was edited; why is said above.")
 
 
 def _apply(arguments: argparse.Namespace) -> None:
@@ -322,6 +329,8 @@ def _tune(arguments: argparse.Namespace) -> None:
     if arguments.begin < 0:
         raise UsageError(f"--begin must be 0 or more; found {arguments.begin}.")
     chosen = facts.named(arguments.facts)
+    if arguments.begin >= len(chosen):
+        raise UsageError(f"--begin {arguments.begin} leaves no fact of the {len(chosen)} in {arguments.facts}.")
     check_places(arguments.json, arguments.out / "tuned.json")
     model = load_model(arguments)
     known = models.preset(model)
@@ -358,6 +367,7 @@ def _moments(arguments: argparse.Namespace) -> None:
     from mechedit.editors import rome
 
     settings = MomentSettings(**given_settings(arguments, MomentSettings))
+    wanted = [RomeSettings(layer=layer) for layer in arguments.layer]
     if arguments.out and len(arguments.layer) > 1:
         raise UsageError("--out is a file for one layer; several layers are kept in the cache.")
     if arguments.dataset and arguments.text:
@@ -370,7 +380,7 @@ def _moments(arguments: argparse.Namespace) -> None:
             moments.Corpus(arguments.dataset, arguments.config, arguments.split, arguments.column, arguments.revision)
         ]
     model = load_model(arguments)
-    layers = [rome.resolve(model, RomeSettings(layer=layer)).layer for layer in arguments.layer]
+    layers = [rome.resolve(model, each).layer for each in wanted]
     kept = keeping("what is summed so far is kept in the cache")
     with kept, progress_bars() as progress:
         found = moments.estimate_layers(model, layers, texts, settings, progress=progress)

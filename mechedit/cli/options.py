@@ -48,7 +48,7 @@ def add_command(
 ) -> argparse.ArgumentParser:
     described = f"{help[0].upper()}{help[1:]}. {note}".strip()
     parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=described)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     if model:
         parser.add_argument(
             "--model",

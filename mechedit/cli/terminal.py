@@ -228,6 +228,8 @@ def show_average(console: Console, mean: Average) -> None:
 
 def show_moment(console: Console, moment: Moment) -> None:
     show_table(console, ("", "second moment"), [(name, json.dumps(value)) for name, value in moment.to_json().items()])
+    for note in moment.notes:
+        console.print(f"note: {note}.", markup=False, highlight=False)
 
 
 def show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -263,7 +265,8 @@ def check_files(*paths: Path | None) -> None:
     """Raise for a text file that is not there, before a model is loaded."""
     for path in paths:
         if path and not path.is_file():
-            raise UsageError(f"{path} cannot be read: there is no such file.")
+            what = "it is a folder; name its files" if path.is_dir() else "there is no such file"
+            raise UsageError(f"{path} cannot be read: {what}.")
 
 
 def write_json(path: Path | None, record: Any) -> list[Path]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mechedit import guards, keys, models, moments, prompts, provenance, rank_one, scoring, values
+from mechedit import generation, guards, keys, models, moments, prompts, provenance, rank_one, scoring, values
 from mechedit.edits import Edit, EditError
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
@@ -29,6 +29,9 @@ from mechedit.progress import Progress, silent
 from mechedit.settings import MomentSettings, RomeSettings
 
 __all__ = ["EditWarning", "check_moment", "edit", "resolve"]
+
+WORD_TOKENS = 6  # of the model's own answer, of which the first word is taken
+PUNCTUATION = ".,;:!?\"')]}"
 
 
 class EditWarning(UserWarning):
@@ -217,8 +220,14 @@ def _measure_before(
             )
         if fact.target_true is None and not said.strip():
             raise FactError(f"the model's own answer to {fact.prompt!r} is {said!r}; name the true target.")
-        filled.append(fact if fact.target_true is not None else replace(fact, target_true=said.strip()))
+        filled.append(fact if fact.target_true else replace(fact, target_true=_own_word(model, fact, settings, said)))
     return tuple(filled), _measure(model, tuple(filled), settings)
+
+
+def _own_word(model: HookedModel, fact: Fact, settings: RomeSettings, said: str) -> str:
+    """The word that the model goes on with; its first token, `said`, where that is none."""
+    words = generation.complete(model, fact.prompt, WORD_TOKENS, prepend_bos=settings.prepend_bos).split()
+    return (words[0].rstrip(PUNCTUATION) if words else "") or said.strip()
 
 
 def check_moment(model: HookedModel, moment: Moment, settings: RomeSettings) -> None:
@@ -228,6 +237,10 @@ def check_moment(model: HookedModel, moment: Moment, settings: RomeSettings) -> 
         EditError: it is not.
     """
     layer = settings.layer
+    if not isinstance(moment, Moment):
+        raise EditError(
+            f"C is given as a Moment (moments.estimate, Moment.load, moments.read_published); found a {type(moment).__name__}."
+        )
     if moment.layer != layer:
         raise EditError(
             f"C must be of the edited layer {layer}; this one is of layer {moment.layer}. Estimate it for layer {layer}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import nan
 from pathlib import Path
 
 from mechedit import edits, keys, moments, provenance
@@ -53,7 +54,7 @@ def edit_facts(
     by_unit = {unit(fact): fact for fact in facts}
     # a unit's bytes depend on what it is alone, so that a resumed run ends with the same files
     store: Store[Edit] = Store(
-        folder, what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=0.0), path)
+        folder, what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=nan), path)
     )
 
     task = _Editing(by_unit, settings, moment, keys.prefixes(model, settings))
@@ -97,6 +98,6 @@ def _refused(model: HookedModel, fact: Fact, settings: RomeSettings, reason: str
         origin=provenance.origin(model),
         settings=asdict(settings),
         versions=provenance.versions(),
-        seconds=float("nan"),
+        seconds=nan,
         reasons=(reason,),
     )

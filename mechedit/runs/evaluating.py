@@ -487,7 +487,7 @@ class _Run:
         order = [f"{index:05d}-{unit}" for index, unit in enumerate(self.by_unit)]
         what = self.what | {"edit": asdict(resolved), "moment": moment.hash, "measured": self.measured, "order": cache.content_key(order)}  # fmt: skip
         store: Store[Edit] = Store(
-            self.edits_in, what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=0.0), path), "records"
+            self.edits_in, what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=math.nan), path), "records"
         )  # fmt: skip
         before = self.healthy()
         measuring = _Measuring(self.by_unit, {}, self.settings, self.bos, before, self.references)
