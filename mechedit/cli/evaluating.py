@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_evaluating"]
 
+FEW = 10  # facts, of which a bootstrap interval says little
+
 BENCHMARKS = ("counterfact", "zsre")
 ENGINES = ("local", "ray")
 OWN = {"guard": "rollback"}  # defaults that are not the settings' own: one bad edit does not end a run
@@ -283,8 +285,9 @@ def _sweep(arguments: argparse.Namespace) -> None:
         for layer, line in zip(found.layers, found.mean("S"), strict=True)
     ]
     show_table(console, ("S by layer", *found.tokens), rows)
+    few = f", {FEW} or more make its interval worth reading" if len(chosen) < FEW else ""
     console.print(
-        f"rank correlation of S with the trace's indirect effect, over layers and tokens: {found.correlation('S')}",
+        f"rank correlation of S with the trace's indirect effect, over layers and tokens: {found.correlation('S')} ({len(chosen)} facts{few})",
         highlight=False,
     )
     written = figures.write(sweeping.sweep_maps(found), arguments.out / "sweep")

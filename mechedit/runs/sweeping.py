@@ -189,7 +189,7 @@ def sweep_maps(found: Sweep) -> Figure:
         for (row, column), value in np.ndenumerate(grid):
             if not np.isnan(value):
                 dark = (value - np.nanmin(grid)) / max(float(np.nanmax(grid) - np.nanmin(grid)), 1e-9) if name == "effect" else 1 - value / 100  # fmt: skip
-                axes.text(column, row, f"{value + 0.0:.0f}", ha="center", va="center", fontsize=7, color="white" if dark > 0.5 else "black")  # fmt: skip
+                axes.text(column, row, f"{round(float(value))}", ha="center", va="center", fontsize=7, color="white" if dark > 0.5 else "black")  # fmt: skip
         figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=6)
     panels[0].set_yticks(range(len(found.layers)), list(map(str, found.layers)), fontsize=7)
     panels[0].set_ylabel("edited layer", fontsize=9)
