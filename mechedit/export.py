@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechedit import edits, models, provenance
-from mechedit.cache import check_writable, plain
+from mechedit import cache, edits, models, provenance
 from mechedit.edits import Edit, EditError
 from mechedit.models import HookedModel
 
@@ -35,7 +34,8 @@ def checkpoint(
 ) -> Path:
     """Write the model `name`, with the edits in it, as a folder in Hugging Face's format, tokenizer included.
 
-    `mechedit.json` beside the weights says which edits they are. `model` is that model as `models.load` gives it, unedited. The weights keep its number format.
+    `model` is that model as `models.load` gives it, unedited; the weights keep its number format. `mechedit.json` beside them says
+    which edits are in them.
 
     Raises:
         EditError: an edit was made for other weights (and `force` is not given), or no parameter equals the model's `W_out`.
@@ -104,7 +104,7 @@ def _record(name: str, edited: Sequence[Edit]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    path.write_text(json.dumps(cache.plain(content), indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
 
 
 def check_folder(folder: str | Path) -> Path:
@@ -117,7 +117,7 @@ def check_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise EditError(f"{folder} is not empty; export into a new folder.")
-    check_writable(folder / "config.json")
+    cache.check_writable(folder / "config.json")
     return folder
 
 
