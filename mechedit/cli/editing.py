@@ -231,7 +231,7 @@ def _edit_facts(
             edit.fact["prompt"],
             str(edit.fact["target_new"]),
             *(f"{p['p_new']:.3f}" if p else "-" for p in (edit.before, edit.after)),
-            "" if edit.changes else "no",
+            "yes" if edit.changes else "no",
         )
         for edit in found
     ]
