@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.common import FIGURES, runs, short_name
-from mechedit import cache, edits, facts, models, organism, statistics
+from mechedit import cache, edits, facts, models, organism, provenance, statistics
 from mechedit.benchmarks import counterfact
 from mechedit.edits import Edit
 from mechedit.facts import Fact
@@ -76,6 +76,20 @@ def write_table(model: models.HookedModel, name: str, names: Sequence[str], rows
     with cache.atomic_write(path) as temporary:
         temporary.write_text("\n".join("| " + " | ".join(line) + " |" for line in [*lines, *map(list, below)]) + "\n")
     return path
+
+
+def kept_rows(model: models.HookedModel, name: str, settings: Any) -> dict[str, dict[str, Mean]]:
+    """Rows of the table that is in figures/, where all but `rows` and `threads` is as it was; else none."""
+    path = FIGURES / short_name(model) / f"{name}.json"
+    if not path.is_file():
+        return {}
+    record = json.loads(path.read_text())
+    now = {"settings": asdict(settings), "origin": provenance.origin(model), "versions": provenance.versions()}
+    for each in (record["settings"], now["settings"]):
+        del each["rows"], each["threads"]
+    if any(record[part] != now[part] for part in now):
+        return {}
+    return {row: {key: Mean(**each) for key, each in table.items()} for row, table in record["rows"].items()}
 
 
 def plain(table: dict[str, Mean]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Rows: no edit, the default, the published policy and constants, and the controls C = identity and another layer for each
 question; efficacy, paraphrase and specificity are shares of the answer's tokens that the model puts first, with 95 % bootstrap
-intervals over questions. On the organism the questions are of its own world. A killed run goes on.
+intervals over questions. On the organism the questions are of its own world. A killed run goes on, and `--rows` adds rows to the
+table that is there.
 Rows of GPT-2 XL are the paper's own (Meng et al. 2022, Table 1), another model on 10,000 records.
 """
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from experiments.common import parse, progress, say, write
-from experiments.editing import data, folder, plain, published, write_table
+from experiments.editing import data, folder, kept_rows, plain, published, write_table
 from mechedit import models, moments, organism
 from mechedit.benchmarks import zsre
 from mechedit.benchmarks.zsre import Question
@@ -22,6 +23,7 @@ from mechedit.runs.evaluating import evaluate
 from mechedit.settings import EvaluateSettings
 
 COLUMNS = ("efficacy", "paraphrase", "specificity")
+ROWS = ("no edit", "default", "published", "identity", "random layer")
 PAPER = (
     ("GPT-2 XL, no edit (paper)", "10000", "22.2", "21.3", "24.2"),
     ("GPT-2 XL, ROME (paper)", "10000", "99.8", "88.1", "24.2"),
@@ -37,7 +39,7 @@ class Table1:
     unedited: int = 1000
     facts: int = 150
     control_facts: int = 60
-    rows: tuple[str, ...] = ("no edit", "default", "published", "identity", "random layer")
+    rows: tuple[str, ...] = ROWS
     seed: int = 0
     threads: int = 2
 
@@ -48,6 +50,8 @@ def questions(model: str, begin: int, n: int) -> list[Question]:
 
 
 def main(settings: Table1) -> None:
+    if unknown := set(settings.rows) - set(ROWS):
+        raise SystemExit(f"rows are {', '.join(ROWS)}; found {', '.join(sorted(unknown))}.")
     torch.set_num_threads(settings.threads)
     model = models.load(settings.model)
     chosen = questions(settings.model, settings.begin, max(settings.unedited, settings.facts))
@@ -59,7 +63,8 @@ def main(settings: Table1) -> None:
         "identity": (settings.control_facts, default, "identity"),
         "random layer": (settings.control_facts, default, "random_layer"),
     }
-    tables = {}
+    file = "table1_zsre" if settings.begin == 0 else f"table1_zsre_from{settings.begin}"
+    tables = kept_rows(model, file, settings)
     for name in settings.rows:
         n, edit, control = wanted[name]
         run = EvaluateSettings(editor="rome" if edit else "none", control=control, health=False, seed=settings.seed)
@@ -68,9 +73,10 @@ def main(settings: Table1) -> None:
         found = evaluate(model, chosen[:n], place, run, edit, moment, progress=progress(10))
         tables[name] = found.table("after" if edit else "before")
         say(f"{name}, {n} questions: {', '.join(f'{key} {tables[name][key]}' for key in COLUMNS)}")
-    file = "table1_zsre" if settings.begin == 0 else f"table1_zsre_from{settings.begin}"
-    say(f"wrote {write(file, model, settings, {'rows': {name: plain(each) for name, each in tables.items()}})}")
-    say(f"wrote {write_table(model, file, COLUMNS, tables, PAPER)}")
+        tables = {row: tables[row] for row in ROWS if row in tables}
+        result = {"rows": {row: plain(each) for row, each in tables.items()}}
+        say(f"wrote {write(file, model, replace(settings, rows=tuple(tables)), result)}")
+        say(f"wrote {write_table(model, file, COLUMNS, tables, PAPER)}")
 
 
 if __name__ == "__main__":

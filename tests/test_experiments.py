@@ -254,11 +254,19 @@ def test_the_table_of_zsre_has_every_row(to_edit, tmp_path, monkeypatch):
     asked = [Question(fact, "The city of Rome is?", "Paris") for fact in TO_EDIT]
     monkeypatch.setattr(table1_zsre, "questions", lambda model, begin, n: asked[begin : begin + n])
     arguments = ["--model", to_edit, "--unedited", "4", "--facts", "3", "--control-facts", "2"]
-    table1_zsre.main(common.parse(table1_zsre.Table1, arguments))
-    rows = read(tmp_path, "table1_zsre")["rows"]
-    assert set(rows) == {"no edit", "default", "published", "identity", "random layer"}
+    for some in (("random layer", "identity"), ("no edit", "default", "published")):
+        table1_zsre.main(common.parse(table1_zsre.Table1, [*arguments, "--rows", *some]))
+    record = read(tmp_path, "table1_zsre")
+    rows = record["rows"]
+    assert tuple(rows) == tuple(record["settings"]["rows"]) == table1_zsre.ROWS
     assert (rows["no edit"]["efficacy"]["n"], rows["published"]["efficacy"]["n"], rows["identity"]["efficacy"]["n"]) == (4, 3, 2)  # fmt: skip
     assert rows["default"]["p_new"]["mean"] > rows["no edit"]["p_new"]["mean"]
+    table1_zsre.main(common.parse(table1_zsre.Table1, [*arguments, "--rows", "no edit"]))
+    assert read(tmp_path, "table1_zsre") == record, "the other rows are kept"
+    table1_zsre.main(common.parse(table1_zsre.Table1, [*arguments, "--control-facts", "1", "--rows", "no edit"]))
+    assert set(read(tmp_path, "table1_zsre")["rows"]) == {"no edit"}, "rows of other settings are not"
+    with pytest.raises(SystemExit, match="rows are no edit, default, published, .*; found text"):
+        table1_zsre.main(table1_zsre.Table1(rows=("text",)))
 
 
 def test_figure_5_edits_at_layers_and_tokens_beside_the_traces(to_edit, tmp_path, monkeypatch):
