@@ -90,10 +90,11 @@ def optimise(
         for step in range(settings.steps):
             progress("finding v*", step, settings.steps)
             with torch.enable_grad():
-                log_p = _predict(model, blocks, groups, layer, delta)
-                before = log_p[-1:].detach() if before is None else before  # d is still zero in the first step
-                nll = -(log_p[:-1].gather(1, wanted[:, None])[:, 0] * weights).sum()
-                kl = settings.kl * F.kl_div(before, log_p[-1:], log_target=True, reduction="batchmean")
+                # a split's gradient is put together by one copy, a slice's by filling the whole with zeros
+                of_rows, of_essence = _predict(model, blocks, groups, layer, delta).split([len(wanted), 1])
+                before = of_essence.detach().clone() if before is None else before  # d is still zero in the first step
+                nll = -(of_rows.gather(1, wanted[:, None])[:, 0] * weights).sum()
+                kl = settings.kl * F.kl_div(before, of_essence, log_target=True, reduction="batchmean")
                 decay = settings.weight_decay * delta.norm() / initial.norm() ** 2
                 (delta.grad,) = torch.autograd.grad(nll + kl + decay, [delta])
             losses.append((nll.item(), kl.item(), decay.item()))
