@@ -117,22 +117,25 @@ def test_scores_of_facts_are_those_of_their_prompts_one_by_one(model):
     assert found[0] == pytest.approx(counterfact.scores(model, [fact])[0], abs=1e-5)
 
     def plain(prompt, target):
-        """The mean log-probability a token, by whole forward passes."""
+        """The mean log-probability a token, and the share of tokens put first, by whole forward passes."""
         ids = model.to_tokens(prompt)[0].tolist()
         wanted = model.to_tokens(" " + target, prepend_bos=False)[0].tolist()
         with torch.no_grad():
             log_p = model(torch.tensor([ids + wanted])).log_softmax(-1)[0]
-        return sum(float(log_p[len(ids) - 1 + step, token]) for step, token in enumerate(wanted)) / len(wanted)
+        own = [log_p[len(ids) - 1 + step] for step in range(len(wanted))]
+        mean = sum(float(row[token]) for row, token in zip(own, wanted, strict=True)) / len(wanted)
+        return mean, sum(int(row.argmax()) == token for row, token in zip(own, wanted, strict=True)) / len(wanted)
 
     for each, scores in zip((fact, other), found, strict=True):
         pair = [
-            Pair(plain(prompt, each.target_new), plain(prompt, each.target_true))
+            Pair(plain(prompt, each.target_new)[0], plain(prompt, each.target_true)[0])
             for prompt in (each.prompt, *each.paraphrases, *each.neighbours)
         ]
         n = 1 + len(each.paraphrases)
-        assert {name: scores[name] for name in scores if name != "p_new"} == pytest.approx(
-            metrics.rewrite_scores(pair[0], pair[1:n], pair[n:]), abs=1e-5, nan_ok=True
-        )
+        slow = metrics.rewrite_scores(pair[0], pair[1:n], pair[n:])
+        shares = [plain(prompt, each.target_new)[1] for prompt in (each.prompt, *each.paraphrases)]
+        slow |= {"rewrite_acc": shares[0], "rephrase_acc": sum(shares[1:]) / (n - 1) if n > 1 else math.nan}
+        assert {name: scores[name] for name in scores if name != "p_new"} == pytest.approx(slow, abs=1e-5, nan_ok=True)
     with pytest.raises(FactError, match="lacks one"):
         counterfact.scores(model, [replace(fact, target_new=None)])
 

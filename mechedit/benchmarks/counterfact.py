@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mechedit.benchmarks.metrics import Pair, rewrite_scores
+from mechedit.benchmarks.metrics import Pair, accuracy, rewrite_scores
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
 from mechedit.scoring import score
@@ -13,9 +13,9 @@ __all__ = ["scores"]
 
 
 def scores(model: HookedModel, facts: Sequence[Fact], *, prepend_bos: bool | None = None) -> list[dict[str, float]]:
-    """ES, EM, PS, PM, NS and NM of each fact, 0 to 1 (`benchmarks.metrics`), and `p_new`, P of the whole new target.
+    """ES, EM, PS, PM, NS and NM of each fact, 0 to 1; rewrite_acc and rephrase_acc; and `p_new`, P of the whole new target.
 
-    All prompts of all facts ride in as few passes as `scoring.score` makes. A fact without paraphrases or neighbours has nan there.
+    What they are is in `benchmarks.metrics`. All prompts of all facts ride in as few passes as `scoring.score` makes. A fact without paraphrases or neighbours has nan there.
 
     Raises:
         FactError: a fact has no new or no true target, or does not fit the context.
@@ -33,5 +33,7 @@ def scores(model: HookedModel, facts: Sequence[Fact], *, prepend_bos: bool | Non
         own = found[at : at + 2 * (n + len(fact.neighbours))]
         at += len(own)
         each = [Pair(new.mean_log_p, true.mean_log_p) for new, true in zip(own[::2], own[1::2], strict=True)]
-        rows.append(rewrite_scores(each[0], each[1:n], each[n:]) | {"p_new": own[0].p})
+        first = [new.first for new in own[: 2 * n : 2]]
+        as_elsewhere = {"rewrite_acc": accuracy(first[:1]), "rephrase_acc": accuracy(first[1:])}
+        rows.append(rewrite_scores(each[0], each[1:n], each[n:]) | as_elsewhere | {"p_new": own[0].p})
     return rows

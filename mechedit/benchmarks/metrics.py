@@ -10,11 +10,16 @@ A target's log-probability is the mean over its tokens, so exp of it is the geom
     GE  generation entropy    mean of 2/3 H2 and 4/3 H3, entropies in bits of a text's word bigrams and trigrams
     RS  reference score       cosine of the TF-IDF vectors of generated texts and of reference texts
     essence                   perplexity of a text, its first token counted in the number of tokens
-    accuracy                  share of the target's tokens that are the most probable ones, teacher-forced (zsRE; EasyEdit)
+    accuracy                  share of the target's tokens that are the most probable ones, teacher-forced
+    efficacy, paraphrase      zsRE's: accuracy of the new answer to the question and to its paraphrase
+    specificity               zsRE's: accuracy of an unrelated question's own answer
+    rewrite_acc, rephrase_acc accuracy of the new target after a fact's prompt and paraphrases, which EasyEdit scores by default (its
+                              locality is agreement with what the unedited model puts first)
     exact match               whether free generation goes on with the target
 
-Meng et al. 2022, section 3 and appendices; the published code's `experiments/py/eval_utils_*` and `summarize.py`. Scores are
-shares from 0 to 1 here; tables show them times 100.
+Meng et al. 2022, section 3 and appendices; the published code's `experiments/py/eval_utils_*` and `summarize.py`; EasyEdit
+(zjunlp) at commit 08da19c, `test_prediction_acc` in `easyeditor/evaluate/evaluate_utils.py`.
+Scores are shares from 0 to 1 here; tables show them times 100.
 """
 
 from __future__ import annotations
