@@ -175,7 +175,7 @@ def test_scores_are_those_of_whole_logits_one_prompt_at_a_time(learnt):
         assert other == pytest.approx(row, abs=1e-6)
     (known,) = counterfact.scores(model, [replace(some[0], target_new=some[0].target_true, target_true="Rome")])
     assert (known["rewrite_acc"], known["rephrase_acc"]) == (1, 1)
-    assert (together[0]["rewrite_acc"], together[0]["rephrase_acc"]) == (0, 0)
+    assert max(together[0]["rewrite_acc"], together[0]["rephrase_acc"]) < 1
 
 
 def test_edits_succeed_where_the_trace_says_and_the_sweep_shows_it(learnt, tmp_path):
