@@ -89,7 +89,7 @@ def test_maps_are_drawn_with_gaps_where_nothing_was_seen(tmp_path):
     scores["PS"][:, 0, 1] = np.nan
     figure = sweep_maps(Sweep((0, 5), ("subject_last", "last"), scores, np.full((2, 2, 2), 0.1), 0, {}, {}))
     panels = [axes for axes in figure.axes if axes.get_title()]
-    assert [axes.get_title() for axes in panels] == ["efficacy", "paraphrase", "neighbourhood", "S", "trace: indirect effect"]  # fmt: skip
+    assert [axes.get_title() for axes in panels] == ["efficacy, %", "paraphrase, %", "neighbourhood, %", "S, %", "trace: indirect effect, %"]  # fmt: skip
     assert len(panels[1].texts) == 3
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["0", "5"]
 

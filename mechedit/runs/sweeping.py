@@ -184,7 +184,7 @@ def sweep_maps(found: Sweep) -> Figure:
     for axes, (name, title) in zip(panels, names.items(), strict=True):
         grid = 100 * found.mean(name)
         image = axes.imshow(grid, cmap="Greens" if name == "effect" else "viridis", aspect="auto", vmin=0 if name != "effect" else None, vmax=100 if name != "effect" else None)  # fmt: skip
-        axes.set_title(title, fontsize=9)
+        axes.set_title(f"{title}, %", fontsize=9)
         axes.set_xticks(range(len(found.tokens)), [ROLE_TITLES[token] for token in found.tokens], rotation=40, ha="right", fontsize=7)  # fmt: skip
         for (row, column), value in np.ndenumerate(grid):
             if not np.isnan(value):
