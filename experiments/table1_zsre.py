@@ -72,7 +72,7 @@ def main(settings: Table1) -> None:
         place = folder(model, "table1", settings.begin, name)
         found = evaluate(model, chosen[:n], place, run, edit, moment, progress=progress(10))
         tables[name] = found.table("after" if edit else "before")
-        say(f"{name}, {n} questions: {', '.join(f'{key} {tables[name][key]}' for key in COLUMNS)}")
+        say(f"{name}, {len(chosen[:n])} questions: {', '.join(f'{key} {tables[name][key]}' for key in COLUMNS)}")
         tables = {row: tables[row] for row in ROWS if row in tables}
         result = {"rows": {row: plain(each) for row, each in tables.items()}}
         say(f"wrote {write(file, model, replace(settings, rows=tuple(tables)), result)}")

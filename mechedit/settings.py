@@ -6,6 +6,7 @@ module imports nothing heavy, so that `mechedit --help` answers at once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -110,6 +111,9 @@ def _check_each(settings: Any) -> None:
         else:
             holds, name = isinstance(value, wanted), wanted.__name__
         _require(holds, f"{each.name} must be of type {name}; found {value!r}.")
+        for own in value if isinstance(value, tuple) else (value,):
+            _require(not isinstance(own, float) or math.isfinite(own), f"{each.name} must be finite; found {own}.")
+        _require(each.name != "seed" or value >= 0, f"seed must be 0 or more; found {value}.")
         if choices := each.metadata["choices"]:
             for own in value if isinstance(value, tuple) else (value,):
                 _require(own in choices, f"{each.name} must be one of {', '.join(choices)}; found {own!r}.")
@@ -152,7 +156,7 @@ class TraceSettings:
         _require(len(set(self.kinds)) == len(self.kinds), f"kinds must differ from each other; found {self.kinds}.")
         _require(self.window >= 0, f"window must be 0 (the preset's) or more layers; found {self.window}.")
         _require(self.draws >= 1, f"draws must be at least 1; found {self.draws}.")
-        _require(0 < self.noise < float("inf"), f"noise must be a positive number; found {self.noise}.")
+        _require(self.noise > 0, f"noise must be a positive number; found {self.noise}.")
         _require(self.degrees > 0, f"degrees must be positive; found {self.degrees}.")
         _require(self.extra >= 0, f"extra must be 0 or more tokens; found {self.extra}.")
         _require(self.memory > 0, f"memory must be a positive number of gigabytes; found {self.memory}.")
@@ -225,7 +229,7 @@ class RomeSettings:
         _check_each(self)
         _require(self.layer >= -1, f"layer must be a block, from 0, or -1 for the preset's; found {self.layer}.")
         _require(self.ridge >= 0, f"ridge must be 0 or more; found {self.ridge}.")
-        _require(0 < self.clamp < float("inf"), f"clamp must be positive and finite; found {self.clamp}.")
+        _require(self.clamp > 0, f"clamp must be positive; found {self.clamp}.")
         _require(self.steps >= 0, f"steps must be 0 or more; found {self.steps}.")
         _require(self.learning_rate > 0, f"learning_rate must be positive; found {self.learning_rate}.")
         _require(self.weight_decay >= 0, f"weight_decay must be 0 or more; found {self.weight_decay}.")
