@@ -676,6 +676,8 @@ def test_status_says_that_more_is_left_than_is_known(run, records, tmp_path, mon
 def test_status_of_a_folder_without_runs(run, tmp_path):
     status, _, err = run("status", str(tmp_path), model=False)
     assert (status, "holds no run" in err) == (2, True)
+    status, _, err = run("status", str(tmp_path / "none"), model=False)
+    assert (status, "is no folder; give one that a run was kept in" in err) == (2, True)
 
 
 def test_heat_maps_are_the_same_bytes_for_the_same_trace_and_star_the_subject(load, tmp_path):

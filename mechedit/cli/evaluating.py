@@ -74,7 +74,9 @@ def add_evaluating(commands: Any) -> None:
     add_settings(evaluate, RomeSettings, defaults=OWN)  # its seed is the evaluation's
     evaluate.add_argument("--engine", choices=ENGINES, default="local", help="who computes (default: local)")
     evaluate.add_argument("--address", help="with --engine ray: the cluster's head (default: one started here)")
-    evaluate.add_argument("--workers", type=int, metavar="N", help="with --engine ray (default: all there is room for)")
+    evaluate.add_argument(
+        "--workers", type=int, metavar="N", help="with --engine ray (default, or 0: all there is room for)"
+    )
     evaluate.add_argument("--cpus", type=float, metavar="N", help="of each worker (default: 1)")
     evaluate.add_argument("--gpus", type=float, metavar="N", help="of each worker (default: 0)")
     evaluate.add_argument(
@@ -258,7 +260,8 @@ def _show(console: Console, result: Evaluation) -> None:
     )
     without = [fact for fact in result.facts if fact["reason"]]
     if without:
-        console.print(f"{len(without)} records have a note; the first is about {without[0]['subject']}: {without[0]['reason']}", markup=False, highlight=False)  # fmt: skip
+        have = "record has" if len(without) == 1 else "records have"
+        console.print(f"{len(without)} {have} a note; the first is about {without[0]['subject']}: {without[0]['reason']}", markup=False, highlight=False)  # fmt: skip
 
 
 def _sweep(arguments: argparse.Namespace) -> None:

@@ -194,6 +194,8 @@ def status(folder: str | Path) -> list[Status]:
     Raises:
         RunError: there is none.
     """
+    if not Path(folder).is_dir():
+        raise RunError(f"{folder} is no folder; give one that a run was kept in.")
     found = []
     for path in sorted(Path(folder).rglob(PLAN)):
         record = _parsed(path.read_text())
@@ -213,7 +215,7 @@ def status(folder: str | Path) -> list[Status]:
             )
         )
     if not found:
-        raise RunError(f"{folder} holds no run; a folder that a run was kept in has {PLAN}.")
+        raise RunError(f"{folder} holds no run; a folder that a run was kept in has a {PLAN}, in it or below.")
     return found
 
 
