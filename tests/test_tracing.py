@@ -447,7 +447,7 @@ def test_a_prompt_longer_than_the_context_is_refused_before_the_model_runs(model
         ({"window": -1}, "or more layers"),
         ({"draws": 0}, "at least 1"),
         ({"noise": 0.0}, "positive"),
-        ({"noise": float("nan")}, "positive"),
+        ({"noise": float("nan")}, "noise must be finite; found nan"),
         ({"centre": "middle"}, "centre must be one of code, paper; found 'middle'"),
         ({"corruption": "salt"}, "corruption must be one of"),
         ({"scale": "large"}, "scale must be one of"),
