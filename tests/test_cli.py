@@ -546,7 +546,10 @@ def test_evaluate_scores_a_file_of_ones_own_and_resumes(run, records, tmp_path, 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["facts"] == 2
     assert summary["edit"]["layer"] == 1
-    assert summary["edit"]["guard"] == "rollback"
+    assert summary["edit"]["guard"] == "refuse"
+    assert (summary["benchmark"], summary["source"]) == ("counterfact", {"facts": records, "begin": 0})
+    where = f"means over records of {Path(records).name} from 0 on (n = 2)"
+    assert where in (tmp_path / "run" / "summary.md").read_text()
     monkeypatch.setattr("mechedit.editors.rome.edit", lambda *args, **named: pytest.fail("found again"))
     assert run("evaluate", "--facts", records, "--out", out, *QUICK)[0] == 0
     status, said, _ = run("status", out, model=False)
@@ -572,7 +575,7 @@ def test_help_says_the_defaults_of_the_command_and_the_choices(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "A model with a preset (`mechedit models`) has the preset's layer" in shown
     assert "--guard {refuse,warn,rollback}" in shown
-    assert "with the reason (rollback) (default: rollback)" in shown
+    assert "with the reason (rollback) (default: refuse)" in shown
 
 
 def test_evaluate_has_every_option_of_its_settings(run, records, tmp_path):

@@ -106,9 +106,10 @@ def _download(address: str, partial: Path, progress: Progress) -> None:
                     have += len(block)
                     progress(f"fetching {partial.stem}, in MB", have >> 20, whole >> 20)
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        kept = f"{have >> 10} KB came and are kept, and the same call goes on from there" if have else "Nothing came"
         raise FetchError(
-            f"{address} cannot be fetched: {error or type(error).__name__}. What came is kept, and the same call goes on from there; "
-            "without a network, copy the file from a machine that has one."
+            f"{address} cannot be fetched: {error or type(error).__name__}. {kept}; without a network, copy the file from a machine "
+            "that has one."
         ) from error
     if whole and have != whole:
         raise FetchError(f"{address} broke off at {have} of {whole} bytes; the same call goes on from there.")

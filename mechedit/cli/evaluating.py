@@ -37,7 +37,6 @@ FEW = 10  # facts, of which a bootstrap interval says little
 
 BENCHMARKS = ("counterfact", "zsre")
 ENGINES = ("local", "ray")
-OWN = {"guard": "rollback"}  # defaults that are not the settings' own: one bad edit does not end a run
 
 
 def add_evaluating(commands: Any) -> None:
@@ -71,7 +70,7 @@ def add_evaluating(commands: Any) -> None:
         help="with --references: published TF-IDF statistics (default: of the references)",
     )
     evaluate.add_argument("--constants", choices=tuple(CONSTANTS), help="constants of v* (default: the model's preset)")
-    add_settings(evaluate, RomeSettings, defaults=OWN)  # its seed is the evaluation's
+    add_settings(evaluate, RomeSettings)  # its seed is the evaluation's
     evaluate.add_argument("--engine", choices=ENGINES, default="local", help="who computes (default: local)")
     evaluate.add_argument("--address", help="with --engine ray: the cluster's head (default: one started here)")
     evaluate.add_argument(
@@ -124,7 +123,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from mechedit.runs.results import check_kept
 
     settings = EvaluateSettings(**given_settings(arguments, EvaluateSettings))
-    given: dict[str, Any] = OWN | CONSTANTS.get(arguments.constants, {}) | given_settings(arguments, RomeSettings)  # fmt: skip
+    given: dict[str, Any] = CONSTANTS.get(arguments.constants, {}) | given_settings(arguments, RomeSettings)
     RomeSettings(**given)  # mistakes are reported before the model is loaded
     _check(arguments, settings)
     chosen = _records(arguments)
@@ -163,6 +162,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             engine=_engine(arguments, model),
             progress=progress,
         )
+    source = {"facts": arguments.facts, "begin": arguments.begin}
+    result = replace(result, what=result.what | {"source": source})
     _show(console, result)
     written = result.save(arguments.out)
     show_files(console, written + write_json(arguments.json, result.to_json()))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 from mechedit.settings import (
@@ -95,22 +94,14 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_settings(
-    parser: argparse.ArgumentParser,
-    settings: type,
-    without: Sequence[str] = (),
-    defaults: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """An option for each field of a settings dataclass, with its default and its sentence. An option not given is None.
-
-    `defaults` are those of this command, where they are not the settings' own.
-    """
+def add_settings(parser: argparse.ArgumentParser, settings: type, without: Sequence[str] = ()) -> None:
+    """An option for each field of a settings dataclass, with its default and its sentence. An option not given is None."""
     for each in fields(settings):
         name, text, choices = each.name, each.metadata["help"], each.metadata["choices"]
         flag = "--" + name.replace("_", "-")
         if name in without or flag in parser._option_string_actions:
             continue
-        default = defaults.get(name, each.default)
+        default = each.default
         shown = "" if default is None else f" (default: {_shown(default)})"
         if default is None or isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)

@@ -6,6 +6,7 @@ a model itself, so that it can travel. Both engines give the same results; what 
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -277,8 +278,11 @@ def _ray() -> Any:
 
 
 def _connect(ray: Any, address: str | None) -> None:
+    host, _, port = (address or "").rpartition("://")[2].rpartition(":")
     try:
+        if host and port.isdigit():  # Ray itself tries for minutes, and fills the screen
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", include_dashboard=False if address is None else None)  # fmt: skip
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
         what = f"no Ray cluster answers at {address}" if address else "no Ray cluster could be started here"
         raise EngineError(f"{what}: {error}. `ray start --head` starts one.") from error

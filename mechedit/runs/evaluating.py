@@ -113,7 +113,9 @@ def evaluate(
         for each in zip(*notes, strict=True)
     ]
     about = tuple(_about(fact_of(record), index, reason) for index, (record, reason) in enumerate(zip(records, reasons, strict=True)))  # fmt: skip
-    return Evaluation(about, rows, run.what | {"versions": provenance.versions()}, settings.seed)
+    benchmark = "zsre" if isinstance(records[0], Question) else "counterfact"
+    what = run.what | {"benchmark": benchmark, "versions": provenance.versions()}
+    return Evaluation(about, rows, what, settings.seed)
 
 
 def _doubts(model: HookedModel, fact: Fact, bos: bool) -> list[str]:
@@ -314,7 +316,7 @@ class Estimate:
         return (
             f"{self.records} records, {self.mode}, {self.edit:.2f} s an edit and {self.score:.2f} s a scoring, on {self.workers} "
             f"worker{'s' if self.workers > 1 else ''}: {_span(self.total)}, of which {self.once:.0f} s come first (C, workers' loading); "
-            f"{self.workers * self.total / 3600:.2f} worker hours; {self.memory:.1f} GB a worker"
+            f"workers are held for {self.workers * self.total / 3600:.2f} worker hours; {self.memory:.1f} GB a worker"
         )
 
 

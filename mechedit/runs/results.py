@@ -35,7 +35,7 @@ class Evaluation:
 
     facts: tuple[dict[str, Any], ...]
     rows: dict[str, list[dict[str, float]]]
-    what: dict[str, Any]  # settings, model, versions
+    what: dict[str, Any]  # settings, model, versions, benchmark; from the command line, the source of the facts
     seed: int = 0
     _tables: dict[str, dict[str, Mean]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -68,9 +68,11 @@ class Evaluation:
         settings = self.what["settings"]
         control = [settings["control"]] if settings["control"] != "none" else []
         how = [settings["editor"], settings["mode"], *control] if settings["editor"] != "none" else ["not edited"]
+        source = self.what.get("source")
+        where = f" of {Path(source['facts']).name} from {source['begin']} on" if source else ""
         return (
-            f"{self.what['model']['name']}, {', '.join(how)}: means over records (n = {len(self.facts)}) with 95 % intervals; "
-            "shares in percent."
+            f"{self.what['model']['name']}, {self.what['benchmark']}, {', '.join(how)}: means over records{where} "
+            f"(n = {len(self.facts)}) with 95 % intervals; shares in percent."
         )
 
     def cells(self) -> tuple[list[str], list[list[str]]]:

@@ -179,18 +179,21 @@ def sweep_maps(found: Sweep) -> Figure:
     from matplotlib.figure import Figure
 
     names = {"ES": "efficacy", "PS": "paraphrase", "NS": "neighbourhood", "S": "S", "effect": "trace: indirect effect"}
-    figure = Figure(figsize=(2.6 * len(names) + 1.2, 0.9 + 0.34 * len(found.layers)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(2.6 * len(names) + 1.2, 1.2 + 0.34 * len(found.layers)), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, (name, title) in zip(panels, names.items(), strict=True):
         grid = 100 * found.mean(name)
+        digits = 1 if np.nanmax(np.abs(grid), initial=0) < 10 else 0
         image = axes.imshow(grid, cmap="Greens" if name == "effect" else "viridis", aspect="auto", vmin=0 if name != "effect" else None, vmax=100 if name != "effect" else None)  # fmt: skip
         axes.set_title(f"{title}, %", fontsize=9)
         axes.set_xticks(range(len(found.tokens)), [ROLE_TITLES[token] for token in found.tokens], rotation=40, ha="right", fontsize=7)  # fmt: skip
         for (row, column), value in np.ndenumerate(grid):
             if not np.isnan(value):
                 dark = (value - np.nanmin(grid)) / max(float(np.nanmax(grid) - np.nanmin(grid)), 1e-9) if name == "effect" else 1 - value / 100  # fmt: skip
-                axes.text(column, row, f"{round(float(value))}", ha="center", va="center", fontsize=7, color="white" if dark > 0.5 else "black")  # fmt: skip
+                axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=7, color="white" if dark > 0.5 else "black")  # fmt: skip
         figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=6)
+    n = len(found.effects)
+    figure.suptitle(f"{found.origin['name']}, {n} fact{'s' * (n != 1)}, each edited at each layer and token", fontsize=10)
     panels[0].set_yticks(range(len(found.layers)), list(map(str, found.layers)), fontsize=7)
     panels[0].set_ylabel("edited layer", fontsize=9)
     return figure
