@@ -356,7 +356,11 @@ def test_health_sees_damage_and_nothing_where_nothing_was_done(model):
 def test_results_are_written_in_every_form(tmp_path):
     rows = [{"ES": 1.0, "PS": 0.5, "NS": 1.0, "RS": math.nan}, {"ES": 0.0, "PS": 1.0, "NS": 1.0, "RS": math.nan}]
     facts = tuple({"id": str(index), "subject": "A_b", "reason": ""} for index in range(2))
-    what = {"settings": {"editor": "rome", "mode": "independent", "control": "none"}, "model": {"name": "M"}, "benchmark": "counterfact"}
+    what = {
+        "settings": {"editor": "rome", "mode": "independent", "control": "none"},
+        "model": {"name": "M"},
+        "benchmark": "counterfact",
+    }
     result = Evaluation(facts, {"before": rows[::-1], "after": rows}, what)
     result.save(tmp_path)
     from pyarrow import parquet
@@ -370,7 +374,8 @@ def test_results_are_written_in_every_form(tmp_path):
     assert (tmp_path / "summary.csv").read_text().splitlines()[1].startswith("before,ES,0.5,")
     assert (tmp_path / "summary.md").read_text().startswith("| 2 records | ES | PS | NS | S |")
     assert (
-        "M, counterfact, rome, independent: means over records (n = 2) with 95 % intervals" in (tmp_path / "summary.md").read_text()
+        "M, counterfact, rome, independent: means over records (n = 2) with 95 % intervals"
+        in (tmp_path / "summary.md").read_text()
     )
     partly = replace(result, rows={"after": [rows[0], rows[1] | {"PS": math.nan}]}, _tables={})
     assert "50.0 [50.0, 50.0], n = 1" in partly.cells()[1][0]

@@ -273,7 +273,9 @@ def test_figure_5_edits_at_layers_and_tokens_beside_the_traces(to_edit, tmp_path
     for name, value in (("FIGURES", tmp_path), ("benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])):
         monkeypatch.setattr(figure5_sweep, name, value)
     monkeypatch.setattr(figure5_sweep, "SweepSettings", lambda **given: SweepSettings(tokens=("subject_last",), draws=2, **given))  # fmt: skip
-    monkeypatch.setattr(figure5_sweep.tracing, "known", lambda model, facts, **named: facts[1:])  # the first is not known
+    monkeypatch.setattr(
+        figure5_sweep.tracing, "known", lambda model, facts, **named: facts[1:]
+    )  # the first is not known
     arguments = ["--model", to_edit, "--begin", "0", "--facts", "2", "--every", "2"]
     figure5_sweep.main(common.parse(figure5_sweep.Figure5, arguments))
     found = read(tmp_path, "figure5_sweep")["sweep"]

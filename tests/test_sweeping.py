@@ -87,7 +87,9 @@ def test_the_correlation_is_spearmans_over_cells():
 def test_maps_are_drawn_with_gaps_where_nothing_was_seen(tmp_path):
     scores = {name: np.full((2, 2, 2), 0.5) for name in ("ES", "PS", "NS")}
     scores["PS"][:, 0, 1] = np.nan
-    figure = sweep_maps(Sweep((0, 5), ("subject_last", "last"), scores, np.full((2, 2, 2), 0.012), 0, {"name": "M"}, {}))
+    figure = sweep_maps(
+        Sweep((0, 5), ("subject_last", "last"), scores, np.full((2, 2, 2), 0.012), 0, {"name": "M"}, {})
+    )
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == ["efficacy, %", "paraphrase, %", "neighbourhood, %", "S, %", "trace: indirect effect, %"]  # fmt: skip
     assert len(panels[1].texts) == 3

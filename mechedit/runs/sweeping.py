@@ -193,7 +193,9 @@ def sweep_maps(found: Sweep) -> Figure:
                 axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=7, color="white" if dark > 0.5 else "black")  # fmt: skip
         figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=6)
     n = len(found.effects)
-    figure.suptitle(f"{found.origin['name']}, {n} fact{'s' * (n != 1)}, each edited at each layer and token", fontsize=10)
+    figure.suptitle(
+        f"{found.origin['name']}, {n} fact{'s' * (n != 1)}, each edited at each layer and token", fontsize=10
+    )
     panels[0].set_yticks(range(len(found.layers)), list(map(str, found.layers)), fontsize=7)
     panels[0].set_ylabel("edited layer", fontsize=9)
     return figure
