@@ -355,6 +355,7 @@ def test_health_sees_damage_and_nothing_where_nothing_was_done(model):
 
 def test_results_are_written_in_every_form(tmp_path):
     rows = [{"ES": 1.0, "PS": 0.5, "NS": 1.0, "RS": math.nan}, {"ES": 0.0, "PS": 1.0, "NS": 1.0, "RS": math.nan}]
+    rows = [row | {"next_token_kl": 3.3e-5} for row in rows]
     facts = tuple({"id": str(index), "subject": "A_b", "reason": ""} for index in range(2))
     what = {
         "settings": {"editor": "rome", "mode": "independent", "control": "none"},
@@ -362,6 +363,10 @@ def test_results_are_written_in_every_form(tmp_path):
         "benchmark": "counterfact",
     }
     result = Evaluation(facts, {"before": rows[::-1], "after": rows}, what)
+    assert repr(result).startswith("Evaluation(M, counterfact, rome, independent: means over records (n = 2)")
+    with pytest.raises(RunError, match="stages of this evaluation are before, after; found 'end'"):
+        result.table("end")
+    assert "3.3e-05 [3.3e-05, 3.3e-05]" in result.cells()[1][0], "a small number is not told as 0"
     result.save(tmp_path)
     from pyarrow import parquet
 
@@ -385,7 +390,7 @@ def test_results_are_written_in_every_form(tmp_path):
     controlled = replace(result, what=what | {"settings": what["settings"] | {"control": "identity"}})
     assert controlled.caption.startswith("M, counterfact, rome, independent, identity: means")
     latex = (tmp_path / "summary.tex").read_text()
-    assert r"\begin{tabular}{lrrrrr}" in latex
+    assert r"\begin{tabular}{lrrrrrr}" in latex
     assert "50.0 [0.0, 100.0]" in latex
 
 
@@ -427,7 +432,7 @@ def test_status_counts_stages_that_have_not_begun(model, moment, tmp_path):
 def test_records_that_look_wrong_and_edits_that_hardly_took_have_a_note(model, moment, tmp_path):
     odd = Fact("Pari", "{}s is located in the city of", "Seattle", "Berlin")
     first, second = evaluate(model, [odd, FACTS[1]], tmp_path, PLAIN, replace(QUICK, steps=0), moment).facts
-    assert "the subject 'Pari' stands inside a longer word, 'Paris'." in first["reason"]
+    assert "the subject 'Pari' stands inside a longer word, 'Paris'" in first["reason"]
     assert second["reason"].startswith("it hardly took: P(new) = ")
     unedited_rows = evaluate(model, [FACTS[1]], tmp_path / "none", replace(PLAIN, editor="none")).facts
     assert unedited_rows[0]["reason"] == ""

@@ -109,7 +109,7 @@ def evaluate(
         *([(each.reason,) for each in of] for of in scored.values()),
     ]
     reasons = [
-        "; ".join(dict.fromkeys(reason for own in each for reason in own if reason))
+        "; ".join(dict.fromkeys(reason.removesuffix(".") for own in each for reason in own if reason))
         for each in zip(*notes, strict=True)
     ]
     about = tuple(_about(fact_of(record), index, reason) for index, (record, reason) in enumerate(zip(records, reasons, strict=True)))  # fmt: skip

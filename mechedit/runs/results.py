@@ -25,7 +25,7 @@ __all__ = ["Evaluation", "check_kept"]
 PERCENT = ("ES", "PS", "NS", "EM", "PM", "NM", "S", "efficacy", "paraphrase", "specificity", "exact_match", "RS", "GE", "next_token_same", "edited", "broken")  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """Scores of each fact at each stage: "before", "after" (each edit, or all), and "at the end" of sequential edits.
 
@@ -39,8 +39,17 @@ class Evaluation:
     seed: int = 0
     _tables: dict[str, dict[str, Mean]] = field(default_factory=dict, compare=False, repr=False)
 
+    def __repr__(self) -> str:
+        return f"Evaluation({self.caption})"
+
     def table(self, stage: str) -> dict[str, Mean]:
-        """Mean and interval of each number at a stage, and S."""
+        """Mean and interval of each number at a stage, and S.
+
+        Raises:
+            RunError: the evaluation has no such stage.
+        """
+        if stage not in self.rows:
+            raise RunError(f"stages of this evaluation are {', '.join(self.rows)}; found {stage!r}.")
         if stage not in self._tables:
             self._tables[stage] = table(self.rows[stage], self.seed)
         return self._tables[stage]
@@ -156,8 +165,9 @@ def check_kept(folder: Path, facts: Sequence[Fact]) -> None:
 def _cell(name: str, each: Mean | None, n: int) -> str:
     if each is None or not each.n:
         return ""
-    scale, digits = (100, 1) if name in PERCENT else (1, 3)
-    mean, low, high = (f"{scale * value:.{digits}f}" for value in (each.mean, each.low, each.high))
+    values = (each.mean, each.low, each.high)
+    scale, form = (100, ".1f") if name in PERCENT else (1, ".3f" if not 0 < max(map(abs, values)) < 0.01 else ".1e")
+    mean, low, high = (f"{scale * value:{form}}" for value in values)
     return f"{mean} [{low}, {high}]" + (f", n = {each.n}" if each.n < n else "")
 
 
