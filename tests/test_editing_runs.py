@@ -44,7 +44,7 @@ def test_each_fact_is_edited_alone_and_one_that_cannot_be_does_not_end_the_run(m
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(model, moment, tmp_path):
     def interrupt(what, done, of):
-        if what == "facts" and done == 1:
+        if what == "edits" and done == 1:
             raise KeyboardInterrupt
 
     def units(folder):

@@ -106,19 +106,19 @@ def test_a_stopped_evaluation_ends_in_the_same_bytes(model, moment, tmp_path, mo
 
     before = state(model)
     for stop in (0, 1, 2):
-        for noun in ("facts", "records"):
+        for noun in ("edits", "records after"):
 
             def interrupt(what, done, of, noun=noun, stop=stop):
                 if what == noun and done == stop:
                     raise KeyboardInterrupt
 
-            with pytest.raises(KeyboardInterrupt) if (mode, noun) != ("sequential", "facts") else pytest.MonkeyPatch.context():  # fmt: skip
+            with pytest.raises(KeyboardInterrupt):
                 evaluate(model, FACTS, tmp_path / f"cut{stop}{noun}", settings, QUICK, moment, progress=interrupt)
             assert_same_state(model, before)
     whole = results(tmp_path / "whole")
     assert set(whole) == {"results.parquet", "summary.json", "summary.csv", "summary.md", "summary.tex"}
     for stop in (0, 1, 2):
-        for noun in ("facts", "records"):
+        for noun in ("edits", "records after"):
             assert results(tmp_path / f"cut{stop}{noun}") == whole
 
 
@@ -396,7 +396,7 @@ def test_results_are_written_in_every_form(tmp_path):
 
 def test_status_says_how_far_a_run_is(model, moment, tmp_path):
     def interrupt(what, done, of):
-        if what == "records" and done == 2:
+        if what == "records after" and done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -415,7 +415,7 @@ def test_status_says_how_far_a_run_is(model, moment, tmp_path):
 
 def test_status_counts_stages_that_have_not_begun(model, moment, tmp_path):
     def interrupt(what, done, of):
-        if what == "facts" and done == 1:
+        if what == "edits" and done == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -516,7 +516,7 @@ def test_damage_a_full_disk_and_a_second_run_are_noticed_and_nothing_finished_is
         evaluate(model, FACTS, unit, PLAIN, QUICK, moment)
 
     def again(what, done, of):
-        if what == "records":
+        if what == "records after":
             with pytest.raises(RunError, match="another process is at work"):
                 evaluate(model, FACTS, tmp_path / "two", PLAIN, QUICK, moment)
             raise KeyboardInterrupt

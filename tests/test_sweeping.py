@@ -64,7 +64,9 @@ def own_subject(model):
 def test_a_sweep_goes_on_and_gives_the_same(model, few_keys, tmp_path, monkeypatch):
     first = sweep(model, FACTS, tmp_path, SMALL, QUICK)
     monkeypatch.setattr(rome, "edit", lambda *args, **named: pytest.fail("found again"))
-    again = sweep(model, FACTS, tmp_path, SMALL, QUICK)
+    said: list[tuple[str, int, int]] = []
+    again = sweep(model, FACTS, tmp_path, SMALL, QUICK, progress=lambda *each: said.append(each))
+    assert [each[1:] for each in said if each[0] == "layers and tokens"] == [(done, 6) for done in range(7)]
     assert again.to_json() == first.to_json()
 
 

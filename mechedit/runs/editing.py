@@ -54,7 +54,7 @@ def edit_facts(
     by_unit = {unit(fact): fact for fact in facts}
     # a unit's bytes depend on what it is alone, so that a resumed run ends with the same files
     store: Store[Edit] = Store(
-        folder, what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=nan), path)
+        folder, what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=nan), path), "edits"
     )
 
     task = _Editing(by_unit, settings, moment, keys.prefixes(model, settings))

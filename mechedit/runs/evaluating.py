@@ -397,7 +397,7 @@ class _Run:
         }
 
     def store(self, folder: Path, what: dict[str, Any]) -> Store[Scored]:
-        return Store(folder, what, _read_scored, _write_scored, "records")
+        return Store(folder, what, _read_scored, _write_scored, "records after")
 
     def before(self) -> list[Scored]:
         """Of the unedited model, from the cache where they are there."""
@@ -489,7 +489,7 @@ class _Run:
         order = [f"{index:05d}-{unit}" for index, unit in enumerate(self.by_unit)]
         what = self.what | {"edit": asdict(resolved), "moment": moment.hash, "measured": self.measured, "order": cache.content_key(order)}  # fmt: skip
         store: Store[Edit] = Store(
-            self.edits_in, what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=math.nan), path), "records"
+            self.edits_in, what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=math.nan), path), "edits"
         )  # fmt: skip
         before = self.healthy()
         measuring = _Measuring(self.by_unit, {}, self.settings, self.bos, before, self.references)

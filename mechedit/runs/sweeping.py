@@ -149,6 +149,7 @@ def sweep(
     wanted = TraceSettings(kinds=("mlp",), window=settings.window, draws=settings.draws, seed=settings.seed, prepend_bos=base.prepend_bos)  # fmt: skip
     engine = engine or Local(model)
     shape = (len(facts), len(layers), len(settings.tokens))
+    cells = len(layers) * len(settings.tokens)
     scores = {name: np.full(shape, np.nan) for name in SUCCESSES}
     effects = np.full(shape, np.nan)
     plain = EvaluateSettings(health=False)
@@ -163,12 +164,14 @@ def sweep(
                 chosen = replace(base, layer=layer, fact_token=token)
                 place = folder / f"layer{layer:02d}-{token}"
                 here = [facts[index] for index in own]
+                progress("layers and tokens", column * len(layers) + row, cells)
                 if not here:
                     continue
                 found = evaluate(model, here, place, plain, chosen, Cs[layer], engine=engine, progress=progress)
                 for index, each in zip(own, found.rows["after"], strict=True):
                     for name in SUCCESSES:
                         scores[name][index, row, column] = each[name]
+    progress("layers and tokens", cells, cells)
     origin = provenance.origin(model)
     record = {"sweep": asdict(settings), "edit": {name: each for name, each in asdict(base).items() if name not in ("layer", "fact_token")}}  # fmt: skip
     return Sweep(tuple(layers), settings.tokens, scores, effects, settings.seed, origin, record)
