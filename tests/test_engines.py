@@ -142,6 +142,8 @@ def test_what_cannot_work_is_said_at_once(cluster, engine, folder):
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999", "nowhere.invalid:6379"])
 def test_an_address_where_nothing_listens_is_told_at_once(address, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # this module's cluster is none of it
+    monkeypatch.setattr("ray.shutdown", lambda: None)
     monkeypatch.setattr("ray.init", lambda **named: pytest.fail("Ray was asked"))
     with pytest.raises(EngineError, match=f"no Ray cluster answers at {address}: .* `ray start --head` starts one"):
         list(Cluster("M", "", address).map(plain, ["a"]))
