@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from mechedit import edits, moments
+from mechedit import cli, edits, moments
 from mechedit.benchmarks import counterfact
 from mechedit.editors import rome
 from mechedit.facts import FactError
+from mechedit.runs import sweeping
+from mechedit.runs.store import by_stage, status
 from mechedit.runs.sweeping import Sweep, sweep, sweep_maps
 from mechedit.settings import (
     FACT_TOKENS,
@@ -68,6 +71,30 @@ def test_a_sweep_goes_on_and_gives_the_same(model, few_keys, tmp_path, monkeypat
     again = sweep(model, FACTS, tmp_path, SMALL, QUICK, progress=lambda *each: said.append(each))
     assert [each[1:] for each in said if each[0] == "layers and tokens"] == [(done, 6) for done in range(7)]
     assert again.to_json() == first.to_json()
+
+
+def test_status_counts_the_cells_to_come(model, few_keys, tmp_path, monkeypatch, capsys):
+    real = sweeping.evaluate
+    begun: list[object] = []
+
+    def two_cells(*args, **named):
+        begun.append(args)
+        return real(*args, **named) if len(begun) < 3 else pytest.fail("stopped here")
+
+    monkeypatch.setattr(sweeping, "evaluate", two_cells)
+    with pytest.raises(pytest.fail.Exception, match="stopped here"):
+        sweep(model, FACTS, tmp_path, SMALL, QUICK)
+    whole = status(tmp_path)
+    found = {each.folder: each for each in by_stage(whole)}
+    assert list(found) == ["edits, in 6 folders", "scores, in 6 folders", "before, in 2 folders", "traces"]
+    edited = found["edits, in 6 folders"]
+    known = [each.seconds for each in whole if each.folder.endswith("edits") and each.finished]
+    units = sum(each.units for each in whole if each.folder.endswith("edits"))
+    assert (edited.finished, edited.units, edited.seconds) == (6, units, np.median(known))
+    assert edited.left == (units - 6) * edited.seconds
+    assert cli.main(["status", str(tmp_path), "--json", str(tmp_path / "status.json")]) == 0
+    assert f"6 of {units}" in capsys.readouterr().out
+    assert [each["folder"] for each in json.loads((tmp_path / "status.json").read_text())] == [each.folder for each in whole]  # fmt: skip
 
 
 def test_the_correlation_is_spearmans_over_cells():

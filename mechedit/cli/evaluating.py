@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["add_evaluating"]
 
 FEW = 10  # facts, of which a bootstrap interval says little
+MANY_RUNS = 12  # of which `status` shows each stage's sum
 
 BENCHMARKS = ("counterfact", "zsre")
 ENGINES = ("local", "ray")
@@ -98,7 +99,9 @@ def add_evaluating(commands: Any) -> None:
     sweep.add_argument("--out", type=Path, required=True, metavar="DIR", help="everything is kept there; run again to resume")  # fmt: skip
     add_json(sweep)
 
-    status = add_command(commands, "status", _status, "show how far the runs in a folder are")
+    status = add_command(
+        commands, "status", _status, "show how far the runs in a folder are; of a sweep, each stage over all cells"
+    )
     status.add_argument("folder", type=Path, metavar="DIR")
     add_json(status)
 
@@ -301,9 +304,10 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    from mechedit.runs.store import status
+    from mechedit.runs.store import by_stage, status
 
-    found = status(arguments.folder)
+    whole = status(arguments.folder)
+    found = by_stage(whole) if len(whole) > MANY_RUNS else whole
     rows = [
         (each.folder, f"{each.finished} of {each.units}", *map(_number, (each.seconds, each.left / 60)))
         for each in found
@@ -314,7 +318,7 @@ def _status(arguments: argparse.Namespace) -> None:
         more = "more than " * any(each.left != each.left for each in found)  # a stage of which no unit is finished
         rows.append(("all of these", f"{finished} of {units}", "", more + _number(known / 60)))
     show_table(console_of(arguments), ("run", "finished", "s a unit", "minutes left, one by one"), rows)
-    write_json(arguments.json, [vars(each) for each in found])
+    write_json(arguments.json, [vars(each) for each in whole])
 
 
 def _number(value: float) -> str:

@@ -84,7 +84,7 @@ def evaluate(
     everyone = {"records": cache.content_key(list(run.by_unit))} if together else {}
     claim(folder, run.described | {"edit": asdict(resolved) if resolved else None} | everyone)
     if resolved:
-        run.announce()
+        announce(records, *[run.edits_in] * (settings.control != "random_layer"), folder / "scores")
     made: list[Edit] = []
     with engine.open():
         scored = {"before": run.before()}
@@ -116,6 +116,13 @@ def evaluate(
     benchmark = "zsre" if isinstance(records[0], Question) else "counterfact"
     what = run.what | {"benchmark": benchmark, "versions": provenance.versions()}
     return Evaluation(about, rows, what, settings.seed)
+
+
+def announce(records: Sequence[Record], *stages: Path) -> None:
+    """Note folders of stages to come, so that `status` counts them before they begin."""
+    for place in stages:
+        if not (place / PLAN).exists():
+            plan(place, place, [_unit(record) for record in records])
 
 
 def _doubts(model: HookedModel, fact: Fact, bos: bool) -> list[str]:
@@ -407,13 +414,6 @@ class _Run:
         plan(self.folder / "before", place, list(self.by_unit))
         store: Store[Scored] = Store(place, what, _read_scored, _write_scored, "records before", waits=True)
         return store.run(list(self.by_unit), task, self.engine, self.progress)
-
-    def announce(self) -> None:
-        """Note the stages to come, so that `status` counts them before they begin."""
-        stages = [self.edits_in] * (self.settings.control != "random_layer") + [self.folder / "scores"]
-        for place in stages:
-            if not (place / PLAN).exists():
-                plan(place, place, list(self.by_unit))
 
     def edits(self, resolved: RomeSettings, moment: Moment | None) -> list[Edit]:
         """Each record's edit, found on the unedited model."""

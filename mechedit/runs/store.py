@@ -21,7 +21,7 @@ from mechedit.files import FileError
 from mechedit.progress import Progress, silent
 from mechedit.runs.engines import Done, Engine, Task
 
-__all__ = ["PLAN", "RunError", "Status", "Store", "claim", "plan", "status"]
+__all__ = ["PLAN", "RunError", "Status", "Store", "by_stage", "claim", "plan", "status"]
 
 PLAN, SECONDS = "plan.json", "seconds.jsonl"
 HOPELESS = 5  # so many failures before any success end a run
@@ -217,6 +217,21 @@ def status(folder: str | Path) -> list[Status]:
     if not found:
         raise RunError(f"{folder} holds no run; a folder that a run was kept in has a {PLAN}, in it or below.")
     return found
+
+
+def by_stage(found: Sequence[Status]) -> list[Status]:
+    """Stages of the same name in several folders, a sweep's say, as one; those that have not begun are taken to need as long."""
+    names = dict.fromkeys(Path(each.folder).name for each in found)
+    own = {name: [each for each in found if Path(each.folder).name == name] for name in names}
+    return [_summed(name, each) if len(each) > 1 else each[0] for name, each in own.items()]
+
+
+def _summed(name: str, found: Sequence[Status]) -> Status:
+    finished, units = (sum(getattr(each, which) for each in found) for which in ("finished", "units"))
+    known = [each.seconds for each in found if not math.isnan(each.seconds)]
+    seconds = median(known) if known else math.nan
+    missing = units - finished
+    return Status(f"{name}, in {len(found)} folders", finished, units, seconds, missing * seconds if missing else 0.0)
 
 
 def _flat(value: Any, at: str = "") -> dict[str, Any]:

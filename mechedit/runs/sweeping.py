@@ -23,7 +23,7 @@ from mechedit.models import HookedModel, check_layer
 from mechedit.progress import Progress, silent
 from mechedit.records import listed
 from mechedit.runs.engines import Engine, Local
-from mechedit.runs.evaluating import check_records, evaluate
+from mechedit.runs.evaluating import announce, check_records, evaluate
 from mechedit.runs.tracing import trace_facts
 from mechedit.settings import (
     ROLE_TITLES,
@@ -149,29 +149,30 @@ def sweep(
     wanted = TraceSettings(kinds=("mlp",), window=settings.window, draws=settings.draws, seed=settings.seed, prepend_bos=base.prepend_bos)  # fmt: skip
     engine = engine or Local(model)
     shape = (len(facts), len(layers), len(settings.tokens))
-    cells = len(layers) * len(settings.tokens)
     scores = {name: np.full(shape, np.nan) for name in SUCCESSES}
     effects = np.full(shape, np.nan)
     plain = EvaluateSettings(health=False)
     with engine.open():
         traces = trace_facts(model, facts, folder / "traces", wanted, engine=engine, progress=progress)
+        cells: list[tuple[int, int, list[int]]] = []  # row, column, the facts that have such a token
         for column, token in enumerate(settings.tokens):
             own = [index for index, each in enumerate(traces) if _positions(each, token)]
             for index in own:
                 at = traces[index].effects["mlp"][:, _positions(traces[index], token)].mean(1)
                 effects[index, :, column] = at[layers].numpy() - traces[index].p_corrupted
-            for row, layer in enumerate(layers):
-                chosen = replace(base, layer=layer, fact_token=token)
-                place = folder / f"layer{layer:02d}-{token}"
-                here = [facts[index] for index in own]
-                progress("layers and tokens", column * len(layers) + row, cells)
-                if not here:
-                    continue
-                found = evaluate(model, here, place, plain, chosen, Cs[layer], engine=engine, progress=progress)
-                for index, each in zip(own, found.rows["after"], strict=True):
-                    for name in SUCCESSES:
-                        scores[name][index, row, column] = each[name]
-    progress("layers and tokens", cells, cells)
+            cells += [(row, column, own) for row in range(len(layers)) if own]
+        places = [folder / f"layer{layers[row]:02d}-{settings.tokens[column]}" for row, column, _ in cells]
+        for place, (_, _, own) in zip(places, cells, strict=True):
+            announce([facts[index] for index in own], place / "edits", place / "scores")
+        for done, (place, (row, column, own)) in enumerate(zip(places, cells, strict=True)):
+            progress("layers and tokens", done, len(cells))
+            here, layer = [facts[index] for index in own], layers[row]
+            chosen = replace(base, layer=layer, fact_token=settings.tokens[column])
+            found = evaluate(model, here, place, plain, chosen, Cs[layer], engine=engine, progress=progress)
+            for index, each in zip(own, found.rows["after"], strict=True):
+                for name in SUCCESSES:
+                    scores[name][index, row, column] = each[name]
+        progress("layers and tokens", len(cells), len(cells))
     origin = provenance.origin(model)
     record = {"sweep": asdict(settings), "edit": {name: each for name, each in asdict(base).items() if name not in ("layer", "fact_token")}}  # fmt: skip
     return Sweep(tuple(layers), settings.tokens, scores, effects, settings.seed, origin, record)
