@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from mechedit.cache import WriteError, atomic_write
@@ -15,7 +17,7 @@ from mechedit.errors import MecheditError
 
 __all__ = ["FileError", "kind", "read", "write"]
 
-_FORMAT = 1
+FORMAT = 1  # of a kind of file that has had one form only
 
 
 class FileError(MecheditError, ValueError):
@@ -34,19 +36,21 @@ def kind(path: str | Path) -> str:
     return str(header["kind"])
 
 
-def write(path: str | Path, what: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> Path:
-    """Save tensors and a record as `path`. Only JSON and raw numbers are stored; nothing in it can be executed."""
+def write(
+    path: str | Path, what: str, tensors: Mapping[str, Shaped[Tensor, ...]], record: dict[str, Any], form: int = FORMAT
+) -> Path:
+    """Save tensors and a record as `path`, in the `form`th format of its kind. Nothing in it can be executed."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"kind": what, "format": _FORMAT, "sha256": _digest(tensors, record), "record": record}
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"kind": what, "format": form, "sha256": _digest(plain, record), "record": record}
     # one entry, because safetensors writes several in an order that changes from file to file
     metadata = {"mechedit": json.dumps(header, ensure_ascii=False)}
     with atomic_write(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata)
+            save_file(plain, temporary, metadata)
         except SafetensorError as error:
             raise WriteError(f"{path} cannot be written: {error}. What was there before is as it was.") from error
     return path
@@ -61,8 +65,8 @@ def _digest(tensors: dict[str, Tensor], record: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def read(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the record of a file that `write` made.
+def read(path: str | Path, what: str, form: int = FORMAT) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the record of a file that `write` made, in a format up to `form`.
 
     Raises:
         FileError: missing, truncated, another kind of file, or a newer format than this version knows.
@@ -75,9 +79,9 @@ def read(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]
         )
     if not isinstance(header.get("format"), int) or not isinstance(header.get("record"), dict):
         raise FileError(f"{path} is a mechedit {what} whose record cannot be read.")
-    if header["format"] > _FORMAT:
+    if header["format"] > form:
         raise FileError(
-            f"{path} has format {header['format']}; this version of mechedit knows up to {_FORMAT}. Update mechedit."
+            f"{path} has format {header['format']}; this version of mechedit knows up to {form}. Update mechedit."
         )
     if header.get("sha256") != _digest(tensors, header["record"]):
         raise FileError(f"{path} was changed after it was written: its contents do not have the hash it names.")

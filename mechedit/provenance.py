@@ -1,14 +1,37 @@
-"""What every result says of itself: versions, model, weights, number format, device."""
+"""What every result says of itself: versions, model, identity, number format, device, and the edits that were in the model."""
 
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from mechedit.models import HookedModel, device_of, fingerprint, weight_hash
+from mechedit.models import HookedModel, Identity, device_of, hooked, identity, kept
 
-__all__ = ["identity", "origin", "versions"]
+__all__ = ["Lineage", "kept_under", "lineage", "origin", "versions"]
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The weights that a model had before the edits that are in it, by digest, and those edits, by theirs, in order."""
+
+    base: str
+    edits: tuple[str, ...]
+
+
+def lineage(model: HookedModel, now: Identity | None = None) -> Lineage:
+    """Of the model as it is now (`now`, where that was asked for). One that was also changed in another way is its own beginning."""
+    now, standing = now or identity(model), kept(model).applied  # of applying.Applied
+    if standing:
+        below = standing[0].below
+        latest = {name: each for each in standing for name in each.names}
+        others = (now.parts.keys() | below.parts.keys()) - latest.keys()
+        if all(now.parts.get(name) == below.parts.get(name) for name in others) and all(
+            each.stands(name, now) for name, each in latest.items()
+        ):
+            return Lineage(below.weights, tuple(digest for each in standing for digest in each.digests))
+    return Lineage(now.weights, ())
 
 
 def versions() -> dict[str, str]:
@@ -22,22 +45,29 @@ def versions() -> dict[str, str]:
     return found
 
 
-def identity(model: HookedModel) -> dict[str, Any]:
-    """What kept results depend on: name, number format, and hashes of the weights, `fingerprint` of every part of them."""
+def kept_under(model: HookedModel) -> dict[str, Any]:
+    """What kept results depend on: the model's whole identity, with its name and number format for people, and versions."""
+    now = identity(model)
     return {
-        "name": str(model.cfg.model_name),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "weight_hash": weight_hash(model),
-        "fingerprint": fingerprint(model),
+        "model": {"name": str(model.cfg.model_name), "dtype": now.dtype, "identity": now.whole},
+        "versions": {name: each for name, each in versions().items() if name != "python"},
     }
 
 
 def origin(model: HookedModel) -> dict[str, Any]:
-    """Name, class, weight hash, number format and device of a model."""
-    return {
+    """Name, class, number format and device of a model, and digests: of its weights, of its configuration, of its tokenizer; of
+    the weights below the edits that are in it, and of these."""
+    now = identity(model)
+    line = lineage(model, now)
+    found: dict[str, Any] = {
         "name": str(model.cfg.model_name),
-        "class": type(model).__name__,
-        "weight_hash": weight_hash(model),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "class": now.model_class,
+        "dtype": now.dtype,
         "device": str(device_of(model)),
+        "weights": now.weights,
+        "configuration": now.configuration,
+        "tokenizer": now.tokenizer,
     }
+    if line.edits:
+        found |= {"base": line.base, "edits": list(line.edits)}
+    return found | ({"hooked": True} if hooked(model) else {})

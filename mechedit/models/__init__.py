@@ -1,0 +1,82 @@
+"""Load a hooked model, and give the rest of the package one surface over both kinds of it.
+
+    surface.py    what every model has: W_out, b_out, embeddings, layers; `frozen` and `cast`, which put back what they change
+    names.py      what the weights of a block are called, and where a model keeps them
+    locks.py      one thread at a time
+    keeping.py    what is kept with a model, and what shows that it changed
+    identities.py which model this is: digests of parameters, configuration, tokenizer
+    blocks.py     single blocks on rows of residual states, and generation that remembers keys and values
+    wrap.py       the hooked model around Hugging Face's: HookedTransformer (3.9) or TransformerBridge (4.x)
+    gemma.py      the packaged Gemma 3 270M, converted once
+    resolve.py    from a name to a folder, the names that are known, and their presets
+    loading.py    `load`, and the check of its logits against Hugging Face's
+
+This package alone knows which TransformerLens is installed. Weights are never processed (no folding, no centring), so
+logits are Hugging Face's and an edit can be written back to the checkpoint.
+"""
+
+from mechedit.models.blocks import Blocks, KeyValues, Stepper
+from mechedit.models.gemma import GEMMA
+from mechedit.models.identities import Identity, digest_of, identity, weight_hash
+from mechedit.models.keeping import as_they_were, check_plain, forget, hooked, kept, remembered
+from mechedit.models.loading import PARITY, hugging_face, load, parity
+from mechedit.models.locks import alone
+from mechedit.models.names import AS_MATRIX, NAMES, find_weight, stored_axes
+from mechedit.models.resolve import Listed, listing, preset
+from mechedit.models.surface import (
+    HookedModel,
+    ModelError,
+    W_out,
+    b_out,
+    cast,
+    check_layer,
+    device_of,
+    embed,
+    embedding_std,
+    frozen,
+    has_post_mlp_norm,
+    is_bridge,
+    mlp_module,
+)
+
+__all__ = [
+    "AS_MATRIX",
+    "GEMMA",
+    "NAMES",
+    "PARITY",
+    "Blocks",
+    "HookedModel",
+    "Identity",
+    "KeyValues",
+    "Listed",
+    "ModelError",
+    "Stepper",
+    "W_out",
+    "alone",
+    "as_they_were",
+    "b_out",
+    "cast",
+    "check_layer",
+    "check_plain",
+    "device_of",
+    "digest_of",
+    "embed",
+    "embedding_std",
+    "find_weight",
+    "forget",
+    "frozen",
+    "has_post_mlp_norm",
+    "hooked",
+    "hugging_face",
+    "identity",
+    "is_bridge",
+    "kept",
+    "listing",
+    "load",
+    "mlp_module",
+    "parity",
+    "preset",
+    "remembered",
+    "stored_axes",
+    "weight_hash",
+]

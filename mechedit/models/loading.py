@@ -1,0 +1,95 @@
+"""Load a model by its name: the hooked one, or Hugging Face's own, and how far their logits differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mechedit.models.gemma import GEMMA
+from mechedit.models.identities import note_loaded
+from mechedit.models.resolve import preset, resolve
+from mechedit.models.surface import HookedModel, ModelError
+from mechedit.models.wrap import quiet, settle_vector_math, wrap
+
+__all__ = ["PARITY", "hugging_face", "load", "parity"]
+
+PARITY = 1e-4
+"""How far logits may differ from Hugging Face's, in float32."""
+
+
+def load(name: str = GEMMA, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> HookedModel:
+    """The hooked model called `name`, with unprocessed weights, in evaluation mode.
+
+    `name` is tried as a local folder in Hugging Face's format, then as a packaged model (`gemma-3-270m`, `organism`), then
+    as a repository on the Hugging Face hub. `device` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ModelError: nothing by that name, an architecture TransformerLens does not know, a hub that cannot be reached.
+    """
+    name = str(name)
+    device = _device(device)
+    folder = resolve(name)
+    with quiet():
+        hf_model, tokenizer = _hugging_face(folder, name, dtype)
+        config = hf_model.config
+        model = wrap(hf_model, tokenizer, folder, device, dtype)
+    model.cfg.model_name = Path(name).name if Path(name).is_dir() else name
+    if (own := preset(model)) is not None:
+        model.cfg.default_prepend_bos = own.prepend_bos
+    files = [path for path in sorted(folder.glob("*token*")) if path.suffix in (".json", ".model", ".txt")]
+    note_loaded(model, config, b"".join(path.read_bytes() for path in files))
+    return model.eval()
+
+
+def hugging_face(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Hugging Face's own model and tokenizer of what `load` calls `name`, on the CPU.
+
+    Raises:
+        ModelError: as in `load`.
+    """
+    with quiet():
+        return _hugging_face(resolve(str(name)), str(name), dtype)
+
+
+@torch.no_grad()
+def parity(name: str, text: str = "The Space Needle is located in the city of") -> float:
+    """The largest difference between the hooked model's logits and Hugging Face's on `text`, in float32."""
+    folder = resolve(name)
+    with quiet():
+        hf_model, tokenizer = _hugging_face(folder, name, torch.float32)
+        tokens = tokenizer(text, return_tensors="pt").input_ids
+        expected = hf_model(tokens).logits
+        model = wrap(hf_model, tokenizer, folder, "cpu", torch.float32).eval()
+    return float((model(tokens) - expected).abs().max())
+
+
+def _hugging_face(folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Hugging Face's model and tokenizer of a folder; `name` is what errors call it."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    settle_vector_math()  # every model comes through here, before its first prompt
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager", local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{name} cannot be read as a causal language model from {folder}: {error}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{name} has no fast tokenizer; subject positions are found by a fast tokenizer's offsets.")
+    return model.eval(), tokenizer
+
+
+def _device(name: str | None) -> str:
+    """A device that is here: the one asked for, or CUDA where there is one, else the CPU."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        raise ModelError(f"there is no device {name!r} here; there is {' and '.join(here)}.") from error
+    return name

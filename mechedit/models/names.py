@@ -1,0 +1,44 @@
+"""What the weights of a block are called, and where a hooked model keeps them: the same names on every model class."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mechedit.models.surface import HookedModel, ModelError, check_layer
+
+__all__ = ["AS_MATRIX", "NAMES", "find_weight", "stored_axes"]
+
+NAMES = (
+    *("mlp.W_in", "mlp.W_gate", "mlp.b_in", "mlp.W_out", "mlp.b_out"),
+    *("attn.W_Q", "attn.b_Q", "attn.W_K", "attn.b_K", "attn.W_V", "attn.b_V", "attn.W_O", "attn.b_O"),
+)
+AS_MATRIX = {
+    **dict.fromkeys(("attn.W_Q", "attn.W_K", "attn.W_V"), "head d_model d_head -> d_model (head d_head)"),
+    "attn.W_O": "head d_head d_model -> (head d_head) d_model",
+    **dict.fromkeys(("mlp.W_in", "mlp.W_gate", "mlp.W_out"), "rows columns -> rows columns"),
+    **dict.fromkeys(("attn.b_Q", "attn.b_K", "attn.b_V"), "head d_head -> 1 (head d_head)"),
+    **dict.fromkeys(("mlp.b_in", "mlp.b_out", "attn.b_O"), "width -> 1 width"),
+}
+"""From TransformerLens's shape of a weight to the matrix that it is: what it reads by what it writes, heads side by side."""
+
+
+def stored_axes(name: str) -> int:
+    """How many axes TransformerLens's tensor of this name has."""
+    return len(AS_MATRIX[name].split(" -> ")[0].split())
+
+
+def find_weight(model: HookedModel, layer: int, name: str) -> Tensor | None:
+    """The model's own tensor, which may be a view into another; None where the block has none of this name.
+
+    Raises:
+        ModelError: no such block, or no weight is called so.
+    """
+    if name not in AS_MATRIX:
+        raise ModelError(f"a weight is one of {', '.join(NAMES)}; found {name!r}.")
+    part, _, own = name.partition(".")
+    module = getattr(model.blocks[check_layer(model, layer)], part, None)
+    for attribute in (f"_{own}", own):  # with grouped queries `W_K` repeats `_W_K` for every query head
+        found = getattr(module, attribute, None)
+        if isinstance(found, Tensor) and found.ndim == stored_axes(name):  # experts have one axis more
+            return found
+    return None

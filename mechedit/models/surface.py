@@ -1,0 +1,171 @@
+"""What every model has here, whichever class of TransformerLens it is of.
+
+Both classes expose `cfg`, `tokenizer`, `hooks`, `forward(stop_at_layer=)`, hook names and `blocks[l].mlp.W_out`, the matrix
+[d_mlp, d_model] that an edit changes. The functions of this file read those and raise a `ModelError` where one is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechedit.errors import MecheditError
+from mechedit.models.locks import alone
+
+__all__ = [
+    "HookedModel",
+    "ModelError",
+    "W_out",
+    "b_out",
+    "cast",
+    "check_layer",
+    "device_of",
+    "embed",
+    "embedding_std",
+    "frozen",
+    "has_post_mlp_norm",
+    "is_bridge",
+    "mlp_module",
+]
+
+if TYPE_CHECKING:
+    HookedModel: TypeAlias = Any  # two classes without a common base that has cfg, tokenizer and hooks
+else:
+    HookedModel = torch.nn.Module
+
+
+class ModelError(MecheditError, ValueError):
+    """A model that cannot be loaded, or that lacks what was asked of it."""
+
+
+def is_bridge(model: HookedModel) -> bool:
+    """Whether this is a `TransformerBridge` (TransformerLens 4), which wraps Hugging Face's own modules."""
+    return hasattr(model, "original_model")
+
+
+def device_of(model: HookedModel) -> torch.device:
+    """The device of the model's embeddings, where tokens belong."""
+    return next(model.parameters()).device
+
+
+def check_layer(model: HookedModel, layer: int) -> int:
+    """`layer` itself, if the model has such a block.
+
+    Raises:
+        ModelError: there is no such block.
+    """
+    n = int(model.cfg.n_layers)
+    if not 0 <= layer < n:
+        raise ModelError(
+            f"layer must be from 0 to {n - 1} in {model.cfg.model_name}, which has {n} blocks; found {layer}."
+        )
+    return layer
+
+
+def mlp_module(model: HookedModel, layer: int) -> torch.nn.Module:
+    """The MLP of a block. Its output is W_out's own, before any norm that follows it (Gemma 2 and 3).
+
+    Raises:
+        ModelError: no such block, or its MLP has no single matrix `W_out`.
+    """
+    block = model.blocks[check_layer(model, layer)]
+    mlp = getattr(block, "mlp", None)
+    weight = getattr(mlp, "W_out", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        found = "no MLP" if mlp is None else f"an MLP of type {type(mlp).__name__}"
+        raise ModelError(
+            f"block {layer} of {model.cfg.model_name} has no W_out: it has {found}. A rank-one edit needs one matrix "
+            "[d_mlp, d_model] that writes the MLP's output (attention-only and mixture-of-experts blocks have none)."
+        )
+    assert isinstance(mlp, torch.nn.Module)
+    return mlp
+
+
+def W_out(model: HookedModel, layer: int) -> Tensor:
+    """The [d_mlp, d_model] matrix that writes a block's MLP output. It may be a view: change it in place only."""
+    weight = mlp_module(model, layer).W_out
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def b_out(model: HookedModel, layer: int) -> Float[Tensor, " d_model"]:
+    """The bias added after `W_out`; zeros where the model has none."""
+    bias = getattr(mlp_module(model, layer), "b_out", None)
+    weight = W_out(model, layer)
+    return bias.detach() if isinstance(bias, Tensor) else weight.detach().new_zeros(weight.shape[1])
+
+
+def has_post_mlp_norm(model: HookedModel, layer: int) -> bool:
+    """Whether a norm stands between W_out's output and the residual stream (Gemma 2 and 3, OLMo 2)."""
+    block = model.blocks[layer]
+    return hasattr(block, "ln2_post") or str(getattr(model.cfg, "original_architecture", "")) in {
+        "Olmo2ForCausalLM",
+        "Olmo3ForCausalLM",
+    }
+
+
+@torch.no_grad()
+def embed(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+    """Token embeddings as `hook_embed` sees them: before positions, after the model's own scaling."""
+    with alone(model):
+        return model.embed(tokens)
+
+
+def embedding_std(model: HookedModel) -> float:
+    """The standard deviation of all entries of all the vocabulary's embeddings, as `hook_embed` sees them."""
+    n, total, squares = 0, 0.0, 0.0
+    for chunk in torch.arange(int(model.cfg.d_vocab), device=device_of(model)).split(16384):
+        values = embed(model, chunk[None]).double()
+        n, total, squares = n + values.numel(), total + float(values.sum()), squares + float(values.square().sum())
+    return ((squares - total * total / n) / (n - 1)) ** 0.5
+
+
+@contextmanager
+def frozen(model: HookedModel) -> Iterator[None]:
+    """Within the block no parameter collects a gradient; afterwards each is as it was."""
+    with alone(model):
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def cast(model: HookedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Within the block the model computes in `dtype`; afterwards it has its own weights again, bit for bit."""
+    with alone(model):
+        tensors = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
+        originals = [(tensor, tensor.data) for tensor in tensors]
+        configured = model.cfg.dtype
+        try:
+            for tensor, data in originals:
+                tensor.data = data.to(dtype)  # layout is kept, so transposed weights stay so
+            model.cfg.dtype = dtype
+            yield
+        finally:
+            for tensor, data in originals:
+                tensor.data = data
+            model.cfg.dtype = configured
+
+
+@contextmanager
+def without_forward_hooks(model: HookedModel) -> Iterator[None]:
+    """Run the body as if no forward hook were there, and put each back."""
+    modules = {id(module): module for module in [*model.modules(), *model.hook_dict.values()]}.values()
+    kept = [(module, module._forward_hooks) for module in modules if module._forward_hooks]
+    try:
+        for module, hooks in kept:
+            module._forward_hooks = type(hooks)()
+        yield
+    finally:
+        for module, hooks in kept:
+            module._forward_hooks = hooks
