@@ -1,0 +1,83 @@
+"""Every knob of the method, with its default and the reason for it.
+
+    base.py         knobs and their checks
+    tracing.py      TraceSettings
+    moments.py      MomentSettings
+    editors.py      EditSettings, of which every editor's derive; RomeSettings, FineTuningSettings
+    evaluating.py   EvaluateSettings, SweepSettings, TuneSettings
+    presets.py      what suits which model, by editor
+
+Python, the command line and the experiments share these frozen dataclasses; a result carries the ones that made it. Nothing heavy
+is imported here, so that `mechedit --help` answers at once.
+"""
+
+from mechedit.settings.base import SettingsError, check_each, from_json, knob, knobs, require
+from mechedit.settings.editors import (
+    CONSTANTS,
+    EDITOR_SETTINGS,
+    GUARDS,
+    POLICIES,
+    PREFIXES,
+    SHARES,
+    STOPS,
+    WHOSE_KEY,
+    EditSettings,
+    FineTuningSettings,
+    RomeSettings,
+)
+from mechedit.settings.evaluating import MODES, EvaluateSettings, SweepSettings, TuneSettings
+from mechedit.settings.moments import MomentSettings
+from mechedit.settings.presets import PRESETS, Preset
+from mechedit.settings.tracing import (
+    CENTRES,
+    CORRUPTIONS,
+    FACT_TOKENS,
+    KINDS,
+    KNOWN_KINDS,
+    MEASURES,
+    PRECISIONS,
+    ROLE_TITLES,
+    ROLES,
+    SCALES,
+    SEVERED_TITLES,
+    TraceSettings,
+)
+
+__all__ = [
+    "CENTRES",
+    "CONSTANTS",
+    "CORRUPTIONS",
+    "EDITOR_SETTINGS",
+    "FACT_TOKENS",
+    "GUARDS",
+    "KINDS",
+    "KNOWN_KINDS",
+    "MEASURES",
+    "MODES",
+    "POLICIES",
+    "PRECISIONS",
+    "PREFIXES",
+    "PRESETS",
+    "ROLES",
+    "ROLE_TITLES",
+    "SCALES",
+    "SEVERED_TITLES",
+    "SHARES",
+    "STOPS",
+    "WHOSE_KEY",
+    "EditSettings",
+    "EvaluateSettings",
+    "FineTuningSettings",
+    "MomentSettings",
+    "Preset",
+    "RomeSettings",
+    "SettingsError",
+    "SweepSettings",
+    "TraceSettings",
+    "TuneSettings",
+    "check_each",
+    "from_json",
+    "knob",
+    "knobs",
+    "require",
+]

@@ -1,0 +1,137 @@
+"""The options of each editor, with the constants that have names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mechedit.settings.base import check_each, knob, require
+from mechedit.settings.tracing import FACT_TOKENS
+
+__all__ = [
+    "CONSTANTS",
+    "EDITOR_SETTINGS",
+    "GUARDS",
+    "POLICIES",
+    "PREFIXES",
+    "SHARES",
+    "STOPS",
+    "WHOSE_KEY",
+    "EditSettings",
+    "FineTuningSettings",
+    "RomeSettings",
+]
+
+GUARDS = ("refuse", "warn", "rollback")
+WHOSE_KEY = ("averaged", "prompt")
+SHARES = ("own", "whole")
+STOPS = ("target", "published")
+POLICIES: dict[str, dict[str, Any]] = {  # whose keys, whose shares, which stop; by the names of their authors
+    "averaged": {"direction": "averaged", "inserted": "averaged", "shares": "own", "stop": "target"},
+    "prompt": {"direction": "prompt", "inserted": "prompt", "shares": "own", "stop": "target"},
+    "published": {"direction": "averaged", "inserted": "prompt", "shares": "whole", "stop": "published"},
+    "r-rome": {"direction": "averaged", "inserted": "averaged", "shares": "whole", "stop": "published"},
+    "p-rome": {"direction": "prompt", "inserted": "prompt", "shares": "whole", "stop": "published"},
+}
+CONSTANTS: dict[str, dict[str, float]] = {  # of v*: what the published code has, and what the paper's text says
+    "published": {"clamp": 4.0, "steps": 20, "learning_rate": 0.5, "weight_decay": 0.5, "kl": 0.0625, "stop_at": 0.05},
+    "paper": {"clamp": 4.0, "steps": 20, "learning_rate": 0.5, "weight_decay": 1.5e-3, "kl": 100.0, "stop_at": 0.05},
+}
+PREFIXES: dict[str, tuple[tuple[int, int], ...]] = {  # (tokens, how many)
+    "default": ((5, 10), (10, 10)),  # the paper's appendix E.5
+    "published": ((4, 10), (9, 10)),  # the published code, whose lengths of 5 and 10 count the token it starts from
+    "paper": (*((length, 6) for length in range(2, 7)), *((length, 5) for length in range(7, 11))),  # 50, section 3.1
+    "none": (),
+}
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """What every editor has. An editor's own settings derive from it."""
+
+    guard: str = knob(
+        "refuse",
+        "an edit out of its bands is an error (refuse), a warning (warn), or empty, with the reason (rollback)",
+        GUARDS,
+    )
+    seed: int = knob(0, "seed of all that is drawn")
+    prepend_bos: bool | None = knob(
+        None, "put the beginning-of-sequence token first; by default what the model was made for"
+    )
+
+    bundles: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {}
+    """Options of the command line that stand for several fields: name of the option, its choices, the fields of each."""
+
+    def __post_init__(self) -> None:
+        check_each(self)
+        if hasattr(self, "layer"):
+            require(self.layer >= -1, f"layer must be a block, from 0, or -1 for the preset's; found {self.layer}.")
+        for name in ("clamp", "learning_rate"):
+            value = getattr(self, name, 1.0)
+            require(value > 0, f"{name} must be positive; found {value}.")
+        for name in ("ridge", "steps", "weight_decay", "kl", "norm_bound"):
+            value = getattr(self, name, 0)
+            require(value >= 0, f"{name} must be 0 or more; found {value}.")
+
+
+@dataclass(frozen=True)
+class RomeSettings(EditSettings):
+    """How ROME finds k* and v* (section 3.1; constants as published unless a preset says otherwise)."""
+
+    layer: int = knob(-1, "block whose W_out is edited, from 0; -1 means the model's preset")
+    clamp: float = knob(4.0, "longest allowed change of the value, in lengths of the original value")
+    steps: int = knob(20, "Adam steps on v*")
+    learning_rate: float = knob(0.5, "Adam's learning rate")
+    weight_decay: float = knob(0.5, "weight of |delta| / |value|^2 in the loss")
+    kl: float = knob(0.0625, "weight of the essence term: KL of what '{subject} is a' predicts, at the subject")
+    stop_at: float = knob(0.05, "stop once the target's own loss, -log p, averaged over prefixes, is below this")
+    prefixes: tuple[tuple[int, int], ...] = knob(
+        PREFIXES["default"],
+        f"sampled prefixes as (tokens, how many), or {', '.join(PREFIXES)}; the bare prompt is added",
+    )
+    fact_token: str = knob("subject_last", "token whose key is edited", FACT_TOKENS)
+    direction: str = knob(
+        "averaged",
+        "whose key gives the direction of the change: that averaged over prefixes, or the prompt's",
+        WHOSE_KEY,
+    )
+    inserted: str = knob("averaged", "whose key returns v* after the edit", WHOSE_KEY)
+    shares: str = knob(
+        "own",
+        "own: while v* is sought, each prefix sees the share of it that its key will get; whole: all of it, as published",
+        SHARES,
+    )
+    stop: str = knob(
+        "target",
+        "target: the loss of the target decides; published: the whole loss, and the last step is not taken",
+        STOPS,
+    )
+    ridge: float = knob(0.0, "this share of C's mean diagonal is added to its diagonal")
+
+    bundles: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {"policy": POLICIES, "constants": CONSTANTS}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for each in self.prefixes:
+            require(
+                len(each) == 2 and each[0] >= 1 and each[1] >= 1,
+                f"prefixes must be pairs of positive (tokens, how many); found {each}.",
+            )
+
+
+@dataclass(frozen=True)
+class FineTuningSettings(EditSettings):
+    """How one `W_out` is fine-tuned."""
+
+    layer: int = knob(-1, "block whose W_out is tuned, from 0; -1 means the model's preset")
+    steps: int = knob(25, "Adam steps")
+    learning_rate: float = knob(5e-4, "Adam's learning rate")
+    norm_bound: float = knob(0.0, "farthest that a number of the weight may move (FT+L); 0: as far as it will (FT)")
+    stop_at: float = knob(0.01, "stop once the loss, -log p of the targets, is below this")
+
+
+EDITOR_SETTINGS: dict[str, type[EditSettings]] = {
+    **dict.fromkeys(("rome", "rome-identity", "rome-random-layer", "rome-random-key"), RomeSettings),
+    "ft": FineTuningSettings,
+}
+"""The settings of the editors that come with mechedit, for who needs no more than those."""

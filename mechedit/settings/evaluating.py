@@ -1,0 +1,76 @@
+"""What evaluations, sweeps and tuning do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mechedit.settings.base import check_each, knob, require
+from mechedit.settings.tracing import FACT_TOKENS
+
+__all__ = ["MODES", "EvaluateSettings", "SweepSettings", "TuneSettings"]
+
+MODES = ("independent", "batch", "sequential")
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """What `mechedit tune` tries on a model."""
+
+    traced: int = knob(30, "facts that are traced, of those the model knows")
+    edited: int = knob(20, "facts that are edited with every combination")
+    around: int = knob(1, "layers tried on each side of the traced one")
+    grid: tuple[tuple[str, tuple[Any, ...]], ...] = knob(
+        (), "options of the editor that are tried, each with its values (default: the editor's own)"
+    )
+    draws: int = knob(4, "noise draws of each trace")
+    seed: int = knob(0, "seed of the noise")
+
+    def __post_init__(self) -> None:
+        check_each(self)
+        require(self.traced >= 2, f"traced must be at least 2 facts; found {self.traced}.")
+        for name in ("edited", "draws"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}.")
+        require(self.around >= 0, f"around must be 0 or more layers; found {self.around}.")
+        for each in self.grid:
+            holds = isinstance(each, tuple) and len(each) == 2 and isinstance(each[1], tuple) and each[1]
+            require(bool(holds), f"grid must be pairs of an option and one or more values; found {each!r}.")
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """Where `mechedit sweep` edits, and how it traces."""
+
+    layers: tuple[int, ...] = knob((), "layers that are edited; empty means every layer")
+    tokens: tuple[str, ...] = knob(FACT_TOKENS, "tokens whose key is edited", FACT_TOKENS)
+    window: int = knob(0, "layers in a window of mlp outputs of the traces; 0: the model's preset, else ten")
+    draws: int = knob(4, "noise draws of each trace")
+    seed: int = knob(0, "seed of the noise and of the interval")
+
+    def __post_init__(self) -> None:
+        check_each(self)
+        require(bool(self.tokens), f"tokens must name at least one of {', '.join(FACT_TOKENS)}; it is empty.")
+        require(self.window >= 0, f"window must be 0 (the preset's) or more layers; found {self.window}.")
+        require(self.draws >= 1, f"draws must be at least 1; found {self.draws}.")
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What `mechedit evaluate` does with each record, and what it measures."""
+
+    mode: str = knob(
+        "independent",
+        "independent: each fact on the model as it was; batch: one edit for all facts; sequential: each on what "
+        "the ones before it left, scored right after it and again at the end",
+        MODES,
+    )
+    generate: bool = knob(False, "also generate text: entropy, consistency with --references, exact match")
+    tokens: int = knob(100, "tokens of each generated text, its prompt's included")
+    top_k: int = knob(5, "tokens that generation chooses among at each step")
+    health: bool = knob(True, "also measure what an edit does to text that has nothing to do with it")
+    seed: int = knob(0, "seed of generated text and intervals; on the command line of the editor too")
+
+    def __post_init__(self) -> None:
+        check_each(self)
+        for name in ("tokens", "top_k"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}.")
