@@ -11,55 +11,81 @@ Several keys at once have the least change under which each returns its own valu
     W_out += U^T (V - (K @ W_out + b_out))      with U = (K C^-1 K^T)^-1 K C^-1,  a row of U and of the bracket a rank-one edit
 
 `W_out` is [d_mlp, d_model], the transpose of the paper's W. `solve` is arithmetic alone, in float64; only `write_` and
-`edited` touch a model, and only its `W_out`. Nothing here sees text or runs the model.
+`edited` touch a model, and only its `W_out`. Nothing here sees text or runs the model. `direction` does the cubic work of an
+edit; who has the factor of C already (`moments.Moment.solve`) goes on with `insert` or `insert_many`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit import models
+from mechedit import weights
+from mechedit.changes import Change, Factors, by_weight, total
 from mechedit.errors import MecheditError
 from mechedit.models import HookedModel
+from mechedit.weights import Weight
 
 __all__ = [
     "RankOneEdit",
     "RankOneError",
     "direction",
     "edited",
+    "factor",
     "insert",
+    "insert_many",
     "regularised",
     "solve",
     "solve_many",
+    "whitened",
     "write_",
 ]
 
 MAX_CONDITION = 1e10  # of the keys' correlations; beyond, few digits are left of what solve_many finds
 
 
+SYMMETRIC = 1e-6  # of its largest number, by how much C may differ from its transpose
+
+
 class RankOneError(MecheditError, ValueError):
     """An edit that cannot be solved for, or does not fit the model."""
 
 
-@dataclass(frozen=True)
-class RankOneEdit:
+@dataclass(frozen=True, eq=False)
+class RankOneEdit(Change):
     """`W_out += outer(u, step)` in block `layer`. `divisor` is u @ key, by which the step was divided."""
 
     layer: int
     u: Float[Tensor, " d_mlp"] = field(repr=False)
     step: Float[Tensor, " d_model"] = field(repr=False)
     divisor: float = 1.0
+    kind: ClassVar[str] = "rank_one"
 
     @property
-    def norm(self) -> float:
-        """The Frobenius norm of the change."""
-        return float(self.u.double().norm() * self.step.double().norm())
+    def weight(self) -> Weight:  # type: ignore[override]
+        return Weight(self.layer, "mlp.W_out")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.u), len(self.step)
+
+    def factors(self) -> Factors:
+        return self.u.detach().cpu().double()[None], self.step.detach().cpu().double()[None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"u": self.u, "step": self.step}
+
+    def numbers(self) -> dict[str, Any]:
+        return {"divisor": self.divisor}
+
+    def negated(self) -> RankOneEdit:
+        return replace(self, step=-self.step)
 
 
 def direction(key: Float[Tensor, " d_mlp"], C: Float[Tensor, "d_mlp d_mlp"]) -> Float[Tensor, " d_mlp"]:
@@ -68,18 +94,38 @@ def direction(key: Float[Tensor, " d_mlp"], C: Float[Tensor, "d_mlp d_mlp"]) -> 
     Raises:
         RankOneError: NaN or infinity, or a C that is not positive definite.
     """
-    return _whitened(key[None], C)[0]
+    _check_finite(key=key)
+    return whitened(key[None], factor(C))[0]
 
 
-def _whitened(keys: Float[Tensor, "n d_mlp"], C: Float[Tensor, "d_mlp d_mlp"]) -> Float[Tensor, "n d_mlp"]:
-    """K C^-1."""
-    _check_finite(key=keys, C=C)
-    factor, failed = torch.linalg.cholesky_ex(C.detach().cpu().double())
+def factor(C: Float[Tensor, "d_mlp d_mlp"]) -> Float[Tensor, "d_mlp d_mlp"]:
+    """The lower Cholesky factor L of C = L L^T, in float64 on the CPU: the cubic work of an edit.
+
+    Raises:
+        RankOneError: NaN or infinity, or a C that is not symmetric or not positive definite.
+    """
+    _check_finite(C=C)
+    apart = float((C - C.T).abs().max()) if C.shape[0] == C.shape[1] else float("inf")
+    if not apart <= SYMMETRIC * float(C.abs().max()):
+        raise RankOneError(
+            f"C must be square and symmetric, a mean of k k^T; it is {list(C.shape)}, and differs from its transpose."
+        )
+    found, failed = torch.linalg.cholesky_ex(C.detach().cpu().double())
     if failed:
         raise RankOneError(
             f"C must be positive definite, but it is not (its first {int(failed)} rows already are not). Estimate it from more "
             "than d_mlp keys; ten times d_mlp is a good number. Or add a ridge."
         )
+    return found
+
+
+def whitened(keys: Float[Tensor, "n d_mlp"], factor: Float[Tensor, "d_mlp d_mlp"]) -> Float[Tensor, "n d_mlp"]:
+    """K C^-1 in float64, from the factor of C.
+
+    Raises:
+        RankOneError: NaN or infinity.
+    """
+    _check_finite(keys=keys)
     return torch.cholesky_solve(keys.detach().cpu().double().T, factor).T
 
 
@@ -148,10 +194,27 @@ def solve_many(
     Raises:
         RankOneError: NaN or infinity, a C that is not positive definite, or keys that depend on each other.
     """
-    whitened = _whitened(keys, C)
-    _check_finite(W_out=W_out, b_out=b_out, value=values)
-    W_out, b_out, keys, values = (tensor.detach().cpu().double() for tensor in (W_out, b_out, keys, values))
-    gram = keys @ whitened.T
+    return insert_many(layer, W_out, b_out, whitened(keys, factor(C)), keys, values)
+
+
+def insert_many(
+    layer: int,
+    W_out: Float[Tensor, "d_mlp d_model"],
+    b_out: Float[Tensor, " d_model"],
+    along: Float[Tensor, "n d_mlp"],
+    keys: Float[Tensor, "n d_mlp"],
+    values: Float[Tensor, "n d_model"],
+) -> tuple[RankOneEdit, ...]:
+    """The edits of `solve_many` from K C^-1, `along`.
+
+    Raises:
+        RankOneError: NaN or infinity, or keys that depend on each other.
+    """
+    _check_finite(W_out=W_out, b_out=b_out, keys=keys, value=values, along=along)
+    W_out, b_out, keys, values, along = (
+        tensor.detach().cpu().double() for tensor in (W_out, b_out, keys, values, along)
+    )
+    gram = keys @ along.T
     scale = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
     condition = float(torch.linalg.cond(gram / torch.outer(scale, scale)))
     if not condition < MAX_CONDITION:
@@ -159,7 +222,7 @@ def solve_many(
             f"the {len(keys)} keys must not depend on each other, but the condition of their correlations is {condition:.2g}. "
             "Edit facts with the same key one at a time, or leave one out."
         )
-    directions = torch.linalg.solve(gram, whitened)
+    directions = torch.linalg.solve(gram, along)
     steps = values - (keys @ W_out + b_out)
     return tuple(RankOneEdit(layer, u, step) for u, step in zip(directions, steps, strict=True))
 
@@ -172,37 +235,22 @@ def _check_finite(**tensors: Tensor) -> None:
             )
 
 
-@torch.no_grad()
-def write_(model: HookedModel, edit: RankOneEdit) -> None:
-    """Add the edit to the model's `W_out`, in place, rounded once to the model's number format.
+def write_(model: HookedModel, *edits: RankOneEdit) -> None:
+    """Add edits to the model's `W_out`s, in place: those of a layer are summed in float64 and rounded once.
 
     Raises:
-        RankOneError: the edit's shape is not that of the model's `W_out`.
-        ModelError: the model has no such block, or the block no `W_out`.
+        ModelError: the model has no such block, the block no `W_out`, or its shape is not the edit's.
     """
-    W_out = models.W_out(model, edit.layer)
-    if (len(edit.u), len(edit.step)) != tuple(W_out.shape):
-        raise RankOneError(
-            f"the edit is for a W_out of shape {[len(edit.u), len(edit.step)]}, but that of block {edit.layer} of "
-            f"{model.cfg.model_name} is {list(W_out.shape)}. It was made for another model."
-        )
-    change = torch.outer(edit.u.cpu().double(), edit.step.cpu().double())
-    wide = W_out.cpu() if W_out.is_mps else W_out  # which has no float64
-    W_out.copy_(
-        wide.double() + change.to(wide.device)
-    )  # in place: W_out may be a view; setting W_out.data would change nothing
+    sums = {weight: total(own) for weight, own in by_weight(edits).items()}
+    for weight, change in sums.items():
+        weights.check_shape(model, weight, tuple(change.shape))  # of all, before any is written
+    for weight, change in sums.items():
+        weights.write_(model, weight, weights.value(model, weight), change)
 
 
 @contextmanager
 def edited(model: HookedModel, *edits: RankOneEdit) -> Iterator[None]:
     """Run the body on the edited model, then put back the exact original weights."""
-    weights = {edit.layer: models.W_out(model, edit.layer) for edit in edits}
-    originals = {layer: weight.detach().clone() for layer, weight in weights.items()}
-    try:
-        for edit in edits:
-            write_(model, edit)
+    with weights.restored(model, *by_weight(edits)):
+        write_(model, *edits)
         yield
-    finally:
-        with torch.no_grad():
-            for layer, original in originals.items():
-                weights[layer].copy_(original)

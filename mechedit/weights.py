@@ -1,0 +1,168 @@
+"""A weight of a block by one name on every model class, and the only place that saves weights and puts them back.
+
+Names are TransformerLens's: `mlp.W_out` of layer 5 is `Weight(5, "mlp.W_out")` on a `HookedTransformer`, on a
+`TransformerBridge`, and in Hugging Face's model, whatever that calls it. Changes of a weight are matrices [rows, columns],
+from what the weight reads to what it writes; heads are laid side by side:
+
+    mlp.W_in, mlp.W_gate   [d_model, d_mlp]             mlp.W_out   [d_mlp, d_model]
+    attn.W_Q, W_K, W_V     [d_model, heads * d_head]    attn.W_O    [heads * d_head, d_model]
+    biases                 [1, width]
+
+With grouped queries, heads of W_K and W_V are the key-value heads. A weight may be a view into another tensor, so all writing
+is in place: assigning `.data` of a view changes nothing, silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from mechedit import models
+from mechedit.models import NAMES, HookedModel, ModelError
+
+__all__ = [
+    "NAMES",
+    "Weight",
+    "as_matrix",
+    "as_stored",
+    "check_shape",
+    "matrix_shape",
+    "restored",
+    "there",
+    "value",
+    "write_",
+]
+
+WRITE_PART = (
+    1 << 18
+)  # numbers that are widened, added to and rounded at once, so that they stay in the processor's cache
+
+
+@dataclass(frozen=True, order=True)
+class Weight:
+    """A weight of block `layer` by its name, one of `NAMES`.
+
+    Raises:
+        ModelError: no such name.
+    """
+
+    layer: int
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES or type(self.layer) is not int:
+            raise ModelError(f"a weight is one of {', '.join(NAMES)}; found {self.name!r} of layer {self.layer!r}.")
+
+    def __str__(self) -> str:
+        return f"{self.name} of block {self.layer}"
+
+    @property
+    def part(self) -> str:
+        """Its name among the parts of a model's identity."""
+        return f"{self.layer}.{self.name}"
+
+
+def value(model: HookedModel, weight: Weight) -> Tensor:
+    """The model's own tensor, in TransformerLens's shape; it may be a view. Change it in place only, by `write_`.
+
+    Raises:
+        ModelError: no such block, or its model has no such weight.
+    """
+    found = models.find_weight(model, weight.layer, weight.name)
+    if found is None:
+        raise ModelError(
+            f"{model.cfg.model_name} has no {weight}; it has {', '.join(there(model, weight.layer)) or 'none of those'}."
+        )
+    return found
+
+
+def there(model: HookedModel, layer: int) -> tuple[str, ...]:
+    """The names of the weights that a block has.
+
+    Raises:
+        ModelError: no such block.
+    """
+    return tuple(name for name in NAMES if models.find_weight(model, layer, name) is not None)
+
+
+def matrix_shape(model: HookedModel, weight: Weight) -> tuple[int, int]:
+    """Rows and columns of the weight as a matrix; errors as in `value`."""
+    rows, columns = as_matrix(weight, value(model, weight)).shape
+    return rows, columns
+
+
+def check_shape(model: HookedModel, weight: Weight, shape: tuple[int, ...]) -> None:
+    """Raise unless a change of this shape is one of the model's weight.
+
+    Raises:
+        ModelError: it is not; errors as in `value`.
+    """
+    if shape != (own := matrix_shape(model, weight)):
+        raise ModelError(
+            f"the edit is for a {weight.name} of shape {list(shape)}, but that of block {weight.layer} of "
+            f"{model.cfg.model_name} is {list(own)}. It was made for another model."
+        )
+
+
+def as_matrix(weight: Weight, stored: Float[Tensor, ...]) -> Float[Tensor, "rows columns"]:
+    """A tensor of the weight's shape as a matrix; a view where it can be one."""
+    return rearrange(stored, models.AS_MATRIX[weight.name])
+
+
+def as_stored(weight: Weight, matrix: Float[Tensor, "rows columns"], like: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    """The matrix in the shape of `like`, a tensor of that weight."""
+    before, after = models.AS_MATRIX[weight.name].split(" -> ")
+    sizes = {"head": like.shape[0]} if "head" in before else {}
+    return rearrange(matrix, f"{after} -> {before}", **sizes)
+
+
+@torch.no_grad()
+def write_(
+    model: HookedModel,
+    weight: Weight,
+    base: Float[Tensor, ...],
+    change: Float[Tensor, "rows columns"],
+) -> None:
+    """The weight becomes `base`, a tensor of its shape, plus the change, added in float64 and rounded once.
+
+    Raises:
+        ModelError: errors as in `value`, or a change of another shape.
+    """
+    target = value(model, weight)
+    check_shape(model, weight, tuple(change.shape))
+    change = as_stored(weight, change.to(torch.float64), target)
+    axis = max(range(target.ndim), key=target.stride)  # parts along it are whole stretches of memory
+    rows = max(1, WRITE_PART * target.shape[axis] // max(1, target.numel()))
+    device = torch.device("cpu") if target.is_mps else target.device  # which has no float64
+    parts = (each.split(rows, axis) for each in (target, base, change))
+    for into, own, added in zip(*parts, strict=True):
+        into.copy_(own.to(device).double() + added.to(device))
+
+
+@contextmanager
+def restored(model: HookedModel, *weights: Weight) -> Iterator[dict[Weight, Tensor]]:
+    """Run the body, which may write to these weights, then put back their exact values. It gets copies of them.
+
+    Raises:
+        ModelError: errors as in `value`, before the body runs.
+    """
+    tensors = {weight: value(model, weight) for weight in dict.fromkeys(weights)}
+    with models.alone(model), models.as_they_were(model, list(tensors.values())):
+        originals = {weight: tensor.detach().clone() for weight, tensor in tensors.items()}
+        try:
+            yield originals
+        finally:
+            put_back(model, originals)
+
+
+@torch.no_grad()
+def put_back(model: HookedModel, originals: Mapping[Weight, Float[Tensor, ...]]) -> None:
+    """Write saved values into the model, bit for bit."""
+    for weight, original in originals.items():
+        value(model, weight).copy_(original)
