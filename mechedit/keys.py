@@ -22,7 +22,7 @@ from mechedit.corruption import generator
 from mechedit.facts import Fact, FactError
 from mechedit.generation import sample
 from mechedit.interventions import intervened, read
-from mechedit.models import HookedModel, fingerprint
+from mechedit.models import HookedModel, hooked, identity
 from mechedit.prompts import check_length, encode, pad, resolve_bos, subject_span
 from mechedit.settings import RomeSettings
 
@@ -51,17 +51,19 @@ def prefixes(model: HookedModel, settings: RomeSettings) -> tuple[str, ...]:
     path = (
         cache.root()
         / "prefixes"
-        / f"{cache.content_key(RULE, fingerprint(model), settings.prefixes, settings.seed)}.json"
+        / f"{cache.content_key(RULE, identity(model).whole, settings.prefixes, settings.seed)}.json"
     )
-    if path.is_file():
+    keep = not hooked(model)  # what it says now is not what its parameters say
+    if keep and path.is_file():
         with suppress(ValueError):  # damaged: sampled again below
             return tuple(json.loads(path.read_text(encoding="utf-8")))
     found = [""]
     for length, count in settings.prefixes:
         rows = sample(model, count, length, generator(settings.seed, "prefixes", str(length)), top_k=TOP_K)
         found += [model.tokenizer.decode(row, skip_special_tokens=True) + ". " for row in rows.tolist()]
-    with cache.atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+    if keep:
+        with cache.atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
     return tuple(found)
 
 

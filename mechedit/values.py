@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mechedit.interventions import mlp_outputs
 from mechedit.keys import Context
-from mechedit.models import Blocks, HookedModel, KeyValues, check_layer, device_of, frozen
+from mechedit.models import Blocks, HookedModel, KeyValues, check_layer, check_plain, device_of, frozen
 from mechedit.progress import Progress, silent
 from mechedit.prompts import pad
 from mechedit.settings import RomeSettings
@@ -74,6 +74,7 @@ def optimise(
 ) -> Value:
     """Find v* near `initial` (v above) for the contexts `rows`, each of which shall be answered by its ids in `targets`."""
     check_layer(model, layer)
+    check_plain(model)
     blocks = Blocks(model)
     initial = initial.to(device_of(model)).float()
     with frozen(model):
@@ -109,7 +110,7 @@ def optimise(
 
 def _done(losses: list[tuple[float, float, float]], settings: RomeSettings) -> bool:
     """Whether the target is learnt. The published code judges the sum, penalties and all, and takes no last step."""
-    if settings.policy == "published":
+    if settings.stop == "published":
         return sum(losses[-1]) < settings.stop_at or len(losses) == settings.steps
     return losses[-1][0] < settings.stop_at
 
