@@ -184,13 +184,13 @@ def corrupt(
     prompt: Prompt,
     settings: TraceSettings,
     *,
-    known: Statistics,
+    statistics: Statistics,
     family: Family | None = None,
     other: str | None = None,
 ) -> tuple[Float[Tensor, "draws pos d_model"], float]:
     """The embeddings of the prompt's corrupted runs, and the scale of the noise (0 where there is none).
 
-    `known` says what embeddings are like (`needed` has the vocabulary's); `family` replaces the one that the settings name;
+    `statistics` says what embeddings are like (`needed` has the vocabulary's); `family` replaces the one that the settings name;
     `other` is the subject that takes the subject's place where `settings.corruption` is "tokens".
 
     Raises:
@@ -200,7 +200,7 @@ def corrupt(
     if settings.corruption == "tokens" and family is None:
         return _replaced(model, fact, prompt, other), 0.0
     family = family or FAMILIES[settings.corruption]
-    unit = 1.0 if settings.scale == "absolute" else known.sigma
+    unit = 1.0 if settings.scale == "absolute" else statistics.sigma
     begin, end = prompt.subject[0], min(prompt.subject[1] + settings.extra, len(prompt.ids))
     noise = family(
         Noise(
@@ -209,7 +209,7 @@ def corrupt(
             d_model=clean.shape[1],
             scale=settings.noise * unit,
             degrees=settings.degrees,
-            statistics=known,
+            statistics=statistics,
             stream=generator(settings.seed, "noise", fact.prompt, fact.subject),
         )
     )
@@ -226,12 +226,12 @@ def corrupt(
     return corrupted, settings.noise * unit
 
 
-def describe(settings: TraceSettings, known: Statistics, family: Family | None, other: str | None) -> str:
+def describe(settings: TraceSettings, statistics: Statistics, family: Family | None, other: str | None) -> str:
     """What corrupted a fact, in words: the noise and whose sigma it has, or the other subject."""
     if settings.corruption == "tokens" and family is None:
         return f"the subject {other!r}"
     name = settings.corruption if family is None else getattr(family, "__qualname__", repr(family))
-    return f"{name} noise, " + ("absolute scale" if settings.scale == "absolute" else f"sigma of {known.source}")
+    return f"{name} noise, " + ("absolute scale" if settings.scale == "absolute" else f"sigma of {statistics.source}")
 
 
 def _replaced(model: HookedModel, fact: Fact, prompt: Prompt, other: str | None) -> Float[Tensor, "one pos d_model"]:

@@ -19,9 +19,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.errors import MecheditError
-from mechedit.models import HookedModel, mlp_module
+from mechedit.models import HookedModel, alone, mlp_module
 
-__all__ = ["Change", "InterventionError", "add_noise", "intervened", "mlp_outputs", "read", "restore"]
+__all__ = ["Activation", "Change", "InterventionError", "add_noise", "intervened", "mlp_outputs", "read", "restore"]
+
+
+Activation = Float[Tensor, "rows pos *width"]
 
 
 class InterventionError(MecheditError, RuntimeError):
@@ -33,7 +36,7 @@ class Change:
     """`apply(activation)` becomes the activation at the hook point `name`; None leaves it."""
 
     name: str
-    apply: Callable[[Tensor], Tensor | None]
+    apply: Callable[[Activation], Activation | None]
 
 
 def add_noise(noise: Float[Tensor, "batch subject d_model"], begin: int) -> Change:
@@ -60,7 +63,7 @@ def restore(name: str, value: Float[Tensor, "*rows width"], position: int) -> Ch
     return Change(name, apply)
 
 
-def read(name: str, into: Callable[[Tensor], None]) -> Change:
+def read(name: str, into: Callable[[Activation], None]) -> Change:
     """Hand the activation to `into` and leave it as it is."""
     return Change(name, into)
 
@@ -97,7 +100,10 @@ def intervened(model: HookedModel, *changes: Change) -> Iterator[None]:
 
         return apply
 
-    with model.hooks(fwd_hooks=[(change.name, hook(index, change)) for index, change in enumerate(changes)]):
+    with (
+        alone(model),
+        model.hooks(fwd_hooks=[(change.name, hook(index, change)) for index, change in enumerate(changes)]),
+    ):
         yield
     missed = sorted({change.name for index, change in enumerate(changes) if index not in fired})
     if missed:
@@ -105,7 +111,7 @@ def intervened(model: HookedModel, *changes: Change) -> Iterator[None]:
 
 
 @contextmanager
-def mlp_outputs(model: HookedModel, layer: int, apply: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+def mlp_outputs(model: HookedModel, layer: int, apply: Callable[[Activation], Activation | None]) -> Iterator[None]:
     """Let `apply` change what a block's `W_out` writes, before any norm that follows the MLP.
 
     Where a norm follows (Gemma 2 and 3) no hook point of a HookedTransformer stands there, so the MLP module is hooked.
@@ -120,10 +126,11 @@ def mlp_outputs(model: HookedModel, layer: int, apply: Callable[[Tensor], Tensor
         fired = True
         return apply(output)
 
-    handle = mlp_module(model, layer).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    with alone(model):
+        handle = mlp_module(model, layer).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
     if not fired:
         raise InterventionError(f"no forward pass ran the MLP of block {layer}, so nothing was changed there.")

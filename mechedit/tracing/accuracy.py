@@ -17,9 +17,9 @@ from mechedit.facts import Fact
 from mechedit.models import HookedModel
 from mechedit.prompts import Prompt
 from mechedit.settings import TraceSettings
-from mechedit.tracing import Cell, grid, restore
 from mechedit.tracing.attribution import attribution_patching
-from mechedit.tracing.cells import resolve
+from mechedit.tracing.cells import Cell, resolve
+from mechedit.tracing.tracer import grid, restore
 
 __all__ = ["EXACT_DRAWS", "SampleError", "is_exact", "sample_error"]
 
@@ -51,7 +51,7 @@ def sample_error(
     *,
     cells: int = 24,
     attribution: bool = False,
-    known: Statistics | None = None,
+    statistics: Statistics | None = None,
     other: str | None = None,
 ) -> SampleError:
     """The error of a trace with these settings, or of attribution patching, on cells chosen by the settings' seed.
@@ -59,7 +59,7 @@ def sample_error(
     Cells before the subject are left out: there is nothing to err about.
     """
     settings = resolve(model, settings)
-    known = known or corruption.needed(model, settings)
+    statistics = statistics or corruption.needed(model, settings)
     exact_settings = replace(settings, precision="model", draws=max(EXACT_DRAWS, settings.draws))
     places: list[tuple[int, int, int]] = []
 
@@ -71,12 +71,14 @@ def sample_error(
         places[:] = [place for place, _ in chosen]
         return [cell for _, cell in chosen]
 
-    exact, _, corrupted = restore(model, fact, sample, exact_settings, known=known, other=other)
+    exact, _, corrupted = restore(model, fact, sample, exact_settings, statistics=statistics, other=other)
     if attribution:
-        estimate = attribution_patching(model, fact, replace(settings, precision="model"), known=known, other=other)
+        estimate = attribution_patching(
+            model, fact, replace(settings, precision="model"), statistics=statistics, other=other
+        )
         first_order = torch.stack([estimate[settings.kinds[kind]][layer, position] for kind, layer, position in places])
         found = corrupted.mean() + first_order.mean(-1)
     else:
-        found = restore(model, fact, sample, settings, known=known, other=other)[0].mean(-1)
+        found = restore(model, fact, sample, settings, statistics=statistics, other=other)[0].mean(-1)
     error = found - exact.mean(-1)
     return SampleError(len(error), float(error.abs().max()), float(error.abs().mean()), float(error.mean()))

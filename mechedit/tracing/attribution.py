@@ -16,17 +16,20 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from einops import einsum, reduce
 from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.corruption import Statistics
 from mechedit.facts import Fact
 from mechedit.interventions import Change, intervened
-from mechedit.models import Blocks, HookedModel, KeyValues, device_of, frozen
+from mechedit.models import Blocks, HookedModel, KeyValues, check_plain, device_of, frozen
 from mechedit.progress import Progress, silent
 from mechedit.settings import SettingsError, TraceSettings
-from mechedit.tracing import STATES, WINDOWED, Prepared, Trace, measured, prepare
-from mechedit.tracing.cells import RESID_POST, Component, resolve, window
+from mechedit.tracing.cells import RESID_POST, STATES, WINDOWED, Component, resolve, restored_blocks
+from mechedit.tracing.measures import measured
+from mechedit.tracing.preparation import Prepared, prepare
+from mechedit.tracing.result import Trace
 
 __all__ = ["agreement", "attribution_patching", "integrated_gradients"]
 
@@ -36,29 +39,32 @@ def attribution_patching(
     fact: Fact,
     settings: TraceSettings | None = None,
     *,
-    known: Statistics | None = None,
+    statistics: Statistics | None = None,
     other: str | None = None,
 ) -> dict[str, Float[Tensor, "layer position draw"]]:
     """Every kind's grid of estimated indirect effects: first order in what is restored, from each draw's corrupted run."""
+    check_plain(model)
     settings = resolve(model, settings)
-    prepared = prepare(model, fact, settings, known=known, other=other)
+    prepared = prepare(model, fact, settings, statistics=statistics, other=other)
     components = [_component(kind) for kind in settings.kinds]
     n_layers, n_positions = int(model.cfg.n_layers), len(prepared.prompt.ids)
     with frozen(model):
         clean, _ = _kept(model, prepared, components, clean=True)
         corrupted, value = _kept(model, prepared, components, clean=False)
         names = list(corrupted)
-        # each draw's measure depends on its own row alone, so one pass differentiates them all
+        # each draw's measure depends on its own row so one pass differentiates them all
         gradients = torch.autograd.grad(value.sum(), [corrupted[name] for name in names])
     first_order = {
-        name: (gradient * (clean[name] - corrupted[name])).detach().flatten(2).sum(-1).float().cpu()
+        name: reduce((gradient * (clean[name] - corrupted[name])).detach(), "draw pos d_model -> draw pos", "sum")
+        .float()
+        .cpu()
         for name, gradient in zip(names, gradients, strict=True)
     }
     grids = {}
     for kind, component in zip(settings.kinds, components, strict=True):
         rows = []
         for layer in range(n_layers):
-            layers = [layer] if kind in STATES else window(layer, settings.window, n_layers, settings.centre)
+            layers = restored_blocks(kind, layer, n_layers, settings)
             rows.append(torch.stack([first_order[component.at(each)] for each in layers]).sum(0).T)
         grids[kind] = torch.stack(rows)[:, :n_positions]
     return grids
@@ -70,12 +76,13 @@ def integrated_gradients(
     settings: TraceSettings | None = None,
     *,
     steps: int = 50,
-    known: Statistics | None = None,
+    statistics: Statistics | None = None,
     progress: Progress = silent,
 ) -> Float[Tensor, "layer position draw"]:
     """Each state's share of the total effect, layer by layer; over positions the shares of a layer add up to it."""
+    check_plain(model)
     settings = resolve(model, settings)
-    prepared = prepare(model, fact, settings, known=known)
+    prepared = prepare(model, fact, settings, statistics=statistics)
     n_layers, n_positions = int(model.cfg.n_layers), len(prepared.prompt.ids)
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     alphas = torch.tensor((nodes + 1) / 2, dtype=torch.float32, device=device_of(model))
@@ -101,7 +108,7 @@ def integrated_gradients(
                     for above in range(layer + 1, n_layers):
                         resid, _ = blocks.run(above, resid, past[above])
                     (gradient,) = torch.autograd.grad(_measure(blocks, prepared, resid, begin).sum(), [path])
-                share = torch.einsum("s,spd,pd->p", shares, gradient.float(), change.float())
+                share = einsum(shares, gradient.float(), change.float(), "step, step pos d_model, pos d_model -> pos")
                 result[layer, begin:, draw] = share[: n_positions - begin].cpu()
     progress("integrated gradients", n_layers, n_layers)
     return result

@@ -8,8 +8,8 @@ effects to zero in pictures, pools tokens as if they were independent, and divid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 from mechedit.errors import MecheditError
 from mechedit.settings import TraceSettings
 from mechedit.statistics import Mean, interval, summary
-from mechedit.tracing import Trace
+from mechedit.tracing.result import Trace
 from mechedit.tracing.roles import ROLES
 
 __all__ = ["Average", "AverageError", "average", "compare"]
@@ -138,10 +138,12 @@ def compare(
     """The paired difference, second less first, of one site's indirect effect over facts traced in two conditions.
 
     Raises:
-        AverageError: the traces are not of the same facts in the same order.
+        AverageError: the traces are not of the same facts and answers in the same order.
     """
-    if [each.prompt for each in first] != [each.prompt for each in second]:
-        raise AverageError("a paired comparison needs the same facts in the same order in both conditions.")
+    if [(each.prompt, each.answer_ids) for each in first] != [(each.prompt, each.answer_ids) for each in second]:
+        raise AverageError(
+            "a paired comparison needs the same facts, with the same answers, in the same order in both conditions."
+        )
     column = ROLES.index(role)
     effects = [
         np.array([_by_role(each, kind)[layer, column] - each.p_corrupted for each in traces])
@@ -176,9 +178,10 @@ def _check(traces: Sequence[Trace]) -> None:
     if len(traces) < 2:
         raise AverageError(f"an average needs at least 2 traces; found {len(traces)}.")
     for each in traces:
-        if each.settings != traces[0].settings or each.origin["weight_hash"] != traces[0].origin["weight_hash"]:
+        if differing := [what for what, of in _CONDITIONS.items() if of(each) != of(traces[0])]:
             raise AverageError(
-                f"traces of one average must share settings and weights; {each.prompt!r} differs from {traces[0].prompt!r}."
+                f"traces of one average must share settings, model and corruption; {each.prompt!r} differs from {traces[0].prompt!r} "
+                f"in its {differing[0]}."
             )
 
 
@@ -186,3 +189,12 @@ def _nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_nulls(each) for each in value]
     return None if value != value else value
+
+
+_CONDITIONS: dict[str, Callable[[Trace], Any]] = {
+    "settings": lambda trace: replace(trace.settings, memory=1.0),  # on which no number depends
+    "weights": lambda trace: trace.origin.get("weights") or trace.origin.get("weight_hash"),
+    "configuration": lambda trace: trace.origin.get("configuration"),
+    "corruption": lambda trace: (trace.corrupted_by, trace.noise_std) if trace.settings.corruption != "tokens" else "",
+}
+"""What traces of one average share; the subject that takes a subject's place is each fact's own."""

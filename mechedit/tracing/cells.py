@@ -13,7 +13,7 @@ from mechedit import models, prompts
 from mechedit.models import HookedModel
 from mechedit.settings import SettingsError, TraceSettings
 
-__all__ = ["ATTN_OUT", "COMPONENTS", "MLP_OUT", "POST", "RESID_MID", "RESID_POST", "RESID_PRE", "Cell", "Component", "Patch", "Z", "resolve", "single", "window"]  # fmt: skip
+__all__ = ["ATTN_OUT", "COMPONENTS", "MLP_OUT", "POST", "RESID_MID", "RESID_POST", "RESID_PRE", "STATES", "WINDOWED", "Cell", "Component", "Patch", "Z", "resolve", "restored_blocks", "single", "window"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ ATTN_OUT = Component("attn_out", "blocks.{layer}.hook_attn_out")
 Z = Component("z", "blocks.{layer}.attn.hook_z")
 POST = Component("post", "blocks.{layer}.mlp.hook_post")
 COMPONENTS = {each.name: each for each in (RESID_PRE, RESID_MID, RESID_POST, MLP_OUT, ATTN_OUT, Z, POST)}
+STATES = {"resid": RESID_POST, "resid_pre": RESID_PRE, "resid_mid": RESID_MID}  # kinds that restore one state
+WINDOWED = {"mlp": MLP_OUT, "attn": ATTN_OUT}  # kinds that restore the outputs of several blocks
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,11 @@ def window(layer: int, width: int, n_layers: int, centre: str = "code") -> range
     return range(max(0, first), min(n_layers, first + width))
 
 
+def restored_blocks(kind: str, layer: int, n_layers: int, settings: TraceSettings) -> range:
+    """The blocks that a cell of a kind restores at `layer`: that one of a state, a window of anything else."""
+    return range(layer, layer + 1) if kind in STATES else window(layer, settings.window, n_layers, settings.centre)
+
+
 def single(
     component: Component, layers: Iterable[int], positions: Iterable[int] | int, index: tuple[int, ...] | None = None
 ) -> Cell:
@@ -97,6 +104,6 @@ def single(
 
 def resolve(model: HookedModel, settings: TraceSettings | None = None) -> TraceSettings:
     """The settings with what is left to the model filled in: BOS, and the window, which is the preset's, else ten layers."""
-    settings, known = settings or TraceSettings(), models.preset(model)
-    size = settings.window or (known.window if known else 10)
+    settings, preset = settings or TraceSettings(), models.preset(model)
+    size = settings.window or (preset.window if preset else 10)
     return replace(settings, prepend_bos=prompts.resolve_bos(model, settings.prepend_bos), window=size)

@@ -17,42 +17,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.interventions import Change, intervened, read
-from mechedit.models import Blocks, HookedModel, KeyValues, ModelError, device_of, embed
+from mechedit.interventions import Change, intervened
+from mechedit.models import HookedModel, ModelError, alone, check_plain
 from mechedit.progress import Progress, silent
+from mechedit.tracing.baseline import Job, Runs
 from mechedit.tracing.cells import Cell, Component, Patch
 
-__all__ = ["GIGABYTE", "Job", "Read", "Swept", "sweep"]
+__all__ = ["GIGABYTE", "Swept", "sweep"]
 
 GIGABYTE = 1 << 30
 ROW_TOKENS = 1024  # rows times positions in one call of a block: enough to keep a matmul busy, little enough to hold
-UNEMBED_ROWS = 1024  # final states unembedded together
-
-
-@dataclass(frozen=True)
-class Read:
-    """log P of each target as the next token after `position`."""
-
-    position: int
-    targets: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One prompt to sweep: the embeddings of its corrupted runs, what is read, and the cells.
-
-    All jobs of a sweep have as many draws, and reads of one shape. `held_shift` lets a cell's held values come from another
-    draw, so many places on, as the published severed runs do; 0 holds those of the same draw.
-    """
-
-    ids: tuple[int, ...]
-    corrupted: Float[Tensor, "draws pos d_model"]
-    reads: tuple[Read, ...]
-    cells: tuple[Cell, ...]
-    held_shift: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,10 +49,16 @@ def sweep(
     """Every cell of every job, exactly, within about `memory` bytes beside the model.
 
     Raises:
-        ModelError: the model has no such activation, block or part.
+        ModelError: the model has no such activation, block or part, or there are hooks on it.
     """
+    check_plain(model)
     _check(model, jobs)
-    runs = _Runs.of(model, jobs)
+    with alone(model):
+        return _sweep(model, jobs, progress, memory)
+
+
+def _sweep(model: HookedModel, jobs: Sequence[Job], progress: Progress, memory: int) -> list[Swept]:
+    runs = Runs.of(model, jobs)
     results = [
         Swept(runs.clean_log_p[job], runs.corrupted_log_p[job], runs.corrupted_log_p[job].repeat(len(each.cells), 1, 1))
         for job, each in enumerate(jobs)
@@ -108,7 +92,7 @@ def _check(model: HookedModel, jobs: Sequence[Job]) -> None:
     n_layers = int(model.cfg.n_layers)
     assert len({len(job.corrupted) for job in jobs}) == 1
     assert len({tuple(len(each.targets) for each in job.reads) for job in jobs}) == 1
-    known: set[tuple[Component, int]] = set()
+    seen: set[tuple[Component, int]] = set()
     for job in jobs:
         assert job.corrupted.shape[1] == len(job.ids)
         for cell in job.cells:
@@ -117,7 +101,7 @@ def _check(model: HookedModel, jobs: Sequence[Job]) -> None:
                     raise ModelError(
                         f"a patch must stand at a position from 0 to {len(job.ids) - 1}; found {patch.position}."
                     )
-                if (patch.component, patch.layer) in known:
+                if (patch.component, patch.layer) in seen:
                     continue
                 if not 0 <= patch.layer < n_layers:
                     raise ModelError(f"a patch must be in a block from 0 to {n_layers - 1}; found {patch.layer}.")
@@ -126,7 +110,7 @@ def _check(model: HookedModel, jobs: Sequence[Job]) -> None:
                         f"{model.cfg.model_name} has no {patch.component.name}: there is no hook point "
                         f"{patch.component.at(patch.layer)}. `model.hook_dict` has those there are."
                     )
-                known.add((patch.component, patch.layer))
+                seen.add((patch.component, patch.layer))
 
 
 def _effective(cell: Cell, begin: int) -> tuple[int, int, Cell] | None:
@@ -153,93 +137,7 @@ class _Member:
     what: Cell
 
 
-@dataclass
-class _Runs:
-    """The clean and the corrupted runs of all jobs, block by block. Rows count jobs, and in the corrupted runs draws too."""
-
-    model: HookedModel
-    blocks: Blocks
-    jobs: Sequence[Job]
-    draws: int
-    begins: list[int]
-    clean: dict[tuple[Component, int], Tensor]  # [job, pos, ...]
-    corrupted: dict[tuple[Component, int], Tensor]  # [job * draw, pos, ...]; what cells hold
-    clean_states: list[Tensor]  # entering each block, the last one final: [job, pos, d_model]
-    states: list[Tensor]  # likewise [job * draw, pos, d_model]
-    past: list[KeyValues]
-    clean_log_p: Tensor
-    corrupted_log_p: Tensor
-
-    @classmethod
-    def of(cls, model: HookedModel, jobs: Sequence[Job]) -> _Runs:
-        device, dtype = device_of(model), next(model.parameters()).dtype
-        blocks, draws, width = Blocks(model), len(jobs[0].corrupted), max(len(job.ids) for job in jobs)
-        tokens = torch.zeros(len(jobs), width, dtype=torch.long, device=device)
-        for row, job in enumerate(jobs):
-            tokens[row, : len(job.ids)] = torch.tensor(job.ids, device=device)
-        embeddings = embed(model, tokens)
-        both = torch.cat([embeddings, embeddings.repeat_interleave(draws, 0)])
-        begins = []
-        for row, job in enumerate(jobs):
-            rows = slice(len(jobs) + row * draws, len(jobs) + (row + 1) * draws)
-            corrupted = job.corrupted.to(device, dtype)
-            changed = (corrupted != embeddings[row, : len(job.ids)]).any(-1).any(0).nonzero()[:, 0]
-            begins.append(int(changed[0]) if len(changed) else len(job.ids))
-            both[rows, : len(job.ids)] = corrupted
-        runs = cls(model, blocks, jobs, draws, begins, {}, {}, [], [], [], torch.empty(0), torch.empty(0))
-        runs._go(torch.cat([tokens, tokens.repeat_interleave(draws, 0)]), both)
-        return runs
-
-    def _go(self, tokens: Tensor, embeddings: Tensor) -> None:
-        n_layers, n_jobs = int(self.model.cfg.n_layers), len(self.jobs)
-        cells = [cell for job in self.jobs for cell in job.cells]
-        restored = {(patch.component, patch.layer) for cell in cells for patch in cell.restored}
-        held = {(patch.component, patch.layer) for cell in cells for patch in cell.held}
-        inside = [each for each in sorted(restored | held, key=str) if each[0].enters is None]
-
-        def keep(key: tuple[Component, int]) -> Callable[[Tensor], None]:
-            def into(activation: Tensor) -> None:
-                if key in restored:
-                    self.clean[key] = activation[:n_jobs].clone()
-                if key in held:
-                    self.corrupted[key] = activation[n_jobs:].clone()
-
-            return into
-
-        changes = [Change("hook_embed", lambda activation: embeddings.to(activation))]
-        changes += [read(component.at(layer), keep((component, layer))) for component, layer in inside]
-        corrupted = torch.arange(n_jobs, len(tokens), device=tokens.device)
-        with intervened(self.model, *changes):
-            resid = self.blocks.embed(tokens)
-            for layer in range(n_layers):
-                self.clean_states.append(resid[:n_jobs])
-                self.states.append(resid[n_jobs:])
-                resid, present = self.blocks.run(layer, resid)
-                self.past.append(present.rows(corrupted))
-        self.clean_states.append(resid[:n_jobs])
-        self.states.append(resid[n_jobs:])
-        self.clean_log_p = self.log_p(self.clean_states[-1], torch.arange(n_jobs), 0).cpu()
-        rows = torch.arange(n_jobs).repeat_interleave(self.draws)
-        self.corrupted_log_p = self.log_p(self.states[-1], rows, 0).unflatten(0, (n_jobs, self.draws)).cpu()
-
-    def log_p(
-        self, states: Float[Tensor, "rows pos d_model"], jobs: Int[Tensor, " rows"], position: int
-    ) -> Float[Tensor, "rows targets"]:
-        """What the jobs read, from final states of positions from `position` on; `jobs` says which job a row is of."""
-        reads = [job.reads for job in self.jobs]
-        columns = []
-        for number in range(len(reads[0])):
-            at = torch.tensor([each[number].position for each in reads])[jobs].to(states.device)
-            targets = torch.tensor([each[number].targets for each in reads])[jobs].to(states.device)
-            rows = torch.arange(len(states), device=states.device)
-            # a position that was not computed again is the corrupted run's, which the caller has
-            finals = states[rows, (at - position).clamp(min=0)]
-            parts = zip(finals.split(UNEMBED_ROWS), targets.split(UNEMBED_ROWS), strict=True)
-            columns.append(torch.cat([self.blocks.log_p(*part) for part in parts]))
-        return torch.cat(columns, 1)
-
-
-def _members_at_once(model: HookedModel, runs: _Runs, position: int, memory: int) -> int:
+def _members_at_once(model: HookedModel, runs: Runs, position: int, memory: int) -> int:
     """How many cells fit beside the kept runs: each needs its rows' states twice, and what it restores."""
     kept = [*runs.states, *runs.clean_states, *runs.clean.values(), *runs.corrupted.values()]
     kept += [each for past in runs.past for each in (past.keys, past.values)]
@@ -260,9 +158,16 @@ class _Writes:
         """`values` [draw, ...] go to the rows from `row` on."""
         self.entries.append((row, position, values, index))
 
-    def into(self, activation: Tensor, begin: int) -> Tensor | None:
-        """A copy of the activation of rows from `begin` on with its writes, or None where it has none."""
-        return self.write_(activation.clone(), begin) if self._between(begin, begin + len(activation)) else None
+    def into(self, activation: Tensor, begin: int, width: int) -> Tensor | None:
+        """A copy of the activation of rows from `begin` on with its writes, or None where it has none.
+
+        `width` positions are computed; an activation that has more (rotated keys have all) has them at its end.
+        """
+        if not self._between(begin, begin + len(activation)):
+            return None
+        whole = activation.clone()
+        self.write_(whole[:, activation.shape[1] - width :], begin)
+        return whole
 
     def _between(self, begin: int, end: int) -> list[tuple[int, int, Tensor, tuple[int, ...] | None]]:
         first = bisect_left(self.entries, begin, key=lambda entry: entry[0] + len(entry[2]) - 1)
@@ -285,7 +190,7 @@ class _Writes:
 class _Pass:
     """The cells of one first position, walked up the blocks together: rows are cells times draws, by joining block."""
 
-    def __init__(self, runs: _Runs, members: Sequence[_Member], position: int, memory: int) -> None:
+    def __init__(self, runs: Runs, members: Sequence[_Member], position: int, memory: int) -> None:
         self.runs, self.position = runs, position
         joining = sorted(_forks(members), key=lambda fork: fork.layer)
         self.members = [fork.member for fork in joining]
@@ -333,7 +238,9 @@ class _Pass:
         runs, draws = self.runs, self.runs.draws
         jobs = torch.tensor([member.job for member in self.members]).repeat_interleave(draws)
         final = self._final_states()
-        found = runs.log_p(final, jobs, self.position).unflatten(0, (len(self.members), draws)).cpu()
+        found = rearrange(
+            runs.log_p(final, jobs, self.position), "(cell draw) target -> cell draw target", draw=draws
+        ).cpu()
         column = 0
         for number, read_ in enumerate(runs.jobs[0].reads):
             for place, member in enumerate(self.members):
@@ -353,7 +260,7 @@ class _Pass:
         at = 0  # the first row of the block call under way
 
         def writing(writes: _Writes) -> Callable[[Tensor], Tensor | None]:
-            return lambda activation: writes.into(activation, at)
+            return lambda activation: writes.into(activation, at, rows.shape[1])
 
         changes = [Change(component.at(layer), writing(writes)) for (component, layer), writes in self.hooks.items()]
         with intervened(runs.model, *changes):

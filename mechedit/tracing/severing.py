@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,11 +20,12 @@ from mechedit.corruption import Statistics
 from mechedit.facts import Fact
 from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
-from mechedit.settings import SettingsError, TraceSettings
-from mechedit.tracing import in_precision, measured, prepare
+from mechedit.settings import SettingsError, TraceSettings, from_json
 from mechedit.tracing.cells import ATTN_OUT, MLP_OUT, RESID_POST, Cell, Patch, resolve
-from mechedit.tracing.engine import GIGABYTE, sweep
+from mechedit.tracing.measures import measured
+from mechedit.tracing.preparation import prepare
 from mechedit.tracing.roles import positions
+from mechedit.tracing.tracer import run_jobs
 
 __all__ = ["CURVES", "Severed", "severed"]
 
@@ -73,7 +75,7 @@ class Severed:
         """
         curves, record = files.read(path, "severed")
         try:
-            settings = TraceSettings.from_json(record["settings"])
+            settings = from_json(TraceSettings, record["settings"])
             fields: dict[str, Any] = record | {"curves": curves, "settings": settings}
             return Severed(**fields)
         except (KeyError, TypeError, SettingsError) as error:
@@ -87,7 +89,7 @@ def severed(
     *,
     role: str = "subject_last",
     shared_draws: bool = True,
-    known: Statistics | None = None,
+    statistics: Statistics | None = None,
     other: str | None = None,
     progress: Progress = silent,
 ) -> Severed:
@@ -95,8 +97,8 @@ def severed(
     settings = resolve(model, settings)
     if not shared_draws and settings.draws < 2:
         raise SettingsError("held values of another draw need at least 2 draws; there is 1.")
-    known = known or corruption.needed(model, settings)
-    prepared = prepare(model, fact, settings, known=known, other=other)
+    statistics = statistics or corruption.needed(model, settings)
+    prepared = prepare(model, fact, settings, statistics=statistics, other=other)
     found = positions(role, len(prepared.prompt.ids), prepared.prompt.subject)
     if not found:
         raise SettingsError(f"no token of {fact.prompt!r} has the role {role}.")
@@ -110,17 +112,16 @@ def severed(
         for layer in range(n_layers)
     ]
     job = prepared.job(cells, held_shift=0 if shared_draws else 1)
-    with in_precision(model, settings):
-        (swept,) = sweep(model, [job], progress, memory=int(settings.memory * GIGABYTE))
-    values = measured(settings, swept.cells).unflatten(0, (len(CURVES), n_layers))
+    (log_p,) = run_jobs(model, [job], settings, progress)
+    values = rearrange(measured(settings, log_p.cells), "(curve layer) draw -> curve layer draw", layer=n_layers)
     return Severed(
         prompt=fact.prompt,
         subject=fact.subject,
         answer=str(model.tokenizer.decode(list(prepared.answer_ids))),
         position=at,
         role=role,
-        p_clean=float(measured(settings, swept.clean)),
-        p_corrupted=float(measured(settings, swept.corrupted).mean()),
+        p_clean=float(measured(settings, log_p.clean)),
+        p_corrupted=float(measured(settings, log_p.corrupted).mean()),
         curves=dict(zip(CURVES, values, strict=True)),
         settings=settings,
         shared_draws=shared_draws,

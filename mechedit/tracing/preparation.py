@@ -1,0 +1,107 @@
+"""A fact made ready to run: its tokens, its answer, the embeddings of its corrupted runs, and what is read in each run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import repeat
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechedit import corruption, models, prompts
+from mechedit.corruption import Family, Statistics
+from mechedit.facts import Fact, FactError, check_fact
+from mechedit.models import HookedModel, device_of
+from mechedit.prompts import Prompt
+from mechedit.settings import TraceSettings
+from mechedit.tracing import measures
+from mechedit.tracing.baseline import Job, Read
+from mechedit.tracing.cells import Cell
+
+__all__ = ["Prepared", "prepare"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A fact made ready to run: its tokens, answer, the embeddings of its corrupted runs, and what is read."""
+
+    fact: Fact
+    prompt: Prompt
+    answer_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    corrupted: Float[Tensor, "draws pos d_model"]
+    noise_std: float
+    corrupted_by: str
+    reads: tuple[Read, ...]
+    settings: TraceSettings
+
+    def job(self, cells: Sequence[Cell], held_shift: int = 0) -> Job:
+        """A sweep of these cells."""
+        return Job(self.ids, self.corrupted, self.reads, tuple(cells), held_shift)
+
+
+def prepare(
+    model: HookedModel,
+    fact: Fact,
+    settings: TraceSettings,
+    *,
+    family: Family | None = None,
+    statistics: Statistics | None = None,
+    other: str | None = None,
+) -> Prepared:
+    """The fact as tokens and corrupted embeddings, with the reads that `settings.measure` needs.
+
+    Raises:
+        FactError: the prompt does not fit the model, or the measure not the fact.
+        CorruptionError: a corruption that cannot be made.
+    """
+    check_fact(fact)
+    prompt = prompts.prepare(model, fact, prepend_bos=settings.prepend_bos)
+    answer = _answer(model, fact, prompt)
+    statistics = statistics or corruption.needed(model, settings)
+    corrupted, scale = corruption.corrupt(
+        model, fact, prompt, settings, statistics=statistics, family=family, other=other
+    )
+    by = corruption.describe(settings, statistics, family, other)
+    measure = measures.of(settings)
+    if given := measure.given(answer):
+        corrupted = _followed(model, corrupted, given)
+    reads = measure.reads(len(prompt.ids) - 1, answer, _other_answer(model, fact, answer) if measure.against else ())
+    return Prepared(fact, prompt, answer, (*prompt.ids, *given), corrupted, scale, by, reads, settings)
+
+
+def _answer(model: HookedModel, fact: Fact, prompt: Prompt) -> tuple[int, ...]:
+    """The tokens of the fact's answer, or the token that the model finds most probable where it has none."""
+    if fact.target_true:
+        return tuple(prompts.continuation(model, fact.prompt, fact.target_true))
+    return (_top(model, prompt.ids),)
+
+
+def _other_answer(model: HookedModel, fact: Fact, answer: Sequence[int]) -> tuple[int, ...]:
+    """The tokens of the answer that the fact's own is measured against."""
+    if not fact.target_new:
+        raise FactError("a logit difference needs a second answer: give the fact a `target_new`.")
+    other = tuple(prompts.continuation(model, fact.prompt, fact.target_new))
+    if other[0] == answer[0]:
+        raise FactError(
+            f"{fact.target_true!r} and {fact.target_new!r} begin with the same token, so their logits do not differ."
+        )
+    return other
+
+
+def _followed(
+    model: HookedModel, corrupted: Float[Tensor, "draws pos d_model"], ids: Sequence[int]
+) -> Float[Tensor, "draws longer d_model"]:
+    """The corrupted runs with the clean embeddings of more tokens after them."""
+    prompts.check_length(model, corrupted.shape[1] + len(ids))
+    tail = models.embed(model, torch.tensor([list(ids)], device=device_of(model))).float().cpu()
+    return torch.cat([corrupted, repeat(tail, "1 pos d_model -> draw pos d_model", draw=len(corrupted))], 1)
+
+
+@torch.no_grad()
+def _top(model: HookedModel, ids: tuple[int, ...]) -> int:
+    """The token the model finds most probable next."""
+    tokens: Int[Tensor, "1 pos"] = torch.tensor([list(ids)], device=device_of(model))
+    return int(model(tokens)[0, -1].argmax())

@@ -1,0 +1,132 @@
+"""The result of a causal trace, and its file: grids of what each cell restores, with all that made them.
+
+No model is needed to load, save or draw one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mechedit import files
+from mechedit.settings import SettingsError, TraceSettings, from_json
+from mechedit.tracing import measures
+from mechedit.tracing.roles import roles
+
+__all__ = ["Trace"]
+
+
+@dataclass(frozen=True, repr=False)
+class Trace:
+    """A causal trace of one fact.
+
+    `effects[kind]` is [layer, position]: the mean over draws of what is measured (P of the answer's first token, unless
+    `settings.measure` says otherwise) with that state, or the window of outputs around that layer, restored at that
+    position; nan where `settings.roles` left a position out. `draws[kind]` is [layer, position, draw]. `p_clean` and
+    `p_corrupted` are the same measure of the other two runs. `corrupted_by` says what the settings do not: a family of noise
+    of one's own, whose sigma it is, the subject that took the subject's place.
+    """
+
+    prompt: str
+    tokens: tuple[str, ...]
+    subject: str
+    subject_range: tuple[int, int]
+    relation: str | None
+    answer: str
+    answer_ids: tuple[int, ...]
+    corrupted_by: str
+    p_clean: float
+    p_corrupted: float
+    effects: dict[str, Float[Tensor, "layer position"]]
+    draws: dict[str, Float[Tensor, "layer position draw"]]
+    noise_std: float
+    settings: TraceSettings
+    origin: dict[str, Any]
+    versions: dict[str, str]
+    seconds: float = field(default=math.nan, compare=False)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The token role of each position."""
+        return roles(len(self.tokens), self.subject_range)
+
+    @property
+    def label(self) -> str:
+        """What was measured, in a few words: P(Seattle)."""
+        return measures.of(self.settings).label(self.answer.strip(), len(self.answer_ids))
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(self.effects)
+        return f"Trace({self.prompt!r}: {self.label} = {self.p_clean:.3f} clean, {self.p_corrupted:.3f} corrupted; {kinds})"
+
+    def to_json(self) -> dict[str, Any]:
+        """What `mechedit trace --json` writes."""
+        return self._record() | {
+            "effects": {
+                kind: [[None if value != value else value for value in row] for row in grid.tolist()]
+                for kind, grid in self.effects.items()
+            },
+            "seconds": self.seconds,
+        }
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "model": self.origin["name"],
+            "prompt": self.prompt,
+            "tokens": list(self.tokens),
+            "subject": self.subject,
+            "subject_range": list(self.subject_range),
+            "relation": self.relation,
+            "answer": self.answer,
+            "answer_ids": list(self.answer_ids),
+            "corrupted_by": self.corrupted_by,
+            "p_clean": self.p_clean,
+            "p_corrupted": self.p_corrupted,
+            "noise_std": self.noise_std,
+            "settings": asdict(self.settings),
+            "origin": self.origin,
+            "versions": self.versions,
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the trace, draws included, as one safetensors file. The same trace gives the same bytes."""
+        return files.write(path, "trace", {f"draws.{kind}": grid for kind, grid in self.draws.items()}, self._record())
+
+    @staticmethod
+    def load(path: str | Path) -> Trace:
+        """Read a trace that `save` wrote.
+
+        Raises:
+            FileError: the file is missing, damaged, or something else.
+        """
+        tensors, record = files.read(path, "trace")
+        try:
+            settings = from_json(TraceSettings, record["settings"])
+            draws = {kind: tensors[f"draws.{kind}"] for kind in settings.kinds}
+            return Trace(
+                prompt=record["prompt"],
+                tokens=tuple(record["tokens"]),
+                subject=record["subject"],
+                subject_range=(record["subject_range"][0], record["subject_range"][1]),
+                relation=record["relation"],
+                answer=record["answer"],
+                answer_ids=tuple(record["answer_ids"]),
+                corrupted_by=record["corrupted_by"],
+                p_clean=record["p_clean"],
+                p_corrupted=record["p_corrupted"],
+                effects={kind: grid.mean(-1) for kind, grid in draws.items()},
+                draws=draws,
+                noise_std=record["noise_std"],
+                settings=settings,
+                origin=record["origin"],
+                versions=record["versions"],
+            )
+        except (KeyError, TypeError, IndexError, SettingsError) as error:
+            raise files.FileError(
+                f"{path} is a trace that lacks something, or has what is not known: {error}."
+            ) from error
