@@ -1,29 +1,36 @@
-"""An edit as a result and as a file: what was changed, how it was found, what it did; saved, loaded, applied, undone.
+"""An edit as a result and as a file: what is changed, for which facts, how it was found, what it did.
 
-The file is one safetensors file of a few kilobytes: u and step of each rank-one change, and a JSON record with the fact, the
-settings, the prefixes, the model's weight hash, versions, and what was measured. Loading executes nothing.
+The file is one safetensors file: the tensors of each change, of k* and v* where the editor has them, and of its state, and a JSON
+record with everything else. Loading executes nothing. Files of version 0.1.0, which had rank-one changes of one fact, load as well.
+
+An edit is found on weights that have a digest, perhaps on top of earlier edits (`parents`). That is how edits made in sequence
+are told from edits of other weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mechedit import cache, files, models, rank_one
+from mechedit import cache, files
+from mechedit.changes import Change, ChangeError, Dense, LowRank, Rows
 from mechedit.errors import MecheditError
 from mechedit.files import FileError
-from mechedit.models import HookedModel
+from mechedit.models import ModelError
 from mechedit.rank_one import RankOneEdit
+from mechedit.weights import Weight
 
-__all__ = ["Applied", "Edit", "EditError", "Overlap", "apply", "compose", "diff", "edited", "load", "revert", "save"]
+__all__ = ["COMPOSED", "Edit", "EditError", "Measured", "load", "save"]
 
-
+FORMAT = 2  # of the file; 1 was version 0.1.0's
 COMPOSED = "composed"
 IMPROBABLE = 0.01  # of a new target after its edit
 
@@ -33,54 +40,113 @@ class EditError(MecheditError, ValueError):
 
 
 @dataclass(frozen=True)
-class Edit:
-    """What an editor returns. `record` holds JSON values only.
+class Measured:
+    """A fact of an edit, as JSON values with its `prompt`, and what was measured of it before and after: the probabilities
+    `p_new` and `p_true` of the whole targets; nothing where nothing was."""
 
-    `report` has `divisor` (u @ key), `update_norm` (Frobenius norm of the change of W_out), `cond_C`, and the numbers that
-    `mechedit.guards` explains; `reasons` says which of them are out of their bands, and an edit without changes is one that
-    was rolled back for them. `before` and `after` have the probabilities `p_new` and `p_true` of the whole targets.
-    """
-
-    method: str
-    changes: tuple[RankOneEdit, ...]
     fact: dict[str, Any]
-    report: dict[str, float]
     before: dict[str, float]
     after: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """What an editor's work comes to. All but `changes`, `vectors` and `state` are JSON values.
+
+    `report` has `update_norm` (Frobenius norm of all changes), the numbers that `mechedit.guards` explains, and the editor's own;
+    `reasons` says which of them are out of their bands, and an edit without changes is one that was rolled back for them, or
+    refused. `vectors` has k* and v* where the editor has them, `state` what it hands to the edit after this one.
+    """
+
+    editor: str
+    changes: tuple[Change, ...]
+    facts: tuple[Measured, ...] = field(repr=False)
+    report: dict[str, float]
     origin: dict[str, Any] = field(repr=False)
     settings: dict[str, Any] = field(repr=False)
     versions: dict[str, str] = field(repr=False)
     seconds: float
     details: dict[str, Any] = field(default_factory=dict, repr=False)
     reasons: tuple[str, ...] = ()
+    vectors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    state: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def fact(self) -> dict[str, Any]:
+        """The first fact."""
+        return self.facts[0].fact
+
+    @property
+    def before(self) -> dict[str, float]:
+        """What was measured of the first fact before the edit."""
+        return self.facts[0].before
+
+    @property
+    def after(self) -> dict[str, float]:
+        """What was measured of the first fact after the edit."""
+        return self.facts[0].after
 
     @property
     def layer(self) -> int:
-        """The block that is edited."""
-        return self.changes[0].layer if self.changes else int(self.settings["layer"])
+        """The first block that is edited; that of the settings where nothing is, -1 where they have none."""
+        return self.changes[0].weight.layer if self.changes else int(self.settings.get("layer", -1))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the edit writes."""
+        digest = hashlib.sha256()
+        for change in self.changes:
+            digest.update(f"{change.kind} {change.weight} {sorted(change.numbers().items())}".encode())
+            for name, tensor in sorted(change.tensors().items()):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The digests of the edits that this one is made of: its own, unless it was composed; of one without changes none."""
+        if self.editor == COMPOSED and "digests" in self.details:
+            return tuple(self.details["digests"])
+        return (self.digest,) if self.changes else ()
+
+    @property
+    def is_of_0_1(self) -> bool:
+        """Whether it comes from a file of version 0.1.0, which names a model by less than all of its weights."""
+        return "weights" not in self.origin
+
+    @property
+    def base(self) -> str:
+        """The digest of the weights below the edits that it was found on top of."""
+        return str(self.origin.get("base") or self.origin.get("weights") or self.origin["weight_hash"])
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The digests of the edits that it was found on top of, in order."""
+        return tuple(self.origin.get("edits", ()))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What makes this less than an edit: no changes, or a target that stays improbable. Guards look at damage, not at that."""
         if not self.changes:
             return ("it has no changes, and writes nothing",)
-        p = {name: self.after.get(name, float("nan")) for name in ("p_new", "p_true")}  # nan in a composed edit
-        if p["p_new"] < IMPROBABLE or p["p_new"] <= p["p_true"]:
-            return (f"it hardly took: P(new) = {p['p_new']:.2g} and P(true) = {p['p_true']:.2g} after it",)
-        return ()
+        found = []
+        for each in self.facts if self.editor != COMPOSED else ():
+            p = {name: each.after.get(name, float("nan")) for name in ("p_new", "p_true")}
+            if p["p_new"] < IMPROBABLE or p["p_new"] <= p["p_true"]:
+                of = f" for {each.fact['subject']}" if len(self.facts) > 1 else ""
+                found.append(f"it hardly took{of}: P(new) = {p['p_new']:.2g} and P(true) = {p['p_true']:.2g} after it")
+        return tuple(found)
 
     def to_json(self) -> dict[str, Any]:
-        """What `mechedit edit --json` writes."""
-        return {
+        """What `mechedit edit --json` writes: of one fact its fields, of several a list beside those of the first."""
+        first = self.facts[0]
+        record = {
             "model": self.origin["name"],
-            "method": self.method,
-            "prompt": self.fact["prompt"],
-            "subject": self.fact["subject"],
-            "target_new": self.fact["target_new"],
-            "target_true": self.fact["target_true"],
+            "editor": self.editor,
+            **{name: first.fact.get(name) for name in ("prompt", "subject", "target_new", "target_true")},
             "layer": self.layer,
-            "before": self.before,
-            "after": self.after,
+            "before": first.before,
+            "after": first.after,
             "edit": self.report,
             "reasons": list(self.reasons),
             "notes": list(self.notes),
@@ -88,22 +154,20 @@ class Edit:
             "settings": self.settings,
             "origin": self.origin,
             "versions": self.versions,
-        } | ({"parts": self.details["parts"]} if self.method == COMPOSED else {})
+            "changes": [
+                {"weight": change.weight.name, "layer": change.weight.layer, "kind": change.kind, "norm": change.norm}
+                for change in self.changes
+            ],
+        }
+        if len(self.facts) > 1:
+            record["facts"] = [each.fact | {"before": each.before, "after": each.after} for each in self.facts]
+        return record | ({"parts": self.details["parts"]} if self.editor == COMPOSED else {})
 
 
-_RECORD = (
-    "method",
-    "fact",
-    "report",
-    "before",
-    "after",
-    "origin",
-    "settings",
-    "versions",
-    "seconds",
-    "details",
-    "reasons",
-)
+# --- files ------------------------------------------------------------------------------------------------------------
+
+_RECORD = ("editor", "report", "origin", "settings", "versions", "seconds", "details")
+_MEASURED = ("update_norm", "relative_norm")
 
 
 def save(edit: Edit, path: str | Path) -> Path:
@@ -116,223 +180,96 @@ def save(edit: Edit, path: str | Path) -> Path:
         raise cache.WriteError(f"{path} is a folder; name a file in it.")
     tensors: dict[str, Tensor] = {}
     for index, change in enumerate(edit.changes):
-        tensors |= {f"{index}.u": change.u, f"{index}.step": change.step}
-    record = {name: getattr(edit, name) for name in _RECORD}
-    record["changes"] = [{"layer": change.layer, "divisor": change.divisor} for change in edit.changes]
-    return files.write(path, "edit", tensors, record)
+        tensors |= {f"{index}.{name}": tensor for name, tensor in change.tensors().items()}
+    tensors |= {f"vector.{name}": tensor for name, tensor in edit.vectors.items()}
+    tensors |= {f"state.{name}": tensor for name, tensor in edit.state.items()}
+    record = {name: getattr(edit, name) for name in _RECORD} | {"reasons": list(edit.reasons)}
+    record["facts"] = [vars(each) for each in edit.facts]
+    record["changes"] = [
+        {"layer": change.weight.layer, "weight": change.weight.name, "kind": change.kind} | change.numbers()
+        for change in edit.changes
+    ]
+    return files.write(path, "edit", tensors, record, FORMAT)
 
 
 def load(path: str | Path) -> Edit:
-    """Read an edit that `save` wrote.
+    """Read an edit that `save` wrote, or version 0.1.0.
 
     Raises:
         FileError: the file is missing, truncated, something else, or holds what no edit can hold.
     """
-    tensors, record = files.read(path, "edit")
-    if any(tensor.ndim != 1 for tensor in tensors.values()):
-        raise FileError(f"{path} is an edit whose changes are no vectors.")
+    tensors, record = files.read(path, "edit", FORMAT)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise FileError(f"{path} holds NaN or infinity; such an edit would destroy the model.")
     try:
-        changes = tuple(
-            RankOneEdit(int(each["layer"]), tensors[f"{index}.u"], tensors[f"{index}.step"], float(each["divisor"]))
-            for index, each in enumerate(record["changes"])
-        )
-        edit = Edit(changes=changes, **{name: record[name] for name in _RECORD} | {"reasons": tuple(record["reasons"])})
-        needed = [edit.origin["weight_hash"], edit.fact["prompt"]]
-        if changes and edit.method != COMPOSED:  # whose parts were measured, each alone
-            needed += [
-                edit.report["update_norm"],
-                edit.report["relative_norm"],
-                edit.before["p_new"],
-                edit.after["p_new"],
-            ]
-        if None in needed:
-            raise TypeError("a value that may not be null is")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        edit = _edit(tensors, _of_0_1(record) if "method" in record else record)
+        _check_whole(edit)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ChangeError, ModelError) as error:
         raise FileError(f"{path} is an edit whose record is not whole ({type(error).__name__} {error}).") from error
-    if not changes and not edit.reasons:
+    if not edit.changes and not edit.reasons:
         raise FileError(f"{path} is an edit without changes.")
     return edit
 
 
-def check(model: HookedModel, edits: Sequence[Edit]) -> None:
-    """Raise unless every edit was made for exactly these weights, and fits them."""
-    weight_hash = models.weight_hash(model)
-    for edit in edits:
-        if edit.origin["weight_hash"] != weight_hash:
-            raise EditError(
-                f"this edit of {edit.fact['subject']!r} was made for {edit.origin['name']} with weights "
-                f"{edit.origin['weight_hash'][:12]}…, but {model.cfg.model_name} has weights {weight_hash[:12]}…. Load the model "
-                "it was made for, give edits that belong together in one call, or pass force=True (--force) if you know that "
-                "the weights agree where it matters."
-            )
+def _edit(tensors: dict[str, Tensor], record: dict[str, Any]) -> Edit:
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-
-class Applied:
-    """Edits that are in a model. `undo()` puts back the exact original weights, bit for bit."""
-
-    def __init__(self, model: HookedModel, originals: dict[int, Tensor], written: dict[int, Tensor]) -> None:
-        self._model, self._originals, self._written = model, originals, written
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        """Put the original weights back.
-
-        Raises:
-            EditError: the weights changed since; undo what came later first. Nothing is written then.
-        """
-        for layer, written in self._written.items():
-            if not torch.equal(models.W_out(self._model, layer), written):
-                raise EditError(
-                    f"W_out of block {layer} changed after this edit was applied; undo the later changes first."
-                )
-        for layer, original in self._originals.items():
-            models.W_out(self._model, layer).copy_(original)
-        self._originals, self._written = {}, {}
-
-
-@torch.no_grad()
-def apply(model: HookedModel, *edits: Edit, force: bool = False) -> Applied:
-    """Write edits into the model, all or none; keep the result to undo them.
-
-    Raises:
-        EditError: an edit was made for other weights, and `force` is not given.
-        RankOneError: an edit does not fit the model's shapes.
-    """
-    if not force:
-        check(model, edits)
-    return _write(model, [change for edit in edits for change in edit.changes])
-
-
-def _write(model: HookedModel, changes: Sequence[RankOneEdit]) -> Applied:
-    """Write all changes, or none."""
-    originals = {change.layer: models.W_out(model, change.layer).detach().clone() for change in changes}
-    try:
-        for change in changes:
-            rank_one.write_(model, change)
-    except BaseException:
-        for layer, original in originals.items():
-            models.W_out(model, layer).copy_(original)
-        raise
-    return Applied(model, originals, {layer: models.W_out(model, layer).detach().clone() for layer in originals})
-
-
-@contextmanager
-def edited(model: HookedModel, *edits: Edit, force: bool = False) -> Iterator[None]:
-    """Run the body on the edited model, then put back the exact original weights."""
-    if not force:
-        check(model, edits)
-    with rank_one.edited(model, *(change for edit in edits for change in edit.changes)):
-        yield
-
-
-@contextmanager
-def restored(model: HookedModel, *layers: int) -> Iterator[None]:
-    """Run the body, which may write to `W_out` of these layers, then put back the exact original weights."""
-    originals = {layer: models.W_out(model, layer).detach().clone() for layer in layers}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for layer, original in originals.items():
-                models.W_out(model, layer).copy_(original)
-
-
-@torch.no_grad()
-def revert(model: HookedModel, *edits: Edit) -> None:
-    """Take edits out of a model that was loaded with them in, an exported one, say: all or none, exact up to rounding.
-
-    That they are in it is the caller's word; `Applied.undo` is for edits that were applied here, and exact.
-
-    Raises:
-        RankOneError: an edit does not fit the model's shapes.
-    """
-    changes = [change for edit in edits for change in edit.changes]
-    _write(model, [replace(change, step=-change.step) for change in changes])
-
-
-def compose(*edits: Edit) -> Edit:
-    """One edit that writes what these write, in order. What was measured stays with its part, in `details["parts"]`.
-
-    `report` has the Frobenius norm of all changes together.
-
-    Raises:
-        EditError: fewer than two edits, or edits made for different weights.
-    """
-    if len(edits) < 2:
-        raise EditError(f"composing takes two edits or more; found {len(edits)}.")
-    first = edits[0]
-    for edit in edits[1:]:
-        if edit.origin["weight_hash"] != first.origin["weight_hash"]:
-            raise EditError(
-                f"edits must be made for the same weights to be one; these are for {first.origin['name']} "
-                f"{first.origin['weight_hash'][:12]}… and {edit.origin['name']} {edit.origin['weight_hash'][:12]}…."
-            )
-    changes = tuple(change for edit in edits for change in edit.changes)
-    layers = sorted({change.layer for change in changes})
-    by_layer = [[change for change in changes if change.layer == layer] for layer in layers]
     return Edit(
-        method=COMPOSED,
-        changes=changes,
-        fact=first.fact,
-        report={"update_norm": sum(_norm(each) ** 2 for each in by_layer) ** 0.5},
-        before={},
-        after={},
-        origin=first.origin,
-        settings={"layer": first.layer},
-        versions=first.versions,
-        seconds=sum(edit.seconds for edit in edits),
-        details={"parts": [edit.to_json() for edit in edits]},
-        reasons=tuple(reason for edit in edits for reason in edit.reasons),
+        changes=tuple(_change(each, under(f"{index}.")) for index, each in enumerate(record["changes"])),
+        facts=tuple(Measured(each["fact"], each["before"], each["after"]) for each in record["facts"]),
+        reasons=tuple(record["reasons"]),
+        vectors=under("vector."),
+        state=under("state."),
+        **{name: record[name] for name in _RECORD},
     )
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """How alike what two edits write in one layer is: cosines, 1 alike, 0 independent, -1 opposite.
-
-    `change` is that of the whole changes of W_out, as vectors; `u` and `step` are those of the factors, nan where an edit has
-    several changes in the layer. `ratio` is the second's Frobenius norm over the first's.
-    """
-
-    layer: int
-    u: float
-    step: float
-    change: float
-    ratio: float
+def _rank_one(weight: Weight, record: dict[str, Any], own: dict[str, Tensor]) -> Change:
+    if own["u"].ndim != 1 or own["step"].ndim != 1 or weight.name != "mlp.W_out":
+        raise ChangeError("a rank-one change of W_out is two vectors, u and step.")
+    return RankOneEdit(weight.layer, own["u"], own["step"], float(record["divisor"]))
 
 
-def diff(first: Edit, second: Edit) -> list[Overlap]:
-    """Where both edits write, and how alike it is, layer by layer; empty where they share no layer."""
-    found = []
-    for layer in sorted({change.layer for change in first.changes} & {change.layer for change in second.changes}):
-        mine, theirs = ([change for change in edit.changes if change.layer == layer] for edit in (first, second))
-        sizes = [_norm(each) for each in (mine, theirs)]
-        single = len(mine) == len(theirs) == 1
-        found.append(
-            Overlap(
-                layer,
-                _cosine(mine[0].u, theirs[0].u) if single else float("nan"),
-                _cosine(mine[0].step, theirs[0].step) if single else float("nan"),
-                _inner(mine, theirs) / (sizes[0] * sizes[1]) if all(sizes) else float("nan"),
-                sizes[1] / sizes[0] if sizes[0] else float("nan"),
-            )
-        )
-    return found
+_KINDS: dict[str, Callable[[Weight, dict[str, Any], dict[str, Tensor]], Change]] = {
+    "rank_one": _rank_one,
+    "low_rank": lambda weight, record, own: LowRank(weight, own["left"], own["right"]),
+    "rows": lambda weight, record, own: Rows(weight, own["index"], own["values"], int(record["height"])),
+    "dense": lambda weight, record, own: Dense(weight, own["delta"]),
+}
 
 
-def _inner(first: Sequence[RankOneEdit], second: Sequence[RankOneEdit]) -> float:
-    """The Frobenius inner product of two sums of outer(u, step)."""
-    return sum(
-        float(a.u.double() @ b.u.double()) * float(a.step.double() @ b.step.double()) for a in first for b in second
-    )
+def _change(record: dict[str, Any], own: dict[str, Tensor]) -> Change:
+    if any(tensor.is_floating_point() == (name == "index") for name, tensor in own.items()):
+        raise ChangeError("a change is floating-point numbers, at rows that are whole ones.")
+    return _KINDS[record["kind"]](Weight(record["layer"], record["weight"]), record, own)
 
 
-def _norm(changes: Sequence[RankOneEdit]) -> float:
-    """Its root; rounding can put the square of nothing below zero."""
-    return max(0.0, _inner(changes, changes)) ** 0.5
+def _of_0_1(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of version 0.1.0 as one of today's."""
+    first = {"fact": record["fact"], "before": record["before"], "after": record["after"]}
+    also = [
+        {"fact": each, "before": each["before"], "after": each["after"]} for each in record["details"].get("also", [])
+    ]
+    changes = [each | {"kind": "rank_one", "weight": "mlp.W_out"} for each in record["changes"]]
+    return record | {"editor": record["method"], "facts": [first, *also], "changes": changes}
 
 
-def _cosine(a: Tensor, b: Tensor) -> float:
-    return float(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
+def _check_whole(edit: Edit) -> None:
+    """Raise where something is missing that is read later."""
+    needed = [
+        edit.origin["name"],
+        edit.origin.get("weights") or edit.origin["weight_hash"],
+        *edit.parents,
+        *(edit.details["parts"] if edit.editor == COMPOSED else ()),
+        json.dumps(edit.settings),
+        json.dumps(edit.details),
+        *(each.fact["prompt"] for each in edit.facts),
+    ]
+    needed += [each.fact["subject"] for each in edit.facts]
+    needed += [edit.fact["target_new"]] if edit.changes else []  # for the lack of which a fact is refused
+    if edit.changes and edit.editor != COMPOSED:  # whose parts were measured, each alone
+        needed += [edit.report[name] for name in _MEASURED]
+        needed += [each["p_new"] for fact in edit.facts for each in (fact.before, fact.after)]
+    if None in needed:
+        raise TypeError("a value that may not be null is")

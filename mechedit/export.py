@@ -1,12 +1,13 @@
 """An edited model for other tools: a Hugging Face checkpoint, or a LoRA adapter for `peft`.
 
-The checkpoint is the original with the changed `W_out`s in the place and layout that its architecture has for them. The
-adapter adds the same changes to the plain model: an edit is `outer(u, step)`, so that n edits of one layer are exactly an adapter
-of rank n:
+The checkpoint is the original with the changed weights in the place and layout that its architecture has for them. The adapter adds the
+same changes to the plain model: a change of low rank, left^T right, is exactly an adapter of that rank,
 
-    A = the u's, [n, d_mlp]      B = the steps, [d_model, n]      lora_alpha = r = n, so that B A is added unscaled
+    A = left, [rank, rows]      B = right^T, [columns, rank]      lora_alpha = r = rank, so that B A is added unscaled
 
-Hugging Face's parameter is found by its values, not by a table of names: it is the matrix of that block which equals `W_out`.
+A change of high rank is refused as an adapter, or approximated on request, with the error that is left. Several changes of one module
+share its adapter. Where an architecture keeps several weights in one parameter (GPT-2's queries, keys and values), a weight is some of
+the parameter's columns.
 """
 
 from __future__ import annotations
@@ -20,13 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from mechedit import cache, edits, models, provenance
+from mechedit import applying, cache, models, provenance
+from mechedit.changes import Change, Factors, by_weight, norm, total
 from mechedit.edits import Edit, EditError
+from mechedit.huggingface import Place, place
 from mechedit.models import HookedModel
+from mechedit.weights import Weight, as_matrix, value
 
 __all__ = ["adapter", "check_folder", "checkpoint"]
+
+SHOWN_RANKS = (1, 8, 64)  # of which an error message says what error they leave
 
 
 def checkpoint(
@@ -38,15 +45,14 @@ def checkpoint(
     which edits are in them.
 
     Raises:
-        EditError: an edit was made for other weights (and `force` is not given), or no parameter equals the model's `W_out`.
+        EditError: an edit was made for other weights (and `force` is not given), or no parameter equals one of the model's weights.
         WriteError: the folder cannot be written.
     """
     folder = check_folder(folder)
     plain, tokenizer, places = _opened(model, name, edited, force=force)
-    with edits.edited(model, *edited, force=True), torch.no_grad():
-        for layer, (_, parameter, transposed) in places.items():
-            weight = models.W_out(model, layer)
-            parameter.copy_(weight.T if transposed else weight)
+    with applying.edited(model, *edited, force=True):
+        for weight, each in places.items():
+            each.write_(as_matrix(weight, value(model, weight)).detach())
     with _whole(folder) as temporary:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -54,30 +60,53 @@ def checkpoint(
     return folder
 
 
-def adapter(model: HookedModel, name: str, edited: Sequence[Edit], folder: str | Path, *, force: bool = False) -> Path:
+def adapter(
+    model: HookedModel,
+    name: str,
+    edited: Sequence[Edit],
+    folder: str | Path,
+    *,
+    rank: int | None = None,
+    force: bool = False,
+) -> Path:
     """Write the edits as a LoRA adapter of the plain model `name`, which `peft.PeftModel.from_pretrained` loads.
 
+    With `rank`, changes of higher rank are approximated by their largest singular directions; `mechedit.json` says which error, in
+    shares of the change's norm, is left of each.
+
     Raises:
-        EditError: an edit was made for other weights (and `force` is not given), or no parameter equals the model's `W_out`.
+        EditError: an edit was made for other weights (and `force` is not given), no parameter equals one of the model's weights, or
+            a change has no exact adapter and `rank` is not given.
         WriteError: the folder cannot be written.
     """
     from safetensors.torch import save_file
 
     folder = check_folder(folder)
+    own = by_weight(change for edit in edited for change in edit.changes)
+    made = {weight: _factors(weight, changes, rank) for weight, changes in own.items()}
     _, _, places = _opened(model, name, edited, force=force)
+    modules: dict[str, list[tuple[Place, Factors]]] = {}
+    for weight, (factors, _) in made.items():
+        modules.setdefault(places[weight].module, []).append((places[weight], factors))
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for layer, (parameter, _, _) in places.items():
-        module = parameter.removesuffix(".weight")
-        changes = [change for edit in edited for change in edit.changes if change.layer == layer]
-        ranks[module] = len(changes)
-        u, step = (torch.stack([getattr(change, factor) for change in changes]).float() for factor in ("u", "step"))
-        tensors[f"base_model.model.{module}.lora_A.weight"] = u
-        tensors[f"base_model.model.{module}.lora_B.weight"] = step.T.contiguous()
-    # GPT-2's Conv1D keeps [in, out]; A and B are the same either way
-    conv1d = not any(transposed for _, _, transposed in places.values())
+    for module, parts in modules.items():
+        left = torch.cat([left for _, (left, _) in parts])
+        right = torch.cat([each.widened(right) for each, (_, right) in parts])
+        ranks[module] = len(left)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = left.float().contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = right.float().T.contiguous()
+    with _whole(folder) as temporary:
+        save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+        _write_json(temporary / "adapter_config.json", _config(name, ranks, list(places.values())))
+        errors = {str(weight): error for weight, (_, error) in made.items() if error}
+        _write_json(temporary / "mechedit.json", _record(name, edited) | ({"errors": errors} if errors else {}))
+    return folder
+
+
+def _config(name: str, ranks: dict[str, int], places: Sequence[Place]) -> dict[str, Any]:
     rank = max(ranks.values())
-    config = {
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": name,
@@ -86,16 +115,55 @@ def adapter(model: HookedModel, name: str, edited: Sequence[Edit], folder: str |
         "rank_pattern": {module: n for module, n in ranks.items() if n != rank},
         "alpha_pattern": {module: n for module, n in ranks.items() if n != rank},
         "target_modules": sorted(ranks),
-        "fan_in_fan_out": conv1d,
+        "fan_in_fan_out": all(each.in_by_out for each in places),  # GPT-2's Conv1D; A and B are the same either way
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
-    with _whole(folder) as temporary:
-        save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
-        _write_json(temporary / "adapter_config.json", config)
-        _write_json(temporary / "mechedit.json", _record(name, edited))
-    return folder
+
+
+def _factors(weight: Weight, changes: Sequence[Change], rank: int | None) -> tuple[Factors, float]:
+    """The factors of all changes of a weight, and the error that is left, as a share of their norm.
+
+    Raises:
+        EditError: they have none that an adapter could hold.
+    """
+    if weight.name.split(".")[1].startswith("b"):
+        raise EditError(
+            f"a LoRA adapter has no place for a bias, and these edits change {weight}. Export a checkpoint."
+        )
+    found = [change.factors() for change in changes]
+    thin = [factors for factors in found if factors is not None]
+    if len(thin) == len(found):
+        left, right = (torch.cat(parts) for parts in zip(*thin, strict=True))
+        if len(left) <= rank if rank is not None else _is_low(len(left), changes[0].shape):
+            return (left, right), 0.0
+    return _approximated(weight, total(changes), norm(changes), rank)
+
+
+def _is_low(rank: int, shape: tuple[int, int]) -> bool:
+    """Whether factors of this rank hold fewer numbers than the matrix."""
+    return rank * sum(shape) < shape[0] * shape[1]
+
+
+def _approximated(
+    weight: Weight, change: Float[Tensor, "rows columns"], size: float, rank: int | None
+) -> tuple[Factors, float]:
+    U, S, V = torch.linalg.svd(change, full_matrices=False)
+    tiny = float(S[0]) * max(change.shape) * torch.finfo(torch.float64).eps
+    own = int((tiny < S).sum())
+
+    def left_over(n: int) -> float:
+        return float(S[n:].norm()) / size if size else 0.0
+
+    if rank is None and not _is_low(own, (change.shape[0], change.shape[1])):
+        errors = ", ".join(f"{n} would leave {left_over(n):.0%}" for n in SHOWN_RANKS if n < own)
+        raise EditError(
+            f"the change of {weight} has rank {own} (of at most {len(S)}), as many numbers in factors as whole: rank {errors} of its norm as "
+            "error. Export a checkpoint, or ask for an approximation by its rank (rank=N, --rank N)."
+        )
+    n = own if rank is None else min(rank, own)
+    return (U[:, :n].T, S[:n, None] * V[:n]), left_over(n) if n < own else 0.0
 
 
 def _record(name: str, edited: Sequence[Edit]) -> dict[str, Any]:
@@ -139,26 +207,12 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 def _opened(
     model: HookedModel, name: str, edited: Sequence[Edit], *, force: bool
-) -> tuple[Any, Any, dict[int, tuple[str, Tensor, bool]]]:
-    """Hugging Face's model and tokenizer, and where it keeps the `W_out` of each edited layer."""
+) -> tuple[Any, Any, dict[Weight, Place]]:
+    """Hugging Face's model and tokenizer, and where it keeps each edited weight."""
     if not force:
-        edits.check(model, edited)
-    layers = sorted({change.layer for edit in edited for change in edit.changes})
-    if not layers:
+        applying.check(model, edited)
+    own = by_weight(change for edit in edited for change in edit.changes)
+    if not own:
         raise EditError("there is nothing to export: the edits have no changes.")
     plain, tokenizer = models.hugging_face(name, next(model.parameters()).dtype)
-    return plain, tokenizer, {layer: _parameter(plain, model, layer) for layer in layers}
-
-
-def _parameter(plain: Any, model: HookedModel, layer: int) -> tuple[str, Tensor, bool]:
-    """Hugging Face's name of a block's `W_out`, the parameter, and whether it is stored [d_model, d_mlp]."""
-    weight = models.W_out(model, layer).detach().cpu()
-    for name, parameter in plain.named_parameters():
-        if f".{layer}." in name and sorted(parameter.shape) == sorted(weight.shape):
-            for transposed, each in ((False, parameter), (True, parameter.T)):
-                if each.shape == weight.shape and torch.equal(each, weight):
-                    return name, parameter, transposed
-    raise EditError(
-        f"no parameter of block {layer} of the Hugging Face model equals W_out of {model.cfg.model_name}: it is another model, or "
-        "it is edited. Load it afresh."
-    )
+    return plain, tokenizer, {weight: place(plain, model, weight) for weight in own}
