@@ -1,36 +1,36 @@
 """Is an edit within the bands of edits that work? What is measured, the bands, and the reasons when one is left.
 
-    divisor_share       u @ key over what the averaged key gives: near zero, the published policy's two keys disagree
-    relative_norm       |change| over |W_out|
-    essence_kl          KL(edited || original) of what follows "{subject} is a", in nats
+    relative_norm       |change| over |weights that are changed|
+    essence_kl          KL(edited || original) of what follows "{subject} is a", in nats; the largest of several subjects
     perplexity_ratio    edited over original, on `held_out_text`
 
-The published policy can break a model by one edit ("disabling edits", Gupta et al. 2024); the first and the last number show it.
+These bands are for every editor; an editor adds bands for numbers of its own. One edit can break a model ("disabling edits", Gupta
+et al. 2024); the numbers show it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.models import Blocks, HookedModel
+from mechedit.models import Blocks, HookedModel, identity, remembered
 from mechedit.prompts import check_length, encode, pad, resolve_bos
 from mechedit.scoring import mean_log_p
 
-__all__ = ["BANDS", "Health", "drift", "held_out_text", "measure", "reasons"]
+__all__ = ["BANDS", "Band", "Health", "drift", "held_out_text", "measure", "of_unedited", "reasons"]
+
+Band = tuple[float, float, str]
+"""From, to, and what to do about a number that is outside."""
 
 HELD_OUT_TOKENS = 128  # enough to see damage, and a small part of an edit's time
-BANDS: dict[str, tuple[float, float, str]] = {
-    "cond_C": (0.0, 1e12, "C^-1 k* would be noise; estimate C from more keys, or add a ridge"),
-    "divisor_share": (
-        0.05,
-        float("inf"),
-        "the two keys of the published policy disagree, and such an edit breaks the model; use policy='averaged'",
-    ),
+SUBJECTS = 16  # whose essence is looked at in an edit of many facts
+BANDS: dict[str, Band] = {
     "relative_norm": (0.0, 1.0, "so large a change damages much else; lower the clamp, or edit another layer"),
     "essence_kl": (0.0, 16.0, "the subject has become something else; lower the clamp, or raise kl"),
     "perplexity_ratio": (
@@ -43,21 +43,41 @@ BANDS: dict[str, tuple[float, float, str]] = {
 
 @dataclass(frozen=True)
 class Health:
-    """What an unharmed model says: log-probabilities after "{subject} is a", and its mean log P on held-out text."""
+    """What an unharmed model says: log-probabilities after "{subject} is a", by subject, and its mean log P on held-out text."""
 
-    essence: Float[Tensor, " d_vocab"]
+    essence: dict[str, Float[Tensor, " d_vocab"]]
     text: float
 
 
+def of_unedited(model: HookedModel, subjects: Sequence[str], *, prepend_bos: bool | None = None) -> Health:
+    """`measure` of the model as it is, before an edit; kept with it, so that the next edit need not measure it again."""
+    bos, now = resolve_bos(model, prepend_bos), identity(model).whole
+    text = remembered(model, ("held-out text", now, bos), lambda: _text(model, bos))
+    some = dict.fromkeys(subjects[:SUBJECTS])
+    essence = {
+        subject: remembered(model, ("essence", now, bos, subject), partial(_essence, model, subject, bos))
+        for subject in some
+    }
+    return Health(essence, text)
+
+
+def measure(model: HookedModel, subjects: Sequence[str], *, prepend_bos: bool | None = None) -> Health:
+    """The model's health as it is now: for a subject or several, of which the first 16 are looked at."""
+    bos = resolve_bos(model, prepend_bos)
+    essence = {subject: _essence(model, subject, bos) for subject in dict.fromkeys(subjects[:SUBJECTS])}
+    return Health(essence, _text(model, bos))
+
+
 @torch.no_grad()
-def measure(model: HookedModel, subject: str, *, prepend_bos: bool | None = None) -> Health:
-    """The model's health as it is now, for a subject."""
-    ids, _ = encode(model, f"{subject} is a", prepend_bos=resolve_bos(model, prepend_bos))
+def _essence(model: HookedModel, subject: str, bos: bool) -> Float[Tensor, " d_vocab"]:
+    ids, _ = encode(model, f"{subject} is a", prepend_bos=bos)
     check_length(model, len(ids))
     blocks = Blocks(model)
-    essence = blocks.logits(blocks.final(pad(model, [ids]))[:, -1])[0].float().log_softmax(-1)
-    text = mean_log_p(model, held_out_text(model), HELD_OUT_TOKENS, prepend_bos=prepend_bos)
-    return Health(essence.cpu(), text)
+    return blocks.logits(blocks.final(pad(model, [ids]))[:, -1])[0].float().log_softmax(-1).cpu()
+
+
+def _text(model: HookedModel, bos: bool) -> float:
+    return mean_log_p(model, held_out_text(model), HELD_OUT_TOKENS, prepend_bos=bos)
 
 
 def held_out_text(model: HookedModel) -> str:
@@ -68,15 +88,22 @@ def held_out_text(model: HookedModel) -> str:
 
 
 def drift(before: Health, after: Health) -> dict[str, float]:
-    """`essence_kl` and `perplexity_ratio` between two healths."""
-    kl = float((after.essence.exp() * (after.essence - before.essence)).sum())
-    return {"essence_kl": max(kl, 0.0), "perplexity_ratio": float(torch.tensor(before.text - after.text).exp())}
+    """`essence_kl` and `perplexity_ratio` between two healths of the same subjects."""
+    kl = [_kl(after.essence[subject], was) for subject, was in before.essence.items()]
+    ratio = float(torch.tensor(before.text - after.text).exp())
+    return {"essence_kl": max(kl) if all(each == each for each in kl) else float("nan"), "perplexity_ratio": ratio}
 
 
-def reasons(report: dict[str, float]) -> list[str]:
+def _kl(log_p: Float[Tensor, " d_vocab"], log_q: Float[Tensor, " d_vocab"]) -> float:
+    """KL(p || q) in nats, not below zero."""
+    found = float((log_p.exp() * (log_p - log_q)).sum())
+    return max(found, 0.0) if found == found else found
+
+
+def reasons(report: Mapping[str, float], bands: Mapping[str, Band] = BANDS) -> list[str]:
     """A sentence for each number that is not within its band; NaN never is."""
     found = []
-    for name, (low, high, advice) in BANDS.items():
+    for name, (low, high, advice) in bands.items():
         value = report[name]
         if not low <= value <= high:
             edge = f"below {low:g}" if value < low else f"above {high:g}" if value > high else "no number"

@@ -1,60 +1,237 @@
-"""ROME: rewrite one fact by a rank-one change of one MLP's `W_out` (Meng et al. 2022, section 3.1).
+"""ROME: rewrite a fact by a rank-one change of one MLP's `W_out` (Meng et al. 2022, section 3.1).
 
     k* = the subject's key, averaged over prefixes          mechedit.keys
     v* = the value that makes the model say the target      mechedit.values
     C  = the second moment of keys on text                  mechedit.moments
     W_out += outer(C^-1 k*, v* - (k* W_out + b_out)) / (k* C^-1 k*)        mechedit.rank_one
 
-One key is used everywhere (`policy="averaged"`, or the bare prompt's, `"prompt"`). The published code inserts at the bare
-prompt's key along the averaged key's direction; that is `policy="published"`. Several prompts about one subject, each with
-its own target, are one edit: their keys are averaged, and v* answers them all.
+Which key is meant where is a setting, for published implementations differ: whose key gives the direction C^-1 k (`direction`), whose
+key returns v* (`inserted`), how much of the change of the value each prefix sees while v* is sought (`shares`), and when that ends
+(`stop`). `settings.POLICIES` has the combinations that have names.
+
+Several prompts about one subject are one key and one v* that answers them all. Facts about several subjects have a key and a v* each,
+and are written together by the least change under which every key returns its own value (`rank_one.insert_many`).
 """
 
 from __future__ import annotations
 
-import time
-import warnings
+from collections import ChainMap
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from mechedit import generation, guards, keys, models, moments, prompts, provenance, rank_one, scoring, values
+from mechedit import editing, guards, keys, models, moments, prompts, rank_one, values
+from mechedit.cache import content_key
+from mechedit.editing import Editor, Found, State
 from mechedit.edits import Edit, EditError
-from mechedit.facts import Fact, FactError
+from mechedit.facts import Fact
+from mechedit.guards import Band
 from mechedit.models import HookedModel
 from mechedit.moments import Moment
 from mechedit.progress import Progress, silent
-from mechedit.settings import MomentSettings, RomeSettings
+from mechedit.settings import MomentSettings, RomeSettings, SettingsError
 
-__all__ = ["EditWarning", "check_moment", "edit", "resolve"]
+__all__ = ["Prepared", "Rome", "check_moment", "edit", "prepare", "resolve"]
 
-WORD_TOKENS = 6  # of the model's own answer, of which the first word is taken
-PUNCTUATION = ".,;:!?\"')]}"
+BANDS: dict[str, Band] = {
+    "cond_C": (0.0, 1e12, "C^-1 k* would be noise; estimate C from more keys, or add a ridge"),
+    "divisor_share": (
+        0.05,
+        float("inf"),
+        "the keys of direction and insertion disagree, and such an edit breaks the model; use one key for both",
+    ),
+}
 
 
-class EditWarning(UserWarning):
-    """An edit out of its bands that was asked for all the same (`guard="warn"`)."""
+@dataclass(frozen=True)
+class Prepared:
+    """C, its ridge added, and the prefixes: "" and sampled ones. `estimated` is C as it was before."""
+
+    moment: Moment
+    prefixes: tuple[str, ...]
+    estimated: Moment
+
+    @cached_property
+    def key(self) -> str:
+        """A digest of both."""
+        return content_key(self.moment.hash, self.prefixes)
+
+
+def prepare(
+    model: HookedModel,
+    settings: RomeSettings,
+    moment: Moment | None = None,
+    prefixes: Sequence[str] | None = None,
+    *,
+    progress: Progress = silent,
+) -> Prepared:
+    """What all edits share, for settings as `resolve` gives them.
+
+    Without `moment`, C is estimated from text sampled from the model, once, and kept in the cache. `prefixes`, "" among them, stand
+    before the prompt in place of those that the settings sample.
+
+    Raises:
+        EditError: C does not belong to the model, layer or settings, or the prefixes lack the bare prompt's.
+    """
+    if moment is not None:
+        check_moment(model, moment, settings)
+    windows = MomentSettings(prepend_bos=settings.prepend_bos)
+    found = (
+        moment if moment is not None else moments.estimate(model, settings.layer, settings=windows, progress=progress)
+    )
+    before = keys.prefixes(model, settings) if prefixes is None else tuple(prefixes)
+    if "" not in before:
+        raise EditError(f'prefixes must have the bare prompt\'s, "", among them; found {list(before)!r}.')
+    C = rank_one.regularised(found.C, settings.ridge)
+    ready = replace(found, C=C, cond=moments.condition(C)) if settings.ridge else found
+    return Prepared(ready, tuple(sorted(before, key=bool)), found)  # the bare prompt first, the others in their order
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What one subject's facts come to: the direction u = C^-1 k, the key that returns v*, and v*; with what they were made from."""
+
+    direction: Float[Tensor, " d_mlp"]
+    u: Float[Tensor, " d_mlp"]
+    key: Float[Tensor, " d_mlp"]
+    value: Float[Tensor, " d_model"]
+    losses: tuple[tuple[float, float, float], ...]
+    shares: tuple[float, ...]
+
+
+class Rome(Editor):
+    """ROME as an editor."""
+
+    name = "rome"
+    settings: ClassVar[type[RomeSettings]] = RomeSettings
+    bands: ClassVar[ChainMap[str, Band]] = ChainMap(BANDS, guards.BANDS)
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"clamp": (0.5, 0.75, 1.0, 2.0, 4.0), "learning_rate": (0.5,)}
+
+    @property
+    def of(self) -> str:
+        return "rome"  # of which the controls are variants
+
+    def resolve(self, model: HookedModel, settings: RomeSettings | None = None) -> RomeSettings:
+        resolved: RomeSettings = super().resolve(model, settings)
+        models.mlp_module(model, resolved.layer)
+        return resolved
+
+    def prepare(self, model: HookedModel, settings: RomeSettings, *, progress: Progress = silent) -> Prepared:
+        return prepare(model, settings, progress=progress)
+
+    def ahead(
+        self, model: HookedModel, settings: RomeSettings, layers: Sequence[int], *, progress: Progress = silent
+    ) -> None:
+        windows = MomentSettings(prepend_bos=settings.prepend_bos)
+        moments.estimate_layers(model, layers, settings=windows, progress=progress)
+
+    def check(
+        self, model: HookedModel, facts: Sequence[Fact], settings: RomeSettings, prepared: Prepared | None
+    ) -> None:
+        if prepared is not None:
+            check_moment(model, prepared.estimated, settings)
+        if len({fact.subject for fact in facts}) > 1 and settings.direction != settings.inserted:
+            raise SettingsError(
+                "facts about several subjects are written together along the keys that return their values; give direction and "
+                f"inserted the same key (found {settings.direction} and {settings.inserted}), or edit the facts one by one."
+            )
+        for fact in facts:  # whether each has such a token
+            keys.contexts(model, fact, ("",), settings.fact_token, prepend_bos=settings.prepend_bos)
+
+    def find(
+        self,
+        model: HookedModel,
+        facts: Sequence[Fact],
+        settings: RomeSettings,
+        prepared: Prepared,
+        state: State,
+        *,
+        progress: Progress = silent,
+    ) -> Found:
+        by_subject: dict[str, list[Fact]] = {}
+        for fact in facts:
+            by_subject.setdefault(fact.subject, []).append(fact)
+        aims = [self.aim(model, own, settings, prepared, progress=progress) for own in by_subject.values()]
+        W_out = models.W_out(model, settings.layer).detach().float().cpu()
+        b_out = models.b_out(model, settings.layer).float().cpu()
+        stacked = {name: torch.stack([getattr(aim, name) for aim in aims]) for name in ("u", "key", "value")}
+        if len(aims) == 1:
+            written: Sequence[rank_one.RankOneEdit] = (
+                rank_one.insert(settings.layer, W_out, b_out, aims[0].u, aims[0].key, aims[0].value),
+            )
+        else:
+            written = rank_one.insert_many(settings.layer, W_out, b_out, stacked["u"], stacked["key"], stacked["value"])
+        return Found(
+            written,
+            _report(aims, written, prepared),
+            _details(aims, prepared),
+            {"k*": stacked["key"].squeeze(0), "v*": stacked["value"].squeeze(0)},
+        )
+
+    def aim(
+        self,
+        model: HookedModel,
+        facts: Sequence[Fact],
+        settings: RomeSettings,
+        prepared: Prepared,
+        *,
+        progress: Progress = silent,
+    ) -> Aim:
+        """Key and value of facts about one subject."""
+        bos, token, layer = settings.prepend_bos, settings.fact_token, settings.layer
+        targets = [prompts.continuation(model, fact.prompt, str(fact.target_new)) for fact in facts]
+        rows = [row for fact in facts for row in keys.contexts(model, fact, prepared.prefixes, token, prepend_bos=bos)]
+        wanted = [target for target in targets for _ in prepared.prefixes]
+        for row, target in zip(rows, wanted, strict=True):
+            prompts.check_length(model, len(row.ids) + len(target) - 1)
+        (essence,) = keys.contexts(model, Fact(facts[0].subject, "{} is a"), ("",), token, prepend_bos=bos)
+        found = keys.subject_keys(model, layer, (*rows, essence)).cpu()
+        of_rows = found[: len(rows)]
+        candidates = {"averaged": of_rows.mean(0), "prompt": of_rows[:: len(prepared.prefixes)].mean(0)}
+        along, key = candidates[settings.direction], candidates[settings.inserted]
+        u = prepared.moment.solve(along[None])[0]
+        own = (found.double() @ u / (key.double() @ u)).float()
+        shares = own if settings.shares == "own" else torch.ones(len(found))
+        W_out, b_out = models.W_out(model, layer).detach().float().cpu(), models.b_out(model, layer).float().cpu()
+        value = values.optimise(
+            model, rows, essence, wanted, key @ W_out + b_out, shares, layer, settings, progress=progress
+        )
+        return Aim(along, u, key, value.value, value.losses, tuple(shares.tolist()))
+
+
+def _report(aims: Sequence[Aim], written: Sequence[rank_one.RankOneEdit], prepared: Prepared) -> dict[str, float]:
+    """The numbers of an edit; of several, the divisor share that is furthest from 1."""
+    shares = [float(aim.u @ aim.key.double()) / float(aim.u @ aim.direction.double()) for aim in aims]
+    report = {"divisor": written[0].divisor} if len(aims) == 1 else {}
+    return report | {"divisor_share": min(shares), "cond_C": prepared.moment.cond}
+
+
+def _details(aims: Sequence[Aim], prepared: Prepared) -> dict[str, Any]:
+    """What an edit was made from; of several subjects, lists of lists."""
+    losses, shares = ([list(map(list, aim.losses)) for aim in aims], [list(aim.shares) for aim in aims])
+    moment = prepared.estimated
+    return {
+        "prefixes": list(prepared.prefixes),
+        "losses": losses[0] if len(aims) == 1 else losses,
+        "shares": shares[0] if len(aims) == 1 else shares,
+        "moment": {
+            "hash": moment.hash,
+            "source": moment.source,
+            "keys": moment.keys,
+            "settings": asdict(moment.settings),
+            "origin": moment.origin,
+        },
+    }
 
 
 def resolve(model: HookedModel, settings: RomeSettings | None = None) -> RomeSettings:
-    """The settings with layer and BOS filled in: the model's preset where none are given, its layer where none is.
-
-    Raises:
-        EditError: no layer is given and the model has no preset.
-        ModelError: no such layer, or its block has no `W_out`.
-    """
-    preset = models.preset(model)
-    settings = settings or (preset.rome if preset else RomeSettings())
-    layer = settings.layer if settings.layer != -1 else (preset.rome.layer if preset else -1)
-    if layer == -1:
-        raise EditError(
-            f"no layer is given and {model.cfg.model_name} has no preset. Trace some facts, and edit where restoring MLP outputs "
-            "at the subject's last token helps most: RomeSettings(layer=...), --layer on the command line."
-        )
-    models.mlp_module(model, layer)
-    return replace(settings, layer=layer, prepend_bos=prompts.resolve_bos(model, settings.prepend_bos))
+    """`Rome.resolve`: the settings with layer and BOS filled in; errors as there."""
+    return Rome().resolve(model, settings)
 
 
 def edit(
@@ -66,209 +243,38 @@ def edit(
     prefixes: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> Edit:
-    """Find the rank-one change that makes the model complete `fact.prompt` with `fact.target_new`. The model is left as it is.
-
-    Several facts must have one subject; the result's `fact`, `before` and `after` are the first's, `details["also"]` has the
-    others'. Without `moment`, C is estimated from text sampled from the model, once, and kept in the cache. `prefixes`, "" the
-    first of them, stand before the prompt in place of those that the settings sample.
-
-    Raises:
-        FactError: a fact has no new target, or does not fit the model, or several have different subjects.
-        EditError: the model already says the target; C is of another layer or model; or the result is out of its bands.
-        ModelError: no such layer, or a block without `W_out`.
-    """
-    began = time.perf_counter()
-    if isinstance(fact, str):
-        raise FactError(f"an edit needs a Fact, or several of one subject; found the text {fact!r}.")
-    facts = (fact,) if isinstance(fact, Fact) else tuple(fact)
+    """`editing.edit` by ROME, with C or prefixes of one's own (`prepare`); errors as there."""
+    if moment is None and prefixes is None:
+        return editing.edit(model, fact, Rome(), settings, progress=progress)
     settings = resolve(model, settings)
-    targets = _check_facts(model, facts, settings)
     if moment is not None:
         check_moment(model, moment, settings)
-    facts, before = _measure_before(model, facts, targets, settings)
-    healthy = guards.measure(model, facts[0].subject, prepend_bos=settings.prepend_bos)
-    moment = moment or moments.estimate(
-        model, settings.layer, settings=MomentSettings(prepend_bos=settings.prepend_bos), progress=progress
-    )
-    before_prompt = keys.prefixes(model, settings) if prefixes is None else tuple(prefixes)
-    change, report, details = _find(model, facts, targets, moment, before_prompt, settings, progress)
-    with rank_one.edited(model, change):
-        after = _measure(model, facts, settings)
-        report |= guards.drift(healthy, guards.measure(model, facts[0].subject, prepend_bos=settings.prepend_bos))
-    reasons = guards.reasons(report)
-    _obey(settings, reasons)
-    kept: tuple[rank_one.RankOneEdit, ...] = (change,)
-    if reasons and settings.guard == "rollback":
-        kept, after = (), before
-    also = zip(facts[1:], before[1:], after[1:], strict=True)
-    details["also"] = [_describe(fact) | {"before": was, "after": now} for fact, was, now in also]
-    return Edit(
-        method="rome",
-        changes=kept,
-        fact=_describe(facts[0]),
-        report=report,
-        reasons=tuple(reasons),
-        before=before[0],
-        after=after[0],
-        origin=provenance.origin(model),
-        settings=asdict(settings),
-        versions=provenance.versions(),
-        seconds=time.perf_counter() - began,
-        details=details,
-    )
-
-
-def _check_facts(model: HookedModel, facts: tuple[Fact, ...], settings: RomeSettings) -> list[list[int]]:
-    """The ids of each new target, if the facts make one edit."""
-    if not facts:
-        raise FactError("an edit needs at least one fact.")
-    if len(subjects := sorted({fact.subject for fact in facts})) > 1:
-        raise FactError(
-            f"one edit is about one subject; these facts are about {', '.join(subjects)}. Edit them one by one."
-        )
-    targets = []
-    for fact in facts:
-        if fact.target_new is None:
-            raise FactError(f"the fact about {fact.subject!r} has no target_new to write.")
-        targets.append(prompts.continuation(model, fact.prompt, fact.target_new))
-        length = len(prompts.prepare(model, fact, prepend_bos=settings.prepend_bos).ids)
-        prompts.check_length(model, length + len(targets[-1]))
-    return targets
-
-
-def _obey(settings: RomeSettings, reasons: list[str]) -> None:
-    """Refuse or warn, as the settings say."""
-    if not reasons:
-        return
-    text = f"the edit of block {settings.layer} is out of its bands (clamp {settings.clamp:g}): " + " ".join(reasons)
-    if settings.guard == "refuse":
-        raise EditError(text + " guard='warn' keeps such an edit.")
-    if settings.guard == "warn":
-        warnings.warn(text, EditWarning, stacklevel=3)
-
-
-def _find(
-    model: HookedModel,
-    facts: tuple[Fact, ...],
-    targets: list[list[int]],
-    moment: Moment,
-    before: tuple[str, ...],
-    settings: RomeSettings,
-    progress: Progress,
-) -> tuple[rank_one.RankOneEdit, dict[str, float], dict[str, Any]]:
-    """The change, its numbers, and what it was made from."""
-    bos, token = settings.prepend_bos, settings.fact_token
-    rows = [row for fact in facts for row in keys.contexts(model, fact, before, token, prepend_bos=bos)]
-    wanted = [target for target in targets for _ in before]
-    (essence,) = keys.contexts(model, Fact(facts[0].subject, "{} is a"), ("",), token, prepend_bos=bos)
-    found = keys.subject_keys(model, settings.layer, (*rows, essence)).cpu()
-    bare, averaged = found[: len(rows) : len(before)].mean(0), found[: len(rows)].mean(0)  # "" is the first prefix
-    W_out = models.W_out(model, settings.layer).detach().float().cpu()
-    b_out = models.b_out(model, settings.layer).float().cpu()
-    C = rank_one.regularised(moment.C, settings.ridge)
-    key = bare if settings.policy == "prompt" else averaged
-    u = rank_one.direction(key, C)
-    if settings.policy == "published":  # inserted at the bare prompt's key, along the averaged key's direction
-        at, shares = bare, torch.ones(len(found))
-    else:
-        at, shares = key, (found.double() @ u / (key.double() @ u)).float()
-    for row, target in zip(rows, wanted, strict=True):
-        prompts.check_length(model, len(row.ids) + len(target) - 1)
-    value = values.optimise(
-        model, rows, essence, wanted, at @ W_out + b_out, shares, settings.layer, settings, progress=progress
-    )
-    change = rank_one.insert(settings.layer, W_out, b_out, u, at, value.value)
-    report = {
-        "divisor": change.divisor,
-        "divisor_share": change.divisor / float(change.u @ key.double()),
-        "update_norm": change.norm,
-        "relative_norm": change.norm / float(W_out.double().norm()),
-        "cond_C": moments.condition(C) if settings.ridge else moment.cond,
-    }
-    details = {
-        "prefixes": list(before),
-        "losses": [list(step) for step in value.losses],
-        "shares": shares.tolist(),
-        "moment": {
-            "hash": moment.hash,
-            "source": moment.source,
-            "keys": moment.keys,
-            "settings": asdict(moment.settings),
-            "origin": moment.origin,
-        },
-    }
-    return change, report, details
-
-
-def _measure(model: HookedModel, facts: tuple[Fact, ...], settings: RomeSettings) -> list[dict[str, float]]:
-    """Probability of each whole target after each prompt."""
-    pairs = [(fact.prompt, str(target)) for fact in facts for target in (fact.target_new, fact.target_true)]
-    scores = scoring.score(model, pairs, prepend_bos=settings.prepend_bos)
-    return [{"p_new": new.p, "p_true": true.p} for new, true in zip(scores[::2], scores[1::2], strict=True)]
-
-
-def _measure_before(
-    model: HookedModel, facts: tuple[Fact, ...], targets: list[list[int]], settings: RomeSettings
-) -> tuple[tuple[Fact, ...], list[dict[str, float]]]:
-    """The facts, their true targets filled in by what the model says where they have none, and the probabilities now."""
-    filled = []
-    for fact, target in zip(facts, targets, strict=True):
-        said, token, _ = scoring.top(model, fact.prompt, 1, prepend_bos=settings.prepend_bos)[0]
-        if target == [token]:
-            raise EditError(
-                f"the target {fact.target_new!r} is what {model.cfg.model_name} already says after {fact.prompt!r}: there is nothing to edit."
-            )
-        if fact.target_true is None and not said.strip():
-            raise FactError(f"the model's own answer to {fact.prompt!r} is {said!r}; name the true target.")
-        filled.append(fact if fact.target_true else replace(fact, target_true=_own_word(model, fact, settings, said)))
-    return tuple(filled), _measure(model, tuple(filled), settings)
-
-
-def _own_word(model: HookedModel, fact: Fact, settings: RomeSettings, said: str) -> str:
-    """The word that the model goes on with; its first token, `said`, where that is none."""
-    words = generation.complete(model, fact.prompt, WORD_TOKENS, prepend_bos=settings.prepend_bos).split()
-    return (words[0].rstrip(PUNCTUATION) if words else "") or said.strip()
+    given = prepare(model, settings, moment, prefixes, progress=progress)
+    return editing.edit(model, fact, Rome(), settings, prepared=given, progress=progress)
 
 
 def check_moment(model: HookedModel, moment: Moment, settings: RomeSettings) -> None:
-    """Raise unless C is of the layer, model and kind of text that the (resolved) settings need.
+    """Raise unless C is of the layer, and of keys as the model has them now, for settings as `resolve` gives them.
+
+    An edit of the layer's own `W_out` leaves its keys as they were, and C with them.
 
     Raises:
         EditError: it is not.
     """
-    layer = settings.layer
+    layer, d_mlp = settings.layer, models.W_out(model, settings.layer).shape[0]
     if not isinstance(moment, Moment):
         raise EditError(
             f"C is given as a Moment (moments.estimate, Moment.load, moments.read_published); found a {type(moment).__name__}."
         )
-    if moment.layer != layer:
-        raise EditError(
-            f"C must be of the edited layer {layer}; this one is of layer {moment.layer}. Estimate it for layer {layer}."
-        )
-    if len(moment.C) != models.W_out(model, layer).shape[0]:
-        raise EditError(
-            f"C must be [d_mlp, d_mlp] with d_mlp = {models.W_out(model, layer).shape[0]}; it is {list(moment.C.shape)}, of another model."
-        )
-    if not bool(moment.C.isfinite().all()):
-        raise EditError(
-            "C must be finite, but it holds NaN or infinity. Estimate it again; in float16, load the model in float32."
-        )
-    if moment.settings.parts > 1:
-        raise EditError(
-            f"C is part {moment.settings.part} of {moment.settings.parts} of a text; put all together with moments.merge (`mechedit merge`)."
-        )
-    if moment.keys <= len(moment.C):
-        raise EditError(
-            f"C must come from more keys than d_mlp = {len(moment.C)}; this one has {moment.keys}. Ten times d_mlp is a good number."
-        )
-    if moment.origin["weight_hash"] != models.weight_hash(model):
-        raise EditError(f"C was estimated on other weights ({moment.origin['name']}). Estimate it on this model.")
-    if moment.settings.prepend_bos != settings.prepend_bos:
-        raise EditError(
-            f"C was estimated {'with' if moment.settings.prepend_bos else 'without'} BOS, and the edit reads its prompts "
-            f"{'with' if settings.prepend_bos else 'without'} it: keys of the two differ. Give both the same prepend_bos."
-        )
-
-
-def _describe(fact: Fact) -> dict[str, Any]:
-    return asdict(fact) | {"prompt": fact.prompt}
+    bos, own_bos = settings.prepend_bos, moment.settings.prepend_bos
+    for holds, message in (
+        (moment.layer == layer, f"C must be of the edited layer {layer}; this one is of layer {moment.layer}. Estimate it for layer {layer}."),
+        (moment.C.shape == (d_mlp, d_mlp), f"C must be [d_mlp, d_mlp] with d_mlp = {d_mlp}; it is {list(moment.C.shape)}, of another model."),
+        (bool(moment.C.isfinite().all()), "C must be finite, but it holds NaN or infinity. Estimate it again; in float16, load the model in float32."),
+        (moment.settings.parts == 1, f"C is part {moment.settings.part} of {moment.settings.parts} of a text; put all together with moments.merge (`mechedit merge`)."),
+        (moment.keys > d_mlp, f"C must come from more keys than d_mlp = {d_mlp}; this one has {moment.keys}. Ten times d_mlp is a good number."),
+        (moment.is_of(model), f"C was estimated on other weights ({moment.origin['name']}). Estimate it on this model."),
+        (own_bos in (None, bos), f"C was estimated {'with' if own_bos else 'without'} BOS, and the edit reads its prompts {'with' if bos else 'without'} it: keys of the two differ. Give both the same prepend_bos."),
+    ):  # fmt: skip
+        if not holds:
+            raise EditError(message)
