@@ -2,7 +2,7 @@
 
 A fact is a subject, a template with one `{}` for it, and what the model should say next. Files of facts are read in the
 forms in which they are published: COUNTERFACT (nested as released, or flat), zsRE in the form of MEND, and the known facts
-of causal tracing. `built_in()` is a set written for this project, `named("organism")` the organism's world.
+of causal tracing. `built_in()` is a set written for this project. Sets have names in `mechedit.sources`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ __all__ = [
     "check_fact",
     "from_prompt",
     "from_zsre",
-    "named",
     "read",
 ]
 
@@ -145,21 +144,6 @@ def built_in() -> tuple[Fact, ...]:
     """The facts that ship with mechedit; the first is the Space Needle's."""
     text = resources.files("mechedit").joinpath("data/facts.json").read_text(encoding="utf-8")
     return records.make(json.loads(text), _nested, "data/facts.json")
-
-
-def named(name: str | Path, need: Sequence[str] = ()) -> tuple[Fact, ...]:
-    """The set of facts of this name: `built-in`, `organism` (all that is true in the organism's world), or a file.
-
-    Those of a file must have the fields named in `need`; the sets have all.
-
-    Raises:
-        FactError: as in `read`.
-    """
-    if name == "organism":
-        from mechedit.organism.world import make
-
-        return make().facts
-    return built_in() if name == "built-in" else read(name, need)
 
 
 def read(path: str | Path, need: Sequence[str] = ()) -> tuple[Fact, ...]:

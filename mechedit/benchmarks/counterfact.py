@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from mechedit import sources
 from mechedit.benchmarks.metrics import Pair, accuracy, rewrite_scores
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
 from mechedit.scoring import score
 
-__all__ = ["scores"]
+__all__ = ["COUNTERFACT", "Counterfact", "scores"]
 
 
 def scores(model: HookedModel, facts: Sequence[Fact], *, prepend_bos: bool | None = None) -> list[dict[str, float]]:
@@ -37,3 +41,38 @@ def scores(model: HookedModel, facts: Sequence[Fact], *, prepend_bos: bool | Non
         as_elsewhere = {"rewrite_acc": accuracy(first[:1]), "rephrase_acc": accuracy(first[1:])}
         rows.append(rewrite_scores(each[0], each[1:n], each[n:]) | as_elsewhere | {"p_new": own[0].p})
     return rows
+
+
+class Counterfact:
+    """COUNTERFACT as a benchmark: its records are facts."""
+
+    name = "counterfact"
+
+    def read(self, source: str | Path) -> Sequence[Fact]:
+        """The facts of a file or a named set, each with both targets."""
+        return sources.named(source, ("target_true", "target_new"))
+
+    def takes(self, record: Any) -> bool:
+        """Whether it is a fact."""
+        return isinstance(record, Fact)
+
+    def fact(self, record: Fact) -> Fact:
+        """The record itself."""
+        return record
+
+    def lacks(self, record: Fact) -> str:
+        """A target that is not there."""
+        return "" if record.target_new is not None and record.target_true is not None else "a new or a true target"
+
+    def named(self, record: Fact, name: str) -> Fact:
+        """The fact with another id."""
+        return replace(record, id=name)
+
+    def scores(
+        self, model: HookedModel, records: Sequence[Fact], *, prepend_bos: bool | None = None
+    ) -> list[dict[str, float]]:
+        """`scores` of this module."""
+        return scores(model, records, prepend_bos=prepend_bos)
+
+
+COUNTERFACT = Counterfact()

@@ -8,61 +8,18 @@ decoded token at a time; here an answer is tokenised once, as it stands behind i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from mechedit import facts, records
+from mechedit import sources
 from mechedit.benchmarks.metrics import accuracy
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
-from mechedit.records import Part
 from mechedit.scoring import score
+from mechedit.sources import Question
 
-__all__ = ["Question", "named", "read", "scores"]
-
-
-@dataclass(frozen=True)
-class Question:
-    """A fact to write, with its paraphrases, and an unrelated question with its gold answer."""
-
-    fact: Fact
-    unrelated: str
-    answer: str
-
-
-def named(name: str | Path) -> tuple[Question, ...]:
-    """The questions of the organism's world (`organism`), or of a file.
-
-    Raises:
-        FactError: as in `read`; the built-in facts have no unrelated questions.
-    """
-    if name == "built-in":
-        raise FactError("the built-in facts are no zsRE questions; give a zsRE file, or `organism`.")
-    if name != "organism":
-        return read(name)
-    from mechedit.organism.world import make
-
-    return records.make(make().zsre(), _question, "the organism's world")
-
-
-def read(path: str | Path) -> tuple[Question, ...]:
-    """The records of a zsRE file that can be edited: the question names its subject once, and the new answer is new.
-
-    Raises:
-        FactError: the file is missing, is no such file, or records have mistakes; all of them are named.
-    """
-    found = records.load(path)
-    if not any("loc_ans" in record for record in found if isinstance(record, dict)):
-        raise FactError(f"{path} is no zsRE file: its records have no loc_ans.")
-    return records.make(found, _question, path, "A zsRE record has subject, src, rephrase, alt, answers, loc and loc_ans.")  # fmt: skip
-
-
-def _question(part: Part, index: int) -> Question | None:
-    fact, unrelated, answer = facts.from_zsre(part, index), part.text("loc"), part.text("loc_ans")
-    if fact is None or unrelated is None or answer is None:
-        return None
-    mark = "?" if fact.prompt.endswith("?") else ""  # the unrelated one is asked as the fact is
-    return Question(fact, unrelated + mark, answer)
+__all__ = ["ZSRE", "Question", "Zsre", "scores"]
 
 
 def scores(
@@ -95,3 +52,38 @@ def scores(
             }
         )
     return rows
+
+
+class Zsre:
+    """zsRE as a benchmark: its records are questions."""
+
+    name = "zsre"
+
+    def read(self, source: str | Path) -> Sequence[Question]:
+        """The questions of a file, or of the organism's world."""
+        return sources.questions(source)
+
+    def takes(self, record: Any) -> bool:
+        """Whether it is a question."""
+        return isinstance(record, Question)
+
+    def fact(self, record: Question) -> Fact:
+        """The fact to write."""
+        return record.fact
+
+    def lacks(self, record: Question) -> str:
+        """A new answer that is not there."""
+        return "" if record.fact.target_new is not None else "a new answer"
+
+    def named(self, record: Question, name: str) -> Question:
+        """The question with another id."""
+        return replace(record, fact=replace(record.fact, id=name))
+
+    def scores(
+        self, model: HookedModel, records: Sequence[Question], *, prepend_bos: bool | None = None
+    ) -> list[dict[str, float]]:
+        """`scores` of this module."""
+        return scores(model, records, prepend_bos=prepend_bos)
+
+
+ZSRE = Zsre()
