@@ -1,9 +1,9 @@
-"""Which layer, clamp and learning rate suit a model: found by tracing some facts, then editing others, kept as they come.
+"""Which layer and which options of an editor suit a model: found by tracing some facts, then editing others, kept as they come.
 
 1. The facts that the model knows are traced: MLP windows at the subject's last token. The best layer of the average, and those
    `around` it, are the candidates.
-2. Facts with new targets, apart from those that will be reported on, are edited at every candidate with every clamp and learning
-   rate, each alone; what is out of its bands is kept, so that the whole picture is seen.
+2. Facts with new targets, apart from those that will be reported on, are edited at every candidate with every combination of the
+   options that are tried, each alone; what is out of its bands is kept, so that the whole picture is seen.
 3. The combination with the best S (harmonic mean of efficacy, paraphrase and neighbourhood success) is proposed, of those whose
    edits are within the bands of `mechedit.guards`, where there are any. Ties go to the smaller change.
 """
@@ -11,38 +11,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mechedit import edits, moments, prompts, provenance, sites
+from mechedit import applying, prompts, provenance, sites
 from mechedit.benchmarks import counterfact
 from mechedit.benchmarks.metrics import harmonic
-from mechedit.editors import rome
+from mechedit.editing import Editor
+from mechedit.editors import named
+from mechedit.edits import Edit
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
 from mechedit.runs import tracing as runs
 from mechedit.runs.editing import edit_facts
-from mechedit.settings import MomentSettings, RomeSettings, TraceSettings, TuneSettings
+from mechedit.settings import SettingsError, TraceSettings, TuneSettings
 from mechedit.sites import Site
 from mechedit.tracing.averages import average
 
 __all__ = ["Row", "Tuned", "tune"]
 
+SET = ("layer", "guard")  # options that tuning chooses itself
 MOSTLY = 0.9  # share of edits within the bands that makes a combination one to propose
 
 
 @dataclass(frozen=True)
 class Row:
     """What one combination did to the facts that were edited: success in percent, means of the edits' numbers, and the share
-    of the edits that are within the bands."""
+    of the edits that are within the bands. `layer` is -1 where the editor has none."""
 
     layer: int
-    clamp: float
-    learning_rate: float
+    tried: dict[str, Any]
     ES: float
     PS: float
     NS: float
@@ -57,7 +60,8 @@ class Row:
 class Tuned:
     """The settings that are proposed, the site they come from, and every combination that was tried."""
 
-    settings: RomeSettings
+    editor: str
+    settings: Any
     site: Site
     rows: tuple[Row, ...]
     traced: int
@@ -79,20 +83,64 @@ def tune(
     facts: Sequence[Fact],
     folder: str | Path,
     settings: TuneSettings | None = None,
-    base: RomeSettings | None = None,
+    editor: str | Editor = "rome",
+    base: Any = None,
     *,
     progress: Progress = silent,
 ) -> Tuned:
-    """Propose `RomeSettings` for a model: `base` with another layer, clamp and learning rate. Everything is kept in `folder`.
+    """Propose settings of an editor for a model: `base` with another layer and other options. Everything is kept in `folder`.
 
     Of `facts`, the first that the model knows are traced, and the first others with paraphrases and neighbours are edited.
 
     Raises:
         FactError: too few facts are known, or can be edited and scored.
+        SettingsError: an option to try that the editor does not have.
         RunError: the folder holds a run of other settings.
     """
-    settings, folder, given = settings or TuneSettings(), Path(folder), base or RomeSettings()
+    settings, folder, way = settings or TuneSettings(), Path(folder), named(editor)
+    given = base if base is not None else way.settings()
+    tries = _combinations(way, given, settings)
     bos = prompts.resolve_bos(model, given.prepend_bos)
+    known, scored = _chosen(model, facts, settings, bos, progress)
+    wanted = TraceSettings(
+        kinds=("mlp",), roles=("subject_last",), draws=settings.draws, seed=settings.seed, prepend_bos=bos
+    )
+    site = sites.early(average(runs.trace_facts(model, known, folder / "traces", wanted, progress=progress)))
+    around = range(max(0, site.layer - settings.around), min(int(model.cfg.n_layers), site.layer + settings.around + 1))
+    if hasattr(given, "layer"):
+        way.ahead(model, replace(given, prepend_bos=bos), list(around), progress=progress)
+    rows = []
+    for layer in around if hasattr(given, "layer") else (-1,):
+        for tried in tries:
+            there = {"layer": layer} if layer != -1 else {}
+            chosen = way.resolve(model, replace(given, **there, **tried, guard="warn"))
+            name = "-".join([*(f"{key}{value}" for key, value in there.items()), *(f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}" for key, value in tried.items())])  # fmt: skip
+            found = edit_facts(model, scored, folder / name.replace("/", "_"), way, chosen, progress=progress)
+            rows.append(_row(model, scored, found, chosen, tried))
+    best = max(rows, key=lambda row: (row.within >= MOSTLY, round(row.S, 6), -row.relative_norm))
+    proposed = replace(given, **best.tried, **({"layer": best.layer} if best.layer != -1 else {}))
+    origin, versions = provenance.origin(model), provenance.versions()
+    return Tuned(way.name, proposed, site, tuple(rows), len(known), origin, versions)
+
+
+def _combinations(editor: Editor, given: Any, settings: TuneSettings) -> list[dict[str, Any]]:
+    """Every combination of the options that are tried, checked."""
+    grid: dict[str, Sequence[Any]] = {**dict(settings.grid)} or {**editor.grid}
+    names = {each.name for each in fields(given)} - {*SET}
+    if unknown := sorted(grid.keys() - names):
+        raise SettingsError(
+            f"the editor {editor.name} has no option {', '.join(unknown)} to try; it has {', '.join(sorted(names))}."
+        )
+    found = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    for tried in found:
+        replace(given, **tried)  # raises what cannot be meant
+    return found
+
+
+def _chosen(
+    model: HookedModel, facts: Sequence[Fact], settings: TuneSettings, bos: bool, progress: Progress
+) -> tuple[list[Fact], list[Fact]]:
+    """The facts that are traced, and those that are edited."""
     known = _first_known(model, facts, settings.traced, bos, progress)
     if len(known) < 2:
         raise FactError(
@@ -105,24 +153,7 @@ def tune(
             f"tuning edits {settings.edited} facts with a new target, paraphrases and neighbours, apart from the {len(known)} that are "
             f"traced; there are {len(scored)}."
         )
-    wanted = TraceSettings(
-        kinds=("mlp",), roles=("subject_last",), draws=settings.draws, seed=settings.seed, prepend_bos=bos
-    )
-    site = sites.early(average(runs.trace_facts(model, known, folder / "traces", wanted, progress=progress)))
-    layers = range(max(0, site.layer - settings.around), min(int(model.cfg.n_layers), site.layer + settings.around + 1))
-    windows = MomentSettings(prepend_bos=bos)
-    Cs = moments.estimate_layers(model, list(layers), settings=windows, progress=progress)
-    rows = []
-    for layer in layers:
-        for clamp in settings.clamps:
-            for rate in settings.learning_rates:
-                tried = rome.resolve(model, replace(given, layer=layer, clamp=clamp, learning_rate=rate, guard="warn"))
-                place = folder / f"layer{layer}-clamp{clamp:g}-rate{rate:g}"
-                found = edit_facts(model, scored, place, tried, Cs[layer], progress=progress)
-                rows.append(_row(model, scored, found, tried))
-    best = max(rows, key=lambda row: (row.within >= MOSTLY, round(row.S, 6), -row.relative_norm))
-    proposed = replace(given, layer=best.layer, clamp=best.clamp, learning_rate=best.learning_rate)
-    return Tuned(proposed, site, tuple(rows), len(known), provenance.origin(model), provenance.versions())
+    return known, scored
 
 
 def _first_known(model: HookedModel, facts: Sequence[Fact], n: int, bos: bool, progress: Progress) -> list[Fact]:
@@ -134,17 +165,16 @@ def _first_known(model: HookedModel, facts: Sequence[Fact], n: int, bos: bool, p
     return found[:n]
 
 
-def _row(model: HookedModel, facts: Sequence[Fact], found: Sequence[edits.Edit], settings: RomeSettings) -> Row:
+def _row(model: HookedModel, facts: Sequence[Fact], found: Sequence[Edit], settings: Any, tried: dict[str, Any]) -> Row:
     scores = []
     for fact, edit in zip(facts, found, strict=True):
-        with edits.edited(model, edit):
+        with applying.edited(model, edit):
             scores += counterfact.scores(model, [fact], prepend_bos=settings.prepend_bos)
     means = {name: 100 * float(np.mean([score[name] for score in scores])) for name in ("ES", "PS", "NS")}
     done = [edit.report for edit in found if edit.changes]
     return Row(
-        settings.layer,
-        settings.clamp,
-        settings.learning_rate,
+        getattr(settings, "layer", -1),
+        tried,
         **means,
         S=harmonic(*means.values()),
         relative_norm=float(np.mean([report["relative_norm"] for report in done])) if done else float("nan"),

@@ -7,29 +7,31 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import nan
 from pathlib import Path
+from typing import Any
 
-from mechedit import edits, keys, moments, provenance
-from mechedit.editors import rome
+from mechedit import editing, edits, provenance
+from mechedit.editing import Editor, EditWarning, Prepared, State
+from mechedit.editors import named
 from mechedit.edits import Edit, EditError
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
-from mechedit.moments import Moment
+from mechedit.moments import MomentError
 from mechedit.progress import Progress, silent
 from mechedit.rank_one import RankOneError
 from mechedit.runs.engines import Engine, Local
-from mechedit.runs.store import Store
+from mechedit.runs.store import Store, check_plain
 from mechedit.runs.tracing import unit
-from mechedit.settings import MomentSettings, RomeSettings
 
-__all__ = ["attempt", "edit_facts"]
+__all__ = ["attempt", "edit_facts", "edit_store", "making"]
 
 
 def edit_facts(
     model: HookedModel,
     facts: Sequence[Fact],
     folder: str | Path,
-    settings: RomeSettings | None = None,
-    moment: Moment | None = None,
+    editor: str | Editor = "rome",
+    settings: Any = None,
+    prepared: Prepared | None = None,
     *,
     engine: Engine | None = None,
     progress: Progress = silent,
@@ -39,26 +41,30 @@ def edit_facts(
     A fact that cannot be edited does not end the run: its result has no changes, and the reason. The model is left as it is.
 
     Raises:
-        RunError: the folder holds a run of other settings, or another process works in it.
+        RunError: the folder holds a run of other settings, another process works in it, or there are hooks on the model.
+        EditError: what was prepared does not belong to the model or the settings.
     """
-    settings = rome.resolve(model, settings)
-    moment = moment or moments.estimate(
-        model, settings.layer, settings=MomentSettings(prepend_bos=settings.prepend_bos), progress=progress
-    )
-    rome.check_moment(model, moment, settings)
-    what = {
-        "settings": asdict(settings),
-        "moment": moment.hash,
-        "model": provenance.identity(model),
-    }
+    check_plain(model)
+    editor = named(editor)
+    settings = editor.resolve(model, settings)
+    if prepared is None:
+        prepared = editing.make_ready(model, editor, settings, progress=progress)
+    else:
+        editor.check(model, (), settings, prepared)
     by_unit = {unit(fact): fact for fact in facts}
-    # a unit's bytes depend on what it is alone, so that a resumed run ends with the same files
-    store: Store[Edit] = Store(
-        folder, what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=nan), path), "edits"
-    )
-
-    task = _Editing(by_unit, settings, moment, keys.prefixes(model, settings))
+    store = edit_store(folder, provenance.kept_under(model) | making(editor, settings, prepared))
+    task = _Editing(by_unit, editor, settings, prepared)
     return store.run([unit(fact) for fact in facts], task, engine or Local(model), progress)
+
+
+def edit_store(folder: str | Path, what: dict[str, Any]) -> Store[Edit]:
+    """Where edits are kept. A unit's bytes depend on what it is alone, so that a resumed run ends with the same files."""
+    return Store(folder, what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=nan), path), "edits")
+
+
+def making(editor: Editor, settings: Any, prepared: Prepared | None) -> dict[str, Any]:
+    """What edits depend on, beside the model."""
+    return {"editor": editor.name, "edit": asdict(settings), "prepared": prepared.key if prepared is not None else ""}
 
 
 @dataclass(frozen=True)
@@ -66,38 +72,26 @@ class _Editing:
     """The edit of a unit's fact, or one without changes that says why not."""
 
     by_unit: dict[str, Fact]
-    settings: RomeSettings
-    moment: Moment
-    prefixes: tuple[str, ...]  # sampled once, not by each worker
+    editor: Editor
+    settings: Any
+    prepared: Prepared | None  # made once, not by each worker
 
     def __call__(self, model: HookedModel, name: str) -> Edit:
-        return attempt(model, self.by_unit[name], self.settings, self.moment, self.prefixes)
+        return attempt(model, [self.by_unit[name]], self.editor, self.settings, self.prepared)
 
 
 def attempt(
-    model: HookedModel, fact: Fact, settings: RomeSettings, moment: Moment, prefixes: Sequence[str] | None = None
+    model: HookedModel,
+    facts: Sequence[Fact],
+    editor: Editor,
+    settings: Any,
+    prepared: Prepared | None,
+    state: State | None = None,
 ) -> Edit:
-    """The edit of a fact, or one without changes that says why not. What is out of its bands is in its reasons, and no warning."""
+    """The edit of facts, or one without changes that says why not. What is out of its bands is in its reasons, and no warning."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", rome.EditWarning)
-            return rome.edit(model, fact, settings, moment, prefixes=prefixes)
-    except (EditError, FactError, RankOneError) as error:
-        return _refused(model, fact, settings, str(error))
-
-
-def _refused(model: HookedModel, fact: Fact, settings: RomeSettings, reason: str) -> Edit:
-    """An edit without changes, which says why; nothing is measured."""
-    return Edit(
-        method="rome",
-        changes=(),
-        fact=asdict(fact) | {"prompt": fact.prompt},
-        report={},
-        before={},
-        after={},
-        origin=provenance.origin(model),
-        settings=asdict(settings),
-        versions=provenance.versions(),
-        seconds=nan,
-        reasons=(reason,),
-    )
+            warnings.simplefilter("ignore", EditWarning)
+            return editing.edit(model, facts, editor, settings, prepared=prepared, state=state)
+    except (EditError, FactError, RankOneError, MomentError) as error:
+        return editing.refused(model, facts, editor, settings, str(error))

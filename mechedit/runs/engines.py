@@ -84,13 +84,13 @@ def _timed(task: Task[Result], model: HookedModel, unit: str) -> Done[Result]:
 class Cluster:
     """The workers of a Ray cluster, each with a model of its own, loaded once a map, or once while `open`.
 
-    `model` is what `models.load` takes, and every node must be able to load it; weights that differ from those of `fingerprint`
-    (`models.fingerprint`) are refused. Without `address` a cluster is started on this machine. A worker that is lost is replaced,
+    `model` is what `models.load` takes, and every node must be able to load it; one of another identity
+    (`models.identity(model).whole`) is refused. Without `address` a cluster is started on this machine. A worker that is lost is replaced,
     and what it was at is given to another; a unit that takes its worker down `retries` times more is reported, and left out.
     """
 
     model: str
-    fingerprint: str
+    identity: str
     address: str | None = None
     workers: int = 0  # 0: as many as the cluster has room for
     cpus: float = 1.0  # of each worker, and its threads
@@ -222,7 +222,7 @@ class _Crew:
     def welcome(self, reference: Any) -> None:
         cluster, worker = self.cluster, self.coming.pop(reference)
         try:
-            fingerprint, node = self.ray.get(reference)
+            identity, node = self.ray.get(reference)
         except self.ray.exceptions.RayTaskError as error:
             raise EngineError(f"a worker cannot load {cluster.model}: {error.cause}") from error
         except self.ray.exceptions.RayError as error:
@@ -233,10 +233,10 @@ class _Crew:
                 ) from error
             self.hire()
             return
-        if fingerprint != cluster.fingerprint:
+        if identity != cluster.identity:
             raise EngineError(
-                f"a worker on node {node} has other weights under the name {cluster.model} ({fingerprint[:12]}…) than this "
-                f"machine ({cluster.fingerprint[:12]}…). Put the same model on every node."
+                f"a worker on node {node} has another model under the name {cluster.model} ({identity[:12]}…) than this "
+                f"machine ({cluster.identity[:12]}…). Put the same model, and the same versions, on every node."
             )
         self.lost = 0
         cluster.started.append(node)
@@ -258,7 +258,7 @@ class _Worker:
     def ready(self) -> tuple[str, str]:
         """Load; the weights it has, and the node it is on."""
         self.model = self.load()
-        return models.fingerprint(self.model), str(_ray().get_runtime_context().get_node_id())
+        return models.identity(self.model).whole, str(_ray().get_runtime_context().get_node_id())
 
     def take(self, task: Task[Any]) -> None:
         """What units are for from now on; it may be large, so it comes once."""

@@ -74,9 +74,8 @@ class Evaluation:
     @property
     def caption(self) -> str:
         """What the table is of, in a sentence."""
-        settings = self.what["settings"]
-        control = [settings["control"]] if settings["control"] != "none" else []
-        how = [settings["editor"], settings["mode"], *control] if settings["editor"] != "none" else ["not edited"]
+        editor, mode = self.what["editor"], self.what["settings"]["mode"]
+        how = [editor, mode] if editor != "none" else ["not edited"]
         source = self.what.get("source")
         where = f" of {Path(source['facts']).name} from {source['begin']} on" if source else ""
         return (

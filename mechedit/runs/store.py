@@ -18,10 +18,11 @@ from typing import Any, Generic, TypeVar
 from mechedit.cache import WriteError, atomic_write
 from mechedit.errors import MecheditError
 from mechedit.files import FileError
+from mechedit.models import HookedModel, hooked
 from mechedit.progress import Progress, silent
 from mechedit.runs.engines import Done, Engine, Task
 
-__all__ = ["PLAN", "RunError", "Status", "Store", "by_stage", "claim", "plan", "status"]
+__all__ = ["PLAN", "RunError", "Status", "Store", "by_stage", "check_plain", "claim", "plan", "status"]
 
 PLAN, SECONDS = "plan.json", "seconds.jsonl"
 HOPELESS = 5  # so many failures before any success end a run
@@ -126,6 +127,19 @@ class Store(Generic[Result]):
             lock.release()
 
 
+def check_plain(model: HookedModel) -> None:
+    """Raise where there are hooks on the model: what is kept is kept under its parameters, and hooks are none.
+
+    Raises:
+        RunError: there are.
+    """
+    if hooked(model):
+        raise RunError(
+            f"there are hooks on {model.cfg.model_name}, and a run would keep what it says with them as if it said so without. "
+            "Take them off (model.reset_hooks()), or compute without a run."
+        )
+
+
 def claim(folder: Path, what: dict[str, Any]) -> None:
     """Make `folder` this run's: `run.json` there says `what`, or is written.
 
@@ -142,7 +156,8 @@ def claim(folder: Path, what: dict[str, Any]) -> None:
         before = _flat(json.loads(description.read_text()))
     except ValueError as error:
         raise RunError(f"{description} is damaged ({error}); choose another folder, or delete it.") from error
-    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    differing = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
+    differing.sort(key=lambda key: (key.count("."), key))  # what is said of the whole first
     if differing:
         changes = ", ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing[:5])
         raise RunError(f"{folder} holds a run of other settings ({changes}). Use the same settings, or another folder.")
@@ -228,8 +243,8 @@ def by_stage(found: Sequence[Status]) -> list[Status]:
 
 def _summed(name: str, found: Sequence[Status]) -> Status:
     finished, units = (sum(getattr(each, which) for each in found) for which in ("finished", "units"))
-    known = [each.seconds for each in found if not math.isnan(each.seconds)]
-    seconds = median(known) if known else math.nan
+    told = [each.seconds for each in found if not math.isnan(each.seconds)]
+    seconds = median(told) if told else math.nan
     missing = units - finished
     return Status(f"{name}, in {len(found)} folders", finished, units, seconds, missing * seconds if missing else 0.0)
 

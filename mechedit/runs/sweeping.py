@@ -1,7 +1,7 @@
-"""ROME at every layer and token (Meng et al. 2022, figure 5), and whether the causal trace foretells where it works.
+"""An editor at every layer and token (Meng et al. 2022, figure 5), and whether the causal trace foretells where it works.
 
 For each layer and each choice of token, every fact is edited there, alone, and scored. The traces of the same facts give the
-average indirect effect of MLP windows at the same layers and tokens. The rank correlation of the two over cells says whether
+average indirect effect of MLP windows at the same layers and tokens. (An editor that has no choice of token has the same scores for each.) The rank correlation of the two over cells says whether
 localisation predicts where an edit succeeds; its interval draws facts again, because cells of one fact are not independent.
 """
 
@@ -14,22 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mechedit import models, moments, provenance
+from mechedit import provenance
+from mechedit.benchmarks.counterfact import COUNTERFACT
 from mechedit.benchmarks.metrics import SUCCESSES, harmonic
 from mechedit.cache import atomic_write
-from mechedit.editors import rome
+from mechedit.editing import Editor
+from mechedit.editors import named
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel, check_layer
 from mechedit.progress import Progress, silent
 from mechedit.records import listed
+from mechedit.runs.checks import announce, check_records
 from mechedit.runs.engines import Engine, Local
-from mechedit.runs.evaluating import announce, check_records, evaluate
+from mechedit.runs.evaluating import evaluate
 from mechedit.runs.tracing import trace_facts
 from mechedit.settings import (
     ROLE_TITLES,
     EvaluateSettings,
-    MomentSettings,
-    RomeSettings,
+    SettingsError,
     SweepSettings,
     TraceSettings,
 )
@@ -126,7 +128,8 @@ def sweep(
     facts: Sequence[Fact],
     folder: str | Path,
     settings: SweepSettings | None = None,
-    edit_settings: RomeSettings | None = None,
+    editor: str | Editor = "rome",
+    edit_settings: Any = None,
     *,
     engine: Engine | None = None,
     progress: Progress = silent,
@@ -135,17 +138,16 @@ def sweep(
 
     Raises:
         FactError: no facts, two that are the same, or some that lack targets, paraphrases or neighbours, so that they have no S.
+        SettingsError: an editor that has no layer to choose.
         RunError: the folder holds a run of other settings.
     """
     settings, folder = settings or SweepSettings(), Path(folder)
-    check_records(facts)
+    check_records(facts, COUNTERFACT)
     check_complete(facts)
     layers = [check_layer(model, layer) for layer in settings.layers] or list(range(int(model.cfg.n_layers)))
-    known = models.preset(model)
-    given = edit_settings or (known.rome if known else RomeSettings())
-    base = replace(rome.resolve(model, replace(given, layer=layers[0])), guard="warn")
-    windows = MomentSettings(prepend_bos=base.prepend_bos)
-    Cs = moments.estimate_layers(model, layers, settings=windows, progress=progress)
+    way = named(editor)
+    base = replace(way.resolve(model, _at(model, way, edit_settings, layers[0])), guard="warn")
+    way.ahead(model, base, layers, progress=progress)
     wanted = TraceSettings(kinds=("mlp",), window=settings.window, draws=settings.draws, seed=settings.seed, prepend_bos=base.prepend_bos)  # fmt: skip
     engine = engine or Local(model)
     shape = (len(facts), len(layers), len(settings.tokens))
@@ -154,28 +156,68 @@ def sweep(
     plain = EvaluateSettings(health=False)
     with engine.open():
         traces = trace_facts(model, facts, folder / "traces", wanted, engine=engine, progress=progress)
-        cells: list[tuple[int, int, list[int]]] = []  # row, column, the facts that have such a token
         for column, token in enumerate(settings.tokens):
-            own = [index for index, each in enumerate(traces) if _positions(each, token)]
-            for index in own:
-                at = traces[index].effects["mlp"][:, _positions(traces[index], token)].mean(1)
-                effects[index, :, column] = at[layers].numpy() - traces[index].p_corrupted
-            cells += [(row, column, own) for row in range(len(layers)) if own]
-        places = [folder / f"layer{layers[row]:02d}-{settings.tokens[column]}" for row, column, _ in cells]
-        for place, (_, _, own) in zip(places, cells, strict=True):
-            announce([facts[index] for index in own], place / "edits", place / "scores")
-        for done, (place, (row, column, own)) in enumerate(zip(places, cells, strict=True)):
+            for index, trace in enumerate(traces):
+                if at := _positions(trace, token):
+                    mean = trace.effects["mlp"][:, at].mean(1)
+                    effects[index, :, column] = mean[layers].numpy() - trace.p_corrupted
+        cells = _cells(folder, facts, traces, layers, settings.tokens, hasattr(base, "fact_token"))
+        for cell in cells:
+            announce([facts[index] for index in cell.facts], COUNTERFACT, cell.place / "edits", cell.place / "scores")
+        for done, cell in enumerate(cells):
             progress("layers and tokens", done, len(cells))
-            here, layer = [facts[index] for index in own], layers[row]
-            chosen = replace(base, layer=layer, fact_token=settings.tokens[column])
-            found = evaluate(model, here, place, plain, chosen, Cs[layer], engine=engine, progress=progress)
-            for index, each in zip(own, found.rows["after"], strict=True):
+            here, own = [facts[index] for index in cell.facts], {"layer": layers[cell.row]}
+            chosen = replace(base, **own, **({"fact_token": cell.token} if cell.token else {}))
+            found = evaluate(model, here, cell.place, plain, way, chosen, engine=engine, progress=progress)
+            for index, each in zip(cell.facts, found.rows["after"], strict=True):
                 for name in SUCCESSES:
-                    scores[name][index, row, column] = each[name]
+                    there = ~np.isnan(effects[index, cell.row])
+                    columns = [settings.tokens.index(cell.token)] if cell.token else list(there.nonzero()[0])
+                    scores[name][index, cell.row, columns] = each[name]
         progress("layers and tokens", len(cells), len(cells))
     origin = provenance.origin(model)
-    record = {"sweep": asdict(settings), "edit": {name: each for name, each in asdict(base).items() if name not in ("layer", "fact_token")}}  # fmt: skip
+    record = {"sweep": asdict(settings), "editor": way.name, "edit": {name: each for name, each in asdict(base).items() if name not in ("layer", "fact_token")}}  # fmt: skip
     return Sweep(tuple(layers), settings.tokens, scores, effects, settings.seed, origin, record)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A layer by its row, a token if the editor has a choice, the facts that have such a token, and where the cell is kept."""
+
+    row: int
+    token: str
+    facts: tuple[int, ...]
+    place: Path
+
+
+def _cells(
+    folder: Path,
+    facts: Sequence[Fact],
+    traces: Sequence[Trace],
+    layers: Sequence[int],
+    tokens: Sequence[str],
+    chooses: bool,
+) -> list[_Cell]:
+    every = tuple(range(len(facts)))
+    columns = [(token, tuple(index for index in every if _positions(traces[index], token))) for token in tokens]
+    return [
+        _Cell(row, token, own, folder / (f"layer{layer:02d}-{token}" if token else f"layer{layer:02d}"))
+        for token, own in (columns if chooses else [("", every)])
+        for row, layer in enumerate(layers)
+        if own
+    ]
+
+
+def _at(model: HookedModel, editor: Editor, settings: Any, layer: int) -> Any:
+    """The settings (the preset's where none are given) at a layer.
+
+    Raises:
+        SettingsError: the editor has none.
+    """
+    settings = settings if settings is not None else editor.defaults(model)
+    if not hasattr(settings, "layer"):
+        raise SettingsError(f"a sweep edits at every layer, and the editor {editor.name} has no layer to choose.")
+    return replace(settings, layer=layer)
 
 
 def sweep_maps(found: Sweep) -> Figure:

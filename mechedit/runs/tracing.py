@@ -17,7 +17,7 @@ from mechedit.models import Blocks, HookedModel
 from mechedit.progress import Progress, silent
 from mechedit.prompts import continuation, encode, pad, resolve_bos
 from mechedit.runs.engines import Engine, Local
-from mechedit.runs.store import Store
+from mechedit.runs.store import Store, check_plain
 from mechedit.settings import TraceSettings
 from mechedit.tracing import Trace, trace
 from mechedit.tracing.cells import resolve
@@ -26,9 +26,10 @@ from mechedit.tracing.severing import Severed, severed
 __all__ = ["check_run", "finished", "known", "partners", "sever_facts", "trace_facts", "unit"]
 
 
-def unit(fact: Fact) -> str:
-    """The name of a fact's unit: a hash of what a trace depends on."""
-    return content_key([fact.subject, fact.template, fact.target_true, fact.target_new])
+def unit(fact: Fact, other: str | None = None) -> str:
+    """The name of a fact's unit: a hash of what a trace depends on, the subject that takes its subject's place among it."""
+    said = [fact.subject, fact.template, fact.target_true, fact.target_new]
+    return content_key([*said, other] if other is not None else said)
 
 
 def trace_facts(
@@ -51,11 +52,11 @@ def trace_facts(
     """
     settings, statistics, what = _run(model, settings, statistics)
     others = partners(model, facts, settings)
-    by_unit = {unit(fact): (fact, other) for fact, other in others}
+    by_unit = {unit(fact, other): (fact, other) for fact, other in others}
     store: Store[Trace] = Store(folder, what, Trace.load, Trace.save)
 
     task = _Tracing(by_unit, settings, statistics)
-    return store.run([unit(fact) for fact, _ in others], task, engine or Local(model), progress)
+    return store.run([unit(*each) for each in others], task, engine or Local(model), progress)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class _Tracing:
 
     def __call__(self, model: HookedModel, name: str) -> Trace:
         fact, other = self.by_unit[name]
-        return trace(model, fact, self.settings, known=self.statistics, other=other)
+        return trace(model, fact, self.settings, statistics=self.statistics, other=other)
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ class _Severing:
 
     def __call__(self, model: HookedModel, name: str) -> Severed:
         fact, other = self.by_unit[name]
-        known, shared = self.statistics, self.shared_draws
-        return severed(model, fact, self.settings, shared_draws=shared, known=known, other=other)
+        shared, statistics = self.shared_draws, self.statistics
+        return severed(model, fact, self.settings, shared_draws=shared, statistics=statistics, other=other)
 
 
 def sever_facts(
@@ -100,11 +101,11 @@ def sever_facts(
     """`tracing.severing.severed` of each fact, resumably as `trace_facts`."""
     settings, statistics, what = _run(model, settings, statistics)
     others = partners(model, facts, settings)
-    by_unit = {unit(fact): (fact, other) for fact, other in others}
+    by_unit = {unit(fact, other): (fact, other) for fact, other in others}
     store: Store[Severed] = Store(folder, what | {"shared_draws": shared_draws}, Severed.load, Severed.save)
 
     task = _Severing(by_unit, settings, statistics, shared_draws)
-    return store.run([unit(fact) for fact, _ in others], task, engine or Local(model), progress)
+    return store.run([unit(*each) for each in others], task, engine or Local(model), progress)
 
 
 def _run(
@@ -112,12 +113,10 @@ def _run(
 ) -> tuple[TraceSettings, Statistics, dict[str, Any]]:
     settings = resolve(model, settings)
     statistics = statistics or corruption.needed(model, settings)
-    what = {
-        "settings": asdict(settings),
-        "noise": {"source": statistics.source, "sigma": statistics.sigma},
-        "model": provenance.identity(model),
-    }
-    return settings, statistics, what
+    check_plain(model)
+    wanted = {name: value for name, value in asdict(settings).items() if name != "memory"}  # on which no number depends
+    what = {"settings": wanted, "noise": {"source": statistics.source, "sigma": statistics.sigma}}
+    return settings, statistics, what | provenance.kept_under(model)
 
 
 def check_run(model: HookedModel, folder: str | Path, settings: TraceSettings) -> None:
@@ -129,9 +128,9 @@ def check_run(model: HookedModel, folder: str | Path, settings: TraceSettings) -
     Store(folder, _run(model, settings, None)[2], Trace.load, Trace.save)
 
 
-def finished(facts: Sequence[Fact], folder: str | Path) -> int:
-    """How many of these facts have a file in a run's folder."""
-    return sum((Path(folder) / "units" / f"{unit(fact)}.safetensors").is_file() for fact in facts)
+def finished(pairs: Sequence[tuple[Fact, str | None]], folder: str | Path) -> int:
+    """How many of these facts, each with its partner, have a file in a run's folder."""
+    return sum((Path(folder) / "units" / f"{unit(*pair)}.safetensors").is_file() for pair in pairs)
 
 
 def partners(model: HookedModel, facts: Sequence[Fact], settings: TraceSettings) -> list[tuple[Fact, str | None]]:

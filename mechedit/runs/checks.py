@@ -1,0 +1,84 @@
+"""What an evaluation looks at before it computes anything: its records, its settings, its folder's stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mechedit import prompts
+from mechedit.benchmarks import texts
+from mechedit.benchmarks.benchmark import Benchmark, of
+from mechedit.facts import Fact, FactError
+from mechedit.models import HookedModel
+from mechedit.records import listed
+from mechedit.runs.scored import record_unit
+from mechedit.runs.store import PLAN, plan
+from mechedit.settings import EvaluateSettings, SettingsError
+
+__all__ = ["about", "announce", "check_generation", "check_records", "doubts"]
+
+
+def check_records(records: Sequence[Any], benchmark: Benchmark | None = None) -> Benchmark:
+    """The benchmark of these records (theirs, where none is named), if they can be evaluated. All mistakes are named.
+
+    Raises:
+        FactError: no records, records of another benchmark, two that are the same, or some that lack what scores need.
+    """
+    if not records:
+        raise FactError("an evaluation needs one or more records.")
+    benchmark = benchmark or of(records)
+    if strange := [record for record in records if not benchmark.takes(record)]:
+        raise FactError(
+            f"{len(strange)} of these {len(records)} records are none of {benchmark.name}; the first: {strange[0]!r}."
+        )
+    names = [f"record {benchmark.fact(record).id or index}" for index, record in enumerate(records)]
+    seen: dict[str, int] = {}
+    wrong = []
+    for index, (name, record) in enumerate(zip(names, records, strict=True)):
+        if missing := benchmark.lacks(record):
+            wrong.append(f"{name}, about {benchmark.fact(record).subject!r}, lacks {missing}.")
+        if (first := seen.setdefault(record_unit(record, benchmark), index)) != index:
+            wrong.append(f"{name} says what {names[first]} says; give each once.")
+    if wrong:
+        raise FactError(listed(wrong))
+    return benchmark
+
+
+def check_generation(model: HookedModel, settings: EvaluateSettings) -> None:
+    """Raise where texts cannot be generated, or not be measured."""
+    if not settings.generate:
+        return
+    texts.words("")  # needs the extra `evaluate`
+    if settings.tokens >= (limit := int(model.cfg.n_ctx)):
+        raise SettingsError(
+            f"generated texts must fit the context of {limit} tokens of {model.cfg.model_name}, with one before them; found "
+            f"{settings.tokens}. Give fewer tokens (--tokens)."
+        )
+
+
+def announce(records: Sequence[Any], benchmark: Benchmark, *stages: Path) -> None:
+    """Note folders of stages to come, so that `status` counts them before they begin."""
+    for place in stages:
+        if not (place / PLAN).exists():
+            plan(place, place, [record_unit(record, benchmark) for record in records])
+
+
+def doubts(model: HookedModel, fact: Fact, bos: bool) -> list[str]:
+    """What may be a mistake in a record; of one that cannot be read by the model its scores say why."""
+    try:
+        return prompts.doubts(model, fact, prepend_bos=bos)
+    except FactError:
+        return []
+
+
+def about(fact: Fact, index: int, reason: str) -> dict[str, Any]:
+    """Whom a row of results is about."""
+    return {
+        "id": fact.id or str(index),
+        "subject": fact.subject,
+        "prompt": fact.prompt,
+        "target_true": fact.target_true,
+        "target_new": fact.target_new,
+        "reason": reason,
+    }

@@ -1,0 +1,129 @@
+"""The scores of one record: what is measured, and how it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import nan
+from pathlib import Path
+from typing import Any
+
+from mechedit import applying, cache, files, generation, prompts
+from mechedit.benchmarks import metrics, texts
+from mechedit.benchmarks.benchmark import Benchmark
+from mechedit.benchmarks.health import Unedited, health
+from mechedit.benchmarks.texts import References
+from mechedit.edits import Edit
+from mechedit.facts import Fact, FactError
+from mechedit.models import HookedModel
+from mechedit.runs.store import Store
+from mechedit.scoring import log_p
+from mechedit.settings import EvaluateSettings
+
+__all__ = ["Measuring", "Scored", "edit_numbers", "measure", "record_unit", "rows", "score_store"]
+
+EDIT_NUMBERS = ("relative_norm", "divisor_share", "essence_kl")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The numbers of a record, or why there are none."""
+
+    scores: dict[str, float]
+    reason: str = ""
+
+
+def measure(
+    model: HookedModel,
+    record: Any,
+    benchmark: Benchmark,
+    settings: EvaluateSettings,
+    *,
+    before: Unedited | None = None,
+    references: References | None = None,
+    prepend_bos: bool | None = None,
+) -> dict[str, float]:
+    """Every number of one record on the model as it is now; `before` is the unedited model, for its health."""
+    (found,) = benchmark.scores(model, [record], prepend_bos=prepend_bos)
+    if settings.generate:
+        found |= _generated(model, benchmark.fact(record), settings, references, prepend_bos)
+    return found | (health(model, before) if settings.health and before else {})
+
+
+def _generated(
+    model: HookedModel, fact: Fact, settings: EvaluateSettings, references: References | None, bos: bool | None
+) -> dict[str, float]:
+    """GE and RS of sampled texts, essence of texts about the subject, and whether greedy text goes on with the new target."""
+    target = str(fact.target_new)
+    length = len(prompts.continuation(model, fact.prompt, target)) + 1
+    said = generation.complete(model, fact.prompt, length, prepend_bos=bos)
+    found = {"exact_match": metrics.exact_match(said, target)}
+    written = generation.continuations(
+        model, fact.generations, settings.tokens, top_k=settings.top_k, seed=settings.seed, prepend_bos=bos
+    )
+    found["GE"] = metrics.fluency([texts.words(each) for each in written])
+    if references is not None:
+        about = references.about(fact.relation, fact.target_new_id or target)
+        own = [text for name, text in about if name == fact.subject]
+        found["essence"] = (
+            metrics.essence(log_p(model, " ".join(own), settings.tokens, prepend_bos=bos)) if own else nan
+        )
+        found["RS"] = texts.consistency(references.tfidf, written, [text for _, text in about])
+    return found
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Every number of a unit's record, with its own edit written where it has one."""
+
+    by_unit: dict[str, Any]
+    edits: dict[str, Edit]
+    benchmark: Benchmark
+    settings: EvaluateSettings
+    bos: bool
+    before: Unedited | None
+    references: References | None
+
+    def __call__(self, model: HookedModel, unit: str) -> Scored:
+        own = [self.edits[unit]] if unit in self.edits else []
+        with applying.edited(model, *own, force=True):
+            return self.now(model, self.by_unit[unit])
+
+    def now(self, model: HookedModel, record: Any) -> Scored:
+        """Of a record, on the model as it is."""
+        beside: dict[str, Any] = {"before": self.before, "references": self.references, "prepend_bos": self.bos}
+        try:
+            return Scored(measure(model, record, self.benchmark, self.settings, **beside))
+        except FactError as error:  # a paraphrase that does not fit the context, say
+            return Scored({}, str(error))
+
+
+def score_store(folder: Path, what: dict[str, Any], noun: str, *, waits: bool = False) -> Store[Scored]:
+    """Where scores are kept."""
+    return Store(folder, what, _read, _write, noun, waits=waits)
+
+
+def _read(path: Path) -> Scored:
+    record = files.read(path, "scores")[1]
+    scores = {name: nan if value is None else value for name, value in record["scores"].items()}
+    return Scored(scores, record["reason"])
+
+
+def _write(scored: Scored, path: Path) -> None:
+    files.write(path, "scores", {}, {"scores": cache.plain(scored.scores), "reason": scored.reason})
+
+
+def rows(scored: Sequence[Scored]) -> list[dict[str, float]]:
+    """The numbers of each record; nan where a record could not be scored, so that rows are alike."""
+    names = list(dict.fromkeys(name for each in scored for name in each.scores))
+    return [{name: each.scores.get(name, nan) for name in names} for each in scored]
+
+
+def edit_numbers(edit: Edit) -> dict[str, float]:
+    """What the edit itself measured; whether there is one."""
+    return {name: float(edit.report.get(name, nan)) for name in EDIT_NUMBERS} | {"edited": float(bool(edit.changes))}
+
+
+def record_unit(record: Any, benchmark: Benchmark) -> str:
+    """The name of a record's unit: what it says, whatever its id."""
+    return cache.content_key(asdict(benchmark.named(record, "")))
