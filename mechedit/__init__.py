@@ -1,11 +1,14 @@
 """mechedit: find where a transformer recalls a fact, and rewrite it there.
 
-The pipeline is models.load -> facts.Fact -> tracing.trace -> sites.early -> editors.rome.edit -> edits.apply. Each step is
-one module and may touch only what this table says; nothing is left changed except by `edits.apply` and `rank_one.write_`.
+The pipeline is models.load -> facts.Fact -> tracing.trace -> sites.early -> editors.edit -> applying.apply. Each step is one module
+or one package and may touch only what this table says; nothing is left changed except by `applying.apply`, `applying.revert` and the
+functions whose names end in `_`.
 
 | step               | forward | backward | weights           | disk  | randomness            |
 |--------------------|---------|----------|-------------------|-------|-----------------------|
 | models.load        | no      | no       | makes them        | cache | no                    |
+| models.identity    | no      | no       | no                | no    | no                    |
+| weights.restored   | no      | no       | and puts them back| no    | no                    |
 | prompts.audit      | no      | no       | no                | no    | no                    |
 | tracing.trace      | yes     | no       | no                | no    | own generator         |
 | tracing.severed    | yes     | no       | no                | no    | own generator         |
@@ -16,10 +19,15 @@ one module and may touch only what this table says; nothing is left changed exce
 | values.optimise    | yes     | yes      | no                | no    | no                    |
 | rank_one.solve     | no      | no       | no                | no    | no                    |
 | rank_one.edited    | no      | no       | and puts them back| no    | no                    |
-| editors.rome.edit  | yes     | yes      | and puts them back| cache | own generator         |
+| changes.total      | no      | no       | no                | no    | no                    |
+| editing.make_ready | yes     | no       | and puts them back| cache | own generator         |
+| editing.edit       | yes     | yes      | and puts them back| cache | own generator         |
+| editors.fine_tuning| yes     | yes      | no                | no    | no                    |
 | guards.measure     | yes     | no       | no                | no    | no                    |
 | runs.edit_facts    | yes     | yes      | and puts them back| folder| own generator         |
-| edits.apply        | no      | no       | yes, until undone | no    | no                    |
+| applying.apply     | no      | no       | yes, until undone | no    | no                    |
+| applying.edited    | no      | no       | and puts them back| no    | no                    |
+| applying.compose   | no      | no       | no                | no    | no                    |
 | tuning.tune        | yes     | yes      | and puts them back| folder, cache | own generator |
 | export.checkpoint  | no      | no       | and puts them back| folder| no                    |
 | scoring.score      | yes     | no       | no                | no    | no                    |
@@ -33,13 +41,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = (
+    "applying",
     "benchmarks",
+    "changes",
     "corruption",
-    "edits",
+    "editing",
     "editors",
+    "edits",
     "export",
     "facts",
     "figures",
@@ -56,10 +67,12 @@ _MODULES = (
     "scoring",
     "settings",
     "sites",
+    "sources",
     "statistics",
     "tracing",
     "tuning",
     "values",
+    "weights",
 )
 
 __all__ = list(_MODULES)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mechedit.cli.choosing import NONE, add_editor, chosen_editor, given_edit_settings, resolved
 from mechedit.cli.options import PRESET, add_command, add_json, add_settings, given_settings
 from mechedit.cli.terminal import (
     UsageError,
@@ -20,15 +21,15 @@ from mechedit.cli.terminal import (
     show_table,
     write_json,
 )
-from mechedit.settings import CONSTANTS, EvaluateSettings, RomeSettings, SweepSettings
+from mechedit.settings import EvaluateSettings, SweepSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mechedit.benchmarks.benchmark import Benchmark
     from mechedit.benchmarks.texts import References
     from mechedit.models import HookedModel
     from mechedit.runs.engines import Engine
-    from mechedit.runs.evaluating import Record
     from mechedit.runs.results import Evaluation
 
 __all__ = ["add_evaluating"]
@@ -36,11 +37,10 @@ __all__ = ["add_evaluating"]
 FEW = 10  # facts, of which a bootstrap interval says little
 MANY_RUNS = 12  # of which `status` shows each stage's sum
 
-BENCHMARKS = ("counterfact", "zsre")
 ENGINES = ("local", "ray")
 
 
-def add_evaluating(commands: Any) -> None:
+def add_evaluating(commands: Any, editor: str) -> None:
     """evaluate, sweep, status"""
     evaluate = add_command(
         commands,
@@ -48,14 +48,14 @@ def add_evaluating(commands: Any) -> None:
         _evaluate,
         "edit each record of a benchmark and score it, before and after",
         model=True,
-        note=PRESET.format("layer, clamp and prefixes"),
+        note=PRESET.format("layer and constants"),
     )
     _add_facts(evaluate)
     evaluate.add_argument(
         "--benchmark",
-        choices=BENCHMARKS,
         default="counterfact",
-        help="how records are scored: counterfact (ES, PS, NS, S), or zsre (share of the answer's tokens put first)",
+        metavar="NAME",
+        help="how records are scored: counterfact (ES, PS, NS, S), zsre (share of the answer's tokens put first), or package.module:object",
     )
     add_settings(evaluate, EvaluateSettings)
     evaluate.add_argument(
@@ -70,8 +70,7 @@ def add_evaluating(commands: Any) -> None:
         metavar=("IDF.npy", "VOCAB.json"),
         help="with --references: published TF-IDF statistics (default: of the references)",
     )
-    evaluate.add_argument("--constants", choices=tuple(CONSTANTS), help="constants of v* (default: the model's preset)")
-    add_settings(evaluate, RomeSettings)  # its seed is the evaluation's
+    add_editor(evaluate, editor, none=True)  # its seed is the evaluation's
     evaluate.add_argument("--engine", choices=ENGINES, default="local", help="who computes (default: local)")
     evaluate.add_argument("--address", help="with --engine ray: the cluster's head (default: one started here)")
     evaluate.add_argument(
@@ -91,11 +90,11 @@ def add_evaluating(commands: Any) -> None:
         _sweep,
         "edit facts at every layer and token, beside their causal traces",
         model=True,
-        note=PRESET.format("clamp and prefixes"),
+        note=PRESET.format("constants"),
     )
     _add_facts(sweep)
     add_settings(sweep, SweepSettings)
-    add_settings(sweep, RomeSettings, without=("layer", "fact_token", "guard"))
+    add_editor(sweep, editor, without=("layer", "fact_token", "guard"))
     sweep.add_argument("--out", type=Path, required=True, metavar="DIR", help="everything is kept there; run again to resume")  # fmt: skip
     add_json(sweep)
 
@@ -120,33 +119,33 @@ def _add_facts(parser: argparse.ArgumentParser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from mechedit import models
-    from mechedit.editors import rome
-    from mechedit.runs import evaluating
+    from mechedit.benchmarks import benchmark as benchmarks
+    from mechedit.runs.estimating import estimate
+    from mechedit.runs.evaluating import evaluate
     from mechedit.runs.results import check_kept
 
     settings = EvaluateSettings(**given_settings(arguments, EvaluateSettings))
-    given: dict[str, Any] = CONSTANTS.get(arguments.constants, {}) | given_settings(arguments, RomeSettings)
-    RomeSettings(**given)  # mistakes are reported before the model is loaded
+    given = given_edit_settings(arguments)  # mistakes are reported before the model is loaded
+    editor = None if arguments.editor == NONE else chosen_editor(arguments)
     _check(arguments, settings)
-    chosen = _records(arguments)
+    benchmark = benchmarks.named(arguments.benchmark)
+    chosen = _records(arguments, benchmark)
     if arguments.out and not arguments.estimate:
-        check_kept(arguments.out, [evaluating.fact_of(record) for record in chosen])
+        check_kept(arguments.out, [benchmark.fact(record) for record in chosen])
     references = _references(arguments)
     began = time.perf_counter()
     model = load_model(arguments)
     load = time.perf_counter() - began
-    known = models.preset(model)
-    edit_settings = replace(known.rome if known else RomeSettings(), **given)
-    if settings.editor == "rome":
-        edit_settings = rome.resolve(model, edit_settings)
+    edit_settings = resolved(model, editor, given) if editor else arguments.edit_settings(**given)
     console = console_of(arguments)
     if arguments.estimate:
-        found = evaluating.estimate(
+        found = estimate(
             model,
             chosen,
             settings,
+            editor,
             edit_settings,
+            benchmark=benchmark,
             workers=max(1, arguments.workers or 1),
             load=load,
             references=references,
@@ -155,12 +154,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, vars(found) | {"total": found.total})
         return
     with keeping(f"what is finished is kept in {arguments.out}"), progress_bars() as progress:
-        result = evaluating.evaluate(
+        result = evaluate(
             model,
             chosen,
             arguments.out,
             settings,
+            editor,
             edit_settings,
+            benchmark=benchmark,
             references=references,
             engine=_engine(arguments, model),
             progress=progress,
@@ -188,9 +189,9 @@ def _check(arguments: argparse.Namespace, settings: EvaluateSettings) -> None:
     asked = given_settings(arguments, EvaluateSettings)
     if idle := [name for name in ("tokens", "top_k") if name in asked and not settings.generate]:
         raise UsageError(f"--{idle[0].replace('_', '-')} is of generated text: give --generate too.")
-    edits = [name for name in given_settings(arguments, RomeSettings) if name not in ("seed", "prepend_bos")]
+    edits = [name for name in given_settings(arguments, arguments.edit_settings) if name not in ("seed", "prepend_bos")]
     edits += ["mode"] * ("mode" in asked)
-    if settings.editor == "none" and edits:
+    if arguments.editor == NONE and edits:
         raise UsageError(f"--{edits[0].replace('_', '-')} is of edits, and --editor none makes none.")
     if (arguments.references or arguments.tfidf) and not settings.generate:
         raise UsageError("--references and --tfidf are for generated text: give --generate too.")
@@ -200,21 +201,17 @@ def _check(arguments: argparse.Namespace, settings: EvaluateSettings) -> None:
     check_places(arguments.json, arguments.out and arguments.out / "summary.json")
 
 
-def _records(arguments: argparse.Namespace) -> list[Record]:
-    from mechedit import facts
-    from mechedit.benchmarks import zsre
-    from mechedit.runs.evaluating import check_records
+def _records(arguments: argparse.Namespace, benchmark: Benchmark) -> list[Any]:
+    from mechedit.runs.checks import check_records
 
     if arguments.begin < 0 or (arguments.limit is not None and arguments.limit < 1):
         raise UsageError("--begin must be 0 or more, and --limit at least 1.")
-    is_zsre = getattr(arguments, "benchmark", "counterfact") == "zsre"
-    both = ("target_true", "target_new")
-    records: list[Record] = [*(zsre.named(arguments.facts) if is_zsre else facts.named(arguments.facts, both))]
+    records = list(benchmark.read(arguments.facts))
     end = None if arguments.limit is None else arguments.begin + arguments.limit
     chosen = records[arguments.begin : end]
     if not chosen:
         raise UsageError(f"--begin {arguments.begin} leaves none of the {len(records)} records of {arguments.facts}.")
-    check_records(chosen)
+    check_records(chosen, benchmark)
     return chosen
 
 
@@ -244,7 +241,7 @@ def _engine(arguments: argparse.Namespace, model: HookedModel) -> Engine:
     is_folder = Path(arguments.model).is_dir()  # workers have a working folder of their own
     return Cluster(
         str(Path(arguments.model).absolute()) if is_folder else arguments.model,
-        models.fingerprint(model),
+        models.identity(model).whole,
         arguments.address,
         arguments.workers or 0,
         arguments.cpus or 1.0,
@@ -271,21 +268,20 @@ def _show(console: Console, result: Evaluation) -> None:
 def _sweep(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from mechedit import figures, models
+    from mechedit import figures
+    from mechedit.benchmarks.counterfact import COUNTERFACT
     from mechedit.runs import sweeping
-    from mechedit.runs.evaluating import fact_of
 
     settings = SweepSettings(**given_settings(arguments, SweepSettings))
-    given = given_settings(arguments, RomeSettings)
-    RomeSettings(**given)
-    chosen = [fact_of(record) for record in _records(arguments)]
+    given = given_edit_settings(arguments)
+    editor = chosen_editor(arguments)
+    chosen = _records(arguments, COUNTERFACT)
     sweeping.check_complete(chosen)
     check_places(arguments.json, arguments.out / "sweep.json")
     model = load_model(arguments)
-    known = models.preset(model)
-    base = replace(known.rome if known else RomeSettings(), **given)
+    base = replace(editor.defaults(model), **given)
     with keeping(f"what is finished is kept in {arguments.out}"), progress_bars() as progress:
-        found = sweeping.sweep(model, chosen, arguments.out, settings, base, progress=progress)
+        found = sweeping.sweep(model, chosen, arguments.out, settings, editor, base, progress=progress)
     console = console_of(arguments)
     rows = [
         (str(layer), *(f"{100 * value:.0f}" if value == value else "" for value in line))

@@ -129,7 +129,7 @@ def _models(arguments: argparse.Namespace) -> None:
 
 def _preset_line(preset: Any) -> str:
     return (
-        f"layer {preset.rome.layer}, clamp {preset.rome.clamp:g}, {'BOS' if preset.prepend_bos else 'no BOS'}; {preset.source}"
+        f"layer {preset.rome.layer}, clamp {preset.rome.clamp:g}, {'BOS' if preset.prepend_bos else 'no BOS'}; {preset.sources['rome']}"
         if preset
         else "none"
     )

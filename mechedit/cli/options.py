@@ -30,7 +30,10 @@ PRESET = "A model with a preset (`mechedit models`) has the preset's {} instead 
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the options in one line."""
+    """Says what is wrong with the options in one line, and takes no option by a part of its name."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **named})
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}. `{self.prog} --help` lists the options.\n")

@@ -128,13 +128,15 @@ def show_trace(console: Console, trace: Trace, kinds: Sequence[str] = KINDS) -> 
     from rich.table import Table
     from rich.text import Text
 
+    from mechedit.tracing import measures
+
     console.print(
         f"{trace.label} = {trace.p_clean:.3f} clean, {trace.p_corrupted:.3f} corrupted; traced in {trace.seconds:.1f} s",
         markup=False,
         highlight=False,
     )
     begin, end = trace.subject_range
-    percent = trace.settings.measure in ("p", "p_answer")
+    percent = measures.of(trace.settings).share
     for kind, grid in trace.effects.items():
         if kind not in kinds:
             continue
@@ -181,16 +183,19 @@ _SHADES = (22, 28, 34, 34, 40)
 
 
 def show_edit(console: Console, edit: dict[str, Any]) -> None:
+    """Probabilities before and after, and what the edit measured of itself."""
     before, after, report = edit["before"], edit["after"], edit["edit"]
     rows = [
         (f"P({edit['target_new']})", f"{before['p_new']:.4f}", f"{after['p_new']:.4f}"),
         (f"P({edit['target_true']})", f"{before['p_true']:.4f}", f"{after['p_true']:.4f}"),
     ]
     show_table(console, (edit["prompt"], "before", "after"), rows)
+    weights = ", ".join(dict.fromkeys(each["weight"] for each in edit["changes"])) or "no weight"
+    own = [f"{_REPORTED.get(name, name)} {value:.4g}" for name, value in report.items() if name not in _SAID]
     console.print(
-        f"{edit['method']} at layer {edit['layer']} in {edit['seconds']:.1f} s: divisor {report['divisor']:.4g}, "
-        f"update norm {report['update_norm']:.3g} ({report['relative_norm']:.1%} of W_out's), cond(C) {report['cond_C']:.2g}; "
-        f"perplexity of other text x {report['perplexity_ratio']:.3f}, KL after '{edit['subject']} is a' {report['essence_kl']:.2f}",
+        f"{edit['editor']} in {edit['seconds']:.1f} s: {weights} of layer {edit['layer']}, update norm {report['update_norm']:.3g} "
+        f"({report['relative_norm']:.1%} of the weight's); {', '.join([*own, ''])}perplexity of other text x {report['perplexity_ratio']:.3f}, "
+        f"KL after '{edit['subject']} is a' {report['essence_kl']:.2f}",
         markup=False,
         highlight=False,
     )
@@ -198,6 +203,10 @@ def show_edit(console: Console, edit: dict[str, Any]) -> None:
         console.print(f"out of its band: {reason}", markup=False, highlight=False)
     for note in edit["notes"]:
         console.print(f"note: {note}.", markup=False, highlight=False)
+
+
+_REPORTED = {"cond_C": "cond(C)", "divisor_share": "divisor share"}
+_SAID = ("update_norm", "relative_norm", "perplexity_ratio", "essence_kl")
 
 
 def show_notes(console: Console, named: Mapping[Path, Edit]) -> None:

@@ -79,12 +79,12 @@ def add_tracing(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from mechedit import edits, facts, figures, generation, organism, scoring, tracing
+    from mechedit import applying, edits, figures, generation, organism, scoring, sources, tracing
     from mechedit.editors import rome
 
     out: Path = arguments.out
     check_places(out / "trace.safetensors")
-    fact = facts.named("organism" if arguments.model in organism.MODELS else "built-in")[0]
+    fact = sources.named("organism" if arguments.model in organism.MODELS else "built-in")[0]
     console = console_of(arguments)
     model = load_model(arguments)
     console.rule("1. Where does the model recall it?")
@@ -112,7 +112,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     pairs = [(prompt, str(target)) for _, prompt in prompts for target in (fact.target_true, fact.target_new)]
     story = fact.generations[0]
     before, text_before = scoring.score(model, pairs), generation.complete(model, story, 30)
-    with edits.edited(model, edit):
+    with applying.edited(model, edit):
         after, text_after = scoring.score(model, pairs), generation.complete(model, story, 30)
     rows = []
     for index, (role, prompt) in enumerate(prompts):
@@ -151,9 +151,9 @@ def _trace(arguments: argparse.Namespace) -> None:
     check_places(arguments.json, arguments.out and arguments.out / "trace.safetensors")
     check_files(arguments.sigma_from and arguments.sigma_from != "subjects" and Path(arguments.sigma_from))
     model = load_model(arguments)
-    known = _statistics(arguments, model, [fact])
+    statistics = _statistics(arguments, model, [fact])
     with progress_bars() as progress:
-        trace = tracing.trace(model, fact, settings, known=known, other=arguments.other, progress=progress)
+        trace = tracing.trace(model, fact, settings, statistics=statistics, other=arguments.other, progress=progress)
     console = console_of(arguments)
     show_trace(console, trace)
     for note in prompts.audit(model, fact, prepend_bos=settings.prepend_bos).notes:
@@ -161,7 +161,7 @@ def _trace(arguments: argparse.Namespace) -> None:
     show_sites(console, trace)
     record = trace.to_json()
     if not accuracy.is_exact(settings):
-        error = accuracy.sample_error(model, fact, settings, known=known, other=arguments.other)
+        error = accuracy.sample_error(model, fact, settings, statistics=statistics, other=arguments.other)
         console.print(
             f"what fewer draws or bfloat16 cost, against ten draws in the model's own format, {error}", highlight=False
         )
@@ -204,7 +204,7 @@ def _statistics(arguments: argparse.Namespace, model: HookedModel, facts: Sequen
 
 
 def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None:
-    from mechedit import facts, figures
+    from mechedit import figures, sources
     from mechedit.runs import tracing as runs
     from mechedit.tracing import accuracy
     from mechedit.tracing.averages import average
@@ -217,7 +217,7 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
         raise UsageError("--other is one prompt's; with --facts each subject gives way to one of its relation.")
     if arguments.limit is not None and arguments.limit < 2:
         raise UsageError(f"--limit must be at least 2 facts, which are averaged; found {arguments.limit}.")
-    chosen = list(facts.named(arguments.facts))
+    chosen = list(sources.named(arguments.facts))
     check_places(arguments.json, arguments.out / "average.json")
     model = load_model(arguments)
     console = console_of(arguments)
@@ -232,19 +232,20 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
         if len(chosen) < 2:
             raise UsageError(f"an average needs at least 2 facts; {len(chosen)} of {arguments.facts} can be traced.")
         statistics = _statistics(arguments, model, chosen)
-        there = runs.finished(chosen, arguments.out)
+        pairs = runs.partners(model, chosen, settings)
+        there = runs.finished(pairs, arguments.out)
         if there:
             console.print(f"{there} of {len(chosen)} facts are in {arguments.out} already", highlight=False)
         try:
             traces = runs.trace_facts(model, chosen, arguments.out, settings, statistics=statistics, progress=progress)
         except KeyboardInterrupt:
-            there = runs.finished(chosen, arguments.out)
+            there = runs.finished(pairs, arguments.out)
             raise KeyboardInterrupt(
                 f"{there} of {len(chosen)} facts are kept in {arguments.out}; the same command goes on from there"
             ) from None
     mean = average(traces, seed=settings.seed)
     if not accuracy.is_exact(settings) and settings.corruption != "tokens":
-        error = accuracy.sample_error(model, chosen[0], settings, known=statistics)
+        error = accuracy.sample_error(model, chosen[0], settings, statistics=statistics)
         console.print(
             f"what fewer draws or bfloat16 cost {chosen[0].prompt!r}, against ten draws in the model's own format, {error}",
             markup=False,
