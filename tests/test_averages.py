@@ -14,6 +14,8 @@ from mechedit.tracing import Trace
 from mechedit.tracing.averages import AverageError, average, compare
 from mechedit.tracing.roles import positions, roles
 
+pytestmark = pytest.mark.anywhere
+
 SETTINGS = TraceSettings(kinds=("mlp", "attn"), draws=1)
 
 
@@ -36,7 +38,7 @@ def made(effects, corrupted=0.1, clean=0.6, subject=(1, 3), prompt="a", settings
         draws={kind: grid[..., None] for kind, grid in grids.items()},
         noise_std=1.0,
         settings=settings,
-        origin={"name": "m", "weight_hash": weights},
+        origin={"name": "m", "weights": weights, "configuration": "c"},
         versions={},
     )
 
@@ -121,18 +123,35 @@ def test_a_paired_comparison_takes_differences_within_facts():
     assert found.mean == pytest.approx(0.05)
     assert found.excludes_zero
     assert found.n == 6
-    with pytest.raises(AverageError, match="same facts in the same order"):
+    with pytest.raises(AverageError, match="same facts, with the same answers, in the same order"):
         compare(first, second[::-1], "mlp", 0, "subject_last")
+    answered = [replace(each, answer_ids=(2,)) for each in second]
+    with pytest.raises(AverageError, match="with the same answers"):
+        compare(first, answered, "mlp", 0, "subject_last")
 
 
 def test_traces_that_differ_in_more_than_the_fact_are_not_averaged():
     first, second = two()
     with pytest.raises(AverageError, match="at least 2"):
         average([first])
-    with pytest.raises(AverageError, match="share settings and weights"):
-        average([first, replace(second, settings=replace(SETTINGS, seed=1))])
-    with pytest.raises(AverageError, match="share settings and weights"):
-        average([first, replace(second, origin={"name": "m", "weight_hash": "other"})])
+    others = {
+        "settings": {"settings": replace(SETTINGS, seed=1)},
+        "weights": {"origin": second.origin | {"weights": "other"}},
+        "configuration": {"origin": second.origin | {"configuration": "other"}},
+        "corruption": {"noise_std": 2.0},
+    }
+    for what, changed in others.items():
+        with pytest.raises(AverageError, match=f"share settings, model and corruption; 'b' differs .* in its {what}"):
+            average([first, replace(second, **changed)])
+    old = [replace(each, origin={"name": "m", "weight_hash": name}) for each, name in zip((first, second), "vw", strict=True)]  # fmt: skip
+    with pytest.raises(AverageError, match="in its weights"):
+        average(old)
+
+
+def test_traces_that_differ_in_what_no_number_depends_on_are_averaged():
+    first, second = two()
+    sparing = replace(second, settings=replace(SETTINGS, memory=2.0))
+    assert average([first, sparing]).total == average([first, second]).total
 
 
 def test_an_averages_sites_are_where_it_restores_most_and_name_layers_as_good():

@@ -14,17 +14,17 @@ from tests.conftest import FACT
 
 SMALL = TraceSettings(draws=3)
 COVARIANCE = torch.tensor([[4.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, 1.0]])
-KNOWN = Statistics(2.0, "by hand", torch.tensor([5.0, -3.0, 1.0]), COVARIANCE)
+GIVEN = Statistics(2.0, "by hand", torch.tensor([5.0, -3.0, 1.0]), COVARIANCE)
 
 
 def draw(family, draws=40_000, degrees=8.0):
-    noise = Noise(draws, 1, 3, 2.0, degrees, KNOWN, corruption.generator(0, "test"))
+    noise = Noise(draws, 1, 3, 2.0, degrees, GIVEN, corruption.generator(0, "test"))
     return family(noise)[:, 0]
 
 
 def corrupted(model, fact=FACT, settings=SMALL, **given):
     prompt = prompts.prepare(model, fact)
-    given.setdefault("known", needed(model, settings))
+    given.setdefault("statistics", needed(model, settings))
     return corrupt(model, fact, prompt, settings, **given), prompt
 
 
@@ -34,9 +34,9 @@ def corrupted(model, fact=FACT, settings=SMALL, **given):
         (corruption.gaussian, torch.zeros(3), 4 * torch.eye(3)),
         (corruption.uniform, torch.zeros(3), 4 / 3 * torch.eye(3)),
         (corruption.multivariate, torch.zeros(3), 4 * COVARIANCE),
-        (corruption.multivariate_published, KNOWN.mean, 4 * COVARIANCE),
+        (corruption.multivariate_published, GIVEN.mean, 4 * COVARIANCE),
         (corruption.student_t, torch.zeros(3), 4 * COVARIANCE * 8 / 6),
-        (corruption.student_t_published, KNOWN.mean, 4 * COVARIANCE * 8 / 6),
+        (corruption.student_t_published, GIVEN.mean, 4 * COVARIANCE * 8 / 6),
     ],
 )
 def test_families_have_the_mean_and_covariance_of_their_distributions(family, mean, covariance):
@@ -112,9 +112,9 @@ def test_statistics_are_of_the_tokens_given(model):
     some = statistics(model, texts, "subjects")
     assert some.source == "subjects"
     assert some.sigma == pytest.approx(float(models.embed(model, torch.tensor([ids])).std()), rel=1e-5)
-    (_, scale), _ = corrupted(model, known=some)
+    (_, scale), _ = corrupted(model, statistics=some)
     assert scale == pytest.approx(3 * some.sigma)
-    assert trace(model, FACT, SMALL, known=some).corrupted_by == "gaussian noise, sigma of subjects"
+    assert trace(model, FACT, SMALL, statistics=some).corrupted_by == "gaussian noise, sigma of subjects"
     absolute = replace(SMALL, scale="absolute", corruption="uniform")
     assert trace(model, FACT, absolute).corrupted_by == "uniform noise, absolute scale"
     with pytest.raises(CorruptionError, match="at least 2 tokens"):

@@ -1,138 +1,137 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 
-from mechedit import edits, files, models, moments, rank_one
+from mechedit import applying, editing, edits, files, models, provenance
 from mechedit.cache import WriteError
-from mechedit.editors import rome
-from mechedit.edits import EditError
+from mechedit.edits import EditError, Measured
 from mechedit.facts import Fact
-from mechedit.settings import MomentSettings, RomeSettings
-from tests.conftest import FACT, assert_same_state, state, widen_bands
+from mechedit.rank_one import RankOneEdit
+from mechedit.weights import Weight, value
+from tests.conftest import FACT, assert_same_state, state
+from tests.hand_made import dense, edit_of, low_rank, numbers, rank_one, some_rows
 
-QUICK = RomeSettings(layer=1, steps=4, prefixes=((3, 1),))
 OTHER = Fact("Rome", "The city of {} is", target_true="Seattle", target_new="London")
 
 
 @pytest.fixture
-def pair(model, monkeypatch):
-    """Two edits of one layer and one of another."""
-    widen_bands(monkeypatch)
-    found = moments.estimate_layers(model, [1, 2], settings=MomentSettings(tokens=600, context=32))
-    here = [rome.edit(model, fact, QUICK, found[1]) for fact in (FACT, OTHER)]
-    return (*here, rome.edit(model, FACT, replace(QUICK, layer=2), found[2]))
+def one(model):
+    """An edit with one rank-one change."""
+    return edit_of(model, rank_one(model))
 
 
-def weights(model):
-    return [models.W_out(model, layer).detach().clone() for layer in range(4)]
+# --- what an edit says ------------------------------------------------------------------------------------------------
 
 
-def test_a_composition_writes_what_its_parts_write_in_order(model, pair, tmp_path):
-    with edits.edited(model, pair[0]), edits.edited(model, *pair[1:], force=True):
-        expected = weights(model)
-    whole = edits.load(edits.save(edits.compose(*pair), tmp_path / "whole.safetensors"))
-    with edits.edited(model, whole):
-        assert all(torch.equal(a, b) for a, b in zip(weights(model), expected, strict=True))
-    assert [change.layer for change in whole.changes] == [1, 1, 2]
-    assert [part["prompt"] for part in whole.details["parts"]] == [FACT.prompt, OTHER.prompt, FACT.prompt]
-    change = torch.stack(expected) - torch.stack(weights(model))
-    assert whole.report["update_norm"] == pytest.approx(float(change.norm()), rel=1e-3)
-    assert [part["prompt"] for part in whole.to_json()["parts"]] == [FACT.prompt, OTHER.prompt, FACT.prompt]
-    gone = replace(pair[0], changes=(replace(pair[0].changes[0], step=-pair[0].changes[0].step),))
-    assert edits.compose(pair[0], gone).report["update_norm"] == pytest.approx(0, abs=1e-6)
-    nothing = replace(pair[0], changes=(replace(pair[0].changes[0], step=torch.zeros(32)),))
-    assert edits.diff(nothing, pair[0])[0].ratio != edits.diff(nothing, pair[0])[0].ratio, "nan"
-    again = edits.compose(whole, pair[0])
-    assert len(again.changes) == 4
+def test_an_edit_says_when_it_hardly_took(model, one):
+    def after(**p):
+        return replace(one, facts=(replace(one.facts[0], after=p),))
 
-
-def test_an_edit_says_when_it_hardly_took(pair):
-    took = replace(pair[0], after={"p_new": 0.6, "p_true": 0.1})
+    took = after(p_new=0.6, p_true=0.1)
     assert took.notes == ()
     assert took.to_json()["notes"] == []
-    for after in ({"p_new": 0.005, "p_true": 0.001}, {"p_new": 0.3, "p_true": 0.4}):
-        (note,) = replace(took, after=after).notes
-        assert note == f"it hardly took: P(new) = {after['p_new']:.2g} and P(true) = {after['p_true']:.2g} after it"
+    for p in ({"p_new": 0.005, "p_true": 0.001}, {"p_new": 0.3, "p_true": 0.4}):
+        (note,) = after(**p).notes
+        assert note == f"it hardly took: P(new) = {p['p_new']:.2g} and P(true) = {p['p_true']:.2g} after it"
     assert replace(took, changes=(), reasons=("too large",)).notes == ("it has no changes, and writes nothing",)
-    assert edits.compose(*pair).notes == (), "its parts have their own"
+    weak = after(p_new=0.001, p_true=0.9)
+    assert applying.compose(weak, edit_of(model, rank_one(model, 2))).notes == (), "its parts have their own"
 
 
-def test_an_edit_is_not_saved_as_a_folder(pair, tmp_path):
+def test_of_several_facts_a_note_names_the_subject_of_which_it_speaks(one):
+    first, second = one.facts[0], Measured(editing.described(OTHER), {"p_new": 0.1, "p_true": 0.2}, {"p_new": 0.1, "p_true": 0.3})  # fmt: skip
+    assert replace(one, facts=(first, second)).notes == ("it hardly took for Rome: P(new) = 0.1 and P(true) = 0.3 after it",)  # fmt: skip
+
+
+def test_the_first_fact_is_an_edits_own_and_all_are_listed_beside_it(one):
+    first, second = one.facts[0], Measured(editing.described(OTHER), {"p_new": 0.1}, {"p_new": 0.7})
+    both = replace(one, facts=(first, second))
+    assert (both.fact, both.before, both.after) == (first.fact, first.before, first.after)
+    said = both.to_json()
+    assert (said["prompt"], said["subject"], said["target_new"], said["target_true"]) == (FACT.prompt, FACT.subject, "Paris", "Seattle")  # fmt: skip
+    assert [(each["prompt"], each["after"]) for each in said["facts"]] == [(FACT.prompt, first.after), (OTHER.prompt, {"p_new": 0.7})]  # fmt: skip
+    assert "facts" not in one.to_json()
+    assert json.loads(json.dumps(said)) == said
+
+
+def test_a_digest_is_of_what_is_written_and_of_nothing_else(model, one):
+    assert replace(one, seconds=9.0, settings={}, reasons=("a",), state={"a": torch.ones(1)}).digest == one.digest
+    change = one.changes[0]
+    others = [
+        replace(change, layer=2),
+        replace(change, u=change.u + 1),
+        replace(change, step=-change.step),
+        replace(change, u=change.u.double()),
+        dense(model, 1, "mlp.W_out"),
+        some_rows(model, 1, "mlp.W_out", (3, 0)),
+        some_rows(model, 1, "mlp.W_out", (0, 3)),
+    ]
+    digests = {edit_of(model, each).digest for each in others} | {one.digest, edit_of(model, change, change).digest}
+    assert len(digests) == len(others) + 2
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def each_kind(model):
+    return {
+        "rank_one": rank_one(model),
+        "low_rank": low_rank(model, 1, "attn.W_Q"),
+        "rows": some_rows(model, 2, "mlp.W_out"),
+        "dense": dense(model, 0, "mlp.b_in"),
+    }
+
+
+@pytest.mark.parametrize("kinds", [("rank_one",), ("low_rank",), ("rows",), ("dense",), ("rows", "dense", "rank_one", "low_rank")])  # fmt: skip
+def test_every_kind_of_change_survives_its_file(kinds, model, tmp_path):
+    edit = edit_of(
+        model,
+        *(each_kind(model)[kind] for kind in kinds),
+        details={"losses": [[1.0, 2.0]]},
+        reasons=("because",),
+        vectors={"k*": numbers(128), "v*": numbers(32, seed=1)},
+        state={"seen": torch.ones(3, dtype=torch.float64)},
+    )
+    loaded = edits.load(edits.save(edit, tmp_path / "edit.safetensors"))
+    assert [type(change) for change in loaded.changes] == [type(change) for change in edit.changes]
+    for found, change in zip(loaded.changes, edit.changes, strict=True):
+        assert found.weight == change.weight
+        assert found.numbers() == change.numbers()
+        assert {name: (each.dtype, each.tolist()) for name, each in found.tensors().items()} == {name: (each.dtype, each.tolist()) for name, each in change.tensors().items()}  # fmt: skip
+    for name in ("editor", "facts", "report", "origin", "settings", "versions", "seconds", "details", "reasons"):
+        assert getattr(loaded, name) == getattr(edit, name), name
+    for found, own in ((loaded.vectors, edit.vectors), (loaded.state, edit.state)):
+        assert found.keys() == own.keys()
+        assert all(torch.equal(found[name], own[name]) for name in own)
+    assert loaded.digest == edit.digest
+    weights = {change.weight for change in edit.changes}
+    with applying.edited(model, edit):
+        expected = {weight: value(model, weight).detach().clone() for weight in weights}
+    with applying.edited(model, loaded):
+        assert all(torch.equal(value(model, weight), expected[weight]) for weight in weights)
+
+
+def test_an_edit_without_changes_survives_its_file_with_its_reasons(one, tmp_path):
+    nothing = replace(one, changes=(), reasons=("too large",), report={}, facts=(Measured(one.fact, {}, {}),))
+    loaded = edits.load(edits.save(nothing, tmp_path / "edit.safetensors"))
+    assert (loaded.changes, loaded.reasons, loaded.layer) == ((), ("too large",), 1)
+
+
+def test_an_edit_is_not_saved_as_a_folder(one, tmp_path):
     with pytest.raises(WriteError, match="is a folder; name a file in it"):
-        edits.save(pair[0], tmp_path)
+        edits.save(one, tmp_path)
 
 
-def test_a_second_edit_on_top_of_one_that_is_in_the_model_says_what_to_do(model, pair):
-    with (
-        edits.edited(model, pair[0]),
-        pytest.raises(EditError, match="give edits that belong together in one call"),
-        edits.edited(model, pair[1]),
-    ):
-        pass
-
-
-def test_edits_of_different_weights_are_not_composed(pair):
-    strange = replace(pair[1], origin={**pair[1].origin, "weight_hash": "0" * 64})
-    with pytest.raises(EditError, match="made for the same weights"):
-        edits.compose(pair[0], strange)
-    with pytest.raises(EditError, match="two edits or more; found 1"):
-        edits.compose(pair[0])
-
-
-def test_overlaps_are_the_cosines_of_the_factors_and_of_the_whole_changes(model, pair):
-    first, second, elsewhere = pair
-    (found,) = edits.diff(first, second)
-    a, b = (torch.outer(edit.changes[0].u, edit.changes[0].step).flatten() for edit in (first, second))
-    assert found.layer == 1
-    assert found.change == pytest.approx(float(torch.nn.functional.cosine_similarity(a, b, dim=0)), abs=1e-6)
-    assert found.change == pytest.approx(found.u * found.step, abs=1e-6)
-    assert found.ratio == pytest.approx(float(b.norm() / a.norm()), rel=1e-6)
-    (same,) = edits.diff(first, first)
-    assert (same.u, same.step, same.change, same.ratio) == pytest.approx((1, 1, 1, 1))
-    assert edits.diff(first, elsewhere) == []
-    both, alone = edits.diff(edits.compose(*pair), elsewhere), edits.diff(elsewhere, edits.compose(*pair))
-    assert both[0].change == pytest.approx(1)
-    assert alone[0].ratio == pytest.approx(1)
-    (several,) = edits.diff(edits.compose(first, second), first)
-    assert several.u != several.u, "nan: there are two"
-    assert several.change == pytest.approx(float(torch.nn.functional.cosine_similarity(a + b, a, dim=0)), abs=1e-6)
-
-
-def test_reverting_takes_an_edit_out_of_a_model_that_came_with_it(model, pair):
-    before = weights(model)
-    with edits.edited(model, *pair):
-        unfit = replace(pair[0], changes=(rank_one.RankOneEdit(1, torch.ones(3), torch.ones(32)),))
-        edited = weights(model)
-        with pytest.raises(rank_one.RankOneError, match="another model"):
-            edits.revert(model, pair[0], unfit)
-        assert all(torch.equal(a, b) for a, b in zip(weights(model), edited, strict=True)), "all or none"
-        edits.revert(model, *pair)
-        for found, original in zip(weights(model), before, strict=True):
-            torch.testing.assert_close(found, original, atol=1e-5, rtol=1e-5)
-
-
-def test_a_thousand_edits_undone_leave_every_bit(model, pair):
-    before = state(model)
-    for round_ in range(1000):
-        edits.apply(model, pair[round_ % 3]).undo()
-    assert_same_state(model, before)
-
-
-# --- what can be wrong with a file ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def one(load, tmp_path_factory):
-    """An edit, found once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MECHEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        widen_bands(patch)
-        model = load("gpt2")
-        C = moments.estimate(model, 1, settings=MomentSettings(tokens=600, context=32))
-        return rome.edit(model, FACT, QUICK, C)
+def test_a_file_of_a_later_form_says_to_update(one, tmp_path):
+    path = edits.save(one, tmp_path / "edit.safetensors")
+    tensors, record = files.read(path, "edit", 2)
+    with pytest.raises(files.FileError, match="has format 3; .* knows up to 2. Update mechedit"):
+        edits.load(files.write(path, "edit", tensors, record, 3))
 
 
 @pytest.mark.parametrize("share", [number / 40 for number in range(40)])
@@ -154,57 +153,214 @@ def test_a_file_with_one_byte_changed_is_refused_or_says_the_same(at, one, tmp_p
         edits.load(path)
 
 
-def nan(tensors, record):
-    tensors["0.step"][0] = float("nan")
+def put(name, index, number):
+    """Write a number into a tensor of the file."""
+
+    def spoil(tensors, record):
+        tensors[name][index] = number
+
+    return spoil
 
 
-def infinite(tensors, record):
-    tensors["0.u"][-1] = float("inf")
+def swap(name, tensor):
+    return lambda tensors, record: tensors.update({name: tensor})
 
 
-SPOILT = {
-    "nan": (nan, "NaN or infinity"),
-    "infinity": (infinite, "NaN or infinity"),
-    "matrix": (lambda tensors, record: tensors.update({"0.u": torch.zeros(4, 4)}), "no vectors"),
-    "scalar": (lambda tensors, record: tensors.update({"0.u": torch.tensor(1.0)}), "no vectors"),
+SPOILT = {  # the file has a rank-one change, rows and a change of low rank
+    "nan": (put("0.step", 0, float("nan")), "NaN or infinity"),
+    "infinity": (put("0.u", -1, float("inf")), "NaN or infinity"),
+    "nan in the state": (put("state.seen", 0, float("nan")), "NaN or infinity"),
+    "matrix": (swap("0.u", torch.zeros(4, 4)), "two vectors"),
+    "scalar": (swap("0.u", torch.tensor(1.0)), "two vectors"),
+    "whole numbers": (swap("0.u", torch.ones(128, dtype=torch.int64)), "floating-point numbers"),
     "no u": (lambda tensors, record: tensors.pop("0.u"), "not whole"),
     "no step": (lambda tensors, record: tensors.pop("0.step"), "not whole"),
+    "no values": (lambda tensors, record: tensors.pop("1.values"), "not whole"),
+    "a row that is not there": (put("1.index", 0, 128), "rows must be from 0 to 127"),
+    "a row twice": (put("1.index", 0, 0), "there twice"),
+    "rows with fractions": (swap("1.index", torch.tensor([0.5, 1.0, 2.0])), "not whole"),
+    "more values than rows": (swap("1.values", torch.zeros(4, 32)), r"found \[3\] and \[4, 32\]"),
+    "height no number": (lambda tensors, record: record["changes"][1].update(height="tall"), "not whole"),
+    "factors of two ranks": (swap("2.left", torch.zeros(3, 32)), r"found \[3, 32\] and \[2, 32\]"),
     "no changes": (lambda tensors, record: record.update(changes=[]), "without changes"),
     "changes no list": (lambda tensors, record: record.update(changes=3), "not whole"),
     "change without layer": (lambda tensors, record: record["changes"][0].pop("layer"), "not whole"),
     "layer no number": (lambda tensors, record: record["changes"][0].update(layer="../../etc"), "not whole"),
+    "no such weight": (lambda tensors, record: record["changes"][2].update(weight="attn.__class__"), "a weight is one of"),
+    "rank one elsewhere": (lambda tensors, record: record["changes"][0].update(weight="mlp.W_in"), "not whole"),
+    "no such kind": (lambda tensors, record: record["changes"][0].update(kind="eval"), "not whole"),
     "divisor no number": (lambda tensors, record: record["changes"][0].update(divisor=None), "not whole"),
     "more changes than tensors": (
-        lambda tensors, record: record["changes"].append({"layer": 1, "divisor": 1.0}),
+        lambda tensors, record: record["changes"].append({"layer": 1, "weight": "mlp.W_out", "kind": "dense"}),
         "not whole",
     ),
-    "fact no object": (lambda tensors, record: record.update(fact="../../fact"), "not whole"),
-    "no prompt": (lambda tensors, record: record["fact"].pop("prompt"), "not whole"),
-    "no weight hash": (lambda tensors, record: record["origin"].pop("weight_hash"), "not whole"),
-    "weight hash null": (lambda tensors, record: record["origin"].update(weight_hash=None), "not whole"),
+    "no facts": (lambda tensors, record: record.update(facts=[]), "not whole"),
+    "fact no object": (lambda tensors, record: record["facts"][0].update(fact="../../fact"), "not whole"),
+    "no prompt": (lambda tensors, record: record["facts"][0]["fact"].pop("prompt"), "not whole"),
+    "no weights": (lambda tensors, record: record["origin"].pop("weights"), "not whole"),
+    "weights null": (lambda tensors, record: record["origin"].update(weights=None), "not whole"),
+    "no name of the model": (lambda tensors, record: record["origin"].pop("name"), "not whole"),
+    "parents no list": (lambda tensors, record: record["origin"].update(edits=3), "not whole"),
+    "composed of nothing": (lambda tensors, record: record.update(editor="composed"), "not whole"),
     "no norm": (lambda tensors, record: record["report"].pop("update_norm"), "not whole"),
-    "nothing measured": (lambda tensors, record: record.update(before={}), "not whole"),
+    "nothing measured": (lambda tensors, record: record["facts"][0].update(before={}), "not whole"),
     "no reasons": (lambda tensors, record: record.pop("reasons"), "not whole"),
     "no settings": (lambda tensors, record: record.pop("settings"), "not whole"),
-}
+    "no editor": (lambda tensors, record: record.pop("editor"), "not whole"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_a_file_that_holds_what_no_edit_holds_is_refused(name, one, tmp_path):
+def test_a_file_that_holds_what_no_edit_holds_is_refused(name, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own checks, which users do not have
+    changes = (rank_one(model), some_rows(model, 2, "mlp.W_out"), low_rank(model, 1, "attn.W_Q"))
+    path = edits.save(edit_of(model, *changes, state={"seen": torch.ones(3)}), tmp_path / "edit.safetensors")
+    tensors, record = files.read(path, "edit", 2)
     spoil, message = SPOILT[name]
-    path = edits.save(one, tmp_path / "edit.safetensors")
+    spoil(tensors, record)
+    with pytest.raises(files.FileError, match=message):
+        edits.load(files.write(path, "edit", tensors, record, 2))
+
+
+# --- files of version 0.1.0 -------------------------------------------------------------------------------------------
+
+
+def of_0_1(model, path, *, layers=(1,), **changed):
+    """A file as version 0.1.0 wrote it, with one rank-one change in each of these layers."""
+    tensors = {}
+    for index, layer in enumerate(layers):
+        tensors |= {f"{index}.u": numbers(128, seed=layer), f"{index}.step": 5 * numbers(32, seed=layer + 50)}
+    fact = {
+        "subject": "The Space Needle",
+        "template": "{} is located in the city of",
+        "target_true": "Seattle",
+        "target_new": "Paris",
+        "paraphrases": [],
+        "neighbours": [],
+        "generations": [],
+        "relation": None,
+        "id": None,
+        "target_new_id": None,
+        "prompt": "The Space Needle is located in the city of",
+    }
+    again = fact | {"template": "{} was built in", "prompt": "The Space Needle was built in"}
+    record = {
+        "method": "rome",
+        "fact": fact,
+        "report": {
+            "divisor": 0.5,
+            "divisor_share": 1.0,
+            "update_norm": 2.5,
+            "relative_norm": 0.1,
+            "cond_C": 1e4,
+            "essence_kl": 0.2,
+            "perplexity_ratio": 1.01,
+        },
+        "before": {"p_new": 0.01, "p_true": 0.9},
+        "after": {"p_new": 0.97, "p_true": 0.01},
+        "origin": {
+            "name": "tiny",
+            "class": "HookedTransformer",
+            "weight_hash": models.weight_hash(model),
+            "dtype": "float32",
+            "device": "cpu",
+        },
+        "settings": {"layer": 1, "policy": "averaged", "clamp": 4.0, "guard": "refuse", "prepend_bos": True},
+        "versions": {"python": "3.11.0", "mechedit": "0.1.0"},
+        "seconds": 3.5,
+        "details": {
+            "prefixes": ["", "The"],
+            "losses": [[2.0, 0.1, 0.0]],
+            "also": [again | {"before": {"p_new": 0.02, "p_true": 0.3}, "after": {"p_new": 0.9, "p_true": 0.0}}],
+        },
+        "reasons": [],
+        "changes": [{"layer": layer, "divisor": 0.5} for layer in layers],
+    }
+    return files.write(path, "edit", tensors, record | changed), tensors
+
+
+def test_a_file_of_version_0_1_0_says_what_it_said(model, tmp_path):
+    path, tensors = of_0_1(model, tmp_path / "old.safetensors")
+    old = edits.load(path)
+    assert old.is_of_0_1
+    assert (old.editor, old.layer, old.seconds, old.settings["policy"]) == ("rome", 1, 3.5, "averaged")
+    assert (old.before, old.after) == ({"p_new": 0.01, "p_true": 0.9}, {"p_new": 0.97, "p_true": 0.01})
+    assert [(each.fact["prompt"], each.after["p_new"]) for each in old.facts] == [("The Space Needle is located in the city of", 0.97), ("The Space Needle was built in", 0.9)]  # fmt: skip
+    (change,) = old.changes
+    assert isinstance(change, RankOneEdit)
+    assert (change.weight, change.divisor) == (Weight(1, "mlp.W_out"), 0.5)
+    assert torch.equal(change.u, tensors["0.u"])
+    assert torch.equal(change.step, tensors["0.step"])
+    assert old.notes == old.parents == ()
+    assert old.to_json()["facts"][1]["prompt"] == "The Space Needle was built in"
+    saved = edits.load(edits.save(old, tmp_path / "new.safetensors"))
+    assert saved.to_json() == old.to_json()
+    assert saved.is_of_0_1, "of what it was made for, no more is known than before"
+
+
+def test_an_edit_of_version_0_1_0_is_written_into_the_model_that_it_names_and_refused_by_another(model, load, tmp_path):
+    path, tensors = of_0_1(model, tmp_path / "old.safetensors", layers=(1, 3))
+    old, before = edits.load(path), state(model)
+    first = {layer: models.W_out(model, layer).detach().clone() for layer in (1, 3)}
+    applied = applying.apply(model, old)
+    for index, layer in enumerate((1, 3)):
+        change = torch.outer(tensors[f"{index}.u"].double(), tensors[f"{index}.step"].double())
+        assert torch.equal(models.W_out(model, layer), (first[layer].double() + change).float())
+    assert provenance.lineage(model).edits == (old.digest,)
+    with pytest.raises(EditError, match="made for tiny with weights"):
+        applying.apply(model, old)
+    applied.undo()
+    assert_same_state(model, before)
+    other, _ = of_0_1(load("gptj"), tmp_path / "other.safetensors")
+    with pytest.raises(EditError, match="made for tiny with weights"):
+        applying.apply(model, edits.load(other))
+    assert_same_state(model, before)
+
+
+def test_edits_of_version_0_1_0_become_one_and_composed_ones_load(model, tmp_path):
+    first = edits.load(of_0_1(model, tmp_path / "1.safetensors")[0])
+    second = edits.load(of_0_1(model, tmp_path / "2.safetensors", layers=(2,))[0])
+    whole = edits.load(edits.save(applying.compose(first, second), tmp_path / "both.safetensors"))
+    path, _ = of_0_1(
+        model,
+        tmp_path / "composed.safetensors",
+        layers=(1, 2),
+        method="composed",
+        before={},
+        after={},
+        report={"update_norm": 3.0},
+        settings={"layer": 1},
+        details={"parts": [{"prompt": "one"}, {"prompt": "two"}]},
+    )
+    old = edits.load(path)
+    assert [part["prompt"] for part in old.to_json()["parts"]] == ["one", "two"]
+    assert old.notes == ()
+    with applying.edited(model, whole):
+        expected = [models.W_out(model, layer).detach().clone() for layer in (1, 2)]
+    with applying.edited(model, old):
+        assert all(torch.equal(models.W_out(model, layer), each) for layer, each in zip((1, 2), expected, strict=True))
+
+
+SPOILT_0_1 = {
+    "no weight hash": (lambda tensors, record: record["origin"].pop("weight_hash"), "not whole"),
+    "weight hash null": (lambda tensors, record: record["origin"].update(weight_hash=None), "not whole"),
+    "fact no object": (lambda tensors, record: record.update(fact="../../fact"), "not whole"),
+    "no prompt": (lambda tensors, record: record["fact"].pop("prompt"), "not whole"),
+    "nothing measured": (lambda tensors, record: record.update(before={}), "not whole"),
+    "matrix": (swap("0.u", torch.zeros(4, 4)), "two vectors"),
+    "nan": (put("0.step", 0, float("nan")), "NaN or infinity"),
+    "no changes": (lambda tensors, record: record.update(changes=[]), "without changes"),
+    "more changes than tensors": (lambda tensors, record: record["changes"].append({"layer": 1, "divisor": 1.0}), "not whole"),
+    "others that are not whole": (lambda tensors, record: record["details"]["also"][0].pop("after"), "not whole"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILT_0_1)
+def test_a_file_of_version_0_1_0_that_holds_what_no_edit_holds_is_refused(name, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    path, _ = of_0_1(model, tmp_path / "old.safetensors")
     tensors, record = files.read(path, "edit")
+    spoil, message = SPOILT_0_1[name]
     spoil(tensors, record)
     with pytest.raises(files.FileError, match=message):
         edits.load(files.write(path, "edit", tensors, record))
-
-
-def test_an_edit_of_other_shapes_or_layers_is_refused_by_the_model(model, one):
-    before = state(model)
-    long = replace(one, changes=(replace(one.changes[0], u=torch.ones(7)),))
-    with pytest.raises(rank_one.RankOneError, match="another model"):
-        edits.apply(model, long)
-    deep = replace(one, changes=(replace(one.changes[0], layer=40),))
-    with pytest.raises(models.ModelError, match="from 0 to 3"):
-        edits.apply(model, deep)
-    assert_same_state(model, before)

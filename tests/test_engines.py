@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mechedit import files, models, moments
+from mechedit.editors import named, rome
 from mechedit.runs.editing import edit_facts
 from mechedit.runs.engines import Cluster, EngineError, Local
 from mechedit.runs.evaluating import evaluate
@@ -19,7 +20,8 @@ from mechedit.runs.store import RunError, Store
 from mechedit.runs.tracing import trace_facts
 from mechedit.settings import EvaluateSettings, MomentSettings, RomeSettings, TraceSettings
 from tests.conftest import widen_bands
-from tests.test_evaluating import FACTS
+from tests.test_contract import EDITORS
+from tests.three_facts import FACTS, made_ready
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def cluster():
 
 @pytest.fixture
 def engine(cluster, model, folder):
-    return Cluster(str(folder("gpt2")), models.fingerprint(model))
+    return Cluster(str(folder("gpt2")), models.identity(model).whole)
 
 
 def read(path):
@@ -86,12 +88,13 @@ def write(result, path):
 def test_results_are_those_of_this_process(engine, model, tmp_path, monkeypatch):
     widen_bands(monkeypatch)
     moment = moments.estimate(model, 1, settings=MomentSettings(tokens=600, context=32))
+    ready = made_ready(model, QUICK, moment)
     settings = EvaluateSettings()
-    here = evaluate(model, FACTS, tmp_path / "here", settings, QUICK, moment)
-    there = evaluate(model, FACTS, tmp_path / "there", settings, QUICK, moment, engine=engine)
+    here = evaluate(model, FACTS, tmp_path / "here", settings, "rome", QUICK, ready)
+    there = evaluate(model, FACTS, tmp_path / "there", settings, "rome", QUICK, ready, engine=engine)
     for name, row in here.table("after").items():
         assert there.table("after")[name].mean == pytest.approx(row.mean, rel=1e-4, abs=1e-6, nan_ok=True)
-    edits = [edit_facts(model, FACTS, tmp_path / each / "edits", QUICK, moment) for each in ("here", "there")]
+    edits = [edit_facts(model, FACTS, tmp_path / each / "edits", "rome", QUICK, ready) for each in ("here", "there")]
     for one, other in zip(*edits, strict=True):
         assert torch.allclose(one.changes[0].step, other.changes[0].step, rtol=1e-4, atol=1e-6)
     traces = TraceSettings(draws=2, window=2)
@@ -131,8 +134,8 @@ def test_a_node_that_is_killed_costs_nothing_but_time(cluster, engine, tmp_path)
 
 
 def test_what_cannot_work_is_said_at_once(cluster, engine, folder):
-    with pytest.raises(EngineError, match="has other weights"):
-        list(replace(engine, fingerprint="0" * 64).map(plain, ["a"]))
+    with pytest.raises(EngineError, match="has another model under the name"):
+        list(replace(engine, identity="0" * 32).map(plain, ["a"]))
     with pytest.raises(EngineError, match="no room for one"):
         list(replace(engine, cpus=64.0).map(plain, ["a"]))
     with pytest.raises(EngineError, match="cannot load"):
@@ -164,3 +167,20 @@ def test_this_process_reports_a_failing_unit_and_goes_on(model):
     found = list(Local(model).map(task, ["a", "b", "c"]))
     assert [each.result for each in found] == ["a", None, "c"]
     assert found[1].error == "ValueError: no"
+
+
+@pytest.mark.parametrize("name", ["rome", "ft", "tests.outside_editor:LogitEditor"])
+def test_every_kind_of_editor_travels_to_workers(name, engine, model, tmp_path, monkeypatch):
+    """What was prepared here, and an editor from outside the package, give the same edits there."""
+    widen_bands(monkeypatch)
+    editor, settings = named(name), replace(EDITORS[name], guard="warn")  # workers have the bands of trained models
+    ready = None
+    if name == "rome":
+        moment = moments.estimate(model, 1, settings=MomentSettings(tokens=600, context=32))
+        ready = rome.prepare(model, rome.resolve(model, settings), moment)
+    here = edit_facts(model, FACTS, tmp_path / "here", editor, settings, ready)
+    there = edit_facts(model, FACTS, tmp_path / "there", editor, settings, ready, engine=engine)
+    assert all(edit.changes for edit in here)
+    for mine, theirs in zip(here, there, strict=True):
+        for a, b in zip(mine.changes, theirs.changes, strict=True):
+            torch.testing.assert_close(b.dense(), a.dense(), atol=1e-6, rtol=1e-4)

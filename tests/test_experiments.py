@@ -28,12 +28,12 @@ from experiments import (
     table1_zsre,
     table4_counterfact,
 )
-from mechedit import facts, models
+from mechedit import models, sources
 from mechedit.benchmarks.zsre import Question
-from mechedit.editors import rome
 from mechedit.facts import Fact
+from mechedit.models import loading
 from mechedit.organism.world import make
-from mechedit.settings import CONSTANTS, PREFIXES, RomeSettings, SweepSettings
+from mechedit.settings import CONSTANTS, PREFIXES, PRESETS, RomeSettings, SweepSettings
 from tests.conftest import widen_bands
 
 MADE_UP = [
@@ -47,9 +47,10 @@ def tiny(folder, tmp_path, monkeypatch):
     """Experiments write under tmp_path, and the tiny model has a preset."""
     monkeypatch.setattr(common, "FIGURES", tmp_path)
     widen_bands(monkeypatch)
-    preset = models.PRESETS["gemma-3-270m"]
+    preset = PRESETS["gemma-3-270m"]
     quick = RomeSettings(layer=1, steps=2, prefixes=((3, 1),))
-    monkeypatch.setattr(models, "preset", lambda model: replace(preset, rome=quick))
+    for place in (models, loading):
+        monkeypatch.setattr(place, "preset", lambda model: replace(preset, settings={"rome": quick}))
     return str(folder("gpt2"))
 
 
@@ -236,7 +237,7 @@ def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path
     assert rows["default"]["p_new"]["mean"] > rows["no edit"]["p_new"]["mean"]
     assert rows["random key"]["p_new"]["mean"] < rows["default"]["p_new"]["mean"]
     kept = {path.parts[-3]: json.loads(path.read_text()) for path in tmp_path.rglob("edits/run.json")}
-    assert kept["C-of-the-text"]["moment"] != kept["default"]["moment"]
+    assert kept["C-of-the-text"]["prepared"] != kept["default"]["prepared"]
     with pytest.raises(SystemExit, match="the row text needs --text FILE"):
         table4_counterfact.main(table4_counterfact.Table4(rows=("text",)))
     less = record["less the default"]
@@ -245,7 +246,7 @@ def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path
     lines = next(tmp_path.rglob("table4_counterfact.md")).read_text().splitlines()
     assert lines[0] == "|  | n | S | ES | EM | PS | PM | NS | NM |"
     assert "| 89.2 | 100.0 |" in lines[-1]
-    monkeypatch.setattr(rome, "edit", lambda *args, **kwargs: pytest.fail("an edit was found again"))
+    monkeypatch.setattr("mechedit.editing.edit", lambda *args, **kwargs: pytest.fail("an edit was found again"))
     table4_counterfact.main(common.parse(table4_counterfact.Table4, arguments))
     assert read(tmp_path, "table4_counterfact")["rows"] == rows
 
@@ -290,7 +291,7 @@ def test_the_scoring_benchmark_finds_both_ways_equal(tmp_path, monkeypatch, caps
     benchmark_scoring.main(common.parse(benchmark_scoring.BenchmarkScoring, few))
     record = read(tmp_path, "benchmark_scoring")
     assert record["largest_difference"] < 1e-5
-    assert record["prompts"] == sum(2 * (1 + len(fact.paraphrases) + len(fact.neighbours)) for fact in facts.named("organism")[:3])  # fmt: skip
+    assert record["prompts"] == sum(2 * (1 + len(fact.paraphrases) + len(fact.neighbours)) for fact in sources.named("organism")[:3])  # fmt: skip
     assert record["peak_gigabytes"] == {"3": 3.0, "30": 30.0}
     assert record["times_as_quick"] > 1
     benchmark_scoring.main(common.parse(benchmark_scoring.BenchmarkScoring, [*few, "--way", "memory"]))
@@ -311,9 +312,9 @@ def test_benchmark_rows_are_the_files_or_the_worlds(tmp_path, monkeypatch):
     record = {"prompt": "Rome is in", "subject": "Rome", "ground_truth": "Italy", "target_new": "Spain"}
     (tmp_path / "counterfact_flat.json").write_text(json.dumps([record, record | {"target_new": "France"}]))
     assert [fact.target_new for fact in editing.benchmark_facts("gemma-3-270m", 1, 5)] == ["France"]
-    assert editing.benchmark_facts("organism", 3, 2) == list(facts.named("organism")[3:5])
+    assert editing.benchmark_facts("organism", 3, 2) == list(sources.named("organism")[3:5])
     (question,) = table1_zsre.questions("organism", 0, 1)
-    assert question.fact.prompt == facts.named("organism")[0].prompt
+    assert question.fact.prompt == sources.named("organism")[0].prompt
     zsre = make().zsre()[:3]
     (tmp_path / "zsre.json").write_text(json.dumps(zsre))
     assert [each.answer for each in table1_zsre.questions("gemma-3-270m", 1, 5)] == [

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 
-from mechedit import edits, export, models, moments
+from mechedit import applying, export, models, moments
 from mechedit.cache import WriteError
+from mechedit.changes import LowRank
 from mechedit.editors import rome
 from mechedit.edits import EditError
 from mechedit.settings import MomentSettings, RomeSettings
+from mechedit.weights import there
+from tests import hand_made
 from tests.conftest import FACT, SHAPES, assert_same_state, state, widen_bands
 
 TEXT = "The Space Needle is located in the city of Rome."
@@ -34,7 +38,7 @@ def made(load, monkeypatch):
 
 
 def edited_logits(model, tokens, made):
-    with torch.no_grad(), edits.edited(model, *made):
+    with torch.no_grad(), applying.edited(model, *made):
         return model(tokens)
 
 
@@ -82,7 +86,7 @@ def test_an_exported_adapter_gives_the_plain_model_the_edited_models_logits(shap
 def test_exports_that_cannot_be_right_are_refused(made, folder, tmp_path, load):
     model, found = made("gpt2")
     name = str(folder("gpt2"))
-    with pytest.raises(EditError, match="no parameter of block 1"), edits.edited(model, *found):
+    with pytest.raises(EditError, match="no parameter of block 1"), applying.edited(model, *found):
         export.checkpoint(model, name, found, tmp_path / "twice", force=True)
     with pytest.raises(EditError, match="made for"):
         export.adapter(load("llama"), str(folder("llama")), found, tmp_path / "other")
@@ -95,3 +99,155 @@ def test_exports_that_cannot_be_right_are_refused(made, folder, tmp_path, load):
         export.adapter(model, name, found, full / "file" / "folder")
     with pytest.raises(EditError, match="nothing to export"):
         export.adapter(model, name, [], tmp_path / "nothing")
+    with pytest.raises(EditError, match="nothing to export"):
+        export.checkpoint(model, name, [hand_made.edit_of(model, reasons=("too large",))], tmp_path / "nothing")
+
+
+# --- changes of every kind, in every weight ---------------------------------------------------------------------------
+
+
+def every_kind(model):
+    """Edits of queries, values, an MLP's reading and writing weights, and all biases that there are."""
+    low, rows, dense = hand_made.low_rank, hand_made.some_rows, hand_made.dense
+    found = [
+        low(model, 0, "attn.W_Q", seed=1),
+        low(model, 1, "attn.W_V", seed=2),
+        low(model, 1, "attn.W_K", rank=1, seed=3),
+        low(model, 2, "attn.W_O", rank=3, seed=4),
+        rows(model, 1, "mlp.W_out", seed=5),
+        dense(model, 2, "mlp.W_in", seed=6),
+        dense(model, 0, "mlp.W_out", seed=7),
+    ]
+    if model.cfg.gated_mlp:
+        found.append(dense(model, 3, "mlp.W_gate", seed=8))
+    return found
+
+
+def exported_logits(out):
+    tokens = transformers.AutoTokenizer.from_pretrained(out)(TEXT, return_tensors="pt").input_ids
+    plain = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
+    with torch.no_grad():
+        return tokens, plain(tokens).logits
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "neox", "llama", "gemma3"])
+def test_a_checkpoint_has_every_kind_of_change_in_every_weight(shape, load, folder, tmp_path):
+    model = load(shape)
+    before = state(model)
+    for index, changes in enumerate([[each] for each in every_kind(model)] + [every_kind(model)]):
+        edit = hand_made.edit_of(model, *changes)
+        out = export.checkpoint(model, str(folder(shape)), [edit], tmp_path / str(index))
+        tokens, found = exported_logits(out)
+        torch.testing.assert_close(found, edited_logits(model, tokens, [edit]), atol=1e-4, rtol=1e-4)
+        with torch.no_grad():
+            assert not torch.allclose(found, model(tokens), atol=1e-3), f"{changes} does nothing"
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "neox"])
+def test_a_checkpoint_has_changed_biases(shape, load, folder, tmp_path):
+    name = str(tmp_path / "biased")
+    config = transformers.AutoModelForCausalLM.from_pretrained(folder(shape))
+    torch.manual_seed(1)
+    with torch.no_grad():  # those of a new model are zero, and cannot be told from one another
+        for own, parameter in config.named_parameters():
+            if own.endswith("bias"):
+                parameter.normal_(std=0.2)
+    config.save_pretrained(name)
+    transformers.AutoTokenizer.from_pretrained(folder(shape)).save_pretrained(name)
+    model = models.load(name, device="cpu")
+    biases = [each for each in there(model, 1) if each.split(".")[1].startswith("b")]
+    assert {"attn.b_Q", "attn.b_V", "attn.b_O", "mlp.b_in", "mlp.b_out"} <= set(biases)
+    for each in biases:
+        edit = hand_made.edit_of(model, hand_made.dense(model, 1, each))
+        tokens, found = exported_logits(export.checkpoint(model, name, [edit], tmp_path / each))
+        torch.testing.assert_close(found, edited_logits(model, tokens, [edit]), atol=1e-4, rtol=1e-4)
+        with torch.no_grad():
+            assert each == "attn.b_K" or not torch.allclose(found, model(tokens), atol=1e-3), f"{each} does nothing"
+        with pytest.raises(EditError, match=f"no place for a bias, and these edits change {each} of block 1"):
+            export.adapter(model, name, [edit], tmp_path / "adapter")
+
+
+def adapted_logits(folder, out):
+    peft = pytest.importorskip("peft")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt").input_ids
+    adapted = peft.PeftModel.from_pretrained(plain, out).eval()
+    with torch.no_grad():
+        found = adapted(tokens).logits
+        torch.testing.assert_close(adapted.merge_and_unload()(tokens).logits, found, atol=1e-4, rtol=1e-4)
+    return tokens, found
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft calls it
+@pytest.mark.parametrize("shape", ["gpt2", "neox", "llama", "gemma3"])
+def test_an_adapter_has_changes_of_low_rank_of_attention_where_weights_are_fused_too(shape, load, folder, tmp_path):
+    model = load(shape)
+    edits = [
+        hand_made.edit_of(model, hand_made.low_rank(model, 1, "attn.W_Q", seed=1), hand_made.low_rank(model, 2, "attn.W_O", seed=2)),
+        hand_made.edit_of(model, hand_made.low_rank(model, 1, "attn.W_V", rank=1, seed=3)),
+        hand_made.edit_of(model, hand_made.low_rank(model, 1, "attn.W_K", seed=4)),
+        hand_made.edit_of(model, hand_made.low_rank(model, 1, "attn.W_V", seed=5), hand_made.some_rows(model, 0, "mlp.W_out", seed=6)),
+    ]  # fmt: skip
+    out = export.adapter(model, str(folder(shape)), edits, tmp_path / "adapter")
+    tokens, found = adapted_logits(folder(shape), out)
+    torch.testing.assert_close(found, edited_logits(model, tokens, edits), atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        assert not torch.allclose(found, model(tokens), atol=1e-3)
+    config = json.loads((out / "adapter_config.json").read_text())
+    ranks = {name: config["rank_pattern"].get(name, config["r"]) for name in config["target_modules"]}
+    fused = sorted(ranks.values())
+    assert fused == ([2, 3, 7] if shape in ("gpt2", "neox") else [2, 2, 2, 3, 3])
+    assert "errors" not in json.loads((out / "mechedit.json").read_text())
+
+
+def spectrum(model, layer, name, sizes):
+    """A dense change with these singular values."""
+    change = hand_made.dense(model, layer, name, seed=3)
+    U, _, V = torch.linalg.svd(change.delta.double(), full_matrices=False)
+    n = len(sizes)
+    return replace(change, delta=(U[:, :n] * torch.tensor(sizes, dtype=torch.float64)) @ V[:n])
+
+
+def test_a_change_that_is_as_large_in_factors_is_no_adapter_and_the_message_says_its_rank(load, folder, tmp_path):
+    """30 directions of a [32, 128] are more numbers than the matrix; what one direction leaves is sqrt(29 / 54) of the norm."""
+    model = load("gpt2")
+    dense = spectrum(model, 1, "mlp.W_in", [5.0] + [1.0] * 29)
+    U, S, V = torch.linalg.svd(dense.delta, full_matrices=False)
+    thin = LowRank(dense.weight, (U * S)[:, :30].T, V[:30])
+    for change in (dense, thin):
+        with pytest.raises(
+            EditError,
+            match=r"mlp.W_in of block 1 has rank 30 \(of at most 32\), .* rank 1 would leave 73%, 8 would leave 64%",
+        ):
+            export.adapter(model, str(folder("gpt2")), [hand_made.edit_of(model, change)], tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft calls it
+def test_a_dense_change_of_low_rank_is_an_exact_adapter(load, folder, tmp_path):
+    model = load("gpt2")
+    edit = hand_made.edit_of(model, spectrum(model, 1, "mlp.W_in", [4.0, 2.0, 2.0, 1.0]))
+    out = export.adapter(model, str(folder("gpt2")), [edit], tmp_path / "adapter")
+    tokens, found = adapted_logits(folder("gpt2"), out)
+    torch.testing.assert_close(found, edited_logits(model, tokens, [edit]), atol=1e-4, rtol=1e-4)
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft calls it
+def test_a_change_is_approximated_by_its_largest_directions_and_the_error_is_recorded(load, folder, tmp_path):
+    model = load("gpt2")
+    whole = spectrum(model, 1, "mlp.W_in", [4.0, 2.0, 2.0, 1.0])
+    small = hand_made.low_rank(model, 2, "attn.W_Q", rank=3)
+    edit = hand_made.edit_of(model, whole, small)
+    out = export.adapter(model, str(folder("gpt2")), [edit], tmp_path / "adapter", rank=3)
+    errors = json.loads((out / "mechedit.json").read_text())["errors"]
+    assert errors == {"mlp.W_in of block 1": pytest.approx(1 / 5, abs=1e-6)}, "what is left: 1 of sqrt(16 + 4 + 4 + 1)"
+    U, S, V = torch.linalg.svd(whole.delta, full_matrices=False)
+    nearest = replace(whole, delta=(U[:, :3] * S[:3]) @ V[:3])
+    tokens, found = adapted_logits(folder("gpt2"), out)
+    expected = edited_logits(model, tokens, [hand_made.edit_of(model, nearest, small)])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, edited_logits(model, tokens, [edit]), atol=1e-3)
+    exact = export.adapter(model, str(folder("gpt2")), [edit], tmp_path / "exact", rank=8)
+    assert "errors" not in json.loads((exact / "mechedit.json").read_text())

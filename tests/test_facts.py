@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -9,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechedit import facts
-from mechedit.benchmarks import zsre
+from mechedit import facts, sources
 from mechedit.facts import Fact, FactError
+
+pytestmark = pytest.mark.anywhere
 
 NESTED = {
     "case_id": 7,
@@ -332,10 +335,10 @@ def test_spaces_around_a_subject_are_not_the_prompts(tmp_path):
 def test_zsre_asks_the_unrelated_question_as_the_fact_is_asked(tmp_path):
     path = tmp_path / "zsre.json"
     path.write_text(json.dumps([ZSRE | {"subject": "Guess Who?", "src": "Who made Guess Who?", "loc": "who sang"}]))
-    assert zsre.read(path)[0].unrelated == "who sang?"
+    assert sources.questions(path)[0].unrelated == "who sang?"
     blanks = [ZSRE | {"subject": " "}, ZSRE | {"alt": " "}, ZSRE | {"alt": "uniform "}, ZSRE | {"rephrase": " "}]
     path.write_text(json.dumps(blanks))
-    (left,) = zsre.read(path)
+    (left,) = sources.questions(path)
     assert left.fact.paraphrases == ()
 
 
@@ -360,7 +363,7 @@ def test_whatever_a_record_holds_a_fact_says_it_or_there_is_none(tmp_path_factor
             for text in (fact.subject, fact.target_true, fact.target_new, *fact.template.split("{}")):
                 assert text is None or json.dumps(text.strip(), ensure_ascii=False)[1:-1] in written
     with suppress(FactError):
-        assert len(zsre.read(path)) <= 1
+        assert len(sources.questions(path)) <= 1
 
 
 def test_many_mistakes_are_counted_and_not_all_shown(tmp_path):
@@ -378,5 +381,31 @@ def test_an_empty_list_is_no_file_of_facts(tmp_path):
 
 
 def test_sets_have_names():
-    assert facts.named("built-in") == facts.built_in()
-    assert len(facts.named("organism")) == 10200
+    assert sources.named("built-in") == facts.built_in()
+    assert len(sources.named("organism")) == 10200
+
+
+def test_a_file_is_a_set_by_its_path_and_may_have_to_have_more(tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([{"subject": "Paris", "prompt": "Paris is in", "target_true": "France"}]))
+    assert sources.named(path) == sources.named(str(path)) == (Fact("Paris", "{} is in", "France", id="0"),)
+    with pytest.raises(FactError, match="target_new"):
+        sources.named(path, ("target_new",))
+
+
+def test_questions_are_of_the_organisms_world_or_of_a_zsre_file(tmp_path):
+    asked, known = sources.questions("organism"), sources.named("organism")
+    assert len(asked) == len(known)
+    assert (asked[0].fact.prompt, asked[0].fact.target_new) == (known[0].prompt, known[0].target_new)
+    assert (asked[0].unrelated, asked[0].answer) == (known[1].prompt, known[1].target_true)
+    with pytest.raises(FactError, match="the built-in facts are no zsRE questions"):
+        sources.questions("built-in")
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([{"subject": "Paris", "prompt": "Paris is in"}]))
+    with pytest.raises(FactError, match="is no zsRE file"):
+        sources.questions(path)
+
+
+def test_facts_do_not_know_the_world_that_is_made_of_them():
+    code = "import sys; import mechedit.facts; print('mechedit.organism.world' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"  # fmt: skip

@@ -10,6 +10,8 @@ import pytest
 from mechedit.benchmarks import fetch as fetching
 from mechedit.benchmarks.fetch import FILES, FetchError, fetch
 
+pytestmark = pytest.mark.anywhere
+
 CONTENT = json.dumps([{"known_id": index} for index in range(5000)]).encode()
 
 

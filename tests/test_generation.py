@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mechedit import generation, models, scoring
+from mechedit import generation, scoring
 from mechedit.corruption import generator
 from mechedit.facts import FactError
+from mechedit.models import blocks
 
 
 def test_sampling_is_fixed_by_its_generator(model):
@@ -89,8 +90,8 @@ def test_scores_do_not_depend_on_batches(model, monkeypatch):
     ]
     whole = scoring.score(model, pairs)
     monkeypatch.setattr(scoring, "ROW_TOKENS", 1)
-    monkeypatch.setattr(models, "UNEMBED_ROWS", 1)
-    monkeypatch.setattr(models, "VOCABULARY_PART", 7)
+    monkeypatch.setattr(blocks, "UNEMBED_ROWS", 1)
+    monkeypatch.setattr(blocks, "VOCABULARY_PART", 7)
     for one, other in zip(scoring.score(model, pairs), whole, strict=True):
         assert one.log_p == pytest.approx(other.log_p, abs=1e-5)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechedit import models, scoring, statistics
+from mechedit import models, scoring, sources, statistics
 from mechedit.benchmarks import counterfact, metrics, zsre
 from mechedit.benchmarks.metrics import Pair
 from mechedit.facts import Fact, FactError
@@ -146,7 +146,7 @@ def test_answers_of_zsre_are_scored_by_their_most_probable_tokens(model, tmp_pat
     path.write_text(
         json.dumps([record, record | {"src": "What?"}, record | {"alt": "London"}, record | {"case_id": 9}])
     )
-    questions = zsre.read(path)
+    questions = sources.questions(path)
     assert questions[0].fact == Fact("Paris", "What is {}?", "London", "Rome Rome", ("Paris is what?",), id="0")
     assert [question.fact.id for question in questions] == ["0", "9"], "what cannot be edited is left out"
     assert (questions[0].unrelated, questions[0].answer) == ("nq question: where is Rome?", "Italy")
@@ -166,7 +166,7 @@ def test_answers_of_zsre_are_scored_by_their_most_probable_tokens(model, tmp_pat
     assert found[0]["specificity"] == plain("nq question: where is Rome?", "Italy")
     path.write_text(json.dumps([{"subject": "Paris", "prompt": "Paris is"}]))
     with pytest.raises(FactError, match="no zsRE file"):
-        zsre.read(path)
+        sources.questions(path)
     with pytest.raises(FactError, match="has no target_new"):
         zsre.scores(model, [replace(questions[0], fact=replace(questions[0].fact, target_new=None))])
 
@@ -191,6 +191,6 @@ def test_a_token_counts_as_first_where_the_model_puts_it_first(model):
 
 
 def test_the_published_zsre_file_is_read(data):
-    questions = zsre.read(data / "zsre.json")
+    questions = sources.questions(data / "zsre.json")
     assert len(questions) > 500
     assert questions[0].unrelated == "nq question: john goodman's character in the big lebowski?"

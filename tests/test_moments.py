@@ -6,18 +6,26 @@ import random
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 
-from mechedit import cache, generation, models, moments
+from mechedit import applying, cache, files, generation, models, moments
 from mechedit.corruption import generator
 from mechedit.files import FileError
+from mechedit.interventions import intervened, read
 from mechedit.models import ModelError
-from mechedit.moments import Moment, MomentError
+from mechedit.moments import Moment, MomentError, corpus
+from mechedit.moments import estimation as estimating
+from mechedit.progress import silent
+from mechedit.rank_one import RankOneError
 from mechedit.settings import MomentSettings, SettingsError
+from mechedit.weights import Weight, restored, there, value
+from tests import hand_made
 from tests.conftest import SHAPES, WORDS, assert_same_state, state
 
 
@@ -71,7 +79,7 @@ def test_C_of_sampled_text_is_that_of_the_text(model):
 
 def test_another_layer_reads_the_text_that_was_sampled(model, small_batches, monkeypatch):
     both = moments.estimate_layers(model, [0, 1], settings=SMALL)
-    monkeypatch.setattr(moments, "sample", lambda *args, **kwargs: pytest.fail("sampled again"))
+    monkeypatch.setattr(corpus, "sample", lambda *args, **kwargs: pytest.fail("sampled again"))
     for path in (cache.root() / "moments").glob("*.safetensors"):
         if ".text." not in path.name:
             path.unlink()
@@ -91,14 +99,14 @@ def test_batches_and_pieces_of_a_file_do_not_matter(model, text, monkeypatch):
     settings = MomentSettings(tokens=900, context=16)
     whole = moments.estimate(model, 1, [text], settings)
     monkeypatch.setenv("MECHEDIT_CACHE", str(text.parent / "other"))
-    monkeypatch.setattr(moments, "BATCH_TOKENS", 40)
+    monkeypatch.setattr(corpus, "BATCH_TOKENS", 40)
     torch.testing.assert_close(moments.estimate(model, 1, [text], settings).C, whole.C, atol=1e-7, rtol=1e-5)
 
 
 def test_a_moment_is_made_once_and_again_when_anything_it_depends_on_changes(model, text, monkeypatch):
     runs = []
-    real = moments.accumulate
-    monkeypatch.setattr(moments, "accumulate", lambda *args: runs.append(1) or real(*args))
+    real = estimating.accumulate
+    monkeypatch.setattr(estimating, "accumulate", lambda *args: runs.append(1) or real(*args))
     settings = MomentSettings(tokens=300, context=16)
     first = moments.estimate(model, 1, [text], settings)
     assert torch.equal(moments.estimate(model, 1, [text], settings).C, first.C)
@@ -143,6 +151,159 @@ def test_a_moment_survives_its_file(model, text, tmp_path):
         Moment.load(tmp_path / "none")
 
 
+def with_tensors(path, moment, **tensors):
+    """A moment's file with these tensors."""
+    return files.write(path, "moment", tensors, moment.to_json())
+
+
+def test_a_loaded_C_with_its_factor_needs_no_cholesky(model, text, tmp_path, monkeypatch):
+    first = moments.estimate(model, 1, [text], MomentSettings(tokens=900, context=16))
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *args: pytest.fail("factorised again"))
+    for loaded in (
+        moments.estimate(model, 1, [text], MomentSettings(tokens=900, context=16)),
+        Moment.load(first.save(tmp_path / "C.safetensors")),
+    ):
+        key = torch.randn(3, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        torch.testing.assert_close(loaded.factor @ loaded.factor.T, loaded.C, atol=1e-12, rtol=1e-10)
+        torch.testing.assert_close(loaded.solve(key) @ loaded.C, key, atol=1e-6, rtol=1e-6)
+
+
+def test_a_C_that_was_never_factorised_is_saved_without_a_factor(model, text, tmp_path):
+    plain = replace(moments.estimate(model, 1, [text], MomentSettings(tokens=900, context=16)))
+    assert files.read(plain.save(tmp_path / "C.safetensors"), "moment")[0].keys() == {"C"}
+    factor = Moment.load(tmp_path / "C.safetensors").factor
+    torch.testing.assert_close(factor @ factor.T, plain.C, atol=1e-12, rtol=1e-10)
+
+
+def test_a_factor_that_does_not_belong_is_computed_again(model, text, tmp_path):
+    moment = moments.estimate(model, 1, [text], MomentSettings(tokens=900, context=16))
+    own = torch.linalg.cholesky(moment.C)
+    root = torch.linalg.eigh(moment.C)
+    for wrong in (
+        own * 1.001,
+        own.float(),
+        own[:-1, :-1].contiguous(),
+        torch.full_like(own, torch.nan),
+        (root.eigenvectors * root.eigenvalues.sqrt()) @ root.eigenvectors.T,  # L L^T is C, and L is no triangle
+    ):
+        found = Moment.load(with_tensors(tmp_path / "C.safetensors", moment, C=moment.C, factor=wrong))
+        assert torch.equal(found.factor, own)
+
+
+def test_a_C_that_is_none_is_refused_when_it_is_loaded(model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own checks, which users do not have
+    moment = moments.estimate(model, 1, [text], MomentSettings(tokens=900, context=16))
+    lopsided, holed = moment.C.clone(), moment.C.clone()
+    lopsided[0, 1] += 1e-3 * float(moment.C.abs().max())
+    holed[3, 3] = torch.inf
+    cases = {
+        r"no square matrix: \[127, 128\]": moment.C[1:].contiguous(),
+        r"no square matrix: \[128\]": moment.C[0].contiguous(),
+        "whose C is not symmetric": lopsided,
+        "whose C is not finite": holed,
+    }
+    for message, C in cases.items():
+        with pytest.raises(FileError, match=message):
+            Moment.load(with_tensors(tmp_path / "C.safetensors", moment, C=C))
+    with pytest.raises(FileError, match="lacks something"):
+        Moment.load(with_tensors(tmp_path / "C.safetensors", moment, factor=moment.C))
+
+
+def test_a_C_that_cannot_be_inverted_says_so_when_it_is_used(model, text):
+    moment = replace(moments.estimate(model, 1, [text], MomentSettings(tokens=900, context=16)), C=torch.ones(128, 128, dtype=torch.float64))  # fmt: skip
+    with pytest.raises(RankOneError, match="must be positive definite"):
+        moment.solve(torch.ones(1, 128, dtype=torch.float64))
+
+
+# --- whose keys they are ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "neox", "gemma3"])
+def test_C_stays_valid_while_nothing_changes_that_the_keys_depend_on(shape, load, text):
+    """Every weight of every block is changed in turn; whether the keys are others then is seen by running the model."""
+    model = load(shape)
+    before = state(model)
+    moment = moments.estimate(model, 1, [text], MomentSettings(tokens=700, context=16))
+    tokens = torch.arange(5, 17)[None]
+
+    def keys():
+        kept = {}
+        with torch.no_grad(), intervened(model, read("blocks.1.mlp.hook_post", partial(kept.__setitem__, 1))):
+            model(tokens)
+        return kept[1]
+
+    first = keys()
+    for layer in range(4):
+        for name in there(model, layer):
+            weight = Weight(layer, name)
+            if name == "attn.b_K" or (name.split(".")[1].startswith("b") and not value(model, weight).any()):
+                continue  # which softmax takes out again; and biases that only one class has
+            with applying.edited(model, hand_made.edit_of(model, hand_made.dense(model, layer, name))):
+                valid, same = moment.is_of(model), torch.equal(keys(), first)
+                assert valid == (layer > 1 or (layer == 1 and name in ("mlp.W_out", "mlp.b_out"))), weight
+                parallel = (
+                    shape == "neox" and layer == 1 and name.startswith("attn")
+                )  # whose MLP does not see its attention
+                assert valid == same or parallel, weight
+    embedding = model.embed.W_E.detach()
+    original = embedding.clone()
+    embedding.mul_(1.5)
+    assert not moment.is_of(model)
+    embedding.copy_(original)
+    assert moment.is_of(model)
+    assert_same_state(model, before)
+
+
+def test_C_of_an_edited_layer_is_found_in_the_cache(model, text, monkeypatch):
+    """Edits of a layer's W_out do not change its keys: they all share one C."""
+    settings = MomentSettings(tokens=300, context=16)
+    first = moments.estimate(model, 1, [text], settings)
+    monkeypatch.setattr(estimating, "accumulate", lambda *args: pytest.fail("estimated again"))
+    with applying.edited(model, hand_made.edit_of(model, hand_made.rank_one(model, 1))):
+        assert moments.estimate(model, 1, [text], settings).hash == first.hash
+
+
+def test_C_of_sampled_text_is_that_of_the_model_that_wrote_it(model):
+    """What an edited model writes is another text, though the layer's keys on the same text would be the same."""
+    first = moments.estimate(model, 1, settings=SMALL)
+    with applying.edited(model, hand_made.edit_of(model, hand_made.dense(model, 1, "mlp.W_out"))):
+        again = moments.estimate(model, 1, settings=SMALL)
+        assert not torch.equal(again.C, first.C)
+        assert first.is_of(model)
+        assert again.is_of(model)
+    assert again.is_of(model), "of which text C is, is not asked"
+
+
+def test_a_C_of_version_0_1_0_is_of_the_model_whose_weights_it_names(model, text, tmp_path):
+    moment = moments.estimate(model, 1, [text], MomentSettings(tokens=300, context=16))
+    record = {
+        "layer": 1,
+        "keys": 300,
+        "cond": moment.cond,
+        "source": moment.source,
+        "settings": asdict(moment.settings),
+        "origin": {"name": "tiny", "class": "HookedTransformer", "weight_hash": models.weight_hash(model)},
+        "versions": {"mechedit": "0.1.0"},
+    }
+    old = Moment.load(files.write(tmp_path / "old.safetensors", "moment", {"C": moment.C}, record))
+    assert old.is_of(model)
+    assert torch.equal(old.factor, moment.factor)
+    with applying.edited(model, hand_made.edit_of(model, hand_made.rank_one(model, 0))):
+        assert not old.is_of(model)
+
+
+def test_C_of_a_model_with_another_weight_below_is_not_of_this_one(model, text):
+    with restored(model, Weight(0, "mlp.W_out")) as originals, torch.no_grad():
+        value(model, Weight(0, "mlp.W_out")).mul_(2.0)
+        moment = moments.estimate(model, 1, [text], MomentSettings(tokens=300, context=16))
+        assert moment.is_of(model)
+    assert len(originals) == 1
+    assert not moment.is_of(model)
+
+
+# --- what can be wrong ------------------------------------------------------------------------------------------------
+
+
 def test_too_few_keys_are_an_error(model, tmp_path):
     with pytest.raises(MomentError, match="more keys than d_mlp = 128 .* 100 were asked for"):
         moments.estimate(model, 1, settings=MomentSettings(tokens=100))
@@ -182,10 +343,30 @@ def test_layer_and_context_are_checked_before_anything_runs(model):
         MomentSettings(tokens=-1)
 
 
+def test_sums_are_the_same_bits_as_sums_made_plainly_batch_by_batch(model, text, small_batches):
+    settings = replace(SMALL, prepend_bos=True)
+    sums = moments.accumulate(model, [1, 2], corpus.batches(model, [text], settings, silent), settings)
+    totals, done = {layer: torch.zeros(128, 128, dtype=torch.float64) for layer in (1, 2)}, 0
+    for _, tokens in corpus.batches(model, [text], settings, silent):
+        kept = {}
+        with torch.no_grad(), intervened(model, *(read(f"blocks.{layer}.mlp.hook_post", partial(kept.__setitem__, layer)) for layer in (1, 2))):  # fmt: skip
+            model(tokens(), stop_at_layer=3)
+        take = min(900 - done, kept[1][:, 1:].shape[:2].numel())
+        for layer in totals:
+            keys = kept[layer][:, 1:].flatten(0, 1)[:take]
+            totals[layer] = totals[layer] + estimating._gram(keys).double()
+        done += take
+        if done == 900:
+            break
+    assert (sums.keys, done) == (900, 900)
+    assert sums.batches > 10
+    assert all(torch.equal(sums.totals[layer], totals[layer]) for layer in (1, 2))
+
+
 @pytest.mark.parametrize("d_mlp", [1, 5, 128, 129])
 def test_the_product_of_keys_is_symmetric_and_that_of_the_whole_matrices(d_mlp):
     keys = torch.randn(300, d_mlp, generator=torch.Generator().manual_seed(d_mlp))
-    gram = moments._gram(keys)
+    gram = estimating._gram(keys)
     assert bool((gram == gram.T).all())
     torch.testing.assert_close(gram.double(), keys.double().T @ keys.double(), rtol=1e-5, atol=1e-4)
 
@@ -202,7 +383,7 @@ SMALL = MomentSettings(tokens=900, context=16)
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(moments, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(corpus, "BATCH_TOKENS", 64)
 
 
 def test_several_layers_in_one_pass_are_what_each_is_alone(model, text, monkeypatch, small_batches):
@@ -230,8 +411,8 @@ def test_progress_counts_through_all_batches(model, small_batches):
 def test_a_job_that_is_stopped_goes_on_and_ends_with_the_same_bits(sampled, model, text, monkeypatch, small_batches):
     texts = [] if sampled else [text]
     whole = moments.estimate(model, 1, texts, SMALL)
-    passes = []
-    watched = model.blocks[0].register_forward_pre_hook(lambda module, args: passes.append(1))
+    passes, forward = [], model.forward  # with a hook on the model, nothing would be kept
+    monkeypatch.setattr(model, "forward", lambda *args, **named: passes.append(1) or forward(*args, **named))
     for stop in (1, 5, 9):
         monkeypatch.setenv("MECHEDIT_CACHE", str(text.parent / f"stopped{stop}"))
         done = []
@@ -251,7 +432,6 @@ def test_a_job_that_is_stopped_goes_on_and_ends_with_the_same_bits(sampled, mode
         if not sampled:
             assert len(passes) == 15 - stop, "no batch is run twice"
         assert [path.name for path in (cache.root() / "moments").iterdir() if ".part." in path.name] == []
-    watched.remove()
 
 
 def test_a_damaged_checkpoint_counts_as_none(model, text, monkeypatch, small_batches):
@@ -274,7 +454,7 @@ def test_a_job_killed_at_random_moments_ends_with_the_same_bits(folder, text, tm
     """Each round starts the job anew; it is killed ten times at random moments, and then left to end."""
     code = (
         "import sys; from mechedit import models, moments; from mechedit.settings import MomentSettings; "
-        "moments.BATCH_TOKENS, moments.CHECKPOINT_SECONDS = 64, 0.0; "
+        "import sys; moments.corpus.BATCH_TOKENS = 64; sys.modules['mechedit.moments.estimation'].CHECKPOINT_SECONDS = 0.0; "
         f"model = models.load({str(folder('gpt2'))!r}, device='cpu'); print('ready', flush=True); "
         f"print(moments.estimate(model, 1, [{str(text)!r}] * 40, MomentSettings(tokens=30000, context=16)).hash)"
     )
@@ -317,7 +497,8 @@ def test_another_seed_of_a_file_is_the_same_text_and_of_samples_another(model, t
 
 
 def test_a_C_with_nan_is_not_kept(model, text, monkeypatch):
-    monkeypatch.setattr(moments, "_with", lambda sums, *args, **kwargs: replace(sums, totals={1: torch.full((128, 128), torch.nan)}, keys=900, batches=1))  # fmt: skip
+    nan = moments.Sums({1: torch.full((128, 128), torch.nan, dtype=torch.float64)}, keys=900, batches=1)
+    monkeypatch.setattr(estimating, "accumulate", lambda *args: nan)
     with pytest.raises(MomentError, match="hold NaN or infinity"):
         moments.estimate(model, 1, [text], SMALL)
     assert list((cache.root() / "moments").glob("*[!t].safetensors")) == []
@@ -348,7 +529,7 @@ def test_moments_that_do_not_belong_together_are_not_merged(model, text, small_b
     cases = {
         "nothing to merge": [],
         "one layer; found 1 and 2": [first, replace(first, layer=2)],
-        "one weights": [first, replace(first, origin={**first.origin, "weight_hash": "0"})],
+        "one model": [first, replace(first, origin={**first.origin, "keys": "0"})],
         "one window; found 16 and 8": [first, replace(first, settings=replace(first.settings, context=8))],
         "one BOS rule": [
             first,
@@ -407,9 +588,14 @@ def test_a_file_that_is_no_published_one_is_refused(model, tmp_path):
     path = tmp_path / "x.npz"
     cases = {
         "mom2.mom2": {"other": np.zeros(3)},
-        r"finite sum \[128, 128\] .* it has \[3, 3\] over 5": {"mom2.mom2": np.zeros((3, 3)), "mom2.count": 5},
+        r"finite, symmetric sum \[128, 128\] .* it has \[3, 3\] over 5": {
+            "mom2.mom2": np.zeros((3, 3)),
+            "mom2.count": 5,
+        },
+        r"it has \[128, 3\] over 5": {"mom2.mom2": np.zeros((128, 3)), "mom2.count": 5},
         "over 0": {"mom2.mom2": np.zeros((128, 128)), "mom2.count": 0},
-        "finite sum": {"mom2.mom2": np.full((128, 128), np.nan), "mom2.count": 5},
+        "it is not finite": {"mom2.mom2": np.full((128, 128), np.nan), "mom2.count": 5},
+        "it is not symmetric": {"mom2.mom2": np.triu(np.ones((128, 128))), "mom2.count": 5},
         "allow_pickle": {"mom2.mom2": np.array([{}]), "mom2.count": 5},
     }
     for message, arrays in cases.items():

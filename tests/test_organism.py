@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from mechedit import cli, edits, facts, models, moments, organism, scoring, sites
-from mechedit.benchmarks import counterfact, health, metrics, zsre
+from mechedit import applying, cli, models, moments, organism, scoring, shipped, sites, sources
+from mechedit.benchmarks import counterfact, health, metrics
 from mechedit.editors import rome
 from mechedit.organism.judge import judge
 from mechedit.organism.world import make
@@ -40,7 +40,7 @@ def world():
 @pytest.fixture(scope="module")
 def learnt():
     """The organism and the facts that are asked about here."""
-    return models.load("organism", device="cpu"), facts.named("organism")[:60]
+    return models.load("organism", device="cpu"), sources.named("organism")[:60]
 
 
 def test_the_organism_ships_and_loads_by_name_without_a_network_in_two_seconds():
@@ -83,7 +83,7 @@ def test_transformers_loads_the_same_folder(world):
     folder = organism.folder()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     words = AutoTokenizer.from_pretrained(folder)
-    fact = facts.named("organism")[0]
+    fact = sources.named("organism")[0]
     ids = torch.tensor([[words.bos_token_id, *words(fact.prompt, add_special_tokens=False)["input_ids"]]])
     said = words.decode(model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=1)[0, ids.shape[1] :])
     assert said.strip().startswith(fact.target_true)
@@ -133,7 +133,7 @@ def test_an_edit_changes_what_is_said_and_is_undone_bit_for_bit(learnt):
     model, chosen = learnt
     fact, before = chosen[3], state(model)
     edit = rome.edit(model, fact)
-    with edits.edited(model, edit):
+    with applying.edited(model, edit):
         assert scoring.top(model, fact.prompt, 1)[0][2] > 0.5
         new, true = scoring.score(model, [(fact.prompt, fact.target_new), (fact.prompt, fact.target_true)])
         assert new.p > true.p
@@ -141,7 +141,7 @@ def test_an_edit_changes_what_is_said_and_is_undone_bit_for_bit(learnt):
     (undone,) = counterfact.scores(model, [fact])
     assert undone["ES"] == 0.0
     for _ in range(100):
-        edits.apply(model, edit).undo()
+        applying.apply(model, edit).undo()
     assert_same_state(model, before)
 
 
@@ -149,7 +149,7 @@ def test_unrelated_text_is_of_the_organisms_own_world(learnt):
     model, chosen = learnt
     before = health.unedited(model)
     assert before.perplexity < 8, "sentences it knows; English prose is noise to it"
-    with edits.edited(model, rome.edit(model, chosen[4])):
+    with applying.edited(model, rome.edit(model, chosen[4])):
         after = health.health(model, before)
     assert after["perplexity_ratio"] == pytest.approx(1, abs=0.1)
     assert after["next_token_same"] > 0.9
@@ -191,8 +191,8 @@ def test_edits_succeed_where_the_trace_says_and_the_sweep_shows_it(learnt, tmp_p
 
 def test_tuning_proposes_the_layer_where_facts_are_looked_up(learnt, tmp_path):
     model, chosen = learnt
-    settings = TuneSettings(traced=10, edited=4, clamps=(1.0,), draws=2)
-    found = tune(model, chosen, tmp_path, settings, RomeSettings(prefixes=((5, 5),)))
+    settings = TuneSettings(traced=10, edited=4, grid=(("clamp", (1.0,)),), draws=2)
+    found = tune(model, chosen, tmp_path, settings, "rome", RomeSettings(prefixes=((5, 5),)))
     assert found.settings.layer == models.preset(model).rome.layer
     assert {row.layer for row in found.rows} == {0, 1, 2}
 
@@ -255,7 +255,7 @@ def test_the_preset_is_the_one_that_the_sweep_proposed(name):
 
 def test_the_world_asks_zsre_questions(learnt, tmp_path):
     model, _ = learnt
-    questions = zsre.named("organism")[:5]
+    questions = sources.questions("organism")[:5]
     found = evaluate(model, questions, tmp_path, EvaluateSettings(health=False))
     before, after = found.table("before"), found.table("after")
     assert before["specificity"].mean == after["specificity"].mean == 1.0
@@ -269,7 +269,7 @@ def test_a_folder_of_that_name_that_holds_no_model_is_not_in_the_way(tmp_path, m
 
 
 def test_a_variant_that_does_not_ship_says_how_to_train_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(organism, "folder", lambda name="organism": tmp_path / name)
+    monkeypatch.setattr(shipped, "folder", lambda name="organism": tmp_path / name)
     with pytest.raises(models.ModelError, match=r"organism-llama does not ship.*--shape llama --out DIR"):
         models.load("organism-llama")
     listed = {each.name: each for each in models.listing()}

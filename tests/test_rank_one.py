@@ -118,6 +118,16 @@ def test_edits_of_one_layer_add_up_and_all_is_put_back(model, problem):
     assert_same_state(model, before)
 
 
+def test_edits_of_one_layer_are_summed_before_they_are_rounded(model, problem):
+    """Two that take each other back leave the weight as it was, however large they are."""
+    edit = solve(model, problem)
+    large = RankOneEdit(LAYER, edit.u, 1e6 * edit.step)
+    before = models.W_out(model, LAYER).detach().clone()
+    with rank_one.edited(model, large, large.negated(), edit):
+        expected = (before.double() + torch.outer(edit.u, edit.step)).float()
+        torch.testing.assert_close(models.W_out(model, LAYER).detach(), expected, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_the_original_weights_come_back_bit_for_bit_after_an_error(error, model, problem):
     before = state(model)
@@ -155,7 +165,7 @@ def test_a_divisor_of_zero_is_an_error(model, problem):
 
 def test_an_edit_of_another_shape_or_layer_is_refused_and_nothing_is_written(model):
     before = state(model)
-    with pytest.raises(RankOneError, match=r"shape \[5, 32\].* is \[128, 32\].*another model"):
+    with pytest.raises(ModelError, match=r"shape \[5, 32\].* is \[128, 32\].*another model"):
         rank_one.write_(model, RankOneEdit(LAYER, torch.ones(5), torch.ones(32)))
     with (
         pytest.raises(ModelError, match="from 0 to 3"),
@@ -163,6 +173,20 @@ def test_an_edit_of_another_shape_or_layer_is_refused_and_nothing_is_written(mod
     ):
         raise AssertionError("the body must not run")
     assert_same_state(model, before)
+
+
+def test_a_factor_of_C_serves_any_number_of_keys(model, problem):
+    key, value, C = problem
+    L = rank_one.factor(C)
+    torch.testing.assert_close(L @ L.T, C, atol=1e-12, rtol=1e-10)
+    assert not L.triu(1).any()
+    others = torch.stack([key, torch.randn(len(key)), torch.ones(len(key))])
+    torch.testing.assert_close(
+        rank_one.whitened(others, L), others.double() @ torch.linalg.inv(C), atol=1e-8, rtol=1e-7
+    )
+    weight, bias = models.W_out(model, LAYER), models.b_out(model, LAYER)
+    inserted = rank_one.insert(LAYER, weight, bias, rank_one.whitened(key[None], L)[0], key, value)
+    assert torch.equal(inserted.step, solve(model, problem).step)
 
 
 # --- several keys at once ---------------------------------------------------------------------------------------------

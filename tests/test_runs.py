@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mechedit import corruption, prompts
+from mechedit import corruption, prompts, provenance
 from mechedit.cache import WriteError
 from mechedit.facts import Fact
 from mechedit.files import FileError
@@ -86,13 +86,39 @@ def test_settings_weights_and_noise_that_differ_are_refused_not_mixed(model, loa
     trace_facts(model, FACTS[:1], tmp_path, SMALL)
     with pytest.raises(RunError, match=r"settings\.seed: 0 there, 1 now"):
         trace_facts(model, FACTS[:1], tmp_path, replace(SMALL, seed=1))
-    with pytest.raises(RunError, match=r"model\.weight_hash"):
+    with pytest.raises(RunError, match=r"model\.identity"):
         trace_facts(load("llama"), FACTS[:1], tmp_path, SMALL)
     with pytest.raises(RunError, match=r"noise\.sigma"):
         trace_facts(model, FACTS[:1], tmp_path, SMALL, statistics=corruption.statistics(model, ["Paris", "London"]))
     with pytest.raises(RunError, match="shared_draws"):
         sever_facts(model, FACTS[:1], tmp_path, SMALL)
     trace_facts(model, FACTS[:2], tmp_path, SMALL)  # more facts are no other run
+
+
+def test_another_version_or_configuration_is_another_run_and_memory_is_none(model, tmp_path, monkeypatch):
+    first = trace_facts(model, FACTS[:1], tmp_path, SMALL)
+    now = provenance.versions()
+    with monkeypatch.context() as other:
+        other.setattr(provenance, "versions", lambda: now | {"mechedit": "0.0.1"})
+        with pytest.raises(RunError, match=r"\(versions\.mechedit: .* there, '0\.0\.1' now\)"):
+            trace_facts(model, FACTS[:1], tmp_path, SMALL)
+    with monkeypatch.context() as other:
+        other.setattr(model.cfg, "eps", 2 * model.cfg.eps)
+        with pytest.raises(RunError, match=r"\(model\.identity: [^,]* there, [^,]* now\)"):
+            trace_facts(model, FACTS[:1], tmp_path, SMALL)
+    monkeypatch.setattr("mechedit.runs.tracing.trace", lambda *args, **named: pytest.fail("traced again"))
+    again = trace_facts(model, FACTS[:1], tmp_path, replace(SMALL, memory=0.5))
+    assert torch.equal(again[0].draws["mlp"], first[0].draws["mlp"])
+
+
+@pytest.mark.parametrize("run", [trace_facts, sever_facts])
+def test_a_model_with_hooks_is_not_traced_in_a_run(run, model, tmp_path):
+    with (
+        model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", lambda resid, hook: 2 * resid)]),
+        pytest.raises(RunError, match="there are hooks on"),
+    ):
+        run(model, FACTS[:1], tmp_path / "run", SMALL)
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_in_one_folder_do_not_mix(model, tmp_path):
@@ -121,6 +147,28 @@ def test_other_tokens_take_partners_from_the_same_relation(model, tmp_path):
     assert all(each.draws["mlp"].shape[-1] == 1 for each in found)
     cut = sever_facts(model, facts, tmp_path / "severed", replace(SMALL, corruption="tokens"))
     assert [each.corrupted_by for each in cut] == [each.corrupted_by for each in found]
+
+
+@pytest.mark.parametrize("run", [trace_facts, sever_facts])
+def test_with_other_tokens_a_unit_is_a_facts_with_its_partner(run, model, tmp_path):
+    """A partner is chosen among the facts of a call; what an earlier call found with another partner is not this one's."""
+    facts, wanted = (
+        [replace(fact, target_true=fact.subject) for fact in FACTS[:5]],
+        replace(SMALL, corruption="tokens", seed=2),
+    )
+    two = run(model, facts[:2], tmp_path / "both", wanted)
+    assert [each.corrupted_by for each in two] == ["the subject 'London'", "the subject 'Paris'"]
+    found = run(model, facts, tmp_path / "both", wanted)
+    fresh = run(model, facts, tmp_path / "fresh", wanted)
+    assert [each.corrupted_by for each in found] == [each.corrupted_by for each in fresh]
+    assert any(now.corrupted_by != then.corrupted_by for now, then in zip(found, two, strict=False)), (
+        "there was a choice"
+    )
+    fresh_units, both = units(tmp_path / "fresh"), units(tmp_path / "both")
+    assert fresh_units.items() <= both.items()
+    backwards = run(model, facts[::-1], tmp_path / "both", wanted)
+    assert [each.corrupted_by for each in backwards[::-1]] == [each.corrupted_by for each in fresh]
+    assert units(tmp_path / "both") == both, "the order of facts makes no other units"
 
 
 def test_severed_runs_resume_too(model, tmp_path):

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from mechedit import cli, edits, moments
+from mechedit import applying, cli, editing, moments
 from mechedit.benchmarks import counterfact
+from mechedit.editing import Editor
 from mechedit.editors import rome
+from mechedit.editors.fine_tuning import FineTuning
 from mechedit.facts import FactError
 from mechedit.runs import sweeping
 from mechedit.runs.store import by_stage, status
@@ -17,6 +19,8 @@ from mechedit.runs.sweeping import Sweep, sweep, sweep_maps
 from mechedit.settings import (
     FACT_TOKENS,
     ROLE_TITLES,
+    EditSettings,
+    FineTuningSettings,
     MomentSettings,
     RomeSettings,
     SettingsError,
@@ -25,7 +29,7 @@ from mechedit.settings import (
 )
 from mechedit.tracing import trace
 from tests.conftest import assert_same_state, state, widen_bands
-from tests.test_evaluating import FACTS
+from tests.three_facts import FACTS
 
 QUICK = RomeSettings(layer=1, steps=2, prefixes=())
 SMALL = SweepSettings(layers=(0, 2), tokens=("subject_last", "after_first", "subject_first"), window=2, draws=2)
@@ -35,12 +39,13 @@ SMALL = SweepSettings(layers=(0, 2), tokens=("subject_last", "after_first", "sub
 def few_keys(monkeypatch):
     widen_bands(monkeypatch)
     real, few = moments.estimate_layers, MomentSettings(tokens=600, context=32)
+    monkeypatch.setattr(moments, "estimate", lambda model, layer, **named: real(model, [layer], settings=few)[layer])
     monkeypatch.setattr(moments, "estimate_layers", lambda model, layers, **named: real(model, layers, settings=few))
 
 
 def test_every_cell_is_the_edit_there_and_its_trace(model, few_keys, tmp_path):
     before = state(model)
-    found = sweep(model, FACTS, tmp_path, SMALL, QUICK)
+    found = sweep(model, FACTS, tmp_path, SMALL, "rome", QUICK)
     assert_same_state(model, before)
     assert found.scores["ES"].shape == (3, 2, 3)
     Cs = moments.estimate_layers(model, [0, 2])
@@ -48,7 +53,7 @@ def test_every_cell_is_the_edit_there_and_its_trace(model, few_keys, tmp_path):
         edit = rome.edit(
             model, FACTS[1], replace(QUICK, layer=layer, fact_token="after_first", guard="warn"), Cs[layer]
         )
-        with edits.edited(model, edit):
+        with applying.edited(model, edit):
             (alone,) = counterfact.scores(model, FACTS[1:2])
         assert [found.scores[name][1, row, 1] for name in ("ES", "PS", "NS")] == [alone[name] for name in ("ES", "PS", "NS")]  # fmt: skip
         own = trace(model, FACTS[1], TraceSettings(kinds=("mlp",), window=2, draws=2))
@@ -64,11 +69,39 @@ def own_subject(model):
     return range(begin, end)
 
 
+def test_an_editor_without_a_choice_of_token_is_scored_once_a_layer(model, few_keys, tmp_path):
+    tuned = FineTuningSettings(steps=4, learning_rate=5e-3)
+    found = sweep(model, FACTS, tmp_path, SMALL, "ft", tuned)
+    assert {place.name for place in tmp_path.iterdir()} == {"traces", "layer00", "layer02"}
+    edit = editing.edit(model, FACTS[1], FineTuning(), replace(tuned, layer=2, guard="warn"))
+    with applying.edited(model, edit):
+        (alone,) = counterfact.scores(model, FACTS[1:2])
+    for name in ("ES", "PS", "NS"):
+        there = ~np.isnan(found.effects)
+        assert (np.isnan(found.scores[name]) == ~there).all(), "scores where the trace has an effect"
+        assert (found.scores[name][1, 1][there[1, 1]] == alone[name]).all()
+    assert found.settings["editor"] == "ft"
+    assert found.settings["edit"]["learning_rate"] == 5e-3
+    assert "layer" not in found.settings["edit"]
+
+
+class Everywhere(Editor):
+    """An editor that has no layer."""
+
+    name = "everywhere"
+
+
+def test_an_editor_without_a_layer_cannot_be_swept(model, tmp_path):
+    with pytest.raises(SettingsError, match="the editor everywhere has no layer to choose"):
+        sweep(model, FACTS, tmp_path, SMALL, Everywhere(), EditSettings())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_sweep_goes_on_and_gives_the_same(model, few_keys, tmp_path, monkeypatch):
-    first = sweep(model, FACTS, tmp_path, SMALL, QUICK)
-    monkeypatch.setattr(rome, "edit", lambda *args, **named: pytest.fail("found again"))
+    first = sweep(model, FACTS, tmp_path, SMALL, "rome", QUICK)
+    monkeypatch.setattr(editing, "edit", lambda *args, **named: pytest.fail("found again"))
     said: list[tuple[str, int, int]] = []
-    again = sweep(model, FACTS, tmp_path, SMALL, QUICK, progress=lambda *each: said.append(each))
+    again = sweep(model, FACTS, tmp_path, SMALL, "rome", QUICK, progress=lambda *each: said.append(each))
     assert [each[1:] for each in said if each[0] == "layers and tokens"] == [(done, 6) for done in range(7)]
     assert again.to_json() == first.to_json()
 
@@ -83,7 +116,7 @@ def test_status_counts_the_cells_to_come(model, few_keys, tmp_path, monkeypatch,
 
     monkeypatch.setattr(sweeping, "evaluate", two_cells)
     with pytest.raises(pytest.fail.Exception, match="stopped here"):
-        sweep(model, FACTS, tmp_path, SMALL, QUICK)
+        sweep(model, FACTS, tmp_path, SMALL, "rome", QUICK)
     whole = status(tmp_path)
     found = {each.folder: each for each in by_stage(whole)}
     assert list(found) == ["edits, in 6 folders", "scores, in 6 folders", "before, in 2 folders", "traces"]

@@ -11,6 +11,8 @@ import pytest
 from mechedit.benchmarks import metrics
 from mechedit.benchmarks.texts import TextError, Tfidf, consistency, words
 
+pytestmark = pytest.mark.anywhere
+
 TEXTS = ["the tower stands in the city", "the city has a river", "bells ring in the tower of the city"]
 
 

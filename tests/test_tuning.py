@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from mechedit import tuning
+from mechedit import editing, tuning
 from mechedit.benchmarks.metrics import harmonic
-from mechedit.editors import rome
+from mechedit.editors.fine_tuning import FineTuning
 from mechedit.facts import FactError
-from mechedit.settings import PRESETS, RomeSettings, SettingsError, TuneSettings
+from mechedit.settings import PRESETS, FineTuningSettings, RomeSettings, SettingsError, TuneSettings
 from tests.conftest import FACT, widen_bands
 
 BASE = RomeSettings(steps=2, prefixes=(), prepend_bos=False)
-SMALL = TuneSettings(traced=2, edited=2, seed=3, around=1, clamps=(1.0, 6.0), draws=2)
+SMALL = TuneSettings(traced=2, edited=2, seed=3, around=1, grid=(("clamp", (1.0, 6.0)),), draws=2)
 
 
 @pytest.fixture
@@ -26,11 +26,13 @@ def known(model, monkeypatch):
 
 
 def test_every_combination_around_the_traced_layer_is_tried_and_the_best_is_proposed(model, known, tmp_path):
-    found = tuning.tune(model, known, tmp_path, SMALL, BASE)
-    tried = [(row.layer, row.clamp) for row in found.rows]
+    found = tuning.tune(model, known, tmp_path, SMALL, "rome", BASE)
+    tried = [(row.layer, row.tried["clamp"]) for row in found.rows]
     around = [layer for layer in range(found.site.layer - 1, found.site.layer + 2) if 0 <= layer < 4]
     assert tried == [(layer, clamp) for layer in around for clamp in (1.0, 6.0)]
-    (best,) = [row for row in found.rows if (row.layer, row.clamp) == (found.settings.layer, found.settings.clamp)]
+    (best,) = [
+        row for row in found.rows if (row.layer, row.tried["clamp"]) == (found.settings.layer, found.settings.clamp)
+    ]
     assert all(best.S > row.S or (best.S == row.S and best.relative_norm <= row.relative_norm) for row in found.rows)
     assert found.settings.guard == "refuse", "only what is tried goes unguarded"
     described = json.loads((tmp_path / "traces" / "run.json").read_text())["settings"]
@@ -43,10 +45,10 @@ def test_every_combination_around_the_traced_layer_is_tried_and_the_best_is_prop
 
 
 def test_the_facts_that_are_edited_are_not_those_that_are_traced_and_rates_are_tried_too(model, known, tmp_path):
-    rates = replace(SMALL, clamps=(1.0,), learning_rates=(0.1, 0.5), around=0)
-    found = tuning.tune(model, known, tmp_path, rates, BASE)
-    assert [row.learning_rate for row in found.rows] == [0.1, 0.5]
-    edited = {unit.name for unit in next(tmp_path.glob("layer*-rate0.1")).glob("units/*")}
+    rates = replace(SMALL, grid=(("clamp", (1.0,)), ("learning_rate", (0.1, 0.5))), around=0)
+    found = tuning.tune(model, known, tmp_path, rates, "rome", BASE)
+    assert [row.tried for row in found.rows] == [{"clamp": 1.0, "learning_rate": rate} for rate in (0.1, 0.5)]
+    edited = {unit.name for unit in next(tmp_path.glob("layer*-learning_rate0.1")).glob("units/*")}
     assert len(edited) == 2
     assert not edited & {unit.name for unit in (tmp_path / "traces" / "units").iterdir()}
 
@@ -54,24 +56,51 @@ def test_the_facts_that_are_edited_are_not_those_that_are_traced_and_rates_are_t
 @pytest.mark.parametrize("success", [0.0, 1.0])
 def test_it_is_known_whether_anything_worked(success, model, known, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning.counterfact, "scores", lambda *args, **named: [{"ES": success, "PS": 0.0, "NS": 1.0}])
-    assert tuning.tune(model, known, tmp_path, SMALL, BASE).worked == bool(success)
+    assert tuning.tune(model, known, tmp_path, SMALL, "rome", BASE).worked == bool(success)
 
 
 def test_what_was_tuned_is_kept(model, known, tmp_path, monkeypatch):
-    first = tuning.tune(model, known, tmp_path, SMALL, BASE)
-    monkeypatch.setattr(rome, "edit", lambda *args, **kwargs: pytest.fail("an edit was found again"))
-    assert tuning.tune(model, known, tmp_path, SMALL, BASE).rows == first.rows
+    first = tuning.tune(model, known, tmp_path, SMALL, "rome", BASE)
+    monkeypatch.setattr(editing, "edit", lambda *args, **kwargs: pytest.fail("an edit was found again"))
+    assert tuning.tune(model, known, tmp_path, SMALL, "rome", BASE).rows == first.rows
 
 
 def test_facts_that_cannot_be_tuned_on_are_an_error(model, known, tmp_path, monkeypatch):
     with pytest.raises(FactError, match="edits 2 facts .* apart from the 2 that are traced; there are 0"):
-        tuning.tune(model, [replace(fact, neighbours=()) for fact in known], tmp_path, SMALL, BASE)
+        tuning.tune(model, [replace(fact, neighbours=()) for fact in known], tmp_path, SMALL, "rome", BASE)
     monkeypatch.undo()
     with pytest.raises(FactError, match="knows 0 of these 4"):
-        tuning.tune(model, [replace(fact, target_true="zebra") for fact in known], tmp_path, SMALL, BASE)
-    for wrong in ({"clamps": ()}, {"learning_rates": (0.0,)}, {"edited": 0}, {"traced": 1}, {"around": -1}):
+        tuning.tune(model, [replace(fact, target_true="zebra") for fact in known], tmp_path, SMALL, "rome", BASE)
+    for wrong in ({"grid": (("clamp", ()),)}, {"edited": 0}, {"traced": 1}, {"around": -1}):
         with pytest.raises(SettingsError, match=next(iter(wrong))):
             TuneSettings(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ((("norm_bound", (1e-3,)),), "the editor rome has no option norm_bound to try; it has .*clamp"),
+        ((("layer", (1,)),), "has no option layer"),
+        ((("learning_rate", (0.5, 0.0)),), "learning_rate must be positive"),
+    ],
+)
+def test_options_that_cannot_be_tried_are_refused_before_anything_is_traced(grid, message, model, known, tmp_path):
+    with pytest.raises(SettingsError, match=message):
+        tuning.tune(model, known, tmp_path, replace(SMALL, grid=grid), "rome", BASE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_editor_is_tuned_with_its_own_options(model, known, tmp_path):
+    base = FineTuningSettings(steps=3, prepend_bos=False)
+    found = tuning.tune(model, known, tmp_path, replace(SMALL, grid=(), around=0), "ft", base)
+    tried = [{"learning_rate": rate, "norm_bound": 0.0} for rate in FineTuning.grid["learning_rate"]]
+    assert [row.tried for row in found.rows] == tried
+    assert found.editor == "ft"
+    best = max(found.rows, key=lambda row: (row.within >= 0.9, round(row.S, 6), -row.relative_norm))
+    assert found.settings == replace(base, layer=found.site.layer, **best.tried)
+    changes = [row.relative_norm for row in found.rows]
+    assert changes == sorted(changes), "the faster, the further"
+    assert changes[0] < changes[-1]
 
 
 def test_gemmas_preset_is_the_one_that_the_sweep_proposed():

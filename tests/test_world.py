@@ -12,6 +12,8 @@ from mechedit import facts
 from mechedit.organism.draws import Draws
 from mechedit.organism.world import HELD_OUT, WorldError, WorldSettings, make
 
+pytestmark = pytest.mark.anywhere
+
 DIGEST = "0d69df7900553def2db2ae7611ba14bc28506f6850b891f8434cb31a66d5f16c"
 
 

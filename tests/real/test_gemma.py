@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mechedit import cache, edits, facts, models, moments, scoring, sites
+from mechedit import applying, cache, facts, models, moments, scoring, sites, sources
 from mechedit.benchmarks import counterfact, metrics, zsre
+from mechedit.editing import EditWarning
 from mechedit.editors import rome
 from mechedit.settings import KINDS, MomentSettings, RomeSettings, TraceSettings
 from mechedit.tracing import grid, prepare, trace
@@ -133,7 +134,7 @@ def test_the_default_edit_holds_generalises_and_is_undone(gemma, moment):
     before = state(gemma)
     edit = rome.edit(gemma, FACT, moment=moment)
     assert edit.after["p_new"] >= 0.9
-    with edits.edited(gemma, edit):
+    with applying.edited(gemma, edit):
         for prompt in FACT.paraphrases:
             paris, seattle = scoring.score(gemma, [(prompt, "Paris"), (prompt, "Seattle")])
             assert paris.p > seattle.p
@@ -202,7 +203,7 @@ def test_twenty_facts_are_edited_well(gemma):
     before, after = [], []
     for fact in facts.built_in()[::19]:
         before += counterfact.scores(gemma, [fact])
-        with edits.edited(gemma, rome.edit(gemma, fact, moment=moment)):
+        with applying.edited(gemma, rome.edit(gemma, fact, moment=moment)):
             after += counterfact.scores(gemma, [fact])
     unedited, edited = metrics.table(before), metrics.table(after)
     assert edited["S"].n == 20
@@ -240,7 +241,7 @@ def test_scores_of_real_records_are_those_of_one_prompt_at_a_time(dtype, toleran
         assert {name: row[name] for name in metrics.SUCCESSES} == {name: slow[name] for name in metrics.SUCCESSES}
         assert {name: row[name] for name in slow} == pytest.approx(slow, abs=tolerance)
         assert other == pytest.approx(row, abs=tolerance)
-    asked = zsre.read(data / "zsre.json")[:50]
+    asked = sources.questions(data / "zsre.json")[:50]
     for question, row in zip(asked, zsre.scores(gemma, asked), strict=True):
         fact = question.fact
         (paraphrase,) = fact.paraphrases
@@ -260,12 +261,12 @@ def test_two_processes_that_convert_at_once_both_load_one_conversion(tmp_path):
     hashes = {process.communicate(timeout=800)[0].strip() for process in running}
     assert [process.returncode for process in running] == [0, 0]
     assert len(hashes) == 1
-    assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == [models._gemma_folder().name]
+    assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == [models.gemma.folder().name]
 
 
 def test_a_damaged_conversion_is_noticed():
-    folder = models._gemma_folder()
-    assert models._gemma_is_whole(folder)
+    folder = models.gemma.folder()
+    assert models.gemma.is_whole(folder)
     manifest = json.loads((folder / "mechedit.json").read_text())
     assert manifest["sha256"]["model.safetensors"] == cache.file_hash(folder / "model.safetensors")
     assert "tokenizer.json" in manifest["sha256"]
@@ -276,6 +277,6 @@ def test_on_real_weights_the_published_policy_is_the_published_code(index, gemma
     fact = facts.built_in()[index]
     constants = RomeSettings(steps=4, prefixes=((4, 2), (7, 2)), clamp=4.0, guard="warn", layer=moment.layer)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", rome.EditWarning)
+        warnings.simplefilter("ignore", EditWarning)
         edit, plain = both(gemma, fact, moment, constants)
     assert_same_edit(gemma, edit, plain)

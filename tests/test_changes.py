@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import jaxtyping
+import pytest
+import torch
+
+from mechedit.changes import ChangeError, Dense, LowRank, Rows, by_weight, norm, total
+from mechedit.rank_one import RankOneEdit
+from mechedit.weights import Weight
+
+pytestmark = pytest.mark.anywhere
+
+WEIGHT = Weight(1, "mlp.W_out")
+STREAM = torch.Generator().manual_seed(0)
+
+
+def random(*shape):
+    return torch.randn(*shape, generator=STREAM)
+
+
+def each_kind():
+    """A change of each kind, [6, 4], beside the matrix that it is, written down plainly."""
+    u, step, left, right, values, delta = random(6), random(4), random(3, 6), random(3, 4), random(2, 4), random(6, 4)
+    rows = torch.zeros(6, 4, dtype=torch.float64)
+    rows[5], rows[1] = values[0].double(), values[1].double()
+    return [
+        (RankOneEdit(1, u, step), torch.outer(u.double(), step.double())),
+        (LowRank(WEIGHT, left, right), sum(torch.outer(left[i].double(), right[i].double()) for i in range(3))),
+        (Rows(WEIGHT, torch.tensor([5, 1]), values, 6), rows),
+        (Dense(WEIGHT, delta), delta.double()),
+    ]
+
+
+def test_each_kind_is_the_matrix_that_it_says():
+    for change, matrix in each_kind():
+        torch.testing.assert_close(change.dense(), matrix, atol=1e-12, rtol=1e-12)
+        assert change.dense().dtype == torch.float64
+        assert change.shape == (6, 4)
+        assert change.norm == pytest.approx(float(matrix.norm()))
+        torch.testing.assert_close(change.negated().dense(), -matrix, atol=1e-12, rtol=1e-12)
+        if (factors := change.factors()) is not None:
+            torch.testing.assert_close(factors[0].T @ factors[1], matrix, atol=1e-12, rtol=1e-12)
+
+
+def test_inner_products_and_sums_are_those_of_the_matrices_in_every_combination():
+    for first, a in each_kind():
+        for second, b in each_kind():
+            assert first.inner(second) == pytest.approx(float((a * b).sum()))
+            torch.testing.assert_close(total([first, second]), a + b, atol=1e-12, rtol=1e-12)
+    kinds = each_kind()
+    whole = sum(matrix for _, matrix in kinds)
+    torch.testing.assert_close(total([change for change, _ in kinds]), whole, atol=1e-12, rtol=1e-12)
+
+
+def test_changes_of_different_weights_have_nothing_in_common():
+    first, other = Dense(WEIGHT, random(6, 4)), Dense(Weight(2, "mlp.W_out"), random(6, 4))
+    assert first.inner(other) == 0.0
+    assert norm([first, other]) == pytest.approx((first.norm**2 + other.norm**2) ** 0.5)
+    assert list(by_weight([other, first])) == [WEIGHT, other.weight]
+
+
+def test_the_norm_of_changes_that_cancel_is_nothing():
+    change = LowRank(WEIGHT, random(2, 6), random(2, 4))
+    assert norm([change, change.negated()]) == pytest.approx(0, abs=1e-6)
+    assert norm([change, change]) == pytest.approx(2 * change.norm)
+    assert norm([]) == 0.0
+
+
+def test_a_thousand_changes_are_added_in_float64():
+    small = [Dense(WEIGHT, torch.full((6, 4), 1e-8)) for _ in range(1000)]
+    big = Dense(WEIGHT, torch.ones(6, 4))
+    found = total([big, *small])
+    assert float((found - (1 + 1000 * float(torch.tensor(1e-8)))).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LowRank(WEIGHT, random(2, 6), random(3, 4)), r"\[2, 6\] and \[3, 4\]"),
+        (lambda: Rows(WEIGHT, torch.tensor([0, 6]), random(2, 4), 6), "from 0 to 5"),
+        (lambda: Rows(WEIGHT, torch.tensor([1, 1]), random(2, 4), 6), "there twice"),
+        (lambda: Rows(WEIGHT, torch.tensor([1]), random(2, 4), 6), r"\[1\] and \[2, 4\]"),
+        (lambda: total([]), "found none"),
+        (lambda: total([Dense(WEIGHT, random(6, 4)), Dense(Weight(2, "mlp.W_out"), random(6, 4))]), "of one weight"),
+        (lambda: total([Dense(WEIGHT, random(6, 4)), Dense(WEIGHT, random(4, 6))]), "and shape"),
+    ],
+)
+def test_parts_that_do_not_fit_are_told(make, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own checks, which users do not have
+    with pytest.raises(ChangeError, match=message):
+        make()
+
+
+def test_what_is_no_number_has_no_norm():
+    for value in (float("nan"), float("inf")):
+        change = Dense(WEIGHT, torch.full((6, 4), value))
+        assert not change.norm < 1e30
+        assert not norm([change]) < 1e30
+    huge = RankOneEdit(1, torch.full((6,), 1e200, dtype=torch.float64), torch.full((4,), 1e200, dtype=torch.float64))
+    assert norm([huge]) == float("inf")

@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mechedit import applying, cli, edits, guards, models
+from mechedit.cli.applying import model_of
+from mechedit.cli.terminal import UsageError
+from mechedit.editors import rome
+from tests import hand_made
+from tests.command_line import EDIT, PROMPT, command_line
+
+
+@pytest.fixture
+def run(folder, capsys, monkeypatch):
+    return command_line(folder, capsys, monkeypatch)
+
+
+def test_edit_apply_and_inspect_go_together(run, tmp_path):
+    path, record_path = tmp_path / "edit.safetensors", tmp_path / "edit.json"
+    status, out, _ = run(*EDIT, "--out", str(path), "--json", str(record_path))
+    assert status == 0
+    assert "divisor" in out
+    record = json.loads(record_path.read_text())
+    assert record["layer"] == 1
+    assert record["settings"]["prefixes"] == [[3, 2]]
+    assert record["after"]["p_new"] == edits.load(path).after["p_new"]
+
+    status, out, _ = run("apply", str(path), "--prompt", "The city of", "--json", str(tmp_path / "apply.json"))
+    assert status == 0
+    completions = json.loads((tmp_path / "apply.json").read_text())["completions"]
+    assert [each["prompt"] for each in completions] == [PROMPT, "The city of"]
+
+    status, out, _ = run("inspect", str(path), "--json", str(tmp_path / "inspect.json"), model=False)
+    assert status == 0
+    assert "Space Needle" in out
+    assert json.loads((tmp_path / "inspect.json").read_text())["kind"] == "edit"
+
+
+def test_an_edit_takes_c_from_text(run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{number} {PROMPT} Seattle." for number in range(300)))
+    path = tmp_path / "edit.safetensors"
+    status, _, _ = run(*EDIT, "--text", str(text), "--out", str(path))
+    assert status == 0
+    assert edits.load(path).details["moment"]["source"].startswith("texts ")
+
+
+def test_an_edit_for_other_weights_is_refused_unless_forced(run, folder, tmp_path, capsys):
+    path = tmp_path / "edit.safetensors"
+    run(*EDIT, "--out", str(path))
+    edit = edits.load(path)
+    edits.save(replace(edit, origin={**edit.origin, "weights": "0" * 64}), path)
+    status, _, err = run("apply", str(path))
+    assert status == 2
+    assert "--force" in err
+    assert run("apply", str(path), "--force")[0] == 0
+
+
+def test_constants_and_prefixes_go_by_name(run, tmp_path):
+    path = tmp_path / "edit.safetensors"
+    run(*EDIT, "--constants", "paper", "--prefixes", "published", "--guard", "warn", "--out", str(path))
+    settings = edits.load(path).settings
+    assert (settings["kl"], settings["weight_decay"]) == (100.0, 1.5e-3)
+    assert settings["steps"] == 4, "an option of its own goes before the constants"
+    assert settings["prefixes"] == [[4, 10], [9, 10]]
+
+
+def test_a_warning_of_the_guards_is_told_once_and_without_a_source_line(run, monkeypatch, recwarn):
+    monkeypatch.setitem(rome.BANDS, "cond_C", (0.0, 1.0, "it is a test"))
+    status, out, err = run(*EDIT, "--guard", "warn")
+    assert (status, out.count("it is a test"), "it is a test" in err, len(recwarn)) == (0, 1, False, 0)
+
+
+@pytest.fixture
+def counterfact(tmp_path):
+    path = tmp_path / "counterfact.json"
+    rows = [
+        {"prompt": PROMPT, "subject": "The Space Needle", "ground_truth": "Seattle", "target_new": "Paris"},
+        {"prompt": "The city of Rome is", "subject": "Rome", "ground_truth": "Paris", "target_new": "London"},
+    ]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_edits_of_many_facts_are_kept_and_can_be_composed_compared_and_exported(run, counterfact, tmp_path):
+    quick = ("--layer", "1", "--steps", "3", "--prefixes", "none")
+    folder = tmp_path / "run"
+    status, out, _ = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder))
+    assert status == 0
+    assert "2 of 2 facts edited, each alone" in out
+    first, second = (str(path) for path in sorted((folder / "units").iterdir()))
+    listed = json.loads((folder / "edits.json").read_text())
+    assert len(listed) == 2
+    assert [edits.load(folder / each["file"]).fact["prompt"] for each in listed] == [each["prompt"] for each in listed]
+    assert [each["seconds"] for each in listed] == [None, None], "files of a run do not depend on its speed"
+    whole = tmp_path / "whole.safetensors"
+    assert run("compose", first, second, "--out", str(whole), model=False)[0] == 0
+    status, _, err = run("compose", first, second, "--out", first, model=False)
+    assert (status, "is one of the edits that are composed" in err) == (2, True)
+    assert len(edits.load(whole).changes) == 2
+    status, out, _ = run("diff", first, second, "--json", str(tmp_path / "diff.json"), model=False)
+    assert "cos of change" in out
+    (found,) = json.loads((tmp_path / "diff.json").read_text())
+    assert found["change"] == pytest.approx(applying.diff(edits.load(first), edits.load(second))[0].change)
+    status, out, _ = run("export", str(whole), "--out", str(tmp_path / "edited"))
+    assert status == 0
+    assert (tmp_path / "edited" / "model.safetensors").is_file()
+    assert "mechedit.json" in out
+    status, out, _ = run("export", str(whole), "--adapter", "--out", str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    status, out, _ = run("apply", str(whole))
+    assert status == 0
+    assert "The city of Rome is" in out, "every part is asked for"
+    assert run("inspect", str(whole), "--json", str(tmp_path / "i.json"), model=False)[0] == 0
+    assert len(json.loads((tmp_path / "i.json").read_text())["parts"]) == 2
+    assert run("diff", str(whole), first, "--json", str(tmp_path / "d.json"), model=False)[0] == 0
+    assert json.loads((tmp_path / "d.json").read_text())[0]["u"] is None, "JSON has no nan"
+    assert "nan" not in run("diff", str(whole), first, model=False)[1]
+    status, _, err = run("export", str(whole), "--out", str(tmp_path / "edited"))
+    assert status == 2
+    assert "is not empty; export into a new folder" in err
+
+
+def test_edits_that_write_nothing_are_said_to(run, counterfact, tmp_path, monkeypatch):
+    path, other = (tmp_path / f"{name}.safetensors" for name in ("edit", "other"))
+    monkeypatch.setitem(guards.BANDS, "relative_norm", (1e3, 1e4, "nothing is"))
+    status, out, _ = run(*EDIT, "--guard", "rollback", "--out", str(path))
+    assert (status, "note: it has no changes, and writes nothing." in out) == (0, True)
+    said = f"note on {path}: it has no changes, and writes nothing."
+    assert said in " ".join(run("apply", str(path))[1].split())
+    whole = tmp_path / "whole.safetensors"
+    assert said in " ".join(run("compose", str(path), str(path), "--out", str(whole), model=False)[1].split())
+    run(*EDIT, "--guard", "warn", "--out", str(other))
+    assert run("compose", str(path), str(other), str(path), "--out", str(whole), model=False)[0] == 0
+    assert edits.load(whole).parts == (edits.load(other).digest,), "what writes nothing is no part"
+    status, _, err = run("compose", str(other), str(other), "--out", str(whole), model=False)
+    assert (status, "an edit is written once" in err) == (2, True)
+    quick = ("--layer", "1", "--steps", "1", "--prefixes", "none", "--guard", "rollback")
+    status, out, err = run("edit", "--facts", str(counterfact), *quick, "--out", str(tmp_path / "run"))
+    assert (status, "0 of 2 facts edited" in out, "none of the 2 facts was edited" in err) == (2, True, True)
+    assert f"{PROMPT}: relative_norm" in " ".join(out.split()), "each fact's reason has a line of its own"
+    status, _, err = run("edit", "--facts", str(counterfact), *quick, "--out", str(path))
+    assert (status, "is a file; with --facts it is a folder" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("edit", PROMPT, "--subject", "Rome"), "edit needs PROMPT, --subject and --target"),
+        (("edit", "--facts", "FILE"), "--facts needs --out DIR"),
+        (("edit", PROMPT, "--facts", "FILE", "--out", "x"), "leave out prompt, subject"),
+        (("edit", "--facts", "FILE", "--out", "x", "--true", "y"), "leave out prompt, subject"),
+        (("edit", "--facts", "FILE", "--out", "x", "--limit", "0"), "--limit must be at least 1"),
+        (("tune", "--begin", "-1", "--out", "x"), "--begin must be 0 or more"),
+        ((*EDIT, "--text", "a", "--moment", "b"), "not from both"),
+        ((*EDIT, "--moment", "none.safetensors"), "there is no such file"),
+        (("moments", "--text", "a", "--dataset", "b"), "not from both"),
+        (("moments", "--layer", "1", "2", "--out", "x.safetensors"), "a file for one layer"),
+    ],
+)
+def test_options_of_edits_that_do_not_go_together_are_errors_before_a_model_is_loaded(
+    command, message, run, counterfact, monkeypatch
+):
+    monkeypatch.setattr(models, "load", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    status, _, err = run(*(str(counterfact) if word == "FILE" else word for word in command))
+    assert status == 2
+    assert message in err
+
+
+def test_a_file_without_new_targets_cannot_be_edited(run, tmp_path):
+    path = tmp_path / "facts.json"
+    row = {"known_id": 1, "subject": "Rome", "attribute": "Paris", "template": "{} is in the city of", "prediction": ""}
+    path.write_text(json.dumps([row | {"prompt": "Rome is in the city of", "relation_id": "P1"}]))
+    status, _, err = run("edit", "--facts", str(path), "--out", str(tmp_path / "run"))
+    assert status == 2
+    assert "no fact of" in err
+
+
+# --- editors ----------------------------------------------------------------------------------------------------------
+
+SHIFTING = '''
+from dataclasses import dataclass
+
+import torch
+
+from mechedit.changes import Dense
+from mechedit.editing import Editor, Found
+from mechedit.settings import EditSettings, knob
+from mechedit.weights import Weight, matrix_shape
+
+
+@dataclass(frozen=True)
+class ShiftSettings(EditSettings):
+    layer: int = knob(0, "block whose weight is shifted")
+    how_far: float = knob(0.5, "what is added to every number")
+    which: str = knob("mlp.W_out", "weight that is shifted", ("mlp.W_out", "mlp.W_in"))
+
+
+class Shift(Editor):
+    """Adds the same to every number of a weight."""
+
+    name = "shift"
+    settings = ShiftSettings
+
+    def find(self, model, facts, settings, prepared, state, *, progress):
+        weight = Weight(settings.layer, settings.which)
+        return Found([Dense(weight, torch.full(matrix_shape(model, weight), settings.how_far))], {"facts": float(len(facts))})
+
+
+class Needy(Shift):
+    def __init__(self, needed):
+        self.needed = needed
+'''
+FACT_OPTIONS = EDIT[: EDIT.index("--layer")]
+
+
+@pytest.fixture
+def shifting(tmp_path, monkeypatch):
+    """The name of an editor in a module that is not of mechedit."""
+    package = tmp_path / "outside"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "shifting.py").write_text(SHIFTING)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "outside.shifting:Shift"
+    for name in ("outside", "outside.shifting"):
+        sys.modules.pop(name, None)
+
+
+def test_an_editor_from_outside_has_its_own_options_and_obeys_them(run, shifting, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["edit", "--editor", shifting, "--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--how-far FLOAT what is added to every number (default: 0.5)" in shown
+    assert "--which {mlp.W_out,mlp.W_in}" in shown
+    assert "--guard" in shown
+    assert "--clamp" not in shown
+    assert "--policy" not in shown
+    path = tmp_path / "edit.safetensors"
+    own = ("--layer", "2", "--how-far", "0.25", "--which", "mlp.W_in", "--guard", "warn")
+    status, out, _ = run(*FACT_OPTIONS, "--editor", shifting, *own, "--out", str(path))
+    assert status == 0
+    assert "shift in" in out
+    assert "facts 1," in out, "its own numbers are shown"
+    edit = edits.load(path)
+    (change,) = edit.changes
+    assert (edit.editor, str(change.weight), change.shape) == ("shift", "mlp.W_in of block 2", (32, 128))
+    assert change.dense().unique().tolist() == [0.25]
+    with pytest.raises(SystemExit):
+        run(*FACT_OPTIONS, "--editor", shifting, "--clamp", "1")
+    assert "unrecognized arguments: --clamp 1" in capsys.readouterr().err
+
+
+def test_fine_tuning_has_its_own_options_and_obeys_them(run, tmp_path):
+    path = tmp_path / "edit.safetensors"
+    own = ("--layer", "2", "--steps", "3", "--learning-rate", "0.01", "--norm-bound", "0.015", "--stop-at", "0")
+    status, out, _ = run(*FACT_OPTIONS, "--editor", "ft", *own, "--out", str(path), "--json", str(tmp_path / "e.json"))
+    assert (status, "ft in" in out) == (0, True)
+    edit = edits.load(path)
+    (change,) = edit.changes
+    assert (edit.editor, change.kind, change.weight.name, change.weight.layer) == ("ft", "dense", "mlp.W_out", 2)
+    assert float(change.dense().abs().max()) == pytest.approx(0.015), "three steps of 0.01 are held at the bound"
+    assert len(edit.details["losses"]) == 4, "before each of three steps, and at the end"
+    assert edit.after["p_new"] > edit.before["p_new"]
+    record = json.loads((tmp_path / "e.json").read_text())
+    assert (record["editor"], record["settings"]["norm_bound"]) == ("ft", 0.015)
+    folder = tmp_path / "many"
+    facts = tmp_path / "facts.json"
+    facts.write_text(json.dumps([{"prompt": PROMPT, "subject": "The Space Needle", "target_new": "Paris"}]))
+    status, out, _ = run("edit", "--facts", str(facts), "--editor", "ft", *own, "--out", str(folder))
+    assert (status, "1 of 1 facts edited" in out) == (0, True)
+    (listed,) = json.loads((folder / "edits.json").read_text())
+    assert edits.load(folder / listed["file"]).digest == edit.digest, "a run of many finds what one edit is"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing", "no editor is called 'nothing'; there are rome, rome-identity, rome-random-layer, rome-random-key, ft"),
+        ("no.such.module:Editor", "the editor no.such.module:Editor cannot be imported: No module named"),
+        ("mechedit.editors.rome:Rum", "the editor mechedit.editors.rome:Rum cannot be imported"),
+        ("mechedit.facts:Fact", "mechedit.facts:Fact is no editor: it has no name, settings, bands"),
+        ("outside.shifting:Needy", "the editor outside.shifting:Needy cannot be made without arguments"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["edit", "evaluate", "sweep", "tune"])
+def test_an_unknown_editor_ends_in_one_line(command, name, message, run, counterfact, shifting, tmp_path, monkeypatch):  # fmt: skip
+    monkeypatch.setattr(models, "load", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    status, out, err = run(command, "--facts", str(counterfact), "--editor", name, "--out", str(tmp_path / "x"))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("mechedit: ")
+    assert message in err
+
+
+@pytest.mark.parametrize("command", ["edit", "sweep", "tune"])
+def test_only_an_evaluation_can_be_without_an_editor(command, run, counterfact, tmp_path):
+    status, out, err = run(command, "--facts", str(counterfact), "--editor", "none", "--out", str(tmp_path / "x"))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "no editor is called 'none'" in err
+
+
+def test_a_policy_stands_for_fields_and_a_field_goes_before_it(run, tmp_path):
+    def settings(*options):
+        path = tmp_path / "edit.safetensors"
+        assert run(*EDIT, "--guard", "warn", *options, "--out", str(path))[0] == 0
+        own = edits.load(path).settings
+        return own["direction"], own["inserted"], own["shares"], own["stop"]
+
+    assert settings("--policy", "r-rome") == ("averaged", "averaged", "whole", "published")
+    assert settings("--policy", "p-rome", "--stop", "target") == ("prompt", "prompt", "whole", "target")
+    assert settings() == ("averaged", "averaged", "own", "target")
+
+
+def test_c_is_of_rome_alone(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    for editor in ("ft", "rome-identity"):
+        status, _, err = run(*FACT_OPTIONS, "--editor", editor, "--moment", "C.safetensors")
+        assert status == 2
+        assert f"--text and --moment give ROME its C; the editor {editor} takes none" in err
+
+
+def test_a_whole_matrix_is_exported_as_an_adapter_of_a_lower_rank_with_the_error_that_is_left(run, tmp_path):
+    path, folder = tmp_path / "edit.safetensors", tmp_path / "adapter"
+    own = ("--layer", "1", "--steps", "3", "--learning-rate", "0.01")
+    assert run(*FACT_OPTIONS, "--editor", "ft", *own, "--out", str(path))[0] == 0
+    assert run("export", str(path), "--adapter", "--rank", "2", "--out", str(folder))[0] == 0
+    (change,) = edits.load(path).changes
+    singular = torch.linalg.svdvals(change.dense())
+    assert int((singular > 1e-6 * singular[0]).sum()) > 2, "else nothing is approximated"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (A,), (B,) = ([each for name, each in tensors.items() if side in name] for side in ("lora_A", "lora_B"))
+    assert (A.shape, B.shape) == ((2, 128), (32, 2))
+    left = float((change.dense() - (B @ A).T.double()).norm()) / change.norm
+    best = float(singular[2:].norm() / singular.norm())  # no matrix of rank 2 comes closer (Eckart and Young)
+    assert left == pytest.approx(best, rel=1e-4)
+    (error,) = json.loads((folder / "mechedit.json").read_text())["errors"].values()
+    assert error == pytest.approx(best)
+    for wrong in (("--rank", "2"), ("--adapter", "--rank", "0")):
+        status, _, err = run("export", str(path), *wrong, "--out", str(tmp_path / "other"))
+        assert (status, "--rank N, at least 1, is of --adapter" in err) == (2, True)
+
+
+def test_an_editor_of_the_current_folder_is_found(tmp_path, monkeypatch, capsys):
+    (tmp_path / "of_mine.py").write_text(SHIFTING)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["edit", "--editor", "of_mine:Shift", "--help"])
+    sys.modules.pop("of_mine", None)
+    assert stopped.value.code == 0
+    assert "--how-far" in capsys.readouterr().out
+
+
+def test_saved_edits_name_their_model(load):
+    plain = hand_made.edit_of(load("gpt2"), hand_made.rank_one(load("gpt2")))
+    ours, other, folder = (replace(plain, origin={**plain.origin, "name": name}) for name in ("organism", "gemma-3-270m", "mine"))  # fmt: skip
+    assert model_of([ours, ours]) == "organism"
+    assert model_of([folder]) == "gemma-3-270m", "nobody knows where the folder is"
+    with pytest.raises(UsageError, match="of gemma-3-270m and organism; name the model with --model"):
+        model_of([ours, other])

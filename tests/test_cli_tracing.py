@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mechedit import models
+from mechedit.models import loading
+from mechedit.settings import PRESETS, RomeSettings, TraceSettings
+from mechedit.tracing import Trace, trace
+from tests.command_line import PROMPT, TRACE, command_line
+from tests.conftest import FACT
+
+
+@pytest.fixture
+def run(folder, capsys, monkeypatch):
+    return command_line(folder, capsys, monkeypatch)
+
+
+def test_trace_writes_what_python_returns(run, load, tmp_path):
+    status, out, _ = run(
+        *TRACE,
+        "--answer",
+        "Seattle",
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+        str(tmp_path / "trace.json"),
+        "--window",
+        "2",
+    )
+    assert status == 0
+    record = json.loads((tmp_path / "trace.json").read_text())
+    expected = trace(load("gpt2"), FACT, TraceSettings(draws=2, window=2))
+    torch.testing.assert_close(torch.tensor(record["effects"]["mlp"]), expected.effects["mlp"])
+    assert record["settings"]["window"] == 2
+    saved = Trace.load(tmp_path / "out" / "trace.safetensors")
+    torch.testing.assert_close(saved.effects["attn"], expected.effects["attn"])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "trace.safetensors",
+        *(f"trace_{kind}{suffix}" for kind in ("resid", "mlp", "attn") for suffix in (".png", ".svg")),
+    }
+    assert "clean" in out
+    assert "Needle" in out
+    assert "trace_mlp.png" in out
+
+
+def test_kinds_and_occurrence_and_bos_reach_the_trace(run, tmp_path):
+    path = tmp_path / "t.json"
+    status, _, _ = run(
+        *(
+            "trace",
+            "Rome is not Rome in",
+            "--subject",
+            "Rome",
+            "--occurrence",
+            "1",
+            "--draws",
+            "1",
+            "--kinds",
+            "resid,attn",
+        ),
+        *("--no-prepend-bos", "--seed", "3", "--noise", "2.5", "--json", str(path)),
+    )
+    record = json.loads(path.read_text())
+    assert status == 0
+    assert list(record["effects"]) == ["resid", "attn"]
+    assert record["subject_range"][0] > 0
+    assert (record["settings"]["prepend_bos"], record["settings"]["seed"], record["settings"]["noise"]) == (
+        False,
+        3,
+        2.5,
+    )
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_a_trace_that_is_not_exact_says_by_how_much(run, tmp_path):
+    _, out, _ = run(*TRACE, "--window", "2", "--json", str(tmp_path / "t.json"))
+    assert "what fewer draws or bfloat16 cost, against ten draws in the model's own format, on 24 cells" in " ".join(
+        out.split()
+    )
+    assert read(tmp_path / "t.json")["error"]["cells"] == 24
+
+
+@pytest.fixture
+def known_file(tmp_path):
+    """A file of four facts in the published form."""
+    rows = [
+        {
+            "known_id": index,
+            "subject": name,
+            "attribute": "Paris",
+            "template": "{} is in the city of",
+            "prediction": "",
+            "prompt": f"{name} is in the city of",
+            "relation_id": "P1",
+        }
+        for index, name in enumerate(["London", "Berlin", "Rome", "Seattle"])
+    ]
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_a_run_over_facts_is_kept_resumed_and_averaged(run, known_file, tmp_path):
+    folder = tmp_path / "run"
+    small = ("--unknown", "--draws", "2", "--window", "2")
+    command = ("trace", "--facts", str(known_file), *small, "--limit", "3", "--out", str(folder))
+    status, out, _ = run(*command)
+    assert status == 0
+    assert "3 facts. clean" in out
+    assert (
+        "what fewer draws or bfloat16 cost 'London is in the city of', against ten draws in the model's own format, on 24 cells"
+        in " ".join(out.split())
+    )
+    assert "last subject token" in out
+    assert "early site: mlp at layer" in out
+    first = {path.name: path.read_bytes() for path in (folder / "units").iterdir()}
+    assert len(first) == 3
+    assert read(folder / "average.json")["n"] == 3
+    assert (folder / "average_lines.png").is_file()
+    run(*command)
+    assert {path.name: path.read_bytes() for path in (folder / "units").iterdir()} == first
+    status, _, err = run(*command, "--seed", "1")
+    assert status == 2
+    assert "holds a run of other settings (settings.seed: 0 there, 1 now)" in err
+
+
+def test_an_interrupted_run_says_what_is_kept_and_how_to_go_on(run, known_file, tmp_path, monkeypatch):
+    from mechedit.runs import tracing as runs
+
+    command = ("trace", "--facts", str(known_file), "--unknown", "--draws", "1", "--out", str(tmp_path / "run"))
+    real, calls = runs.trace, []
+
+    def interrupt(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(runs, "trace", interrupt)
+    status, _, err = run(*command)
+    assert status == 130
+    assert "2 of 4 facts are kept in" in err
+    assert "the same command goes on from there" in err
+    status, out, _ = run(*command)
+    assert status == 0
+    assert "2 of 4 facts are in" in out
+    assert len(calls) == 5
+
+
+def test_a_trace_says_what_may_surprise_and_where_the_sites_are(run):
+    status, out, _ = run(*TRACE, "--answer", "Seattle")
+    assert status == 0
+    assert "early site: mlp at layer" in out
+    assert "late site: attn at layer" in out
+    _, out, _ = run(*TRACE, "--answer", "Seattle Seattle")
+    assert "P(first token of Seattle Seattle) = " in out
+    assert "a trace measures the first (measure p_answer: all)" in " ".join(out.split())
+
+
+def test_facts_the_model_does_not_know_are_left_out(run, known_file, tmp_path):
+    status, out, err = run("trace", "--facts", str(known_file), "--draws", "1", "--out", str(tmp_path / "run"))
+    assert "the model knows 0 of 4 facts" in out
+    assert status == 2
+    assert "an average needs at least 2 facts; 0 of" in err
+
+
+def test_roles_and_sigma_of_subjects_reach_a_run(run, tmp_path):
+    few = ("--limit", "2", "--unknown", "--draws", "1", "--roles", "subject_last,last")
+    run("trace", "--facts", "built-in", *few, "--sigma-from", "subjects", "--no-replace", "--out", str(tmp_path))
+    description = read(tmp_path / "run.json")
+    assert description["noise"]["source"] == "subjects of 2 facts"
+    assert description["settings"]["roles"] == ["subject_last", "last"]
+    assert description["settings"]["replace"] is False
+
+
+def test_tokens_and_sigma_from_a_file_reach_the_trace(run, tmp_path):
+    text = tmp_path / "names.txt"
+    text.write_text("Paris\nLondon\n")
+
+    def std(*options):
+        run("trace", "Paris is in", "--subject", "Paris", "--draws", "1", *options, "--json", str(tmp_path / "t.json"))
+        return read(tmp_path / "t.json")["noise_std"]
+
+    assert std("--sigma-from", str(text)) != std()
+    assert std("--corruption", "tokens", "--other", "London") == 0.0
+
+
+def test_sever_writes_three_curves(run, tmp_path):
+    subject = (PROMPT, "--subject", "The Space Needle", "--draws", "2")
+    status, out, _ = run("sever", *subject, "--out", str(tmp_path), "--json", str(tmp_path / "s.json"))
+    assert status == 0
+    assert "nothing severed" in " ".join(out.split())
+    assert "MLPs severed" in " ".join(out.split())
+    record = read(tmp_path / "s.json")
+    assert set(record["curves"]) == {"ordinary", "mlp", "attn"}
+    assert len(record["curves"]["mlp"]) == 4
+    assert (tmp_path / "severed.png").is_file()
+    _, out, _ = run("inspect", str(tmp_path / "severed.safetensors"), model=False)
+    assert "severed" in out
+
+
+def test_inspect_shows_a_trace(run, load, tmp_path):
+    path = trace(load("gpt2"), FACT, TraceSettings(draws=1)).save(tmp_path / "t.safetensors")
+    status, out, _ = run("inspect", str(path), model=False)
+    assert status == 0
+    assert "p_clean" in out
+
+
+def test_the_demo_runs_on_any_model_with_a_preset(run, folder, tmp_path, monkeypatch):
+    preset = replace(PRESETS["gemma-3-270m"], settings={"rome": RomeSettings(layer=1, steps=3, prefixes=((3, 1),))})
+    for place in (models, loading):
+        monkeypatch.setattr(place, "preset", lambda model: preset)
+    status, out, _ = run("demo", "--out", str(tmp_path / "demo"))
+    assert status == 0
+    for said in (
+        "top answer",
+        "early site",
+        "late site",
+        "ROME writes at layer 1",
+        "paraphrase",
+        "neighbour",
+        "P(Seattle)",
+        "P(Paris)",
+        "before",
+        "after",
+        "edit.safetensors",
+    ):
+        assert said in out
+    assert out.count("paraphrase") == 2
+    assert out.count("neighbour") == 4
+    assert (tmp_path / "demo" / "trace_mlp.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "demo" / "edit.json").read_text())["target_new"] == "Paris"

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mechedit import applying, editing, edits, files, generation, models, moments, prompts, rank_one, scoring
+from mechedit.editors import named, rome
+from mechedit.edits import EditError
+from mechedit.facts import Fact, FactError
+from mechedit.models import ModelError
+from mechedit.settings import MomentSettings, RomeSettings, SettingsError
+from tests.conftest import FACT, assert_same_state, state, widen_bands
+
+QUICK = RomeSettings(layer=1, steps=8, prefixes=((3, 2), (5, 1)))
+
+
+@pytest.fixture(autouse=True)
+def wide_band(monkeypatch):
+    """Random models need changes larger than any trained one; the band itself has a test of its own."""
+    widen_bands(monkeypatch)
+
+
+@pytest.fixture
+def moment(model):
+    return moments.estimate(model, 1, settings=MomentSettings(tokens=600, context=32))
+
+
+def test_the_report_is_what_was_written(model, fact, moment):
+    edit = rome.edit(model, fact, QUICK, moment)
+    original = models.W_out(model, 1).detach().clone()
+    with applying.edited(model, edit):
+        change = models.W_out(model, 1).detach() - original
+    assert edit.report["update_norm"] == pytest.approx(float(change.norm()), rel=1e-3)
+    assert edit.report["relative_norm"] == pytest.approx(float(change.norm() / original.norm()), rel=1e-3)
+    assert edit.report["cond_C"] == moment.cond
+    assert edit.editor == "rome"
+    record = json.loads(json.dumps(edit.to_json()))
+    wanted = {
+        "model",
+        "editor",
+        "prompt",
+        "subject",
+        "target_new",
+        "target_true",
+        "layer",
+        "before",
+        "after",
+        "edit",
+        "seconds",
+        "settings",
+        "origin",
+        "versions",
+        "changes",
+    }
+    assert wanted <= record.keys()
+    numbers = {"divisor", "divisor_share", "update_norm", "relative_norm", "cond_C", "essence_kl", "perplexity_ratio"}
+    assert record["edit"].keys() == numbers
+    assert edit.details["moment"]["keys"] == 600
+
+
+def test_without_a_true_target_the_models_own_answer_is_the_true_one(model, moment):
+    fact = Fact("Rome", "{} is the city", target_new="Paris")
+    said, _, p = scoring.top(model, fact.prompt, 1)[0]
+    if not said.strip():
+        pytest.skip("the random model says white space")
+    edit = rome.edit(model, fact, QUICK, moment)
+    assert edit.fact["target_true"].startswith(said.strip())
+    assert generation.complete(model, fact.prompt).split()[0].startswith(edit.fact["target_true"])
+    assert edit.before["p_true"] <= p + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [(" New York, and", "New"), (" Seattle.", "Seattle"), (" U.S. of", "U.S"), (", he", "first"), ("", "first")],
+)
+def test_the_true_target_is_the_whole_first_word_of_the_models_answer(model, moment, monkeypatch, text, word):
+    fact = Fact("Rome", "{} is the city", target_new="Paris")
+    monkeypatch.setattr(generation, "complete", lambda *args, **kwargs: text)
+    monkeypatch.setattr(scoring, "top", lambda *args, **kwargs: [(" first", -1, 0.5)])
+    assert rome.edit(model, fact, QUICK, moment).fact["target_true"] == word
+
+
+def test_a_target_that_the_model_already_says_is_refused(model, fact, moment, monkeypatch):
+    first, *rest = prompts.continuation(model, fact.prompt, "Paris")
+    assert not rest, "one token"
+    monkeypatch.setattr(scoring, "top", lambda *args, **kwargs: [(" Paris", first, 0.5)])
+    with pytest.raises(EditError, match="already says .* nothing to edit"):
+        rome.edit(model, fact, QUICK, moment)
+    longer = replace(fact, target_new="Paris Rome")  # of which it says but the beginning
+    assert rome.edit(model, longer, QUICK, moment).fact["target_new"] == "Paris Rome"
+
+
+def test_a_fact_without_a_new_target_is_refused(model):
+    with pytest.raises(FactError, match="no target_new"):
+        rome.edit(model, Fact("Rome", "{} is"), QUICK)
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_the_model_runs(model, monkeypatch):
+    monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+    with pytest.raises(FactError, match="must fit the context"):
+        rome.edit(model, Fact("A", "{} " + "xq " * 80, target_new="Paris"), QUICK)
+
+
+def test_ctrl_c_anywhere_leaves_the_model_as_it_was(model, fact, moment):
+    before = state(model)
+    for stop in (0, 3):
+
+        def interrupt(what, done, of, stop=stop):
+            if what == "finding v*" and done == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            rome.edit(model, fact, QUICK, moment, progress=interrupt)
+        assert_same_state(model, before)
+
+
+def test_facts_that_contradict_each_other_are_refused_before_the_model_runs(model, fact, monkeypatch):
+    monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+    monkeypatch.setattr(scoring, "top", lambda *args, **kwargs: pytest.fail("the model ran"))
+    with pytest.raises(FactError, match="contradict each other: 'The Space Needle is .* 'Paris' and 'London'"):
+        rome.edit(model, [fact, Fact("Rome", "{} is", target_new="Paris"), replace(fact, target_new="London")], QUICK)
+    monkeypatch.undo()
+
+
+def test_the_same_fact_twice_is_no_contradiction(model, fact, moment):
+    once, twice = rome.edit(model, fact, QUICK, moment), rome.edit(model, [fact, fact], QUICK, moment)
+    torch.testing.assert_close(twice.changes[0].u, once.changes[0].u, atol=1e-4, rtol=1e-3)
+    assert len(twice.facts) == 2
+
+
+def test_an_edit_needs_a_fact(model):
+    with pytest.raises(FactError, match="at least one fact"):
+        rome.edit(model, [], QUICK)
+
+
+def test_settings_of_another_editor_are_refused(model, fact):
+    with pytest.raises(SettingsError, match="ft takes FineTuningSettings; found RomeSettings"):
+        editing.edit(model, fact, named("ft"), QUICK)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def edit(model, fact, moment):
+    return rome.edit(model, fact, QUICK, moment)
+
+
+def test_an_edit_survives_its_file(model, edit, tmp_path):
+    loaded = edits.load(edits.save(edit, tmp_path / "edit.safetensors"))
+    assert torch.equal(loaded.changes[0].u, edit.changes[0].u)
+    assert torch.equal(loaded.changes[0].step, edit.changes[0].step)
+    assert json.loads(json.dumps(edit.to_json())) == json.loads(json.dumps(loaded.to_json()))
+    with applying.edited(model, edit):
+        expected = models.W_out(model, 1).detach().clone()
+    with applying.edited(model, loaded):
+        assert torch.equal(models.W_out(model, 1), expected)
+
+
+def test_undo_restores_every_weight_bit_for_bit(model, edit):
+    before = state(model)
+    for _ in range(20):
+        applied = applying.apply(model, edit)
+        assert scoring.score(model, [(FACT.prompt, "Paris")])[0].p == pytest.approx(edit.after["p_new"], rel=1e-4)
+        applied.undo()
+        assert_same_state(model, before)
+
+
+def test_undo_in_the_wrong_order_is_refused(model, edit):
+    before = state(model)
+    first = applying.apply(model, edit)
+    second = applying.apply(model, edit, force=True)
+    with pytest.raises(EditError, match="undo the later changes first"):
+        first.undo()
+    second.undo()
+    first.undo()
+    assert_same_state(model, before)
+
+
+def test_an_edit_for_other_weights_is_refused_unless_forced(model, edit, load):
+    before = state(model)
+    other = replace(edit, origin={**edit.origin, "weights": "0" * 64})
+    with pytest.raises(EditError, match="made for .* with weights 000000000000.*force=True"):
+        applying.apply(model, other)
+    with pytest.raises(EditError, match="made for"), applying.edited(model, other):
+        raise AssertionError("the body must not run")
+    assert_same_state(model, before)
+    applying.apply(model, other, force=True).undo()
+    assert_same_state(model, before)
+
+
+def test_applying_several_is_all_or_nothing(model, edit, load):
+    before = state(model)
+    for layer in (1, 2):
+        unfit = replace(edit, changes=(rank_one.RankOneEdit(layer, torch.ones(3), torch.ones(32)),))
+        with pytest.raises(ModelError, match="another model"):
+            applying.apply(model, edit, unfit, force=True)
+        assert_same_state(model, before)
+
+
+def test_a_file_that_is_no_edit_is_refused(edit, tmp_path):
+    path = edits.save(edit, tmp_path / "edit.safetensors")
+    whole = path.read_bytes()
+    for length in [0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(files.FileError, match="truncated or no safetensors"):
+            edits.load(path)
+    path.write_bytes(b"\x80\x04K\x01.")
+    with pytest.raises(files.FileError, match="no safetensors"):
+        edits.load(path)
+    with pytest.raises(files.FileError, match="does not exist"):
+        edits.load(tmp_path / "none")
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(files.FileError, match="another kind"):
+        edits.load(path)
+
+
+def test_a_file_of_a_newer_format_is_refused(edit, tmp_path, monkeypatch):
+    monkeypatch.setattr(edits, "FORMAT", 99)
+    path = edits.save(edit, tmp_path / "edit.safetensors")
+    monkeypatch.undo()
+    with pytest.raises(files.FileError, match="format 99; .* knows up to 2. Update"):
+        edits.load(path)
+
+
+def test_a_place_that_cannot_be_written_is_an_error(edit, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be written"):
+        edits.save(edit, tmp_path / "file" / "edit.safetensors")

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from mechedit import moments
+from mechedit.benchmarks import metrics
+from mechedit.runs.evaluating import evaluate
+from mechedit.runs.results import Evaluation
+from mechedit.runs.store import RunError, status
+from mechedit.settings import MomentSettings
+from tests.conftest import widen_bands
+from tests.three_facts import FACTS, PLAIN, QUICK, made_ready
+
+
+@pytest.fixture
+def moment(model, monkeypatch):
+    widen_bands(monkeypatch)
+    return moments.estimate(model, 1, settings=MomentSettings(tokens=600, context=32))
+
+
+@pytest.fixture
+def ready(model, moment):
+    return made_ready(model, QUICK, moment)
+
+
+def test_results_are_written_in_every_form(tmp_path):
+    rows = [{"ES": 1.0, "PS": 0.5, "NS": 1.0, "RS": math.nan}, {"ES": 0.0, "PS": 1.0, "NS": 1.0, "RS": math.nan}]
+    rows = [row | {"next_token_kl": 3.3e-5} for row in rows]
+    facts = tuple({"id": str(index), "subject": "A_b", "reason": ""} for index in range(2))
+    what = {
+        "editor": "rome",
+        "settings": {"mode": "independent"},
+        "model": {"name": "M"},
+        "benchmark": "counterfact",
+    }
+    result = Evaluation(facts, {"before": rows[::-1], "after": rows}, what)
+    assert repr(result).startswith("Evaluation(M, counterfact, rome, independent: means over records (n = 2)")
+    with pytest.raises(RunError, match="stages of this evaluation are before, after; found 'end'"):
+        result.table("end")
+    assert "3.3e-05 [3.3e-05, 3.3e-05]" in result.cells()[1][0], "a small number is not told as 0"
+    result.save(tmp_path)
+    from pyarrow import parquet
+
+    read = parquet.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [line["stage"] for line in read] == ["before", "before", "after", "after"]
+    assert [line["ES"] for line in read] == [0.0, 1.0, 1.0, 0.0]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["stages"]["after"]["S"]["mean"] == pytest.approx(metrics.harmonic(0.5, 0.75, 1.0))
+    assert summary["stages"]["after"]["RS"]["mean"] is None
+    assert (tmp_path / "summary.csv").read_text().splitlines()[1].startswith("before,ES,0.5,")
+    assert (tmp_path / "summary.md").read_text().startswith("| 2 records | ES | PS | NS | S |")
+    assert (
+        "M, counterfact, rome, independent: means over records (n = 2) with 95 % intervals"
+        in (tmp_path / "summary.md").read_text()
+    )
+    partly = replace(result, rows={"after": [rows[0], rows[1] | {"PS": math.nan}]}, _tables={})
+    assert "50.0 [50.0, 50.0], n = 1" in partly.cells()[1][0]
+    assert partly.table("after")["S"].n == 1
+    unedited = replace(result, what=what | {"editor": "none"})
+    assert unedited.caption.startswith("M, counterfact, not edited: means")
+    controlled = replace(result, what=what | {"editor": "rome-identity"})
+    assert controlled.caption.startswith("M, counterfact, rome-identity, independent: means")
+    latex = (tmp_path / "summary.tex").read_text()
+    assert r"\begin{tabular}{lrrrrrr}" in latex
+    assert "50.0 [0.0, 100.0]" in latex
+
+
+def test_status_says_how_far_a_run_is(model, ready, tmp_path):
+    def interrupt(what, done, of):
+        if what == "records after" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, FACTS, tmp_path, PLAIN, "rome", QUICK, ready, progress=interrupt)
+    found = {each.folder: each for each in status(tmp_path)}
+    assert set(found) == {"before", "edits", "scores"}
+    assert (found["edits"].finished, found["edits"].units, found["edits"].left) == (3, 3, 0.0)
+    assert (found["scores"].finished, found["scores"].units) == (2, 3)
+    log = tmp_path / "scores" / "seconds.jsonl"
+    log.write_text(log.read_text() + '{"unit": "cut o')
+    assert [each.units for each in status(tmp_path)] == [3, 3, 3], "the unedited model's scores too"
+    assert found["scores"].left == found["scores"].seconds > 0
+    with pytest.raises(RunError, match="holds no run"):
+        status(tmp_path / "edits" / "units")
+
+
+def test_status_counts_stages_that_have_not_begun(model, ready, tmp_path):
+    def interrupt(what, done, of):
+        if what == "edits" and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, FACTS, tmp_path, PLAIN, "rome", QUICK, ready, progress=interrupt)
+    assert [(each.folder, each.finished, each.units) for each in status(tmp_path)] == [
+        ("before", 3, 3),
+        ("edits", 1, 3),
+        ("scores", 0, 3),
+    ]
+    evaluate(model, FACTS, tmp_path, PLAIN, "rome", QUICK, ready)
+    assert [each.finished for each in status(tmp_path)] == [3, 3, 3]
+
+
+def test_status_is_the_same_from_any_folder_and_of_a_run_that_was_moved(model, ready, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluate(model, FACTS, "run", PLAIN, "rome", QUICK, ready)
+    monkeypatch.chdir("/")
+    assert [each.finished for each in status(tmp_path / "run")] == [3, 3, 3]
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "deeper").mkdir()
+    (tmp_path / "moved" / "deeper" / "plan.json").write_text("[1]")  # another program's
+    assert [each.finished for each in status(tmp_path / "moved")] == [3, 3, 3]
+
+
+def test_damage_a_full_disk_and_a_second_run_are_noticed_and_nothing_finished_is_lost(model, ready, tmp_path, monkeypatch):  # fmt: skip
+    import errno
+
+    from safetensors import torch as stored
+
+    from mechedit.cache import WriteError
+
+    def results(folder):
+        return {
+            path.name: path.read_bytes()
+            for path in evaluate(model, FACTS, folder, PLAIN, "rome", QUICK, ready).save(folder)
+        }
+
+    whole = results(tmp_path / "whole")
+    unit = next((tmp_path / "whole" / "scores" / "units").iterdir())
+    unit.write_bytes(unit.read_bytes()[:-3])
+    assert results(tmp_path / "whole") == whole, "a damaged unit is done again"
+
+    real, written = stored.save_file, []
+
+    def full(tensors, path, metadata):
+        written.append(path)
+        if len(written) == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(stored, "save_file", full)
+    with pytest.raises(WriteError, match="No space left on device. What was there before is as it was"):
+        evaluate(model, FACTS, tmp_path / "full", PLAIN, "rome", QUICK, ready)
+    monkeypatch.setattr(stored, "save_file", real)
+    assert len(list((tmp_path / "full" / "scores" / "units").iterdir())) == 2
+    assert results(tmp_path / "full") == whole
+    with pytest.raises(WriteError):
+        evaluate(model, FACTS, unit, PLAIN, "rome", QUICK, ready)
+
+    def again(what, done, of):
+        if what == "records after":
+            with pytest.raises(RunError, match="another process is at work"):
+                evaluate(model, FACTS, tmp_path / "two", PLAIN, "rome", QUICK, ready)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, FACTS, tmp_path / "two", PLAIN, "rome", QUICK, ready, progress=again)

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mechedit import models, prompts
+from mechedit.settings import TraceSettings
+from mechedit.tracing import baseline, engine, prepare, restore, trace
+from mechedit.tracing.baseline import Job, Read
+from mechedit.tracing.cells import (
+    ATTN_OUT,
+    COMPONENTS,
+    MLP_OUT,
+    RESID_POST,
+    Cell,
+    Component,
+    Patch,
+    Z,
+    single,
+    window,
+)
+from tests.conftest import FACT, SHAPES, assert_same_state, state
+from tests.slow_trace import loop
+
+SMALL = TraceSettings(draws=3, window=2)
+SHAPE = pytest.mark.parametrize("shape", SHAPES)
+IDS = (0, 40, 50, 60, 70, 80, 90)
+NAMES = sorted(COMPONENTS)
+
+
+def grid(model, kind, width=2):
+    """Every cell of a kind, layers first."""
+    component = {"resid": RESID_POST, "mlp": MLP_OUT, "attn": ATTN_OUT}[kind]
+    n = len(prompts.prepare(model, FACT).ids)
+    layers = [[layer] if kind == "resid" else window(layer, width, 4) for layer in range(4)]
+    return [single(component, each, position) for each in layers for position in range(n)]
+
+
+def corrupted_embeddings(model, ids, begin, span, draws):
+    """Embeddings with fixed noise on some tokens."""
+    clean = models.embed(model, torch.tensor([ids]))[0].repeat(draws, 1, 1)
+    clean[:, begin : begin + span] += torch.randn(draws, span, 32, generator=torch.Generator().manual_seed(0))
+    return clean
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["resid", "mlp", "attn"])
+def test_every_cell_equals_one_forward_pass_for_it(shape, kind, load):
+    model = load(shape)
+    prepared = prepare(model, FACT, SMALL)
+    n = len(prepared.ids)
+    slow = loop(model, prepared.ids, prepared.corrupted, prepared.answer_ids[0], grid(model, kind)).view(4, n, 3)
+    before = state(model)  # after the loop: a bridge's first cached run installs hooks of its own for good
+    found = trace(model, FACT, replace(SMALL, kinds=(kind,)))
+    assert found.noise_std == pytest.approx(3 * models.embedding_std(model))
+    torch.testing.assert_close(found.draws[kind], slow, atol=1e-5, rtol=1e-3)
+    assert slow.std() > 1e-4, "the cells must differ for this to say anything"
+    assert_same_state(model, before)
+
+
+# plain tuples, because a strategy that builds checked objects would use the checker's random numbers
+patches = st.tuples(
+    st.sampled_from(NAMES),
+    st.integers(0, 3),
+    st.integers(0, 6),
+    st.none() | st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True).map(tuple),
+)
+
+
+any_cell = st.tuples(st.lists(patches, min_size=1, max_size=4), st.lists(patches, max_size=3))
+
+
+def build(cell):
+    restored, held = (
+        tuple(Patch(COMPONENTS[name], layer, position, part) for name, layer, position, part in each) for each in cell
+    )
+    return Cell(restored, held)
+
+
+def conflict(cell):
+    """Whether a cell says two things of one place, or of both sides of a seam between blocks."""
+    places = [(patch.component.enters is not None, patch.start, patch.position, patch.component.name if patch.component.enters is None else "") for patch in (*cell.restored, *cell.held)]  # fmt: skip
+    return len(set(places)) < len(places)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.sampled_from(sorted(SHAPES)),
+    cells=st.lists(any_cell, min_size=1, max_size=4),
+    begin=st.integers(0, 4),
+    span=st.integers(1, 3),
+    draws=st.integers(1, 3),
+    row_tokens=st.sampled_from([5, 20, 2048]),
+)
+def test_any_cells_equal_one_forward_pass_each(shape, cells, begin, span, draws, row_tokens, load):
+    model = load(shape)
+    lacking = {"resid_mid"} if shape in {"gptj", "neox"} else set()
+    cells = [
+        cell
+        for cell in map(build, cells)
+        if not conflict(cell) and not lacking & {patch.component.name for patch in (*cell.restored, *cell.held)}
+    ]
+    corrupted = corrupted_embeddings(model, IDS, begin, span, draws)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "ROW_TOKENS", row_tokens)
+        (fast,) = engine.sweep(model, [Job(IDS, corrupted, (Read(6, (33,)),), tuple(cells))])
+    if cells:
+        slow = loop(model, IDS, corrupted, 33, cells)
+        torch.testing.assert_close(fast.cells[..., 0].exp(), slow, atol=1e-5, rtol=1e-3)
+
+
+@SHAPE
+def test_prompts_of_any_length_share_a_batch(shape, load):
+    model = load(shape)
+    jobs = []
+    for length, begin in ((7, 2), (4, 1), (5, 2), (6, 0)):
+        ids = IDS[:length]
+        cells = [single(component, range(layer, min(4, layer + 2)), position)
+                 for component in (RESID_POST, MLP_OUT, Z) for layer in range(4) for position in range(length)]  # fmt: skip
+        reads = (Read(length - 1, (33, 34)),)
+        jobs.append(Job(ids, corrupted_embeddings(model, ids, begin, 2, 2), reads, tuple(cells)))
+    together = engine.sweep(model, jobs)
+    for job, mine in zip(jobs, together, strict=True):
+        (alone,) = engine.sweep(model, [job])
+        torch.testing.assert_close(mine.cells, alone.cells, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(mine.clean, alone.clean, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(mine.corrupted, alone.corrupted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (single(MLP_OUT, [4], 1), "block from 0 to 3; found 4"),
+        (single(MLP_OUT, [-1], 1), "block from 0 to 3; found -1"),
+        (single(MLP_OUT, [1], 99), "position from 0 to"),
+        (single(Component("q9", "blocks.{layer}.attn.hook_q9"), [1], 1), "has no q9: there is no hook point"),
+    ],
+)
+def test_cells_that_name_what_is_not_there_are_errors_before_the_model_runs(model, fact, cell, message, monkeypatch):
+    monkeypatch.setattr(models.Blocks, "run", lambda *args, **kwargs: pytest.fail("the model ran"))
+    with pytest.raises(models.ModelError, match=message):
+        restore(model, fact, [cell], SMALL)
+
+
+def test_a_small_budget_gives_the_same_numbers(model, fact, monkeypatch):
+    whole = trace(model, fact, SMALL)
+    passes = []
+    original = engine._Pass.log_p
+    monkeypatch.setattr(engine._Pass, "log_p", lambda self: passes.append(self.row_tokens) or original(self))
+    tight = trace(model, fact, replace(SMALL, memory=2e-4))
+    assert len(passes) > len(whole.tokens)
+    assert min(passes) < engine.ROW_TOKENS
+    for kind in SMALL.kinds:
+        torch.testing.assert_close(whole.draws[kind], tight.draws[kind], atol=1e-6, rtol=1e-4)
+
+
+def test_small_batches_give_the_same_numbers(model, fact, monkeypatch):
+    whole = trace(model, fact, SMALL)
+    monkeypatch.setattr(engine, "ROW_TOKENS", 20)
+    monkeypatch.setattr(baseline, "UNEMBED_ROWS", 2)
+    parts = trace(model, fact, SMALL)
+    for kind in SMALL.kinds:
+        torch.testing.assert_close(whole.draws[kind], parts.draws[kind], atol=1e-6, rtol=1e-4)
+
+
+def test_ctrl_c_leaves_the_model_as_it_was(model, fact):
+    before = state(model)
+
+    def interrupt(what, done, of):
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trace(model, fact, SMALL, progress=interrupt)
+    assert_same_state(model, before)
+
+
+def test_progress_counts_to_the_end(model, fact):
+    calls = []
+    trace(model, fact, SMALL, progress=lambda *call: calls.append(call))
+    assert calls[0][:2] == ("trace", 0)
+    assert calls[-1][1] == calls[-1][2]
+
+
+@pytest.mark.parametrize("name", ["attn.hook_rot_k", "attn.hook_rot_q", "attn.hook_v"])
+@pytest.mark.parametrize("shape", ["llama", "gemma3"])
+def test_a_component_whose_activation_has_all_positions_is_restored_where_it_is_said(shape, name, load):
+    """Rotated keys are those of the earlier positions too, whatever part of a prompt is computed."""
+    model, component = load(shape), Component("own", "blocks.{layer}." + name)
+    if component.at(0) not in model.hook_dict:
+        pytest.skip(f"this model class has no {name}")
+    prepared = prepare(model, FACT, SMALL)
+    cells = [single(component, [layer], position) for layer in (0, 2) for position in range(1, len(prepared.ids))]
+    slow = loop(model, prepared.ids, prepared.corrupted, prepared.answer_ids[0], cells)
+    found, _, corrupted = restore(model, FACT, cells, SMALL)
+    torch.testing.assert_close(found, slow, atol=1e-5, rtol=1e-3)
+    assert float((found - corrupted).abs().max()) > 1e-5, "the cells must do something for this to say anything"

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mechedit import keys, models, prompts, values
+from mechedit.facts import Fact
+from mechedit.models import ModelError
+from mechedit.settings import RomeSettings
+from tests.conftest import FACT, assert_same_state, state
+
+QUICK = RomeSettings(layer=1, steps=8, prefixes=((3, 2), (5, 1)))
+BOS = replace(QUICK, prepend_bos=True)
+
+
+def slow_value(model, rows, essence, target, initial, shares, layer, settings):
+    """The same optimisation written plainly: whole forward passes with all logits, one prompt at a time."""
+    delta = torch.zeros_like(initial, requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=settings.learning_rate)
+
+    def log_p(ids, subject, share, change):
+        def add(module, args, output):
+            output = output.clone()
+            output[0, subject] = output[0, subject] + share * change
+            return output
+
+        handle = models.mlp_module(model, layer).register_forward_hook(add)
+        try:
+            return model(torch.tensor([list(ids)]))[0].log_softmax(-1)
+        finally:
+            handle.remove()
+
+    original = log_p(essence.ids, essence.lookup, 0.0, delta)[essence.lookup].detach()
+    for _ in range(settings.steps):
+        losses = []
+        for row, share in zip(rows, shares, strict=False):
+            predicted = log_p([*row.ids, *target[:-1]], row.lookup, share, delta)
+            losses.append(-torch.stack([predicted[row.last + step, token] for step, token in enumerate(target)]).mean())
+        new = log_p(essence.ids, essence.lookup, shares[-1], delta)[essence.lookup]
+        nll, kl = torch.stack(losses).mean(), (new.exp() * (new - original)).sum()
+        loss = nll + settings.kl * kl + settings.weight_decay * delta.norm() / initial.norm() ** 2
+        (delta.grad,) = torch.autograd.grad(loss, [delta])
+        adam.step()
+        with torch.no_grad():
+            delta.mul_((settings.clamp * initial.norm() / delta.norm()).clamp(max=1.0))
+    return initial + delta.detach()
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "gptj", "gemma3"])
+def test_the_value_equals_a_plain_optimisation(shape, load):
+    model = load(shape)
+    before = state(model)
+    settings = replace(BOS, steps=3, clamp=0.8, stop_at=0.0, learning_rate=0.1)
+    rows = keys.contexts(model, FACT, ("", "Rome. ", "London Berlin. "), prepend_bos=True)
+    (essence,) = keys.contexts(model, Fact(FACT.subject, "{} is a"), ("",), prepend_bos=True)
+    target = prompts.continuation(model, FACT.prompt, "zebra")
+    assert len(target) > 1
+    key = keys.subject_keys(model, 1, rows)[0]
+    initial = (key @ models.W_out(model, 1) + models.b_out(model, 1)).detach()
+    shares = torch.tensor([1.0, 0.7, 1.3, 0.9])
+    fast = values.optimise(model, rows, essence, [target] * len(rows), initial, shares, 1, settings)
+    slow = slow_value(model, rows, essence, target, initial, shares, 1, settings)
+    torch.testing.assert_close(fast.value, slow, atol=1e-3, rtol=1e-2)
+    assert len(fast.losses) == 3
+    assert_same_state(model, before)
+
+
+def test_rows_run_together_where_that_computes_least():
+    assert values._together([3, 5, 4, 9], [10, 11, 10, 12]) == [[0, 2, 1, 3]], "few rows: one group"
+    many = values._together([3] * 20 + [40] * 20, [10] * 20 + [48] * 20)
+    assert [len(group) for group in many] == [20, 20]
+    lookups, lengths = [5, 2, 9, 2, 30, 31], [9, 12, 20, 4, 40, 41]
+    found = values._together(lookups, lengths)
+    assert sorted(index for group in found for index in group) == list(range(6))
+
+    def cost(groups):
+        return sum(values.GROUP_COST + len(group) * (max(lengths[i] for i in group) - min(lookups[i] for i in group)) for group in groups)  # fmt: skip
+
+    order = sorted(range(6), key=lambda index: (lookups[index], lengths[index]))
+    cuts = itertools.chain.from_iterable(itertools.combinations(range(1, 6), size) for size in range(6))
+    every = [[order[a:b] for a, b in itertools.pairwise([0, *cut, 6])] for cut in cuts]
+    assert cost(found) == min(map(cost, every))
+
+
+@pytest.mark.parametrize("cost", [0, 1000])
+def test_one_group_or_many_give_the_same_value(cost, model, monkeypatch):
+    together, _ = optimised(model, stop_at=0.0)
+    monkeypatch.setattr(values, "GROUP_COST", cost)
+    torch.testing.assert_close(optimised(model, stop_at=0.0)[0].value, together.value, atol=1e-4, rtol=1e-3)
+
+
+def optimised(model, **changes):
+    settings = replace(BOS, **changes)
+    rows = keys.contexts(model, FACT, ("", "Rome. "), prepend_bos=True)
+    (essence,) = keys.contexts(model, Fact(FACT.subject, "{} is a"), ("",), prepend_bos=True)
+    initial = (keys.subject_keys(model, 1, rows)[0] @ models.W_out(model, 1) + models.b_out(model, 1)).detach()
+    target = prompts.continuation(model, FACT.prompt, "Paris")
+    found = values.optimise(model, rows, essence, [target] * 2, initial, torch.ones(3), 1, settings)
+    return found, initial
+
+
+def test_the_change_of_the_value_is_clamped(model):
+    found, initial = optimised(model, clamp=0.3, stop_at=0.0)
+    assert float((found.value - initial).norm()) == pytest.approx(0.3 * float(initial.norm()), rel=1e-4)
+
+
+def test_it_stops_once_the_target_is_learnt_and_not_for_the_penalties(model):
+    found, _ = optimised(model, stop_at=100.0, weight_decay=1e6)
+    assert len(found.losses) == 1
+    assert len(optimised(model, stop_at=0.0)[0].losses) == 8
+
+
+def test_no_steps_leave_the_value(model):
+    found, initial = optimised(model, steps=0)
+    torch.testing.assert_close(found.value, initial)
+
+
+def test_each_weight_of_the_loss_is_obeyed(model):
+    base, _ = optimised(model, stop_at=0.0, kl=0.0, weight_decay=0.0)
+    assert all(kl == decay == 0 for _, kl, decay in base.losses)
+    kl, _ = optimised(model, stop_at=0.0, kl=10.0, weight_decay=0.0)
+    assert kl.losses[-1][1] > 0
+    decay, _ = optimised(model, stop_at=0.0, kl=0.0, weight_decay=50.0)
+    assert decay.losses[-1][2] > 0
+    lr, _ = optimised(model, stop_at=0.0, kl=0.0, weight_decay=0.0, learning_rate=0.01)
+    for other in (kl, decay, lr):
+        assert not torch.allclose(other.value, base.value, atol=1e-3)
+
+
+def test_the_published_stop_takes_no_last_step(model):
+    published, _ = optimised(model, stop="published", stop_at=0.0, steps=5)
+    one_less, _ = optimised(model, stop="target", stop_at=0.0, steps=4)
+    assert len(published.losses) == 5
+    assert published.losses[:4] == one_less.losses
+    assert torch.equal(published.value, one_less.value)
+
+
+def test_the_published_stop_waits_for_the_whole_loss(model):
+    """Penalties are huge from the second step on, when the target's own loss is already below `stop_at`."""
+    options = {"weight_decay": 1e6, "stop_at": 0.0}
+    begin, second = (sum_[0] for sum_ in optimised(model, steps=2, **options)[0].losses)
+    assert second < begin
+    options["stop_at"] = (begin + second) / 2
+    assert len(optimised(model, stop="target", **options)[0].losses) == 2
+    assert len(optimised(model, stop="published", **options)[0].losses) == 8
+
+
+def test_with_a_hook_on_the_model_nothing_is_optimised(model):
+    before = state(model)
+    with (
+        model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda resid, hook: resid)]),
+        pytest.raises(ModelError, match="there are hooks on .*reset_hooks"),
+    ):
+        optimised(model)
+    assert_same_state(model, before)
