@@ -22,6 +22,7 @@ import torch
 from experiments.common import parse, say, write
 from experiments.editing import published
 from mechedit import facts, keys, models, moments, prompts
+from mechedit.editing import EditWarning
 from mechedit.editors import rome
 from mechedit.facts import Fact
 from tests.slow_edit import published_edit
@@ -58,7 +59,7 @@ def run_one(settings: BenchmarkEditing) -> dict[str, Any]:
         norm = float(made.change.norm())
     else:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", rome.EditWarning)
+            warnings.simplefilter("ignore", EditWarning)
             norm = rome.edit(model, fact, chosen, moment).report["update_norm"]
     return {
         "seconds": time.perf_counter() - began,

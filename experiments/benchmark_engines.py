@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from experiments.common import parse, progress, say, write
-from mechedit import facts, models, moments
-from mechedit.editors import rome
+from mechedit import models, sources
+from mechedit.editing import make_ready
+from mechedit.editors.rome import Rome
 from mechedit.runs.engines import Cluster, Done, Engine, Local
 from mechedit.runs.evaluating import evaluate
 from mechedit.settings import EvaluateSettings
@@ -42,10 +43,11 @@ def nothing(model: models.HookedModel, unit: str) -> str:
 def main(settings: BenchmarkEngines) -> None:
     torch.set_num_threads(settings.threads)
     model = models.load(settings.model)
-    chosen = facts.named("organism" if settings.model == "organism" else "built-in")[: settings.records]
-    wanted = replace(rome.resolve(model), guard="rollback")
-    C = moments.estimate(model, wanted.layer, progress=progress())
-    cluster = Cluster(settings.model, models.fingerprint(model), workers=1, cpus=float(settings.threads))
+    chosen = sources.named("organism" if settings.model == "organism" else "built-in")[: settings.records]
+    editor = Rome()
+    wanted = replace(editor.resolve(model), guard="rollback")
+    prepared = make_ready(model, editor, wanted, progress=progress())
+    cluster = Cluster(settings.model, models.identity(model).whole, workers=1, cpus=float(settings.threads))
     began = time.perf_counter()
     started: list[Done[str]] = list(cluster.map(nothing, ["a"]))
     start = time.perf_counter() - began
@@ -58,7 +60,9 @@ def main(settings: BenchmarkEngines) -> None:
             os.environ["MECHEDIT_CACHE"] = place  # so that both score the unedited model
             began = time.perf_counter()
             try:
-                found = evaluate(model, chosen, Path(place) / "run", EvaluateSettings(), wanted, C, engine=engine)
+                found = evaluate(
+                    model, chosen, Path(place) / "run", EvaluateSettings(), editor, wanted, prepared, engine=engine
+                )
             finally:
                 os.environ.pop("MECHEDIT_CACHE")
                 if kept is not None:

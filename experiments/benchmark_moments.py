@@ -15,6 +15,7 @@ import torch
 from experiments.common import parse, say, write
 from mechedit import models, moments
 from mechedit.editors import rome
+from mechedit.moments.corpus import BATCH_TOKENS
 from mechedit.settings import MomentSettings
 
 
@@ -33,7 +34,7 @@ def main(settings: BenchmarkMoments) -> None:
     model = models.load(settings.model)
     layer = rome.resolve(model).layer
     wanted = MomentSettings(tokens=settings.keys, prepend_bos=True)
-    rows, keys = moments.BATCH_TOKENS // wanted.context, wanted.context - 1
+    rows, keys = BATCH_TOKENS // wanted.context, wanted.context - 1
     ids = torch.randint(int(model.cfg.d_vocab), (rows, wanted.context), generator=torch.Generator().manual_seed(0))
     batches = [(rows * keys, lambda: ids)] * (settings.keys // (rows * keys))
     rates: dict[str, list[float]] = {"moments": [], "bare": []}

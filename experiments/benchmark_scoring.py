@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from experiments.common import parse, say, write
-from mechedit import facts, models
+from mechedit import models, sources
 from mechedit.benchmarks import counterfact
 from mechedit.benchmarks.metrics import Pair, rewrite_scores
 from mechedit.facts import Fact
@@ -71,7 +71,7 @@ def peak(settings: BenchmarkScoring, records: int) -> float:
 def main(settings: BenchmarkScoring) -> None:
     torch.set_num_threads(settings.threads)
     model = models.load(settings.model)
-    every = facts.named("organism") if settings.model == "organism" else facts.built_in()
+    every = sources.named("organism" if settings.model == "organism" else "built-in")
     chosen = [each for each in every if each.paraphrases and each.neighbours and each.target_new][: settings.records]
     if settings.way == "memory":
         counterfact.scores(model, chosen)

@@ -12,9 +12,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mechedit import cache, facts, organism, provenance
+from mechedit import cache, facts, organism, provenance, sources
 from mechedit.facts import Fact
-from mechedit.models import HookedModel, weight_hash
+from mechedit.models import HookedModel, identity
 from mechedit.runs import tracing
 
 OUT = Path(__file__).parents[1] / "out"
@@ -67,13 +67,13 @@ def known_facts(model: HookedModel, n: int, seed: int) -> list[Fact]:
     data = Path(os.environ.get("MECHEDIT_DATA", Path(__file__).parents[2] / "shared" / "data")) / "known_facts.json"
     candidates = [*(facts.read(data) if data.is_file() else ()), *facts.built_in()]
     if short_name(model) in organism.MODELS:
-        candidates = list(facts.named("organism"))
+        candidates = list(sources.named("organism"))
     unique = list({(fact.prompt, fact.subject): fact for fact in candidates}.values())
     random.Random(seed).shuffle(unique)  # noqa: S311 (a sample)
     memory = (
         OUT
         / short_name(model)
-        / f"known-{cache.content_key([weight_hash(model), [fact.prompt for fact in unique]])}.json"
+        / f"known-{cache.content_key([identity(model).whole, [fact.prompt for fact in unique]])}.json"
     )
     if memory.is_file():
         wanted = set(json.loads(memory.read_text()))

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from experiments.common import FIGURES, runs, short_name
-from mechedit import cache, edits, facts, models, organism, provenance, statistics
+from mechedit import applying, cache, models, organism, provenance, sources, statistics
 from mechedit.benchmarks import counterfact
 from mechedit.edits import Edit
 from mechedit.facts import Fact
 from mechedit.runs.results import Evaluation
-from mechedit.settings import CONSTANTS, PREFIXES, RomeSettings
+from mechedit.settings import CONSTANTS, POLICIES, PREFIXES, RomeSettings
 from mechedit.statistics import Mean
 
 NUMBERS = ("relative_norm", "divisor_share", "essence_kl", "perplexity_ratio")
@@ -30,19 +30,19 @@ def data(name: str) -> Path:
 
 def benchmark_facts(model: str, begin: int, n: int) -> list[Fact]:
     """`n` facts from `begin` on: of the organism's world for an organism, else of the flat COUNTERFACT file."""
-    chosen = facts.named("organism") if model in organism.MODELS else facts.read(data("counterfact_flat.json"))
+    chosen = sources.named("organism" if model in organism.MODELS else data("counterfact_flat.json"))
     return list(chosen[begin : begin + n])
 
 
 def published(default: RomeSettings) -> RomeSettings:
     """The published policy, constants and prefixes at the default's layer; what is out of its bands is kept."""
-    constants: dict[str, Any] = CONSTANTS["published"]
-    return replace(default, policy="published", prefixes=PREFIXES["published"], guard="warn", **constants)
+    fields: dict[str, Any] = POLICIES["published"] | CONSTANTS["published"]
+    return replace(default, prefixes=PREFIXES["published"], guard="warn", **fields)
 
 
 def success_of(model: models.HookedModel, fact: Fact, edit: Edit) -> dict[str, float]:
     """The fact's scores on the edited model, with the numbers of the edit."""
-    with edits.edited(model, edit):
+    with applying.edited(model, edit):
         (found,) = counterfact.scores(model, [fact])
     return (
         found | {name: edit.report.get(name, float("nan")) for name in NUMBERS} | {"edited": float(bool(edit.changes))}

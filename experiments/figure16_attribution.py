@@ -41,17 +41,17 @@ def main(settings: Attribution) -> None:
     model = models.load(settings.model)
     chosen = known_facts(model, settings.facts, settings.seed)
     wanted = TraceSettings(draws=settings.draws, seed=settings.seed)
-    known = corruption.needed(model, wanted)
+    statistics = corruption.needed(model, wanted)
     scores: dict[str, list[float]] = {"integrated gradients": []}
     differences = []
     for number, fact in enumerate(chosen):
-        (exact,) = tracing.trace_facts(model, [fact], runs(model, "traces"), wanted, statistics=known)
+        (exact,) = tracing.trace_facts(model, [fact], runs(model, "traces"), wanted, statistics=statistics)
         few = replace(wanted, draws=settings.gradient_draws)
-        shares = integrated_gradients(model, fact, few, steps=settings.steps, known=known)
-        _, clean, corrupted = restore(model, fact, [single(RESID_POST, [0], 0)], few, known=known)
+        shares = integrated_gradients(model, fact, few, steps=settings.steps, statistics=statistics)
+        _, clean, corrupted = restore(model, fact, [single(RESID_POST, [0], 0)], few, statistics=statistics)
         differences.append(float((shares.sum(1) - (clean - corrupted)).abs().max()))
         scores["integrated gradients"].append(agreement(shares.mean(-1), exact_cells(exact, "resid")))
-        estimate = attribution_patching(model, fact, wanted, known=known)
+        estimate = attribution_patching(model, fact, wanted, statistics=statistics)
         for kind, grid in estimate.items():
             scores.setdefault(f"attribution patching, {kind}", []).append(
                 agreement(grid.mean(-1), exact_cells(exact, kind))

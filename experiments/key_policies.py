@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from experiments.common import parse, progress, say, write
-from experiments.editing import benchmark_facts, folder, published
-from mechedit import models, moments
+from experiments.editing import NUMBERS, benchmark_facts, folder, published
+from mechedit import models
 from mechedit.editors import rome
-from mechedit.guards import BANDS
 from mechedit.runs.editing import edit_facts
+from mechedit.settings import POLICIES
 
 QUANTILES = (0.0, 0.01, 0.05, 0.5, 0.95, 0.99, 1.0)
 
@@ -43,25 +43,24 @@ def main(settings: KeyPolicies) -> None:
     model = models.load(settings.model)
     chosen = benchmark_facts(settings.model, settings.begin, settings.facts)
     default = rome.resolve(model)
-    C = moments.estimate(model, default.layer, progress=progress())
     policies = {
         "default": (settings.facts, replace(default, guard="warn")),
         "published": (settings.facts, published(default)),
-        "published constants, one key": (settings.one_key, replace(published(default), policy="averaged")),
+        "published constants, one key": (settings.one_key, replace(published(default), **POLICIES["averaged"])),
     }
     result: dict[str, Any] = {}
     for name, (n, wanted) in policies.items():
         place = folder(model, "table4", settings.begin, name) / "edits"
-        found = edit_facts(model, chosen[:n], place, wanted, C, progress=progress(10))
+        found = edit_facts(model, chosen[:n], place, "rome", wanted, progress=progress(10))
         done = [edit for edit in found if edit.report]
-        numbers = {band: np.array([edit.report[band] for edit in done]) for band in BANDS if band != "cond_C"}
+        numbers = {each: np.array([edit.report[each] for edit in done]) for each in NUMBERS}
         disabling = [edit.fact["prompt"] for edit in done if not edit.report["perplexity_ratio"] < settings.disabling]
         result[name] = {
             "n": len(done),
             "not edited": [edit.reasons[0] for edit in found if not edit.report],
             "disabling": disabling,
             "out of bands": sum(bool(edit.reasons) for edit in done),
-            "quantiles": {band: dict(zip(map(str, QUANTILES), np.quantile(each, QUANTILES).tolist(), strict=True)) for band, each in numbers.items()},
+            "quantiles": {number: dict(zip(map(str, QUANTILES), np.quantile(each, QUANTILES).tolist(), strict=True)) for number, each in numbers.items()},
         }  # fmt: skip
         say(f"{name}: {len(disabling)} of {len(done)} disabling; largest perplexity ratio {numbers['perplexity_ratio'].max():.2f}")  # fmt: skip
     say(f"wrote {write('key_policies', model, settings, {'policies': result})}")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from experiments.common import FIGURES, parse, progress, runs, say, short_name
-from mechedit import cache, facts, figures, models, moments, provenance
+from mechedit import cache, figures, models, provenance, sources
 from mechedit.models import HookedModel
 from mechedit.runs import tracing
 from mechedit.runs.evaluating import evaluate
@@ -61,20 +61,19 @@ def main(settings: Localisation) -> None:
 def row(model: HookedModel, settings: Localisation) -> dict[str, Any]:
     """What one model shows: its effects, and what edits do to it."""
     preset = PRESETS["organism"]
-    asked = facts.named("organism")[: settings.facts]
+    asked = sources.named("organism")[: settings.facts]
     known = tracing.known(model, asked)
     wanted = TraceSettings(draws=settings.draws, seed=settings.seed, window=preset.window)
     traces = tracing.trace_facts(model, known, runs(model, "localisation"), wanted, progress=progress(4))
     mean = average(traces, seed=settings.seed)
     figures.write(figures.role_lines(mean), FIGURES / "organism" / "localisation" / short_name(model))
-    edit = replace(preset.rome, guard="warn")
     scored = evaluate(
         model,
         known[: settings.edited],
         runs(model, "localisation-edits"),
         EvaluateSettings(health=False, seed=settings.seed),
-        edit,
-        moments.estimate(model, edit.layer),
+        "rome",
+        replace(preset.rome, guard="warn"),
     )
     after = scored.table("after")
     return {

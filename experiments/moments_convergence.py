@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from experiments.common import FIGURES, parse, progress, runs, say, short_name, write
 from experiments.editing import benchmark_facts, success_of
-from mechedit import edits, figures, keys, models, moments, rank_one
+from mechedit import applying, figures, keys, models, moments, rank_one
 from mechedit.benchmarks import metrics
 from mechedit.editors import rome
 from mechedit.moments import Moment
@@ -58,9 +58,11 @@ def main(settings: MomentsConvergence) -> None:
         cosine = torch.nn.functional.cosine_similarity(u, directions[-1]).numpy()
         few = chosen[: settings.edit_facts]
         folder = runs(model, f"convergence-{'text' if texts else 'samples'}-{moment.keys}")
-        found = edit_facts(model, few, folder, default, moment, progress=progress(4))
+        found = edit_facts(
+            model, few, folder, "rome", default, rome.prepare(model, default, moment), progress=progress(4)
+        )
         scores = metrics.table([success_of(model, fact, edit) for fact, edit in zip(few, found, strict=True)])
-        overlap = [edits.diff(edit, edit)[0].ratio for edit in found if edit.changes]
+        overlap = [applying.diff(edit, edit)[0].ratio for edit in found if edit.changes]
         rows.append({"keys": moment.keys, "cond_C": moment.cond, "cosine": {"mean": float(np.mean(cosine)), "low": float(np.quantile(cosine, 0.025)), "high": float(np.quantile(cosine, 0.975))}, "edits": len(overlap), "scores": {key: asdict(each) for key, each in scores.items()}})  # fmt: skip
         say(f"{moment.keys} keys: cosine of u with the last {np.mean(cosine):.3f}; S {scores['S']}")
     name = "moments_convergence" + ("_text" if texts else "")

@@ -15,8 +15,7 @@ import torch
 
 from experiments.common import parse, progress, say, write
 from experiments.editing import data, folder, kept_rows, plain, published, write_table
-from mechedit import models, moments, organism
-from mechedit.benchmarks import zsre
+from mechedit import models, organism, sources
 from mechedit.benchmarks.zsre import Question
 from mechedit.editors import rome
 from mechedit.runs.evaluating import evaluate
@@ -46,7 +45,7 @@ class Table1:
 
 def questions(model: str, begin: int, n: int) -> list[Question]:
     """`n` questions from `begin` on."""
-    return list(zsre.named("organism" if model in organism.MODELS else data("zsre.json"))[begin : begin + n])
+    return list(sources.questions("organism" if model in organism.MODELS else data("zsre.json"))[begin : begin + n])
 
 
 def main(settings: Table1) -> None:
@@ -57,21 +56,20 @@ def main(settings: Table1) -> None:
     chosen = questions(settings.model, settings.begin, max(settings.unedited, settings.facts))
     default = replace(rome.resolve(model), guard="warn")  # nothing is refused, so that methods are compared
     wanted = {
-        "no edit": (settings.unedited, None, "none"),
-        "default": (settings.facts, default, "none"),
-        "published": (settings.facts, published(default), "none"),
-        "identity": (settings.control_facts, default, "identity"),
-        "random layer": (settings.control_facts, default, "random_layer"),
+        "no edit": (settings.unedited, None, None),
+        "default": (settings.facts, "rome", default),
+        "published": (settings.facts, "rome", published(default)),
+        "identity": (settings.control_facts, "rome-identity", default),
+        "random layer": (settings.control_facts, "rome-random-layer", replace(default, seed=settings.seed)),
     }
     file = "table1_zsre" if settings.begin == 0 else f"table1_zsre_from{settings.begin}"
     tables = kept_rows(model, file, settings)
     for name in settings.rows:
-        n, edit, control = wanted[name]
-        run = EvaluateSettings(editor="rome" if edit else "none", control=control, health=False, seed=settings.seed)
-        moment = moments.estimate(model, edit.layer, progress=progress()) if edit else None
+        n, editor, edit = wanted[name]
+        run = EvaluateSettings(health=False, seed=settings.seed)
         place = folder(model, "table1", settings.begin, name)
-        found = evaluate(model, chosen[:n], place, run, edit, moment, progress=progress(10))
-        tables[name] = found.table("after" if edit else "before")
+        found = evaluate(model, chosen[:n], place, run, editor, edit, progress=progress(10))
+        tables[name] = found.table("after" if editor else "before")
         say(f"{name}, {len(chosen[:n])} questions: {', '.join(f'{key} {tables[name][key]}' for key in COLUMNS)}")
         tables = {row: tables[row] for row in ROWS if row in tables}
         result = {"rows": {row: plain(each) for row, each in tables.items()}}

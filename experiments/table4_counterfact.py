@@ -62,6 +62,7 @@ def main(settings: Table4) -> None:
     model = models.load(settings.model)
     chosen = benchmark_facts(settings.model, settings.begin, max(settings.unedited, settings.facts))
     default = replace(rome.resolve(model), guard="warn")  # nothing is refused, so that methods are compared
+    drawn = replace(default, seed=settings.seed)  # of controls that draw something
     few, many = chosen[: settings.control_facts], chosen[: settings.facts]
     found: dict[str, Evaluation] = {}
 
@@ -69,15 +70,18 @@ def main(settings: Table4) -> None:
         name: str,
         facts: list[Fact],
         edit: RomeSettings | None,
-        control: str = "none",
+        editor: str = "rome",
         edits: str = "",
         texts: Sequence[Path] = (),
     ) -> None:
-        wanted = EvaluateSettings(editor="rome" if edit else "none", control=control, health=False, seed=settings.seed)
-        moment = moments.estimate(model, edit.layer, texts, progress=progress()) if edit else None
+        wanted = EvaluateSettings(health=False, seed=settings.seed)
+        prepared = None
+        if edit and texts:
+            moment = moments.estimate(model, edit.layer, texts, progress=progress())
+            prepared = rome.prepare(model, edit, moment)
         place = folder(model, "table4", settings.begin, name)
         edits_in = folder(model, "table4", settings.begin, edits or name) / "edits"
-        found[name] = evaluate(model, facts, place, wanted, edit, moment, edits_in=edits_in, progress=progress(10))
+        found[name] = evaluate(model, facts, place, wanted, editor if edit else None, edit, prepared, edits_in=edits_in, progress=progress(10))  # fmt: skip
         shown = found[name].table("after" if edit else "before")
         say(f"{name}, {len(facts)} facts: {', '.join(f'{key} {shown[key]}' for key in (*SUCCESSES, 'S'))}")
 
@@ -89,9 +93,9 @@ def main(settings: Table4) -> None:
         "no edit": lambda: row("no edit", chosen[: settings.unedited], None),
         "default": lambda: row("default", many, default),
         "published": lambda: row("published", many, published(default)),
-        "identity": lambda: row("identity", few, default, "identity"),
-        "random layer": lambda: row("random layer", few, default, "random_layer"),
-        "random key": lambda: row("random key", few, default, "random_key", "default"),
+        "identity": lambda: row("identity", few, default, "rome-identity"),
+        "random layer": lambda: row("random layer", few, drawn, "rome-random-layer"),
+        "random key": lambda: row("random key", few, drawn, "rome-random-key"),
         "layers": layers,
         "text": lambda: row("C of the text", few, default, texts=[settings.text]),
     }
