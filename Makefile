@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
+# Marks of tests that are left out.
+NOT ?= slow
 # Two processes of one thread each: quicker here than one of two, and files with one model stay in one process.
-PYTEST ?= -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST ?= -m "not ($(NOT))" -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow check install
 
