@@ -42,6 +42,16 @@ ENGINES = ("local", "ray")
 
 def add_evaluating(commands: Any, editor: str) -> None:
     """evaluate, sweep, status"""
+    _add_evaluate(commands, editor)
+    _add_sweep(commands, editor)
+    status = add_command(
+        commands, "status", _status, "show how far the runs in a folder are; of a sweep, each stage over all cells"
+    )
+    status.add_argument("folder", type=Path, metavar="DIR")
+    add_json(status)
+
+
+def _add_evaluate(commands: Any, editor: str) -> None:
     evaluate = add_command(
         commands,
         "evaluate",
@@ -71,19 +81,25 @@ def add_evaluating(commands: Any, editor: str) -> None:
         help="with --references: published TF-IDF statistics (default: of the references)",
     )
     add_editor(evaluate, editor, none=True)  # its seed is the evaluation's
-    evaluate.add_argument("--engine", choices=ENGINES, default="local", help="who computes (default: local)")
-    evaluate.add_argument("--address", help="with --engine ray: the cluster's head (default: one started here)")
-    evaluate.add_argument(
-        "--workers", type=int, metavar="N", help="with --engine ray (default, or 0: all there is room for)"
-    )
-    evaluate.add_argument("--cpus", type=float, metavar="N", help="of each worker (default: 1)")
-    evaluate.add_argument("--gpus", type=float, metavar="N", help="of each worker (default: 0)")
+    _add_engine(evaluate)
     evaluate.add_argument(
         "--estimate", action="store_true", help="try three records, say what all will take on --workers, and stop"
     )
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="everything is kept there; run again to resume")
     add_json(evaluate)
 
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="who computes (default: local)")
+    parser.add_argument("--address", help="with --engine ray: the cluster's head (default: one started here)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="with --engine ray (default, or 0: all there is room for)"
+    )
+    parser.add_argument("--cpus", type=float, metavar="N", help="of each worker (default: 1)")
+    parser.add_argument("--gpus", type=float, metavar="N", help="of each worker (default: 0)")
+
+
+def _add_sweep(commands: Any, editor: str) -> None:
     sweep = add_command(
         commands,
         "sweep",
@@ -97,12 +113,6 @@ def add_evaluating(commands: Any, editor: str) -> None:
     add_editor(sweep, editor, without=("layer", "fact_token", "guard"))
     sweep.add_argument("--out", type=Path, required=True, metavar="DIR", help="everything is kept there; run again to resume")  # fmt: skip
     add_json(sweep)
-
-    status = add_command(
-        commands, "status", _status, "show how far the runs in a folder are; of a sweep, each stage over all cells"
-    )
-    status.add_argument("folder", type=Path, metavar="DIR")
-    add_json(status)
 
 
 def _add_facts(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,9 @@
 """What is kept with a model while it lives, and what shows that the model changed.
 
 What was computed from a model holds until a parameter changes. A change shows in a parameter's version counter, its place in
-memory and a few of its numbers, and in the modules that the model is made of; to look at all of them takes about a
-millisecond. One change cannot be seen so: a write through `.data` that misses those numbers. `forget(model)` is for who writes so.
+memory and a few of its numbers, and in the modules that the model is made of; to look at all of them takes one to three
+milliseconds at GPT-2 XL's size. One change cannot be seen so: a write through `.data` that misses those numbers.
+`forget(model)` is for who writes so.
 
 Nothing here changes a model, or keeps it alive.
 """
