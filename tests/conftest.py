@@ -136,6 +136,8 @@ def load(folder: Callable[[str], Path]) -> Callable[[str], models.HookedModel]:
     def get(shape: str) -> models.HookedModel:
         if shape not in loaded:
             loaded[shape] = models.load(str(folder(shape)), device="cpu")
+            # A bridge's first run adds hooks of its own to Hugging Face's modules, and they stay.
+            loaded[shape].run_with_cache(torch.tensor([[2, 3]]))
         return loaded[shape]
 
     return get
