@@ -4,6 +4,7 @@
 
     moment.py     C of one block, its factor, its file; published files
     corpus.py     the text: files, datasets, or samples of the model itself (the offline default)
+    packaged.py   text of the packaged Gemma, which ships
     estimation.py C from text, resumably, kept in the cache
     merging.py    one C from parts or several texts
 

@@ -17,14 +17,16 @@ from mechedit import cache, files
 from mechedit.corruption import generator
 from mechedit.generation import sample
 from mechedit.models import HookedModel, hooked, identity
+from mechedit.moments import packaged
 from mechedit.moments.moment import RULE, SAMPLED, MomentError
 from mechedit.progress import Progress
 from mechedit.prompts import encode
 from mechedit.settings import MomentSettings
 
-__all__ = ["BATCH_TOKENS", "Corpus", "Text", "batches", "described", "source_of"]
+__all__ = ["BATCH_TOKENS", "PURPOSE", "Corpus", "Text", "batches", "described", "source_of"]
 
 BATCH_TOKENS = 4096
+PURPOSE = "moment text"  # what sampled text is for, a part of its seed
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def batches(
             def report(what: str, done: int, of: int) -> None:
                 progress(what, index * of + done, len(begins) * of)
 
-            return windows(_sampled(model, some, body, (settings.seed, "moment text", str(index)), report))
+            return windows(_sampled(model, some, body, (settings.seed, PURPOSE, str(index)), report))
 
         for index, begin in enumerate(begins):
             some = min(rows, -(-(settings.tokens - begin) // body))
@@ -126,6 +128,8 @@ def _sampled(
     )
     if hooked(model):  # what it says now is not what its parameters say
         return sample(model, rows, length, generator(*seed), progress=progress)
+    if (shipped := packaged.read(model, rows, length, seed)) is not None:
+        return shipped
     with suppress(files.FileError):
         return files.read(path, "moment-text")[0]["tokens"]
     tokens = sample(model, rows, length, generator(*seed), progress=progress)

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mechedit import applying, cache, facts, models, moments, scoring, sites, sources
+from mechedit import applying, cache, corruption, facts, generation, models, moments, scoring, sites, sources
 from mechedit.benchmarks import counterfact, metrics, zsre
 from mechedit.editing import EditWarning
 from mechedit.editors import rome
+from mechedit.moments import corpus, packaged
 from mechedit.settings import KINDS, MomentSettings, RomeSettings, TraceSettings
 from mechedit.tracing import grid, prepare, trace
 from mechedit.tracing.accuracy import sample_error
@@ -280,3 +281,10 @@ def test_on_real_weights_the_published_policy_is_the_published_code(index, gemma
         warnings.simplefilter("ignore", EditWarning)
         edit, plain = both(gemma, fact, moment, constants)
     assert_same_edit(gemma, edit, plain)
+
+
+def test_the_text_that_ships_for_C_is_what_the_model_samples(gemma):
+    seed = (0, corpus.PURPOSE, "0")
+    shipped = packaged.read(gemma, 64, 63, seed)
+    assert shipped is not None
+    assert torch.equal(shipped[:, :3], generation.sample(gemma, 64, 3, corruption.generator(*seed)))
