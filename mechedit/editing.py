@@ -31,7 +31,7 @@ from mechedit.facts import Fact, FactError
 from mechedit.guards import Band
 from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
-from mechedit.settings import EditSettings, SettingsError
+from mechedit.settings import EditSettings, SettingsError, filled
 
 __all__ = [
     "EditWarning",
@@ -104,19 +104,19 @@ class Editor:
         return own if own is not None else self.settings()
 
     def resolve(self, model: HookedModel, settings: Any = None) -> Any:
-        """The settings with layer and BOS filled in: the model's preset where none are given, its layer where none is.
+        """The settings with everything filled in: what was not given is as the model's preset for this editor has it, else the default.
 
         Raises:
             EditError: a layer is needed, none is given, and the model has no preset for this editor.
             SettingsError: settings of another editor.
         """
         own = self.defaults(model)
-        settings = settings if settings is not None else own
+        settings = settings if settings is not None else self.settings()
         if not isinstance(settings, self.settings):
             raise SettingsError(
                 f"the editor {self.name} takes {self.settings.__name__}; found {type(settings).__name__}."
             )
-        chosen: Any = settings
+        chosen: Any = filled(settings, own)
         if getattr(chosen, "layer", None) == -1:
             chosen = replace(chosen, layer=getattr(own, "layer", -1))
             if chosen.layer == -1:

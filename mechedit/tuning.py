@@ -118,7 +118,7 @@ def tune(
             found = edit_facts(model, scored, folder / name.replace("/", "_"), way, chosen, progress=progress)
             rows.append(_row(model, scored, found, chosen, tried))
     best = max(rows, key=lambda row: (row.within >= MOSTLY, round(row.S, 6), -row.relative_norm))
-    proposed = replace(given, **best.tried, **({"layer": best.layer} if best.layer != -1 else {}))
+    proposed = way.resolve(model, replace(given, **best.tried, **({"layer": best.layer} if best.layer != -1 else {})))
     origin, versions = provenance.origin(model), provenance.versions()
     return Tuned(way.name, proposed, site, tuple(rows), len(known), origin, versions)
 

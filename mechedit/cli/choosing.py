@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mechedit.cli.options import add_settings, given_settings
@@ -91,4 +90,4 @@ def chosen_editor(arguments: argparse.Namespace) -> Editor:
 
 def resolved(model: HookedModel, editor: Editor, given: dict[str, Any]) -> Any:
     """The preset of the model (else the defaults), with what was given in its place."""
-    return editor.resolve(model, replace(editor.defaults(model), **given))
+    return editor.resolve(model, editor.settings(**given))

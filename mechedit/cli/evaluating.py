@@ -276,8 +276,6 @@ def _show(console: Console, result: Evaluation) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    from dataclasses import replace
-
     from mechedit import figures
     from mechedit.benchmarks.counterfact import COUNTERFACT
     from mechedit.runs import sweeping
@@ -289,7 +287,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     sweeping.check_complete(chosen)
     check_places(arguments.json, arguments.out / "sweep.json")
     model = load_model(arguments)
-    base = replace(editor.defaults(model), **given)
+    base = editor.settings(**given)
     with keeping(f"what is finished is kept in {arguments.out}"), progress_bars() as progress:
         found = sweeping.sweep(model, chosen, arguments.out, settings, editor, base, progress=progress)
     console = console_of(arguments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from mechedit.cli.terminal import (
     show_table,
     write_json,
 )
-from mechedit.settings import TuneSettings
+from mechedit.settings import TuneSettings, knobs
 
 __all__ = ["add_tuning"]
 
@@ -60,9 +59,8 @@ def _tune(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--begin {arguments.begin} leaves no fact of the {len(chosen)} in {arguments.facts}.")
     check_places(arguments.json, arguments.out / "tuned.json")
     model = load_model(arguments)
-    base = editor.defaults(model)
     with keeping(f"finished traces and edits are kept in {arguments.out}"), progress_bars() as progress:
-        found = tuning.tune(model, chosen[arguments.begin :], arguments.out, settings, editor, base, progress=progress)
+        found = tuning.tune(model, chosen[arguments.begin :], arguments.out, settings, editor, progress=progress)
     console = console_of(arguments)
     console.print(f"traced {found.traced} facts; early site: {found.site}", markup=False, highlight=False)
     names = ("ES", "PS", "NS", "S", "relative_norm", "perplexity_ratio", "within")
@@ -93,9 +91,9 @@ def _grid(arguments: argparse.Namespace) -> tuple[tuple[str, tuple[Any, ...]], .
     from mechedit import tuning
 
     defaults: dict[str, Any] = {
-        each.name: each.default
-        for each in fields(arguments.edit_settings)
-        if each.name not in tuning.SET and type(each.default) in (int, float, str)
+        name: default
+        for name, default, _ in knobs(arguments.edit_settings)
+        if name not in tuning.SET and type(default) in (int, float, str)
     }
     grid = {}
     for text in arguments.tries:

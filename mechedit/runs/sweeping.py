@@ -146,7 +146,7 @@ def sweep(
     check_complete(facts)
     layers = [check_layer(model, layer) for layer in settings.layers] or list(range(int(model.cfg.n_layers)))
     way = named(editor)
-    base = replace(way.resolve(model, _at(model, way, edit_settings, layers[0])), guard="warn")
+    base = replace(way.resolve(model, _at(way, edit_settings, layers[0])), guard="warn")
     way.ahead(model, base, layers, progress=progress)
     wanted = TraceSettings(kinds=("mlp",), window=settings.window, draws=settings.draws, seed=settings.seed, prepend_bos=base.prepend_bos)  # fmt: skip
     engine = engine or Local(model)
@@ -208,13 +208,13 @@ def _cells(
     ]
 
 
-def _at(model: HookedModel, editor: Editor, settings: Any, layer: int) -> Any:
-    """The settings (the preset's where none are given) at a layer.
+def _at(editor: Editor, settings: Any, layer: int) -> Any:
+    """The settings, or those that nobody gave, at a layer.
 
     Raises:
         SettingsError: the editor has none.
     """
-    settings = settings if settings is not None else editor.defaults(model)
+    settings = settings if settings is not None else editor.settings()
     if not hasattr(settings, "layer"):
         raise SettingsError(f"a sweep edits at every layer, and the editor {editor.name} has no layer to choose.")
     return replace(settings, layer=layer)

@@ -11,7 +11,7 @@ Python, the command line and the experiments share these frozen dataclasses; a r
 is imported here, so that `mechedit --help` answers at once.
 """
 
-from mechedit.settings.base import SettingsError, check_each, from_json, knob, knobs, require
+from mechedit.settings.base import Settings, SettingsError, check_each, filled, from_json, given, knob, knobs, require
 from mechedit.settings.editors import (
     CONSTANTS,
     EDITOR_SETTINGS,
@@ -71,12 +71,15 @@ __all__ = [
     "MomentSettings",
     "Preset",
     "RomeSettings",
+    "Settings",
     "SettingsError",
     "SweepSettings",
     "TraceSettings",
     "TuneSettings",
     "check_each",
+    "filled",
     "from_json",
+    "given",
     "knob",
     "knobs",
     "require",

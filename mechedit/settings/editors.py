@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mechedit.settings.base import check_each, knob, require
+from mechedit.settings.base import Settings, check_each, knob, require
 from mechedit.settings.tracing import FACT_TOKENS
 
 __all__ = [
@@ -46,7 +46,7 @@ PREFIXES: dict[str, tuple[tuple[int, int], ...]] = {  # (tokens, how many)
 
 
 @dataclass(frozen=True)
-class EditSettings:
+class EditSettings(Settings):
     """What every editor has. An editor's own settings derive from it."""
 
     guard: str = knob(

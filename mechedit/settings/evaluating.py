@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mechedit.settings.base import check_each, knob, require
+from mechedit.settings.base import Settings, check_each, knob, require
 from mechedit.settings.tracing import FACT_TOKENS
 
 __all__ = ["MODES", "EvaluateSettings", "SweepSettings", "TuneSettings"]
@@ -14,7 +14,7 @@ MODES = ("independent", "batch", "sequential")
 
 
 @dataclass(frozen=True)
-class TuneSettings:
+class TuneSettings(Settings):
     """What `mechedit tune` tries on a model."""
 
     traced: int = knob(30, "facts that are traced, of those the model knows")
@@ -38,7 +38,7 @@ class TuneSettings:
 
 
 @dataclass(frozen=True)
-class SweepSettings:
+class SweepSettings(Settings):
     """Where `mechedit sweep` edits, and how it traces."""
 
     layers: tuple[int, ...] = knob((), "layers that are edited; empty means every layer")
@@ -55,7 +55,7 @@ class SweepSettings:
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
+class EvaluateSettings(Settings):
     """What `mechedit evaluate` does with each record, and what it measures."""
 
     mode: str = knob(

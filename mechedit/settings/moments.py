@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mechedit.settings.base import check_each, knob, require
+from mechedit.settings.base import Settings, check_each, knob, require
 
 __all__ = ["MomentSettings"]
 
 
 @dataclass(frozen=True)
-class MomentSettings:
+class MomentSettings(Settings):
     """What text the second moment C is estimated on."""
 
     tokens: int = knob(0, "keys to average over; 0 means ten times d_mlp")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mechedit.settings.base import check_each, knob, require
+from mechedit.settings.base import Settings, check_each, knob, require
 
 __all__ = [
     "CENTRES",
@@ -51,7 +51,7 @@ PRECISIONS = ("model", "bfloat16")
 
 
 @dataclass(frozen=True)
-class TraceSettings:
+class TraceSettings(Settings):
     """How a causal trace corrupts and restores (Meng et al. 2022, section 2.1 and appendix B)."""
 
     kinds: tuple[str, ...] = knob(
