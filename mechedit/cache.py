@@ -12,7 +12,10 @@ import hashlib
 import json
 import os
 import shutil
+import stat
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -22,9 +25,26 @@ from typing import Any
 
 from mechedit.errors import MecheditError
 
-__all__ = ["WriteError", "atomic_write", "check_writable", "content_key", "file_hash", "once", "plain", "root"]
+__all__ = [
+    "CacheWarning",
+    "WriteError",
+    "atomic_write",
+    "check_writable",
+    "content_key",
+    "file_hash",
+    "keep",
+    "once",
+    "plain",
+    "root",
+    "warn_unkept",
+]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LONGEST = 255  # bytes of a name
+
+
+class CacheWarning(UserWarning):
+    """Something could not be kept in the cache."""
 
 
 class WriteError(MecheditError, OSError):
@@ -64,27 +84,79 @@ def plain(value: Any) -> Any:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; what the body writes there becomes `path` if it ends without an error.
+    """Yield a temporary name; what the body writes there becomes `path` if it ends without an error.
+
+    A link is written through to what it names, whose permissions stay. What is no file but there (a device, a pipe, standard output) is
+    opened and written to; it is never replaced.
 
     Raises:
-        WriteError: the folder cannot be written, which is raised before the body runs; or the disk is full.
+        WriteError: the place cannot be written, which is raised before the body runs; or the disk is full.
     """
-    temporary = _beside(path)
+    path = Path(path)
+    streams = _is_stream(path)
+    target = path if streams else _target(path)
+    temporary = _empty(Path(tempfile.gettempdir()) / f"mechedit{path.suffix}" if streams else target, path)
     try:
         try:
             yield temporary
+            if streams:
+                _pour(temporary, path)
+            else:
+                temporary.chmod(_mode(target))  # mkstemp makes private files; results are shared like any other file
+                temporary.replace(target)
         except OSError as error:
-            if error.errno not in FULL:
+            if isinstance(error, MecheditError) or not (streams or error.errno in FULL):
                 raise
-            raise WriteError(
-                f"{path} cannot be written: {error.strerror}. What was there before is as it was."
-            ) from error
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp makes private files; results are shared like any other file
-        temporary.replace(path)
+            kept = "" if streams else " What was there before is as it was."
+            raise WriteError(f"{path} cannot be written: {error.strerror or error}.{kept}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether the path names what can be written to, and is no file: a device, a pipe, an open stream of this process."""
+    if _descriptor(path) is not None:
+        return True
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _descriptor(path: Path) -> int | None:
+    """The number of the open stream that a path such as /dev/stdout or /dev/fd/3 names."""
+    names = {"/dev/stdout": 1, "/dev/stderr": 2}
+    if str(path) in names:
+        return names[str(path)]
+    own = path.parent in (Path("/dev/fd"), Path("/proc/self/fd"))
+    return int(path.name) if own and path.name.isascii() and path.name.isdigit() else None
+
+
+def _pour(temporary: Path, path: Path) -> None:
+    """Write a file's bytes to what is no file."""
+    number = _descriptor(path)
+    if number in (1, 2):
+        (sys.stdout if number == 1 else sys.stderr).flush()
+    with temporary.open("rb") as source, open(path if number is None else os.dup(number), "wb") as into:
+        shutil.copyfileobj(source, into)
+
+
+def _target(path: Path) -> Path:
+    """What a chain of links ends in; the path itself where it is no link."""
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle are a RuntimeError before Python 3.13
+        raise WriteError(f"{path} cannot be written: its links lead nowhere.") from error
+
+
+def _mode(target: Path) -> int:
+    """The permissions that a file has, or that a new one gets."""
+    if target.is_file():
+        return stat.S_IMODE(target.stat().st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def check_writable(path: Path) -> None:
@@ -93,25 +165,60 @@ def check_writable(path: Path) -> None:
     Raises:
         WriteError: its folder cannot be made or written, or `path` is a folder.
     """
-    if path.is_dir():
-        raise WriteError(f"{path} is a folder; name a file in it.")
-    made = [folder for folder in path.parents if not folder.exists()]
-    _beside(path).unlink()
-    for folder in made:  # nothing is left of a command that goes on to fail
-        folder.rmdir()
-
-
-def _beside(path: Path) -> Path:
-    """A new empty file in the folder of `path`."""
+    path = Path(path)
+    if _is_stream(path):
+        if _descriptor(path) is None and not os.access(path, os.W_OK):
+            raise WriteError(f"{path} cannot be written: you may not write to it.")
+        return
+    target = _target(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    except OSError as error:
+        if target.is_dir():
+            raise WriteError(f"{path} is a folder; name a file in it.")
+        made = [folder for folder in target.parents if not folder.exists()]
+    except (OSError, ValueError) as error:  # too long, or with a NUL in it
+        if isinstance(error, WriteError):
+            raise
+        raise _refused(path, error) from error
+    if len(os.fsencode(target.name)) > LONGEST:
         raise WriteError(
-            f"{path} cannot be written: {error.strerror or error}. Name a folder that you may write to."
-        ) from error
+            f"{path} cannot be written: its name is longer than the {LONGEST} bytes that file systems take."
+        )
+    try:
+        _empty(target, path).unlink()
+    finally:
+        for folder in made:  # nothing is left of a command that goes on to fail
+            if folder.is_dir():
+                folder.rmdir()
+
+
+def _empty(target: Path, path: Path) -> Path:
+    """A new empty file beside `target`; errors speak of `path`."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem[:40]}-", suffix=target.suffix[:40])
+    except (OSError, ValueError) as error:
+        raise _refused(path, error) from error
     os.close(handle)
     return Path(name)
+
+
+def _refused(path: Path, error: OSError | ValueError) -> WriteError:
+    why = getattr(error, "strerror", None) or error
+    return WriteError(f"{path} cannot be written: {why}. Name a folder that you may write to.")
+
+
+def keep(path: Path, content: str) -> None:
+    """Write what another run would have to make again; where the cache cannot be written, say so and go on."""
+    try:
+        with atomic_write(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    except WriteError as error:
+        warn_unkept(error)
+
+
+def warn_unkept(error: WriteError) -> None:
+    """Say that something is not kept in the cache, and will be made again."""
+    warnings.warn(f"the cache cannot be written, so that work will be done again: {error}", CacheWarning, stacklevel=3)
 
 
 def once(folder: Path, build: Callable[[Path], None], is_whole: Callable[[Path], bool]) -> Path:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["FactError", "MecheditError"]
+from collections.abc import Sequence
+
+from mechedit.wording import visible
+
+__all__ = ["FactError", "ManyMistakes", "MecheditError"]
 
 
 class MecheditError(Exception):
@@ -11,3 +15,10 @@ class MecheditError(Exception):
 
 class FactError(MecheditError, ValueError):
     """A fact, or a file of facts, that cannot be used as it is."""
+
+
+class ManyMistakes(FactError):
+    """Mistakes of a file, a line each; what they quote cannot begin one."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(map(visible, lines)))

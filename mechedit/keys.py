@@ -62,8 +62,7 @@ def prefixes(model: HookedModel, settings: RomeSettings) -> tuple[str, ...]:
         rows = sample(model, count, length, generator(settings.seed, "prefixes", str(length)), top_k=TOP_K)
         found += [model.tokenizer.decode(row, skip_special_tokens=True) + ". " for row in rows.tolist()]
     if keep:
-        with cache.atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+        cache.keep(path, json.dumps(found))
     return tuple(found)
 
 

@@ -141,6 +141,11 @@ class Audit:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """A line for each token, each target and each note."""
         begin, end = self.prompt.subject
         lines = [
             f"{index:3d}  {token_id:7d}  {token!r}{'  *' if begin <= index < end else ''}"
@@ -149,7 +154,7 @@ class Audit:
         for name, target in (("true", self.target_true), ("new", self.target_new)):
             if target:
                 lines.append(f"{name:>4}  " + ", ".join(f"{token_id} {token!r}" for token_id, token in target))
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return (*lines, *(f"note: {note}" for note in self.notes))
 
 
 def audit(model: HookedModel, fact: Fact, *, prepend_bos: bool | None = None) -> Audit:

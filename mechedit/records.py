@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mechedit.errors import FactError
+from mechedit.errors import FactError, ManyMistakes
 
 __all__ = ["Part", "listed", "load", "make"]
 
@@ -84,6 +84,8 @@ def load(path: str | Path) -> list[Any]:
         FactError: the file is missing, or holds something else.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a device may never end, a pipe never begin
+            raise FactError(f"{path} cannot be read: it is no file but a folder, a device or a pipe.")
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise FactError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -123,11 +125,11 @@ def make(
             wrong.append(f"record {index}: {'; '.join(mistakes)}.")
     if wrong:
         counted = f"{path} has mistakes in {len(wrong)} of {len(found)} records, which are numbered from 0:"
-        raise FactError("\n".join([counted, listed(wrong), *([hint] if hint else [])]))
+        raise ManyMistakes([counted, *listed(wrong), *([hint] if hint else [])])
     return tuple(every)
 
 
-def listed(lines: Sequence[str]) -> str:
+def listed(lines: Sequence[str]) -> list[str]:
     """The first of many lines, and how many more there are."""
     more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return "\n".join([*lines[:SHOWN], *more])
+    return [*lines[:SHOWN], *more]

@@ -89,7 +89,7 @@ def test_wrong_options_end_in_one_line(wrong, capsys):
 def test_an_unknown_option_names_the_help_of_its_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["edit", "x", "--clampp", "1"])
-    assert capsys.readouterr().err == "mechedit edit: unrecognized arguments: --clampp 1; these are not options of the editor rome (`--editor NAME --help` lists those of another). `mechedit edit --help` lists the options.\n"  # fmt: skip
+    assert capsys.readouterr().err == "mechedit edit: unrecognized arguments: --clampp 1 (did you mean --clamp?); these are not options of the editor rome (`--editor NAME --help` lists those of another). `mechedit edit --help` lists the options.\n"  # fmt: skip
 
 
 def test_progress_is_lines_where_there_is_no_terminal(run, monkeypatch):

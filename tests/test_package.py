@@ -179,10 +179,12 @@ def test_the_version_is_that_of_the_installed_package():
 
 
 ORDER = [
+    "wording",
     "errors",
     "progress",
     "statistics",
     "shipped",
+    "parsing",
     "cache",
     "settings",
     "records",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechedit.cli.options import DEFAULT_MODEL, add_command, add_json
+from mechedit.cli.options import DEFAULT_MODEL, a_path, add_command, add_json, an_integer
 from mechedit.cli.terminal import (
     UsageError,
     check_places,
@@ -32,7 +31,7 @@ def add_applying(commands: Any) -> None:
         commands, "apply", _apply, "apply saved edits and show what the model says before and after", model=True
     )
     apply.set_defaults(**of_edits)
-    apply.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    apply.add_argument("files", type=a_path, nargs="+", metavar="FILE")
     apply.add_argument(
         "--prompt", action="append", default=[], help="also complete this prompt; may be given more than once"
     )
@@ -40,22 +39,22 @@ def add_applying(commands: Any) -> None:
     add_json(apply)
 
     compose = add_command(commands, "compose", _compose, "make one edit file of several; no model is loaded")
-    compose.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    compose.add_argument("--out", type=Path, required=True, metavar="FILE", help="where it goes (.safetensors)")
+    compose.add_argument("files", type=a_path, nargs="+", metavar="FILE")
+    compose.add_argument("--out", type=a_path, required=True, metavar="FILE", help="where it goes (.safetensors)")
 
     diff = add_command(commands, "diff", _diff, "show how alike what two edits write is; no model is loaded")
-    diff.add_argument("files", type=Path, nargs=2, metavar="FILE")
+    diff.add_argument("files", type=a_path, nargs=2, metavar="FILE")
     add_json(diff)
 
     export = add_command(
         commands, "export", _export, "write an edited model, or its edits as a LoRA adapter", model=True
     )
     export.set_defaults(**of_edits)
-    export.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    export.add_argument("files", type=a_path, nargs="+", metavar="FILE")
+    export.add_argument("--out", type=a_path, required=True, metavar="DIR", help="a new folder")
     export.add_argument("--adapter", action="store_true", help="a LoRA adapter for peft, not the whole model")
     export.add_argument(
-        "--rank", type=int, metavar="N", help="with --adapter: approximate changes of higher rank by this one"
+        "--rank", type=an_integer, metavar="N", help="with --adapter: approximate changes of higher rank by this one"
     )
     export.add_argument("--force", action="store_true", help="even from other weights than the edits were made for")
 
@@ -74,9 +73,6 @@ def _apply(arguments: argparse.Namespace) -> None:
     before = {prompt: generation.complete(model, prompt) for prompt in asked}
     with applying.edited(model, *loaded, force=True):
         after = {prompt: generation.complete(model, prompt) for prompt in asked}
-    console = console_of(arguments)
-    show_table(console, ("prompt", "before", "after"), [(prompt, before[prompt], after[prompt]) for prompt in asked])
-    show_notes(console, dict(zip(arguments.files, loaded, strict=True)))
     write_json(
         arguments.json,
         {
@@ -85,6 +81,9 @@ def _apply(arguments: argparse.Namespace) -> None:
             "completions": [{"prompt": prompt, "before": before[prompt], "after": after[prompt]} for prompt in asked],
         },
     )
+    console = console_of(arguments)
+    show_table(console, ("prompt", "before", "after"), [(prompt, before[prompt], after[prompt]) for prompt in asked])
+    show_notes(console, dict(zip(arguments.files, loaded, strict=True)))
 
 
 def model_of(loaded: Sequence[Edit]) -> str:
@@ -120,14 +119,15 @@ def _diff(arguments: argparse.Namespace) -> None:
     check_places(arguments.json)
     first, second = (edits.load(path) for path in arguments.files)
     found = applying.diff(first, second)
+    write_json(arguments.json, [each.to_json() for each in found])
     console = console_of(arguments)
     if first.base != second.base:
-        console.print("note: these edits were made for different weights", highlight=False)
+        console.print("note: these edits were made for different weights")
     if not found:
         written = [
             ", ".join(str(weight) for weight in by_weight(edit.changes)) or "nothing" for edit in (first, second)
         ]
-        console.print(f"they write into no weight together: {written[0]}; {written[1]}", highlight=False)
+        console.print(f"they write into no weight together: {written[0]}; {written[1]}")
     else:
         rows = [
             (
@@ -138,7 +138,6 @@ def _diff(arguments: argparse.Namespace) -> None:
             for each in found
         ]
         show_table(console, ("layer", "weight", "cos of u", "cos of step", "cos of change", "norm ratio"), rows)
-    write_json(arguments.json, [each.to_json() for each in found])
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechedit.cli.choosing import add_editor, chosen_editor, given_edit_settings, resolved
-from mechedit.cli.options import PRESET, add_command, add_json, add_prompt, add_text
+from mechedit.cli.options import PRESET, a_path, add_command, add_json, add_prompt, add_text, an_integer
 from mechedit.cli.terminal import (
     UsageError,
     check_files,
@@ -47,14 +46,14 @@ def add_editing(commands: Any, editor: str) -> None:
         metavar="FILE",
         help="edit every fact of a JSON file, of `built-in` or of `organism`, each alone, into --out DIR",
     )
-    edit.add_argument("--limit", type=int, metavar="N", help="of --facts, the first N")
+    edit.add_argument("--limit", type=an_integer, metavar="N", help="of --facts, the first N")
     add_editor(edit, editor)
     add_text(edit)
     edit.add_argument(
-        "--moment", type=Path, metavar="FILE", help="of ROME: C from a file of mechedit, or a published .npz"
+        "--moment", type=a_path, metavar="FILE", help="of ROME: C from a file of mechedit, or a published .npz"
     )
     edit.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the edit there (.safetensors); with --facts a folder"
+        "--out", type=a_path, metavar="FILE", help="write the edit there (.safetensors); with --facts a folder"
     )
     add_json(edit)
 
@@ -82,11 +81,11 @@ def _edit(arguments: argparse.Namespace) -> None:
         if arguments.facts:
             return _edit_facts(arguments, model, chosen, editor, settings, prepared, progress)
         made = edit(model, chosen[0], editor, settings, prepared=prepared, progress=progress)
+    written = [edits.save(made, arguments.out)] if arguments.out else []
+    write_json(arguments.json, made.to_json())
     console = console_of(arguments)
     show_edit(console, made.to_json())
-    if arguments.out:
-        show_files(console, [edits.save(made, arguments.out)])
-    write_json(arguments.json, made.to_json())
+    show_files(console, written)
     return None
 
 
@@ -155,7 +154,7 @@ def _prepared(
     if moment is None:
         return None
     for note in moment.notes:
-        console_of(arguments).print(f"note on C: {note}.", markup=False, highlight=False)
+        console_of(arguments).print(f"note on C: {note}.")
     return rome.prepare(model, settings, moment, progress=progress)
 
 
@@ -174,6 +173,10 @@ def _edit_facts(
 
     with keeping(f"finished edits are kept in {arguments.out}"):
         found = edit_facts(model, chosen, arguments.out, editor, settings, prepared, progress=progress)
+    record = [
+        {"file": f"units/{unit(fact)}.safetensors"} | edit.to_json() for fact, edit in zip(chosen, found, strict=True)
+    ]
+    written = write_json(arguments.out / "edits.json", record) + write_json(arguments.json, record)
     console = console_of(arguments)
     rows = [
         (
@@ -187,13 +190,9 @@ def _edit_facts(
     show_table(console, ("prompt", "new target", "P before", "P after", "edited"), rows)
     for edit in found:
         for word in edit.reasons or edit.notes:
-            console.print(f"{edit.fact['prompt']}: {word}", markup=False, highlight=False)
+            console.print(f"{edit.fact['prompt']}: {word}")
     done = sum(bool(edit.changes) for edit in found)
     console.print(f"{done} of {len(found)} facts edited, each alone; their files are in {arguments.out / 'units'}")
-    record = [
-        {"file": f"units/{unit(fact)}.safetensors"} | edit.to_json() for fact, edit in zip(chosen, found, strict=True)
-    ]
-    written = write_json(arguments.out / "edits.json", record)
-    show_files(console, written + write_json(arguments.json, record))
+    show_files(console, written)
     if not done:
         raise edits.EditError(f"none of the {len(found)} facts was edited; why is said above.")

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechedit.cli.choosing import NONE, add_editor, chosen_editor, given_edit_settings, resolved
-from mechedit.cli.options import PRESET, add_command, add_json, add_settings, given_settings
+from mechedit.cli.options import (
+    PRESET,
+    a_number,
+    a_path,
+    add_command,
+    add_json,
+    add_settings,
+    an_integer,
+    given_settings,
+)
 from mechedit.cli.terminal import (
     UsageError,
     check_files,
@@ -47,7 +56,7 @@ def add_evaluating(commands: Any, editor: str) -> None:
     status = add_command(
         commands, "status", _status, "show how far the runs in a folder are; of a sweep, each stage over all cells"
     )
-    status.add_argument("folder", type=Path, metavar="DIR")
+    status.add_argument("folder", type=a_path, metavar="DIR")
     add_json(status)
 
 
@@ -75,7 +84,7 @@ def _add_evaluate(commands: Any, editor: str) -> None:
     )
     evaluate.add_argument(
         "--tfidf",
-        type=Path,
+        type=a_path,
         nargs=2,
         metavar=("IDF.npy", "VOCAB.json"),
         help="with --references: published TF-IDF statistics (default: of the references)",
@@ -85,7 +94,7 @@ def _add_evaluate(commands: Any, editor: str) -> None:
     evaluate.add_argument(
         "--estimate", action="store_true", help="try three records, say what all will take on --workers, and stop"
     )
-    evaluate.add_argument("--out", type=Path, metavar="DIR", help="everything is kept there; run again to resume")
+    evaluate.add_argument("--out", type=a_path, metavar="DIR", help="everything is kept there; run again to resume")
     add_json(evaluate)
 
 
@@ -93,10 +102,10 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=ENGINES, default="local", help="who computes (default: local)")
     parser.add_argument("--address", help="with --engine ray: the cluster's head (default: one started here)")
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="with --engine ray (default, or 0: all there is room for)"
+        "--workers", type=an_integer, metavar="N", help="with --engine ray (default, or 0: all there is room for)"
     )
-    parser.add_argument("--cpus", type=float, metavar="N", help="of each worker (default: 1)")
-    parser.add_argument("--gpus", type=float, metavar="N", help="of each worker (default: 0)")
+    parser.add_argument("--cpus", type=a_number, metavar="N", help="of each worker (default: 1)")
+    parser.add_argument("--gpus", type=a_number, metavar="N", help="of each worker (default: 0)")
 
 
 def _add_sweep(commands: Any, editor: str) -> None:
@@ -111,7 +120,7 @@ def _add_sweep(commands: Any, editor: str) -> None:
     _add_facts(sweep)
     add_settings(sweep, SweepSettings)
     add_editor(sweep, editor, without=("layer", "fact_token", "guard"))
-    sweep.add_argument("--out", type=Path, required=True, metavar="DIR", help="everything is kept there; run again to resume")  # fmt: skip
+    sweep.add_argument("--out", type=a_path, required=True, metavar="DIR", help="everything is kept there; run again to resume")  # fmt: skip
     add_json(sweep)
 
 
@@ -122,8 +131,8 @@ def _add_facts(parser: argparse.ArgumentParser) -> None:
         default="built-in",
         help="records: a JSON file, `built-in` or `organism` (default: built-in)",
     )
-    parser.add_argument("--begin", type=int, default=0, metavar="N", help="leave the first N records out")
-    parser.add_argument("--limit", type=int, metavar="N", help="so many records at most")
+    parser.add_argument("--begin", type=an_integer, default=0, metavar="N", help="leave the first N records out")
+    parser.add_argument("--limit", type=an_integer, metavar="N", help="so many records at most")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -160,7 +169,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             load=load,
             references=references,
         )
-        console.print(str(found), markup=False, highlight=False)
+        console.print(str(found))
         write_json(arguments.json, vars(found) | {"total": found.total})
         return
     with keeping(f"what is finished is kept in {arguments.out}"), progress_bars() as progress:
@@ -178,9 +187,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         )
     source = {"facts": arguments.facts, "begin": arguments.begin}
     result = replace(result, what=result.what | {"source": source})
+    written = [*result.save(arguments.out), *write_json(arguments.json, result.to_json())]
     _show(console, result)
-    written = result.save(arguments.out)
-    show_files(console, written + write_json(arguments.json, result.to_json()))
+    show_files(console, written)
 
 
 def _check(arguments: argparse.Namespace, settings: EvaluateSettings) -> None:
@@ -272,7 +281,7 @@ def _show(console: Console, result: Evaluation) -> None:
     without = [fact for fact in result.facts if fact["reason"]]
     if without:
         have = "record has" if len(without) == 1 else "records have"
-        console.print(f"{len(without)} {have} a note; the first is about {without[0]['subject']}: {without[0]['reason']}", markup=False, highlight=False)  # fmt: skip
+        console.print(f"{len(without)} {have} a note; the first is about {without[0]['subject']}: {without[0]['reason']}")  # fmt: skip
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
@@ -290,6 +299,9 @@ def _sweep(arguments: argparse.Namespace) -> None:
     base = editor.settings(**given)
     with keeping(f"what is finished is kept in {arguments.out}"), progress_bars() as progress:
         found = sweeping.sweep(model, chosen, arguments.out, settings, editor, base, progress=progress)
+    record = found.to_json()
+    written = [*write_json(arguments.out / "sweep.json", record), found.save_csv(arguments.out / "sweep.csv")]
+    written += write_json(arguments.json, record) + figures.write(sweeping.sweep_maps(found), arguments.out / "sweep")
     console = console_of(arguments)
     rows = [
         (str(layer), *(f"{100 * value:.0f}" if value == value else "" for value in line))
@@ -299,12 +311,8 @@ def _sweep(arguments: argparse.Namespace) -> None:
     few = f", {FEW} or more make its interval worth reading" if len(chosen) < FEW else ""
     console.print(
         f"rank correlation of S with the trace's indirect effect, over layers and tokens: {found.correlation('S')} ({len(chosen)} facts{few})",
-        highlight=False,
     )
-    written = figures.write(sweeping.sweep_maps(found), arguments.out / "sweep")
-    record = found.to_json()
-    written += [*write_json(arguments.out / "sweep.json", record), found.save_csv(arguments.out / "sweep.csv")]
-    show_files(console, written + write_json(arguments.json, record))
+    show_files(console, written)
 
 
 def _status(arguments: argparse.Namespace) -> None:

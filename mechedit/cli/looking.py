@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mechedit.benchmarks.fetch import FILES
-from mechedit.cli.options import add_command, add_json, add_prompt
+from mechedit.cli.options import a_path, add_command, add_json, add_prompt
 from mechedit.cli.terminal import (
     console_of,
     keeping,
@@ -19,6 +19,7 @@ from mechedit.cli.terminal import (
     show_table,
     write_json,
 )
+from mechedit.wording import visible
 
 __all__ = ["add_looking"]
 
@@ -28,7 +29,7 @@ def add_looking(commands: Any) -> None:
     inspect = add_command(
         commands, "inspect", _inspect, "show what is in an edit, trace or moment file; no model is loaded"
     )
-    inspect.add_argument("file", type=Path, metavar="FILE")
+    inspect.add_argument("file", type=a_path, metavar="FILE")
     add_json(inspect)
 
     audit = add_command(
@@ -50,7 +51,7 @@ def add_looking(commands: Any) -> None:
 
     fetch = add_command(commands, "fetch", _fetch, "download published data sets from their official address")
     fetch.add_argument("names", nargs="+", choices=tuple(FILES), metavar="NAME", help=f"any of {', '.join(FILES)}")
-    fetch.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where they go (default: here)")
+    fetch.add_argument("--out", type=a_path, default=Path(), metavar="DIR", help="where they go (default: here)")
 
     doctor = add_command(commands, "doctor", _doctor, "check that this installation works")
     add_json(doctor)
@@ -95,16 +96,19 @@ def _audit(arguments: argparse.Namespace) -> None:
     )
     console = console_of(arguments)
     found = prompts.audit(load_model(arguments), fact)
-    console.print(str(found), markup=False, highlight=False)
-    console.print("* marks the subject" + ("" if found.notes else "; nothing looks wrong"), highlight=False)
+    for line in found.lines:
+        console.print(line)
+    console.print("* marks the subject" + ("" if found.notes else "; nothing looks wrong"))
 
 
 def _models(arguments: argparse.Namespace) -> None:
+    from rich.text import Text
+
     from mechedit import models
 
     console = console_of(arguments)
     if arguments.check:
-        with console.status(f"comparing {arguments.check} with Hugging Face"):
+        with console.status(Text(f"comparing {visible(arguments.check)} with Hugging Face")):
             largest = models.parity(arguments.check)
         verdict = "equal" if largest <= models.PARITY else "DIFFERENT"
         console.print(

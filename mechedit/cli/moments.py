@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechedit.cli.options import add_command, add_json, add_settings, add_text, given_settings
+from mechedit.cli.options import a_path, add_command, add_json, add_settings, add_text, an_integer, given_settings
 from mechedit.cli.terminal import (
     UsageError,
     check_files,
@@ -33,7 +33,11 @@ def add_moments(commands: Any) -> None:
         commands, "moments", _moments, "estimate C, the second moment of a layer's keys, into the cache", model=True
     )
     moments.add_argument(
-        "--layer", type=int, nargs="+", default=[-1], help="blocks, from 0, in one pass (default: the model's preset)"
+        "--layer",
+        type=an_integer,
+        nargs="+",
+        default=[-1],
+        help="blocks, from 0, in one pass (default: the model's preset)",
     )
     add_text(moments)
     moments.add_argument(
@@ -42,14 +46,14 @@ def add_moments(commands: Any) -> None:
     for name, default in (("config", None), ("split", "train"), ("column", "text"), ("revision", None)):
         moments.add_argument(f"--{name}", default=default, help=f"of the dataset (default: {default or 'its own'})")
     add_settings(moments, MomentSettings)
-    moments.add_argument("--out", type=Path, metavar="FILE", help="also write it there (.safetensors); of one layer")
+    moments.add_argument("--out", type=a_path, metavar="FILE", help="also write it there (.safetensors); of one layer")
     add_json(moments)
 
     merge = add_command(
         commands, "merge", _merge, "put second moments of parts of a text, or of several texts, together"
     )
-    merge.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    merge.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the whole goes (.safetensors)")
+    merge.add_argument("files", nargs="+", type=a_path, metavar="FILE")
+    merge.add_argument("--out", type=a_path, required=True, metavar="FILE", help="where the whole goes (.safetensors)")
     add_json(merge)
 
 
@@ -76,13 +80,13 @@ def _moments(arguments: argparse.Namespace) -> None:
     kept = keeping("what is summed so far is kept in the cache")
     with kept, progress_bars() as progress:
         found = moments.estimate_layers(model, layers, texts, settings, progress=progress)
+    written = [found[layers[0]].save(arguments.out)] if arguments.out else []
+    records = [moment.to_json() for moment in found.values()]
+    write_json(arguments.json, records[0] if len(records) == 1 else records)
     console = console_of(arguments)
     for moment in found.values():
         show_moment(console, moment)
-    if arguments.out:
-        show_files(console, [found[layers[0]].save(arguments.out)])
-    records = [moment.to_json() for moment in found.values()]
-    write_json(arguments.json, records[0] if len(records) == 1 else records)
+    show_files(console, written)
 
 
 def _merge(arguments: argparse.Namespace) -> None:
@@ -90,7 +94,8 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     check_places(arguments.json, arguments.out)
     whole = moments.merge([moments.Moment.load(path) for path in arguments.files])
+    written = [whole.save(arguments.out)]
+    write_json(arguments.json, whole.to_json())
     console = console_of(arguments)
     show_moment(console, whole)
-    show_files(console, [whole.save(arguments.out)])
-    write_json(arguments.json, whole.to_json())
+    show_files(console, written)

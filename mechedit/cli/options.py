@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mechedit.settings import (
-    PREFIXES,
-    knobs,
-)
+from mechedit.settings import PREFIXES, knobs
+from mechedit.wording import meant, visible
 
 __all__ = [
     "DEFAULT_MODEL",
     "PRESET",
     "Parser",
+    "a_number",
+    "a_path",
     "add_command",
     "add_json",
     "add_prompt",
     "add_settings",
     "add_text",
+    "an_integer",
+    "check_texts",
     "given_settings",
+    "options_of",
 ]
 
 DEFAULT_MODEL = "gemma-3-270m"
@@ -36,7 +40,55 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **named})
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}. `{self.prog} --help` lists the options.\n")
+        self.exit(2, visible(f"{self.prog}: {message}. `{self.prog} --help` lists the options.") + "\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            every = ", ".join(map(str, action.choices))
+            near = meant(str(value), map(str, action.choices))
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r} (choose from {every}){near}")
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """The options that a command has."""
+    return list(parser._option_string_actions)
+
+
+def check_texts(arguments: argparse.Namespace) -> None:
+    """End the command, in a line, where an argument that is text was given in bytes that are no UTF-8. A file may be called so."""
+    for name, value in vars(arguments).items():
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+                arguments.parser.error(f"{name.replace('_', '-')} must be text in UTF-8; found {text!r}")
+
+
+def a_path(text: str) -> Path:
+    """A path as an option gives it: something, without NUL."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} names no file or folder")
+    return Path(text)
+
+
+def a_number(text: str) -> float:
+    """A number as an option gives it: finite."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
+    return found
+
+
+def an_integer(text: str) -> int:
+    """A whole number as an option gives it, of a size that counts something."""
+    try:
+        found = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from error
+    if abs(found) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is larger than any number that counts something here")
+    return found
 
 
 def add_command(
@@ -76,14 +128,14 @@ def add_prompt(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
     )
     parser.add_argument("--subject", required=required, help="the subject, letter for letter as in the prompt")
     parser.add_argument(
-        "--occurrence", type=int, help="which appearance of the subject, from 0, where there are several"
+        "--occurrence", type=an_integer, help="which appearance of the subject, from 0, where there are several"
     )
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text",
-        type=Path,
+        type=a_path,
         nargs="+",
         default=[],
         metavar="FILE",
@@ -93,7 +145,7 @@ def add_text(parser: argparse.ArgumentParser) -> None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the result as JSON there; - for standard output"
+        "--json", type=a_path, metavar="FILE", help="write the result as JSON there; - for standard output"
     )
 
 
@@ -118,7 +170,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, without: Seque
         else:
             parser.add_argument(
                 flag,
-                type=type(default),
+                type={int: an_integer, float: a_number}.get(type(default), type(default)),
                 choices=choices or None,
                 metavar=None if choices else type(default).__name__.upper()[:5],
                 help=(text + shown).replace("%", "%%"),
@@ -144,15 +196,15 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in _names(text))
-    except ValueError as error:
+        return tuple(a_number(part) for part in _names(text))
+    except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.5,1") from error
 
 
 def _integers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in _names(text))
-    except ValueError as error:
+        return tuple(an_integer(part) for part in _names(text))
+    except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 3,4,5") from error
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechedit.errors import MecheditError
-from mechedit.settings import (
-    KINDS,
-)
+from mechedit.settings import KINDS
+from mechedit.wording import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +34,9 @@ __all__ = [
     "console_of",
     "keeping",
     "load_model",
+    "no_more",
     "progress_bars",
+    "screen",
     "show_average",
     "show_edit",
     "show_files",
@@ -42,6 +45,7 @@ __all__ = [
     "show_sites",
     "show_table",
     "show_trace",
+    "tolerant",
     "write_json",
 ]
 
@@ -51,15 +55,52 @@ SECONDS_A_LINE = 15.0  # between lines of progress where there is no terminal
 
 def console_of(arguments: argparse.Namespace) -> Console:
     """Where people read: standard output, or standard error where standard output is for JSON."""
-    from rich.console import Console
+    return screen(stderr=_is_standard(getattr(arguments, "json", None)))
 
-    return Console(stderr=str(getattr(arguments, "json", None)) == "-", soft_wrap=False)
+
+def _is_standard(path: Path | None) -> bool:
+    """Whether JSON goes to standard output."""
+    return str(path) in ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
+
+def screen(*, stderr: bool) -> Console:
+    """A console on which text is text: brackets are no markup, and what a terminal would obey is written out (`wording.visible`).
+
+    A string is shown in one line. Where the reader has gone (`| head`), the rest is dropped and the command goes on to its end.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    class Screen(Console):
+        def render_str(self, text: str, **how: Any) -> Text:
+            style, justify, overflow = how.get("style", ""), how.get("justify"), how.get("overflow")
+            return Text(visible(text), style=style, justify=justify, overflow=overflow)
+
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            no_more(sys.stderr if stderr else sys.stdout)
+
+    return Screen(stderr=stderr, soft_wrap=False, markup=False, emoji=False, highlight=False)
+
+
+def no_more(stream: Any) -> None:
+    """Let what is still written to a stream whose reader has gone vanish."""
+    with suppress(OSError, ValueError):  # a stream without a number, in tests say
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def tolerant(*streams: Any) -> None:
+    """Let streams write out what their encoding has no character for."""
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
     """A bar on standard error for each step that lasts, with the time left; a line now and then where that is no terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
@@ -67,19 +108,19 @@ def progress_bars() -> Iterator[Progress]:
         yield _progress_lines()
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("left", markup=False),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+    with Bars(*columns, console=screen(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, of: int) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=of)
+                tasks[what] = bars.add_task(visible(what), total=of)
             bars.update(tasks[what], completed=done, total=of)
 
         yield report
@@ -96,7 +137,7 @@ def _progress_lines() -> Progress:
             begun.add(what)
             if done == of:
                 begun.remove(what)
-            sys.stderr.write(f"{what}: {done} of {of}\n")
+            sys.stderr.write(f"{visible(what)}: {done} of {of}\n")
             sys.stderr.flush()
 
     return report
@@ -113,9 +154,10 @@ def keeping(kept: str) -> Iterator[None]:
 
 def load_model(arguments: argparse.Namespace) -> HookedModel:
     from rich.console import Console
+    from rich.text import Text
 
-    # The stream itself, because loading silences standard error.
-    with Console(file=sys.stderr).status(f"loading {arguments.model} (the first time converts or downloads it)"):
+    what = Text(f"loading {visible(arguments.model)} (the first time converts or downloads it)")
+    with Console(file=sys.stderr).status(what):  # the stream itself, because loading silences standard error
         import torch
 
         from mechedit import models
@@ -132,8 +174,6 @@ def show_trace(console: Console, trace: Trace, kinds: Sequence[str] = KINDS) -> 
 
     console.print(
         f"{trace.label} = {trace.p_clean:.3f} clean, {trace.p_corrupted:.3f} corrupted; traced in {trace.seconds:.1f} s",
-        markup=False,
-        highlight=False,
     )
     begin, end = trace.subject_range
     percent = measures.of(trace.settings).share
@@ -166,7 +206,7 @@ def show_trace(console: Console, trace: Trace, kinds: Sequence[str] = KINDS) -> 
                         style=f"{'bold white' if share > 0.5 else 'default'} {f'on color({_SHADES[int(share * (len(_SHADES) - 1))]})' if share > 0.1 else ''}",
                     )
                 )
-            table.add_row(Text(repr(token) + ("*" if begin <= position < end else "")), *cells)
+            table.add_row(repr(token) + ("*" if begin <= position < end else ""), *cells)
         console.print(table)
 
 
@@ -176,7 +216,7 @@ def show_sites(console: Console, found: Trace | Average) -> None:
 
     for name, find in (("early", sites.early), ("late", sites.late)):
         with suppress(sites.SiteError):
-            console.print(f"{name} site: {find(found)}", markup=False, highlight=False)
+            console.print(f"{name} site: {find(found)}")
 
 
 _SHADES = (22, 28, 34, 34, 40)
@@ -196,13 +236,11 @@ def show_edit(console: Console, edit: dict[str, Any]) -> None:
         f"{edit['editor']} in {edit['seconds']:.1f} s: {weights} of layer {edit['layer']}, update norm {report['update_norm']:.3g} "
         f"({report['relative_norm']:.1%} of the weight's); {', '.join([*own, ''])}perplexity of other text x {report['perplexity_ratio']:.3f}, "
         f"KL after '{edit['subject']} is a' {report['essence_kl']:.2f}",
-        markup=False,
-        highlight=False,
     )
     for reason in edit["reasons"]:
-        console.print(f"out of its band: {reason}", markup=False, highlight=False)
+        console.print(f"out of its band: {reason}")
     for note in edit["notes"]:
-        console.print(f"note: {note}.", markup=False, highlight=False)
+        console.print(f"note: {note}.")
 
 
 _REPORTED = {"cond_C": "cond(C)", "divisor_share": "divisor share"}
@@ -213,7 +251,7 @@ def show_notes(console: Console, named: Mapping[Path, Edit]) -> None:
     """What makes any of these edits less than one."""
     for path, edit in named.items():
         for note in edit.notes:
-            console.print(f"note on {path}: {note}.", markup=False, highlight=False)
+            console.print(f"note on {path}: {note}.")
 
 
 def show_average(console: Console, mean: Average) -> None:
@@ -238,7 +276,7 @@ def show_average(console: Console, mean: Average) -> None:
 def show_moment(console: Console, moment: Moment) -> None:
     show_table(console, ("", "second moment"), [(name, json.dumps(value)) for name, value in moment.to_json().items()])
     for note in moment.notes:
-        console.print(f"note: {note}.", markup=False, highlight=False)
+        console.print(f"note: {note}.")
 
 
 def show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -248,9 +286,9 @@ def show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[
     table = Table()
     names = max((len(row[0]) for row in rows), default=0) <= 30  # short first cells are names, which are copied whole
     for index, name in enumerate(header):
-        table.add_column(Text(name), overflow="fold", no_wrap=names and index == 0)
+        table.add_column(Text(visible(name)), overflow="fold", no_wrap=names and index == 0)
     for row in rows:
-        table.add_row(*(Text(cell, overflow="fold") for cell in row))
+        table.add_row(*(Text(visible(cell), overflow="fold") for cell in row))
     console.print(table)
 
 
@@ -258,7 +296,7 @@ def show_files(console: Console, paths: Sequence[Path]) -> None:
     if paths:
         console.print("wrote")
     for path in paths:
-        console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {path}", soft_wrap=True)
 
 
 def check_places(*paths: Path | None) -> None:
@@ -266,7 +304,7 @@ def check_places(*paths: Path | None) -> None:
     from mechedit.cache import check_writable
 
     for path in paths:
-        if path is not None and str(path) != "-":
+        if path is not None and not _is_standard(path):
             check_writable(path)
 
 
@@ -282,15 +320,23 @@ def write_json(path: Path | None, record: Any) -> list[Path]:
     """Write the result as JSON, where it is wanted; the file written, if any."""
     if path is None:
         return []
-    from mechedit.cache import atomic_write, plain
+    from mechedit.cache import atomic_write
 
-    text = json.dumps(plain(record), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-    if str(path) == "-":
-        sys.stdout.write(text)
+    if _is_standard(path):
+        sys.stdout.write(_json(record, is_utf=(sys.stdout.encoding or "").lower().startswith("utf")))
+        sys.stdout.flush()
         return []
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(_json(record, is_utf=True), encoding="utf-8")
     return [path]
+
+
+def _json(record: Any, *, is_utf: bool) -> str:
+    """The record as text that any reader of JSON takes; half a surrogate pair, and what another encoding lacks, is escaped."""
+    from mechedit.cache import plain
+
+    text = json.dumps(plain(record), ensure_ascii=not is_utf, indent=1, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class UsageError(MecheditError, ValueError):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechedit.cli.options import add_command, add_json, add_prompt, add_settings, given_settings
+from mechedit.cli.options import a_path, add_command, add_json, add_prompt, add_settings, an_integer, given_settings
 from mechedit.cli.terminal import (
     UsageError,
     check_files,
@@ -38,7 +38,7 @@ def add_tracing(commands: Any) -> None:
     demo = add_command(commands, "demo", _demo, "trace and edit one fact, and show what happened", model=True)
     demo.add_argument(
         "--out",
-        type=Path,
+        type=a_path,
         default=Path("mechedit-demo"),
         metavar="DIR",
         help="folder for pictures, trace and edit (default: mechedit-demo)",
@@ -53,7 +53,7 @@ def add_tracing(commands: Any) -> None:
         metavar="FILE",
         help="trace every fact of a JSON file, of `built-in` or of `organism`, into --out, and average",
     )
-    trace.add_argument("--limit", type=int, metavar="N", help="with --facts: the first N that remain")
+    trace.add_argument("--limit", type=an_integer, metavar="N", help="with --facts: the first N that remain")
     trace.add_argument(
         "--unknown", action="store_true", help="with --facts: keep facts whose answer the model does not put first"
     )
@@ -62,7 +62,7 @@ def add_tracing(commands: Any) -> None:
     )
     add_settings(trace, TraceSettings)
     trace.add_argument(
-        "--out", type=Path, metavar="DIR", help="write heat maps and traces there; a run over facts resumes from it"
+        "--out", type=a_path, metavar="DIR", help="write heat maps and traces there; a run over facts resumes from it"
     )
     add_json(trace)
 
@@ -74,7 +74,7 @@ def add_tracing(commands: Any) -> None:
         "--role", default="subject_last", choices=ROLES, help="token role that is restored (default: subject_last)"
     )
     add_settings(sever, TraceSettings, without=("kinds", "window", "centre", "roles"))  # of grids
-    sever.add_argument("--out", type=Path, metavar="DIR", help="write the curves, as picture and as file, there")
+    sever.add_argument("--out", type=a_path, metavar="DIR", help="write the curves, as picture and as file, there")
     add_json(sever)
 
 
@@ -89,19 +89,25 @@ def _demo(arguments: argparse.Namespace) -> None:
     model = load_model(arguments)
     console.rule("1. Where does the model recall it?")
     said, _, p = scoring.top(model, fact.prompt, 1)[0]
-    console.print(f"{fact.prompt!r}\ntop answer {said!r} with P = {p:.3f}", markup=False, highlight=False)
+    console.print(repr(fact.prompt))
+    console.print(f"top answer {said!r} with P = {p:.3f}")
     with progress_bars() as progress:
         trace = tracing.trace(model, fact, progress=progress)
+    written = [
+        trace.save(out / "trace.safetensors"),
+        *figures.save(trace, out),
+        *write_json(out / "trace.json", trace.to_json()),
+    ]
     show_trace(console, trace, ("mlp",))
     show_sites(console, trace)
 
     console.rule(f"2. Rewrite it there: {fact.target_true} → {fact.target_new}")
     with progress_bars() as progress:
         edit = rome.edit(model, fact, progress=progress)
+    written += [edits.save(edit, out / "edit.safetensors"), *write_json(out / "edit.json", edit.to_json())]
     console.print(
         f"The trace shows where this fact passes. ROME writes at layer {edit.settings['layer']}, where edits of other facts did best: "
         "the best layers of both need not be one.",
-        highlight=False,
     )
     show_edit(console, edit.to_json())
 
@@ -121,14 +127,6 @@ def _demo(arguments: argparse.Namespace) -> None:
     show_table(console, ("", "prompt", f"before: P({fact.target_true}) / P({fact.target_new})", "after"), rows)
     show_table(console, ("", f"{story} …"), [("before", text_before), ("after", text_after)])
 
-    written = [
-        *figures.save(trace, out),
-        trace.save(out / "trace.safetensors"),
-        edits.save(edit, out / "edit.safetensors"),
-    ]
-    for name, record in (("trace.json", trace.to_json()), ("edit.json", edit.to_json())):
-        write_json(out / name, record)
-        written.append(out / name)
     show_files(console, written)
 
 
@@ -154,20 +152,19 @@ def _trace(arguments: argparse.Namespace) -> None:
     statistics = _statistics(arguments, model, [fact])
     with progress_bars() as progress:
         trace = tracing.trace(model, fact, settings, statistics=statistics, other=arguments.other, progress=progress)
+    written = [trace.save(arguments.out / "trace.safetensors"), *figures.save(trace, arguments.out)] if arguments.out else []  # fmt: skip
+    record, error = trace.to_json(), None
+    if not accuracy.is_exact(settings):
+        error = accuracy.sample_error(model, fact, settings, statistics=statistics, other=arguments.other)
+        record["error"] = vars(error)
+    written += write_json(arguments.json, record)
     console = console_of(arguments)
     show_trace(console, trace)
     for note in prompts.audit(model, fact, prepend_bos=settings.prepend_bos).notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(f"note: {note}")
     show_sites(console, trace)
-    record = trace.to_json()
-    if not accuracy.is_exact(settings):
-        error = accuracy.sample_error(model, fact, settings, statistics=statistics, other=arguments.other)
-        console.print(
-            f"what fewer draws or bfloat16 cost, against ten draws in the model's own format, {error}", highlight=False
-        )
-        record["error"] = vars(error)
-    written = [*figures.save(trace, arguments.out), trace.save(arguments.out / "trace.safetensors")] if arguments.out else []  # fmt: skip
-    written += write_json(arguments.json, record)
+    if error is not None:
+        console.print(f"what fewer draws or bfloat16 cost, against ten draws in the model's own format, {error}")
     show_files(console, written)
     return None
 
@@ -226,7 +223,7 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
     with progress_bars() as progress:
         if not arguments.unknown:
             kept = runs.known(model, chosen, prepend_bos=settings.prepend_bos, progress=progress)
-            console.print(f"the model knows {len(kept)} of {len(chosen)} facts", highlight=False)
+            console.print(f"the model knows {len(kept)} of {len(chosen)} facts")
             chosen = kept
         chosen = chosen[: arguments.limit]
         if len(chosen) < 2:
@@ -235,7 +232,7 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
         pairs = runs.partners(model, chosen, settings)
         there = runs.finished(pairs, arguments.out)
         if there:
-            console.print(f"{there} of {len(chosen)} facts are in {arguments.out} already", highlight=False)
+            console.print(f"{there} of {len(chosen)} facts are in {arguments.out} already")
         try:
             traces = runs.trace_facts(model, chosen, arguments.out, settings, statistics=statistics, progress=progress)
         except KeyboardInterrupt:
@@ -244,18 +241,17 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
                 f"{there} of {len(chosen)} facts are kept in {arguments.out}; the same command goes on from there"
             ) from None
     mean = average(traces, seed=settings.seed)
+    written = write_json(arguments.out / "average.json", mean.to_json()) + write_json(arguments.json, mean.to_json())
+    written += figures.save_average(mean, arguments.out)
     if not accuracy.is_exact(settings) and settings.corruption != "tokens":
         error = accuracy.sample_error(model, chosen[0], settings, statistics=statistics)
         console.print(
             f"what fewer draws or bfloat16 cost {chosen[0].prompt!r}, against ten draws in the model's own format, {error}",
-            markup=False,
-            highlight=False,
         )
     console.print(f"{mean.n} facts. clean {mean.clean}, corrupted {mean.corrupted}, total effect {mean.total}")
     show_average(console, mean)
     show_sites(console, mean)
-    written = figures.save_average(mean, arguments.out) + write_json(arguments.out / "average.json", mean.to_json())
-    show_files(console, written + write_json(arguments.json, mean.to_json()))
+    show_files(console, written)
 
 
 def _sever(arguments: argparse.Namespace) -> None:
@@ -269,11 +265,13 @@ def _sever(arguments: argparse.Namespace) -> None:
     model = load_model(arguments)
     with progress_bars() as progress:
         found = severed(model, fact, settings, role=arguments.role, other=arguments.other, progress=progress)
+    written = []
+    if arguments.out:
+        written = [found.save(arguments.out / "severed.safetensors"), *figures.save_severed([found], arguments.out)]
+    write_json(arguments.json, found.to_json())
     console = console_of(arguments)
     console.print(
         f"{found.prompt!r}, answer {found.answer.strip()!r}: {found.p_clean:.3f} clean, {found.p_corrupted:.3f} corrupted",
-        markup=False,
-        highlight=False,
     )
     means = {name: curve.mean(-1).tolist() for name, curve in found.curves.items()}
     show_table(
@@ -281,7 +279,4 @@ def _sever(arguments: argparse.Namespace) -> None:
         ("layer", *(SEVERED_TITLES[name] for name in means)),
         [(str(layer), *(f"{curve[layer]:.3f}" for curve in means.values())) for layer in range(len(means["ordinary"]))],
     )
-    if arguments.out:
-        path = found.save(arguments.out / "severed.safetensors")
-        show_files(console, [*figures.save_severed([found], arguments.out), path])
-    write_json(arguments.json, found.to_json())
+    show_files(console, written)

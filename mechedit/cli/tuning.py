@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from mechedit.cli.choosing import DEFAULT_EDITOR, chosen_editor, settings_of
-from mechedit.cli.options import add_command, add_json, add_settings, given_settings
+from mechedit.cli.options import a_path, add_command, add_json, add_settings, an_integer, given_settings
 from mechedit.cli.terminal import (
     UsageError,
     check_places,
@@ -28,7 +27,7 @@ def add_tuning(commands: Any, editor: str) -> None:
     """tune"""
     tune = add_command(commands, "tune", _tune, "propose a layer and options of an editor for a model", model=True)
     tune.add_argument("--facts", metavar="FILE", default="built-in", help="facts with new targets (default: built-in)")
-    tune.add_argument("--begin", type=int, default=0, metavar="N", help="leave the first N out, to report on")
+    tune.add_argument("--begin", type=an_integer, default=0, metavar="N", help="leave the first N out, to report on")
     tune.add_argument(
         "--editor", default=DEFAULT_EDITOR, metavar="NAME", help=f"whose options are tried (default: {DEFAULT_EDITOR})"
     )
@@ -42,7 +41,7 @@ def add_tuning(commands: Any, editor: str) -> None:
     )
     add_settings(tune, TuneSettings, without=("grid",))
     tune.set_defaults(edit_settings=settings_of(editor))
-    tune.add_argument("--out", type=Path, required=True, metavar="DIR", help="every trace and edit is kept there")
+    tune.add_argument("--out", type=a_path, required=True, metavar="DIR", help="every trace and edit is kept there")
     add_json(tune)
 
 
@@ -61,8 +60,9 @@ def _tune(arguments: argparse.Namespace) -> None:
     model = load_model(arguments)
     with keeping(f"finished traces and edits are kept in {arguments.out}"), progress_bars() as progress:
         found = tuning.tune(model, chosen[arguments.begin :], arguments.out, settings, editor, progress=progress)
+    written = write_json(arguments.out / "tuned.json", found.to_json()) + write_json(arguments.json, found.to_json())
     console = console_of(arguments)
-    console.print(f"traced {found.traced} facts; early site: {found.site}", markup=False, highlight=False)
+    console.print(f"traced {found.traced} facts; early site: {found.site}")
     names = ("ES", "PS", "NS", "S", "relative_norm", "perplexity_ratio", "within")
     tried = list(found.rows[0].tried)
     rows = [
@@ -76,10 +76,8 @@ def _tune(arguments: argparse.Namespace) -> None:
         + " ".join(f"--{name.replace('_', '-')} {_said(getattr(found.settings, name))}" for name in options)
         if found.worked
         else "no edit succeeded, so nothing is proposed; try other values (--try), or more layers (--around)",
-        highlight=False,
     )
-    written = write_json(arguments.out / "tuned.json", found.to_json())
-    show_files(console, written + write_json(arguments.json, found.to_json()))
+    show_files(console, written)
 
 
 def _said(value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from mechedit import prompts
 from mechedit.benchmarks import texts
 from mechedit.benchmarks.benchmark import Benchmark, of
+from mechedit.errors import ManyMistakes
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
 from mechedit.records import listed
@@ -41,7 +42,7 @@ def check_records(records: Sequence[Any], benchmark: Benchmark | None = None) ->
         if (first := seen.setdefault(record_unit(record, benchmark), index)) != index:
             wrong.append(f"{name} says what {names[first]} says; give each once.")
     if wrong:
-        raise FactError(listed(wrong))
+        raise ManyMistakes(listed(wrong))
     return benchmark
 
 

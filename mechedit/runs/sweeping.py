@@ -20,7 +20,8 @@ from mechedit.benchmarks.metrics import SUCCESSES, harmonic
 from mechedit.cache import atomic_write
 from mechedit.editing import Editor
 from mechedit.editors import named
-from mechedit.facts import Fact, FactError
+from mechedit.errors import ManyMistakes
+from mechedit.facts import Fact
 from mechedit.models import HookedModel, check_layer
 from mechedit.progress import Progress, silent
 from mechedit.records import listed
@@ -120,7 +121,7 @@ def check_complete(facts: Sequence[Fact]) -> None:
         if (missing := [name for name in ("paraphrases", "neighbours") if not getattr(fact, name)])
     ]
     if wrong:
-        raise FactError(f"a sweep needs ES, PS and NS of every fact:\n{listed(wrong)}")
+        raise ManyMistakes(["a sweep needs ES, PS and NS of every fact:", *listed(wrong)])
 
 
 def sweep(
