@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -31,12 +31,15 @@ __all__ = [
     "Statistics",
     "corrupt",
     "describe",
+    "drawn_std",
     "gaussian",
     "generator",
+    "has_fixed_std",
     "multivariate",
     "multivariate_published",
     "needed",
     "partner",
+    "span",
     "statistics",
     "student_t",
     "student_t_published",
@@ -57,10 +60,19 @@ class Statistics:
     mean: Float[Tensor, " d_model"] | None = None
     covariance: Float[Tensor, "d_model d_model"] | None = None
 
+    @property
+    def about_mean(self) -> float:
+        """The root mean square of the entries of embeddings less their mean: sigma without what the mean's entries differ by."""
+        return self.sigma if self.covariance is None else float(self.covariance.double().diagonal().mean()) ** 0.5
+
 
 @dataclass(frozen=True)
 class Noise:
-    """What a family makes noise from: how much of it, its scale, and a seeded stream of random numbers on the CPU."""
+    """What a family makes noise from: how much of it, its scale, and a seeded stream of random numbers on the CPU.
+
+    `scale` is in the units of embeddings, sigma times what the settings say; noise of the embeddings' own covariance has
+    the factor `scale / statistics.sigma`, which is 1 for noise just as large as embeddings are.
+    """
 
     draws: int
     tokens: int
@@ -90,8 +102,8 @@ def uniform(noise: Noise) -> Float[Tensor, "draws tokens d_model"]:
 
 
 def multivariate(noise: Noise) -> Float[Tensor, "draws tokens d_model"]:
-    """Normal with the embeddings' covariance and mean zero, times `scale`."""
-    return noise.scale * noise.normal() @ _root(noise).T
+    """Normal with mean zero and the embeddings' covariance, times (`scale` / sigma) squared."""
+    return noise.scale / noise.statistics.sigma * noise.normal() @ _root(noise).T
 
 
 def multivariate_published(noise: Noise) -> Float[Tensor, "draws tokens d_model"]:
@@ -100,7 +112,10 @@ def multivariate_published(noise: Noise) -> Float[Tensor, "draws tokens d_model"
 
 
 def student_t(noise: Noise) -> Float[Tensor, "draws tokens d_model"]:
-    """Multivariate Student-t of `degrees` degrees of freedom with mean zero, times `scale`; its chi-squares drawn afresh."""
+    """`multivariate` noise over the root of a chi-square by its `degrees`, drawn afresh for each token: Student-t.
+
+    Its covariance is that of `multivariate`, times degrees / (degrees - 2) where there are more than two.
+    """
     normal = multivariate(noise)
     gamma = torch.distributions.Gamma(noise.degrees / 2, 0.5)
     with torch.random.fork_rng(devices=[]):  # distributions take no generator
@@ -194,14 +209,20 @@ def corrupt(
     `other` is the subject that takes the subject's place where `settings.corruption` is "tokens".
 
     Raises:
-        CorruptionError: tokens to replace without an equally long `other`; noise of another shape than asked for.
+        CorruptionError: tokens to replace without an equally long `other`, or another subject without a corruption that
+            takes it; noise of another shape than asked for.
     """
+    if other is not None and (settings.corruption != "tokens" or family is not None):
+        raise CorruptionError(
+            f"another subject ({other!r}) takes the subject's place with corruption \"tokens\" alone; this is "
+            f"{describe(settings, statistics, family, None)}. Leave `other` out, or set corruption to \"tokens\"."
+        )
     clean = embed(model, torch.tensor([prompt.ids], device=device_of(model)))[0].float().cpu()
     if settings.corruption == "tokens" and family is None:
         return _replaced(model, fact, prompt, other), 0.0
     family = family or FAMILIES[settings.corruption]
     unit = 1.0 if settings.scale == "absolute" else statistics.sigma
-    begin, end = prompt.subject[0], min(prompt.subject[1] + settings.extra, len(prompt.ids))
+    begin, end = span(prompt, settings)
     noise = family(
         Noise(
             draws=settings.draws,
@@ -209,7 +230,7 @@ def corrupt(
             d_model=clean.shape[1],
             scale=settings.noise * unit,
             degrees=settings.degrees,
-            statistics=statistics,
+            statistics=_of_scale(statistics, settings),
             stream=generator(settings.seed, "noise", fact.prompt, fact.subject),
         )
     )
@@ -224,6 +245,61 @@ def corrupt(
     corrupted = clean.repeat(settings.draws, 1, 1)
     corrupted[:, begin:end] = noise if settings.replace else clean[begin:end] + noise
     return corrupted, settings.noise * unit
+
+
+def span(prompt: Prompt, settings: TraceSettings) -> tuple[int, int]:
+    """The range [begin, end) of positions that are corrupted."""
+    return prompt.subject[0], min(prompt.subject[1] + settings.extra, len(prompt.ids))
+
+
+def _of_scale(statistics: Statistics, settings: TraceSettings) -> Statistics:
+    """What a factor of one stands for: covariance as embeddings have it or, in absolute units, of entries as large as one."""
+    return replace(statistics, sigma=statistics.about_mean) if settings.scale == "absolute" else statistics
+
+
+@torch.no_grad()
+def drawn_std(
+    model: HookedModel,
+    prompt: Prompt,
+    settings: TraceSettings,
+    corrupted: Float[Tensor, "draws pos d_model"],
+    *,
+    statistics: Statistics,
+    family: Family | None = None,
+) -> float:
+    """The standard deviation of the noise's entries; 0 where other tokens take the subject's place.
+
+    It is the distribution's where a closed form says what was drawn: the scale of Gaussian noise, the scale over the root of
+    three for uniform noise, the embeddings' own for multivariate noise. Student-t noise scatters too widely for that, and what
+    a family of one's own draws is not known beforehand: theirs is the root mean square of what was drawn, about the
+    embeddings' mean where that was added.
+    """
+    if settings.corruption == "tokens" and family is None:
+        return 0.0
+    scale = settings.noise * (1.0 if settings.scale == "absolute" else statistics.sigma)
+    if family is None and settings.corruption in _CLOSED:
+        return scale * _CLOSED[settings.corruption](_of_scale(statistics, settings))
+    begin, end = span(prompt, settings)
+    noise = corrupted[:, begin:end].double()
+    if not settings.replace:
+        noise = noise - embed(model, torch.tensor([prompt.ids], device=device_of(model)))[0, begin:end].double().cpu()
+    if family is None and settings.corruption.endswith("_published") and statistics.mean is not None:
+        noise = noise - statistics.mean.double()
+    return float(noise.square().mean().sqrt())
+
+
+def has_fixed_std(settings: TraceSettings, corrupted_by: str) -> bool:
+    """Whether the settings and sigma alone say the noise's standard deviation, alike for all facts (`drawn_std`)."""
+    return settings.corruption in _CLOSED and corrupted_by.startswith(f"{settings.corruption} noise,")
+
+
+_CLOSED: dict[str, Callable[[Statistics], float]] = {
+    "gaussian": lambda statistics: 1.0,
+    "uniform": lambda statistics: 3**-0.5,
+    "multivariate": lambda statistics: statistics.about_mean / statistics.sigma,
+    "multivariate_published": lambda statistics: statistics.about_mean / statistics.sigma,
+}
+"""The standard deviation of an entry of noise of scale one."""
 
 
 def describe(settings: TraceSettings, statistics: Statistics, family: Family | None, other: str | None) -> str:

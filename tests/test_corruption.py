@@ -8,13 +8,14 @@ import torch
 from mechedit import corruption, models, prompts
 from mechedit.corruption import CorruptionError, Noise, Statistics, corrupt, needed, partner, statistics
 from mechedit.facts import Fact
-from mechedit.settings import CORRUPTIONS, TraceSettings
-from mechedit.tracing import trace
+from mechedit.settings import CORRUPTIONS, SCALES, TraceSettings
+from mechedit.tracing import prepare, trace
+from mechedit.tracing.averages import AverageError, average
 from tests.conftest import FACT
 
 SMALL = TraceSettings(draws=3)
 COVARIANCE = torch.tensor([[4.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, 1.0]])
-GIVEN = Statistics(2.0, "by hand", torch.tensor([5.0, -3.0, 1.0]), COVARIANCE)
+GIVEN = Statistics(2 / 3, "by hand", torch.tensor([5.0, -3.0, 1.0]), COVARIANCE)
 
 
 def draw(family, draws=40_000, degrees=8.0):
@@ -33,16 +34,89 @@ def corrupted(model, fact=FACT, settings=SMALL, **given):
     [
         (corruption.gaussian, torch.zeros(3), 4 * torch.eye(3)),
         (corruption.uniform, torch.zeros(3), 4 / 3 * torch.eye(3)),
-        (corruption.multivariate, torch.zeros(3), 4 * COVARIANCE),
-        (corruption.multivariate_published, GIVEN.mean, 4 * COVARIANCE),
-        (corruption.student_t, torch.zeros(3), 4 * COVARIANCE * 8 / 6),
-        (corruption.student_t_published, GIVEN.mean, 4 * COVARIANCE * 8 / 6),
+        (corruption.multivariate, torch.zeros(3), 9 * COVARIANCE),
+        (corruption.multivariate_published, GIVEN.mean, 9 * COVARIANCE),
+        (corruption.student_t, torch.zeros(3), 9 * COVARIANCE * 8 / 6),
+        (corruption.student_t_published, GIVEN.mean, 9 * COVARIANCE * 8 / 6),
     ],
 )
 def test_families_have_the_mean_and_covariance_of_their_distributions(family, mean, covariance):
+    """The published noise is N(mean, covariance of embeddings) for a factor of one, and sigma is the unit of the factor: the
+    scale is three of them here, of the covariance's nine, and four is the variance of noise of that scale in all directions."""
     sample = draw(family)
     torch.testing.assert_close(sample.mean(0), mean, atol=0.06, rtol=0)
     torch.testing.assert_close(sample.T.cov(), covariance, atol=0.6, rtol=0.08)
+
+
+NAMED = [each for each in CORRUPTIONS if each != "tokens"]
+
+
+def added(model, settings, **given):
+    """The noise that a fact's embeddings got, [draw * token, d_model], and what the trace says of it."""
+    prompt = prompts.prepare(model, FACT, prepend_bos=True)
+    found = prepare(model, FACT, replace(settings, prepend_bos=True), **given)
+    begin, end = prompt.subject
+    clean = models.embed(model, torch.tensor([prompt.ids]))[0, begin:end]
+    return (found.corrupted[:, begin:end] - clean).flatten(0, 1), found.noise_std
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", NAMED)
+def test_noise_is_as_large_as_asked_for_and_as_the_trace_says(model, name, scale):
+    """The size of the noise, against what the embeddings' own covariance and the distribution's formula give."""
+    everything = models.embed(model, torch.arange(int(model.cfg.d_vocab))[None])[0].double()
+    unit = 1.0 if scale == "absolute" else float(everything.std())
+    about_mean = float((everything - everything.mean(0)).square().mean().sqrt())
+    wanted = 0.5 * unit
+    if name.startswith(("multivariate", "student_t")):
+        wanted *= 1.0 if scale == "absolute" else about_mean / unit
+    wanted *= {"uniform": 3**-0.5, "student_t": (9 / 7) ** 0.5, "student_t_published": (9 / 7) ** 0.5}.get(name, 1.0)
+    noise, said = added(model, TraceSettings(draws=400, noise=0.5, corruption=name, scale=scale, degrees=9.0))
+    noise = noise.double() - (everything.mean(0) if name.endswith("_published") else 0)
+    assert float(noise.square().mean().sqrt()) == pytest.approx(wanted, rel=0.03)
+    assert said == pytest.approx(float(noise.square().mean().sqrt()), rel=0.03)
+
+
+@pytest.mark.parametrize("degrees", [1.0, 3.0])
+def test_noise_of_heavy_tails_is_said_to_be_what_was_drawn(model, degrees):
+    """Where the distribution has no variance too."""
+    noise, said = added(model, replace(SMALL, corruption="student_t", degrees=degrees))
+    assert said == pytest.approx(float(noise.double().square().mean().sqrt()), rel=1e-4)
+
+
+def test_noise_of_the_embeddings_covariance_corrupts_as_much_as_round_noise(model):
+    """Three sigma of each: before, the covariance's own size came on top of sigma, and nothing was corrupted."""
+    round_, shaped = (added(model, replace(SMALL, draws=200, corruption=name))[0] for name in ("gaussian", "multivariate"))  # fmt: skip
+    assert float(shaped.std() / round_.std()) == pytest.approx(1.0, rel=0.02)
+
+
+def test_noise_that_takes_the_embeddings_place_is_said_without_them(model):
+    for name in ("gaussian", "student_t"):
+        settings = TraceSettings(draws=50, corruption=name, replace=True, prepend_bos=True)
+        found = prepare(model, FACT, settings)
+        begin, end = found.prompt.subject
+        noise = found.corrupted[:, begin:end].double()
+        assert found.noise_std == pytest.approx(float(noise.square().mean().sqrt()), rel=0.05)
+
+
+def test_another_subject_without_a_corruption_that_takes_it_is_an_error(model):
+    for chosen in (SMALL, replace(SMALL, corruption="uniform", scale="absolute")):
+        with pytest.raises(CorruptionError, match=r'another subject \(.London.\) .* with corruption "tokens" alone'):
+            trace(model, FACT, chosen, other="London")
+    with pytest.raises(CorruptionError, match='"tokens" alone'):
+        trace(model, FACT, replace(SMALL, corruption="tokens"), other="London", family=corruption.gaussian)
+
+
+def test_traces_whose_draws_scatter_are_averaged(model):
+    """Student-t noise of two facts is of one kind, however far its tails were drawn."""
+    facts = [FACT, replace(FACT, subject="The Eiffel Tower")]
+    found = [trace(model, fact, replace(SMALL, corruption="student_t")) for fact in facts]
+    assert found[0].noise_std != found[1].noise_std
+    assert average(found).n == 2
+    few = corruption.statistics(model, ["The Space Needle", "Paris"], "vocabulary")
+    uniform = replace(SMALL, corruption="uniform")
+    with pytest.raises(AverageError, match="in its corruption"):
+        average([trace(model, facts[0], uniform), trace(model, facts[1], uniform, statistics=few)])
 
 
 def test_uniform_noise_is_bounded_and_student_t_has_heavy_tails():
@@ -58,7 +132,7 @@ def test_a_family_that_needs_a_covariance_says_so():
         corruption.multivariate(noise)
 
 
-@pytest.mark.parametrize("name", [each for each in CORRUPTIONS if each != "tokens"])
+@pytest.mark.parametrize("name", NAMED)
 def test_every_named_noise_falls_on_the_subject_alone_and_is_the_facts_own(model, name):
     settings = replace(SMALL, corruption=name)
     (first, scale), prompt = corrupted(model, settings=settings)

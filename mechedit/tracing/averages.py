@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.corruption import has_fixed_std
 from mechedit.errors import MecheditError
 from mechedit.settings import TraceSettings
 from mechedit.statistics import Mean, interval, summary
@@ -195,6 +196,14 @@ _CONDITIONS: dict[str, Callable[[Trace], Any]] = {
     "settings": lambda trace: replace(trace.settings, memory=1.0),  # on which no number depends
     "weights": lambda trace: trace.origin.get("weights") or trace.origin.get("weight_hash"),
     "configuration": lambda trace: trace.origin.get("configuration"),
-    "corruption": lambda trace: (trace.corrupted_by, trace.noise_std) if trace.settings.corruption != "tokens" else "",
+    "corruption": lambda trace: _corruption(trace),
 }
-"""What traces of one average share; the subject that takes a subject's place is each fact's own."""
+"""What traces of one average share."""
+
+
+def _corruption(trace: Trace) -> tuple[str, float]:
+    """How a fact was corrupted, less what is its own: the subject that took its subject's place, the spread of a draw."""
+    if trace.settings.corruption == "tokens" and trace.noise_std == 0:
+        return "", 0.0
+    fixed = has_fixed_std(trace.settings, trace.corrupted_by)
+    return trace.corrupted_by, trace.noise_std if fixed else 0.0

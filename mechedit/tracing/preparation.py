@@ -61,15 +61,16 @@ def prepare(
     prompt = prompts.prepare(model, fact, prepend_bos=settings.prepend_bos)
     answer = _answer(model, fact, prompt)
     statistics = statistics or corruption.needed(model, settings)
-    corrupted, scale = corruption.corrupt(
+    corrupted, _ = corruption.corrupt(
         model, fact, prompt, settings, statistics=statistics, family=family, other=other
     )
+    std = corruption.drawn_std(model, prompt, settings, corrupted, statistics=statistics, family=family)
     by = corruption.describe(settings, statistics, family, other)
     measure = measures.of(settings)
     if given := measure.given(answer):
         corrupted = _followed(model, corrupted, given)
     reads = measure.reads(len(prompt.ids) - 1, answer, _other_answer(model, fact, answer) if measure.against else ())
-    return Prepared(fact, prompt, answer, (*prompt.ids, *given), corrupted, scale, by, reads, settings)
+    return Prepared(fact, prompt, answer, (*prompt.ids, *given), corrupted, std, by, reads, settings)
 
 
 def _answer(model: HookedModel, fact: Fact, prompt: Prompt) -> tuple[int, ...]:
