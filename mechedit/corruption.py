@@ -214,8 +214,8 @@ def corrupt(
     """
     if other is not None and (settings.corruption != "tokens" or family is not None):
         raise CorruptionError(
-            f"another subject ({other!r}) takes the subject's place with corruption \"tokens\" alone; this is "
-            f"{describe(settings, statistics, family, None)}. Leave `other` out, or set corruption to \"tokens\"."
+            f'another subject ({other!r}) takes the subject\'s place with corruption "tokens" alone; this is '
+            f'{describe(settings, statistics, family, None)}. Leave `other` out, or set corruption to "tokens".'
         )
     clean = embed(model, torch.tensor([prompt.ids], device=device_of(model)))[0].float().cpu()
     if settings.corruption == "tokens" and family is None:

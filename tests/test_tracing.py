@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,9 @@ from mechedit import models, prompts
 from mechedit.facts import Fact, FactError
 from mechedit.settings import SettingsError, TraceSettings
 from mechedit.tracing import prepare, restore, trace, trace_all
+from mechedit.tracing.attribution import attribution_patching, integrated_gradients
 from mechedit.tracing.cells import ATTN_OUT, RESID_PRE, Component, Z, single, window
+from mechedit.tracing.severing import severed
 from tests.conftest import FACT
 from tests.slow_trace import loop
 
@@ -27,6 +30,84 @@ def test_a_whole_batch_of_facts_gives_the_traces_of_each(model, fact):
         assert many.prompt == one.prompt
         for kind in SMALL.kinds:
             torch.testing.assert_close(many.draws[kind], alone.draws[kind], atol=1e-6, rtol=1e-4)
+
+
+def test_whole_answers_of_several_lengths_ride_in_one_batch(model, fact):
+    """They read different numbers of tokens; each trace is the one that the fact has alone."""
+    wanted = replace(SMALL, measure="p_answer", kinds=("mlp",))
+    facts = [
+        replace(fact, target_true=answer) for answer in ("Seattle", "Seattle piano", "piano", "Seattle piano violin")
+    ]
+    assert len({len(prepare(model, each, wanted).reads) for each in facts}) == 3
+    together = list(trace_all(model, facts, wanted, batch=4))
+    for one, many in zip(facts, together, strict=True):
+        alone = trace(model, one, wanted)
+        assert many.answer_ids == alone.answer_ids
+        torch.testing.assert_close(many.draws["mlp"], alone.draws["mlp"], atol=1e-6, rtol=1e-4)
+
+
+def test_what_would_be_passed_over_is_refused_before_the_model_runs(model, fact, monkeypatch):
+    queries = Component("queries", "blocks.{layer}.attn.hook_q")
+    both = replace(SMALL, kinds=("mlp", "queries"))
+    monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+    for given, settings, message in (
+        ({"components": [queries]}, SMALL, "the component 'queries' is not among kinds"),
+        ({"components": [queries, queries]}, both, "'queries' is a kind already, or twice there"),
+        ({"components": [Component("mlp", "blocks.{layer}.hook_attn_out")]}, SMALL, "'mlp' is a kind already"),
+        ({"batch": 0}, SMALL, "batch must be at least 1 fact; found 0"),
+        ({"others": ["Paris", None]}, SMALL, "for each of 1 facts; it has 2"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            trace_all(model, [fact], settings, **given)
+
+
+def test_a_model_whose_logits_are_not_finite_is_refused(load, folder, fact):
+    """float16 overflows: there before anything is swept; elsewhere by what the clean run gave."""
+    half = models.load(str(folder("gpt2")), device="cpu", dtype=torch.float16)
+    with torch.no_grad():
+        half.blocks[1].mlp.W_out.mul_(60000.0)
+    with pytest.raises(
+        models.ModelError, match=r"clean run of .* in float16 gives logits that are not finite.*dtype float32"
+    ):
+        trace(half, fact, SMALL)
+    broken = models.load(str(folder("gpt2")), device="cpu")
+    with torch.no_grad():
+        broken.blocks[1].mlp.W_out[0, 0] = torch.nan
+    for traced in (trace, severed, attribution_patching, integrated_gradients):
+        with pytest.raises(models.ModelError, match="in float32 gives logits that are not finite"):
+            traced(broken, fact, SMALL)
+
+
+def test_a_blank_first_token_is_no_answer(model, monkeypatch):
+    """A tokenizer that puts the joining space into a token of its own, as Gemma's does before a number."""
+    from mechedit.tracing import preparation
+
+    (blank,), digits = (model.tokenizer.encode(each, add_special_tokens=False) for each in (" ", "16"))
+    ids = [blank, *digits]
+    monkeypatch.setattr(
+        prompts, "continuation", lambda model, prompt, target: ids if target == "1666" else [digits[0], 5]
+    )
+    year = Fact("The Space Needle", "{} is from the year", "1666", target_new="Paris")
+    for measure in ("p", "log_p", "logit_difference"):
+        with pytest.raises(
+            FactError, match=rf"the answer '1666' begins with a blank token .* measure {measure} .*p_answer"
+        ):
+            trace(model, year, replace(SMALL, measure=measure))
+    with pytest.raises(FactError, match="the other answer '1666' begins with a blank token"):
+        trace(model, replace(year, target_true="x", target_new="1666"), replace(SMALL, measure="logit_difference"))
+    whole = trace(model, year, replace(SMALL, measure="p_answer", kinds=("mlp",)))
+    tokens = torch.tensor([[*prompts.prepare(model, year).ids, *ids]])
+    with torch.no_grad():
+        log_p = model(tokens)[0].log_softmax(-1)
+    by_hand = sum(float(log_p[-1 - len(ids) + step, token]) for step, token in enumerate(ids))
+    assert whole.p_clean == pytest.approx(math.exp(by_hand), rel=1e-3)
+    assert whole.label == "P(16)"
+    said = iter([blank, blank, digits[0]])
+    monkeypatch.setattr(preparation, "_top", lambda model, ids: next(said))
+    with pytest.raises(FactError, match="what the model says begins with a blank token"):
+        trace(model, replace(year, target_true=None), SMALL)
+    open_ended = trace(model, replace(year, target_true=None), replace(SMALL, measure="p_answer", kinds=("mlp",)))
+    assert open_ended.answer_ids == (blank, digits[0])
 
 
 def test_all_heads_together_are_the_attention_output_and_some_are_not(model, fact):

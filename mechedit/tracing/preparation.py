@@ -20,7 +20,9 @@ from mechedit.tracing import measures
 from mechedit.tracing.baseline import Job, Read
 from mechedit.tracing.cells import Cell
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "is_blank", "prepare", "why_blank"]
+
+MOST_BLANKS = 4  # tokens of an answer of the model's own, where it begins with blanks
 
 
 @dataclass(frozen=True)
@@ -59,25 +61,52 @@ def prepare(
     """
     check_fact(fact)
     prompt = prompts.prepare(model, fact, prepend_bos=settings.prepend_bos)
-    answer = _answer(model, fact, prompt)
+    measure = measures.of(settings)
+    answer = _answer(model, fact, prompt, whole=measure.whole)
+    if blank := why_blank(model, fact, settings, answer):
+        raise FactError(blank)
+    second = _other_answer(model, fact, answer) if measure.against else ()
     statistics = statistics or corruption.needed(model, settings)
-    corrupted, _ = corruption.corrupt(
-        model, fact, prompt, settings, statistics=statistics, family=family, other=other
-    )
+    corrupted, _ = corruption.corrupt(model, fact, prompt, settings, statistics=statistics, family=family, other=other)
     std = corruption.drawn_std(model, prompt, settings, corrupted, statistics=statistics, family=family)
     by = corruption.describe(settings, statistics, family, other)
-    measure = measures.of(settings)
     if given := measure.given(answer):
         corrupted = _followed(model, corrupted, given)
-    reads = measure.reads(len(prompt.ids) - 1, answer, _other_answer(model, fact, answer) if measure.against else ())
+    reads = measure.reads(len(prompt.ids) - 1, answer, second)
     return Prepared(fact, prompt, answer, (*prompt.ids, *given), corrupted, std, by, reads, settings)
 
 
-def _answer(model: HookedModel, fact: Fact, prompt: Prompt) -> tuple[int, ...]:
-    """The tokens of the fact's answer, or the token that the model finds most probable where it has none."""
+def why_blank(model: HookedModel, fact: Fact, settings: TraceSettings, answer: Sequence[int]) -> str:
+    """Why the measure would say nothing of this answer: it reads the first token alone, and that is blank. Empty if it is not.
+
+    Some tokenizers (Gemma's, before a number) put the space that joins an answer to its prompt into a token of its own. Its
+    probability is the same for every year.
+    """
+    if measures.of(settings).whole or not is_blank(model, answer[0]):
+        return ""
+    whose = f"the answer {fact.target_true!r}" if fact.target_true else "what the model says"
+    return (
+        f"{whose} begins with a blank token after {fact.prompt!r}, and measure {settings.measure} reads the first token alone. "
+        "Take measure p_answer (--measure p_answer), which reads all of them."
+    )
+
+
+def is_blank(model: HookedModel, token: int) -> bool:
+    """Whether a token is white space and nothing else."""
+    return not str(model.tokenizer.decode([token])).strip()
+
+
+def _answer(model: HookedModel, fact: Fact, prompt: Prompt, *, whole: bool) -> tuple[int, ...]:
+    """The tokens of the fact's answer; where it has none, the token that the model finds most probable.
+
+    Where the whole answer is read and that token is blank, the model's next ones belong to it, up to the first that is not.
+    """
     if fact.target_true:
         return tuple(prompts.continuation(model, fact.prompt, fact.target_true))
-    return (_top(model, prompt.ids),)
+    said = [_top(model, prompt.ids)]
+    while whole and is_blank(model, said[-1]) and len(said) < MOST_BLANKS:
+        said.append(_top(model, (*prompt.ids, *said)))
+    return tuple(said)
 
 
 def _other_answer(model: HookedModel, fact: Fact, answer: Sequence[int]) -> tuple[int, ...]:
@@ -88,6 +117,11 @@ def _other_answer(model: HookedModel, fact: Fact, answer: Sequence[int]) -> tupl
     if other[0] == answer[0]:
         raise FactError(
             f"{fact.target_true!r} and {fact.target_new!r} begin with the same token, so their logits do not differ."
+        )
+    if is_blank(model, other[0]):
+        raise FactError(
+            f"the other answer {fact.target_new!r} begins with a blank token after {fact.prompt!r}, whose logit says nothing of it. "
+            "Take measure p_answer (--measure p_answer), of each answer."
         )
     return other
 

@@ -82,9 +82,27 @@ def trace_all(
 ) -> Iterator[Trace]:
     """Trace facts one after another, `batch` of them at a time: 1 keeps a CPU busy, a GPU wants more.
 
-    Which facts share a batch changes numbers by rounding only.
+    Which facts share a batch changes numbers by rounding only. `others` has the subject that takes each one's place.
+
+    Raises:
+        SettingsError: settings that cannot be meant together; the rest as `trace`.
     """
     settings = resolve(model, settings)
+    _check_asked(settings, components, facts, others, batch)
+    return _trace_all(model, facts, settings, components, family, statistics, others, batch, progress)
+
+
+def _trace_all(
+    model: HookedModel,
+    facts: Sequence[Fact],
+    settings: TraceSettings,
+    components: Sequence[Component],
+    family: Family | None,
+    statistics: Statistics | None,
+    others: Sequence[str | None] | None,
+    batch: int,
+    progress: Progress,
+) -> Iterator[Trace]:
     others = others or [None] * len(facts)
     statistics = statistics or corruption.needed(model, settings)
     origin, versions = provenance.origin(model), provenance.versions()
@@ -101,6 +119,33 @@ def trace_all(
         seconds = (time.perf_counter() - began) / len(part)
         for each, cells_, log_p in zip(part, grids, found, strict=True):
             yield _trace(model, each, cells_, log_p, origin, versions, seconds)
+
+
+def _check_asked(
+    settings: TraceSettings,
+    components: Sequence[Component],
+    facts: Sequence[Fact],
+    others: Sequence[str | None] | None,
+    batch: int,
+) -> None:
+    """Raise for what would be passed over, or come out as something else than was asked for."""
+    if batch < 1:
+        raise SettingsError(f"batch must be at least 1 fact; found {batch}.")
+    if others is not None and len(others) != len(facts):
+        raise SettingsError(
+            f"others must name a subject, or None, for each of {len(facts)} facts; it has {len(others)}."
+        )
+    names = [each.name for each in components]
+    for name in names:
+        if name in STATES or name in WINDOWED or names.count(name) > 1:
+            raise SettingsError(
+                f"a component of one's own must have a name of its own; {name!r} is a kind already, or twice there."
+            )
+        if name not in settings.kinds:
+            raise SettingsError(
+                f"the component {name!r} is not among kinds ({', '.join(settings.kinds)}), so nothing would restore it. "
+                "Name it there, or leave it out."
+            )
 
 
 def _trace(
@@ -166,15 +211,7 @@ def grid(
     settings: TraceSettings, components: Sequence[Component], n_layers: int, prompt: Prompt
 ) -> list[tuple[tuple[int, int, int], Cell]]:
     """Every cell of every kind, with its place as (kind, layer, position), for settings as `cells.resolve` gives them."""
-    own = {each.name: each for each in components}
-    n_positions = len(prompt.ids)
-    wanted = [
-        position
-        for position, role in enumerate(roles(n_positions, prompt.subject))
-        if not settings.roles or role in settings.roles
-    ]
-    if not wanted:
-        raise SettingsError(f"no token of {prompt.text!r} has a role among {', '.join(settings.roles)}.")
+    own, wanted = {each.name: each for each in components}, wanted_positions(settings, prompt)
     grid = []
     for number, kind in enumerate(settings.kinds):
         component = own.get(kind) or WINDOWED.get(kind) or STATES.get(kind)
@@ -189,10 +226,62 @@ def grid(
     return grid
 
 
+def wanted_positions(settings: TraceSettings, prompt: Prompt) -> list[int]:
+    """The positions whose roles are asked for, all by default.
+
+    Raises:
+        SettingsError: there are none.
+    """
+    named = enumerate(roles(len(prompt.ids), prompt.subject))
+    wanted = [position for position, role in named if not settings.roles or role in settings.roles]
+    if not wanted:
+        raise SettingsError(f"no token of {prompt.text!r} has a role among {', '.join(settings.roles)}.")
+    return wanted
+
+
 def run_jobs(model: HookedModel, jobs: Sequence[Job], settings: TraceSettings, progress: Progress) -> list[Swept]:
-    """The sweep of these jobs, in the number format and the memory that the settings give it."""
+    """The sweep of these jobs, in the number format and the memory that the settings give it.
+
+    Only jobs that read as many tokens go through one sweep together; answers of several lengths take one each.
+
+    Raises:
+        ModelError: the clean run gives no finite logits.
+    """
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for index, job in enumerate(jobs):
+        alike.setdefault((len(job.corrupted), *(len(each.targets) for each in job.reads)), []).append(index)
+    found: dict[int, Swept] = {}
     with in_precision(model, settings):
-        return sweep(model, jobs, progress, memory=int(settings.memory * GIGABYTE))
+        for indices in alike.values():
+            part = [jobs[index] for index in indices]
+            _check_narrow(model, part[0])
+            found |= zip(indices, sweep(model, part, progress, memory=int(settings.memory * GIGABYTE)), strict=True)
+    for swept in found.values():
+        check_finite(model, swept.clean)
+    return [found[index] for index in range(len(jobs))]
+
+
+@torch.no_grad()
+def _check_narrow(model: HookedModel, job: Job) -> None:
+    """Raise, before a sweep, for a model that overflows: only float16 is so narrow, so only it is asked."""
+    if next(model.parameters()).dtype == torch.float16:
+        blocks = models.Blocks(model)
+        final = blocks.final(torch.tensor([job.ids], device=models.device_of(model)))
+        check_finite(model, blocks.logits(final[:, job.reads[0].position]))
+
+
+def check_finite(model: HookedModel, of_clean_run: Float[Tensor, "*any"]) -> None:
+    """Raise where what the clean run gave is not finite.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if not of_clean_run.isfinite().all():
+        format_ = str(next(model.parameters()).dtype).removeprefix("torch.")
+        raise models.ModelError(
+            f"the clean run of {model.cfg.model_name} in {format_} gives logits that are not finite, so there is nothing to trace. "
+            "Load it with dtype float32 or bfloat16; where it is, its weights are damaged."
+        )
 
 
 @contextlib.contextmanager
