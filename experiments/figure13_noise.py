@@ -70,11 +70,11 @@ def main(settings: NoiseAndWindows) -> None:
         result[name] = {
             "settings": asdict(wanted),
             "n": mean.n,
-            "clean": asdict(mean.clean),
-            "corrupted": asdict(mean.corrupted),
-            "total_effect": asdict(mean.total),
-            "early_site": vars(early) | {"effect": asdict(mean.at(early.kind, early.layer, "subject_last"))},
-            "late_site": vars(late) | {"effect": asdict(mean.at(late.kind, late.layer, "last"))},
+            "clean": mean.clean.to_json(),
+            "corrupted": mean.corrupted.to_json(),
+            "total_effect": mean.total.to_json(),
+            "early_site": vars(early) | {"effect": mean.at(early.kind, early.layer, "subject_last").to_json()},
+            "late_site": vars(late) | {"effect": mean.at(late.kind, late.layer, "last").to_json()},
             "against_default": _paired(found, name, early, late, settings.seed),
         }
         figures.write(figures.role_lines(mean, ROLES), FIGURES / short_name(model) / "figure13_noise" / f"{number:02d}")
@@ -90,7 +90,7 @@ def _paired(
     mine = found[name]
     base = [theirs[each.prompt] for each in mine]
     return {
-        site.role: asdict(compare(base, mine, site.kind, site.layer, site.role, seed=seed)) for site in (early, late)
+        site.role: compare(base, mine, site.kind, site.layer, site.role, seed=seed).to_json() for site in (early, late)
     }
 
 

@@ -7,7 +7,7 @@ subject's last token.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def main(settings: Attribution) -> None:
             f"{number + 1} of {len(chosen)}: "
             + ", ".join(f"{name} {values[-1]:.2f}" for name, values in scores.items())
         )
-    result = {name: asdict(summary(np.array(values), settings.seed)) for name, values in scores.items()}
+    result = {name: summary(np.array(values), settings.seed).to_json() for name, values in scores.items()}
     for name, values in scores.items():
         say(f"rank correlation, {name}: {summary(np.array(values), settings.seed)}")
     result |= {"n": len(chosen), "largest_gap_of_completeness": max(differences)}

@@ -80,7 +80,7 @@ def row(model: HookedModel, settings: Localisation) -> dict[str, Any]:
         "origin": provenance.origin(model),
         "known": len(known) / len(asked),
         "traced": mean.n,
-        "total": asdict(mean.total),
+        "total": mean.total.to_json(),
         "sites": {f"{TITLES[kind]}, {ROLES[role]}": best(mean, kind, role) for kind, role in SITES},
         "edits": {name: asdict(after[name]) for name in ("ES", "PS", "NS", "S")},
     }
@@ -90,7 +90,7 @@ def best(mean: Average, kind: str, role: str) -> dict[str, Any]:
     """The largest average indirect effect of a kind at a role, over layers; of the subject's states, before the last two layers."""
     layers = int(mean.indirect[kind].shape[0]) - (2 if kind == "resid" else 0)
     layer = max(range(layers), key=lambda each: mean.at(kind, each, role).mean)
-    return {"layer": layer, "effect": asdict(mean.at(kind, layer, role))}
+    return {"layer": layer, "effect": mean.at(kind, layer, role).to_json()}
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:

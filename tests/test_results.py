@@ -41,7 +41,7 @@ def test_results_are_written_in_every_form(tmp_path):
     assert repr(result).startswith("Evaluation(M, counterfact, rome, independent: means over records (n = 2)")
     with pytest.raises(RunError, match="stages of this evaluation are before, after; found 'end'"):
         result.table("end")
-    assert "3.3e-05 [3.3e-05, 3.3e-05]" in result.cells()[1][0], "a small number is not told as 0"
+    assert "3.3e-05" in result.cells()[1][0], "a small number is not told as 0"
     result.save(tmp_path)
     from pyarrow import parquet
 
@@ -58,7 +58,7 @@ def test_results_are_written_in_every_form(tmp_path):
         in (tmp_path / "summary.md").read_text()
     )
     partly = replace(result, rows={"after": [rows[0], rows[1] | {"PS": math.nan}]}, _tables={})
-    assert "50.0 [50.0, 50.0], n = 1" in partly.cells()[1][0]
+    assert "50.0, n = 1" in partly.cells()[1][0]
     assert partly.table("after")["S"].n == 1
     unedited = replace(result, what=what | {"editor": "none"})
     assert unedited.caption.startswith("M, counterfact, not edited: means")
@@ -66,7 +66,7 @@ def test_results_are_written_in_every_form(tmp_path):
     assert controlled.caption.startswith("M, counterfact, rome-identity, independent: means")
     latex = (tmp_path / "summary.tex").read_text()
     assert r"\begin{tabular}{lrrrrrr}" in latex
-    assert "50.0 [0.0, 100.0]" in latex
+    assert "50.0 [1.3, 98.7]" in latex, "1 of 2: Clopper and Pearson's"
 
 
 def test_status_says_how_far_a_run_is(model, ready, tmp_path):

@@ -27,11 +27,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mechedit.statistics import Mean, statistic, summary
+from mechedit.statistics import UNBOUNDED, Mean, Support, statistic, summaries
 
 __all__ = [
     "SUCCESSES",
@@ -45,6 +45,7 @@ __all__ = [
     "magnitude",
     "rewrite_scores",
     "success",
+    "support",
     "table",
 ]
 
@@ -82,9 +83,12 @@ def rewrite_scores(prompt: Pair, paraphrases: Sequence[Pair], neighbours: Sequen
     return found
 
 
-def harmonic(*values: float) -> float:
-    """The harmonic mean, which is the paper's S of ES, PS and NS; 0 where one of them is 0."""
-    return len(values) / sum(1 / value for value in values) if min(values) > 0 else 0.0
+def harmonic(*values: Any) -> Any:
+    """The harmonic mean, which is the paper's S of ES, PS and NS; 0 where one of them is 0. Of arrays, one by one."""
+    each = np.stack(np.broadcast_arrays(*values)).astype(float)
+    with np.errstate(divide="ignore"):
+        found = np.where(each.min(0) > 0, len(each) / (1 / each).sum(0), 0.0)
+    return found if found.ndim else float(found)
 
 
 def entropy(words: Sequence[str], n: int) -> float:
@@ -127,13 +131,21 @@ def table(rows: Sequence[dict[str, float]], seed: int = 0) -> dict[str, Mean]:
     """
     if not rows or any(row.keys() != rows[0].keys() for row in rows):
         raise ValueError("a table needs one or more rows that hold the same numbers.")
-    found = {}
-    for name in rows[0]:
-        values = np.array([row[name] for row in rows], float)
-        found[name] = Mean(math.nan, math.nan, math.nan, 0) if np.isnan(values).all() else summary(values, seed)
+    values = np.array([list(row.values()) for row in rows], float)
+    names = list(rows[0])
+    found = dict(zip(names, summaries(values, [support(name) for name in names], seed), strict=True))
     if all(name in found and found[name].n for name in SUCCESSES):
-        found["S"] = statistic(np.array([[row[name] for name in SUCCESSES] for row in rows], float), harmonic, seed)
+        found["S"] = statistic(values[:, [names.index(name) for name in SUCCESSES]], harmonic, seed)
     return found
+
+
+def support(name: str) -> Support:
+    """The least and the greatest value that a number can have."""
+    return _SUPPORTS.get(name, UNBOUNDED)
+
+
+_SHARES = ("ES", "PS", "NS", "S", "rewrite_acc", "rephrase_acc", "p_new", "efficacy", "paraphrase", "specificity", "exact_match", "RS", "next_token_same", "edited", "broken")  # fmt: skip
+_SUPPORTS: dict[str, Support] = dict.fromkeys(_SHARES, (0.0, 1.0)) | dict.fromkeys(("EM", "PM", "NM"), (-1.0, 1.0))
 
 
 def _mean(values: Sequence[float]) -> float:

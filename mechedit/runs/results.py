@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,9 +166,17 @@ def _cell(name: str, each: Mean | None, n: int) -> str:
     if each is None or not each.n:
         return ""
     values = (each.mean, each.low, each.high)
-    scale, form = (100, ".1f") if name in PERCENT else (1, ".3f" if not 0 < max(map(abs, values)) < 0.01 else ".1e")
+    scale, form = (
+        (100, ".1f")
+        if name in PERCENT
+        else (1, ".3f" if not 0 < max(abs(value) for value in values if not math.isnan(value)) < 0.01 else ".1e")
+    )
     mean, low, high = (f"{scale * value:{form}}" for value in values)
-    return f"{mean} [{low}, {high}]" + (f", n = {each.n}" if each.n < n else "")
+    return (
+        mean
+        + ("" if math.isnan(each.low + each.high) else f" [{low}, {high}]")
+        + (f", n = {each.n}" if each.n < n else "")
+    )
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:

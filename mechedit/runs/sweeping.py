@@ -36,7 +36,7 @@ from mechedit.settings import (
     SweepSettings,
     TraceSettings,
 )
-from mechedit.statistics import RESAMPLES, Mean
+from mechedit.statistics import FEWEST, Mean
 from mechedit.tracing import Trace
 from mechedit.tracing.roles import positions
 
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Sweep", "check_complete", "sweep", "sweep_maps"]
+
+RESAMPLES = 1_000
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,13 +69,17 @@ class Sweep:
         return _mean(self.scores, self.effects, name)
 
     def correlation(self, name: str) -> Mean:
-        """Spearman's rank correlation over cells of a score's means and the average indirect effects, facts drawn again."""
+        """Spearman's rank correlation over cells of a score's means and the average indirect effects, facts drawn again; no
+        interval below 20 facts."""
         n, random = len(self.effects), np.random.default_rng(self.seed)
-        drawn = [random.integers(n, size=n) for _ in range(RESAMPLES // 10)]
-        found = [_rank_correlation({key: each[own] for key, each in self.scores.items()}, self.effects[own], name) for own in drawn]  # fmt: skip
-        there = [each for each in found if not np.isnan(each)]
+        found = _rank_correlation(self.scores, self.effects, name)
+        if n < FEWEST:
+            return Mean(found, np.nan, np.nan, n)
+        drawn = [random.integers(n, size=n) for _ in range(RESAMPLES)]
+        again = [_rank_correlation({key: each[own] for key, each in self.scores.items()}, self.effects[own], name) for own in drawn]  # fmt: skip
+        there = [each for each in again if not np.isnan(each)]
         low, high = np.percentile(there, [2.5, 97.5]) if there else (np.nan, np.nan)
-        return Mean(_rank_correlation(self.scores, self.effects, name), float(low), float(high), n)
+        return Mean(found, float(low), float(high), n)
 
     def to_json(self) -> dict[str, Any]:
         """Means and correlations, nan as null."""

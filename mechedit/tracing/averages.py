@@ -2,7 +2,7 @@
 
 The unit is the fact. Within a fact, tokens of one role are averaged; then facts are, over those that have the role. The
 total effect is clean less corrupted; the indirect effect of a site is restored less corrupted; what is left of the total,
-clean less restored, is the direct one. Intervals are bootstrap percentiles over facts. (The published notebook clips negative
+clean less restored, is the direct one. Intervals are over facts (`statistics`). (The published notebook clips negative
 effects to zero in pictures, pools tokens as if they were independent, and divides by another sample's n.)
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from mechedit.corruption import has_fixed_std
 from mechedit.errors import MecheditError
 from mechedit.settings import TraceSettings
-from mechedit.statistics import Mean, interval, summary
+from mechedit.statistics import UNBOUNDED, Mean, interval, summary
 from mechedit.tracing.result import Trace
 from mechedit.tracing.roles import ROLES
 
@@ -80,9 +80,9 @@ class Average:
             "n": self.n,
             "roles": list(ROLES),
             "n_role": list(self.n_role),
-            "clean": asdict(self.clean),
-            "corrupted": asdict(self.corrupted),
-            "total_effect": asdict(self.total),
+            "clean": self.clean.to_json(),
+            "corrupted": self.corrupted.to_json(),
+            "total_effect": self.total.to_json(),
             "restored": plain(self.restored),
             "indirect_effect": plain(self.indirect),
             "direct_effect": plain(self.direct),
@@ -106,7 +106,7 @@ def average(traces: Sequence[Trace], *, seed: int = 0) -> Average:
     corrupted = np.array([each.p_corrupted for each in traces])
     by_fact = {kind: np.stack([_by_role(each, kind) for each in traces]) for kind in kinds}
     effects = {kind: values - corrupted[:, None, None] for kind, values in by_fact.items()}
-    bounds = {kind: interval(values, seed) for kind, values in effects.items()}
+    bounds = {kind: interval(values, seed, UNBOUNDED) for kind, values in effects.items()}
     decided_by = "mlp" if "mlp" in kinds else kinds[0]
     decisive = [_decisive(each, decided_by) for each in traces]
 
@@ -119,7 +119,7 @@ def average(traces: Sequence[Trace], *, seed: int = 0) -> Average:
         n_role=tuple(int(each) for each in (~np.isnan(by_fact[kinds[0]][:, 0])).sum(0)),
         clean=summary(clean, seed),
         corrupted=summary(corrupted, seed),
-        total=summary(clean - corrupted, seed),
+        total=summary(clean - corrupted, seed, UNBOUNDED),
         restored=grids(by_fact),
         indirect=grids(effects),
         direct=grids({kind: clean[:, None, None] - values for kind, values in by_fact.items()}),
@@ -150,7 +150,7 @@ def compare(
         np.array([_by_role(each, kind)[layer, column] - each.p_corrupted for each in traces])
         for traces in (first, second)
     ]
-    return summary(effects[1] - effects[0], seed)
+    return summary(effects[1] - effects[0], seed, UNBOUNDED)
 
 
 def _by_role(trace: Trace, kind: str) -> np.ndarray:
