@@ -9,31 +9,33 @@ from mechedit.facts import Fact
 from mechedit.files import FileError
 from mechedit.settings import SettingsError, TraceSettings
 from mechedit.tracing import prepare
-from mechedit.tracing.cells import ATTN_OUT, MLP_OUT, RESID_POST, Cell, Patch
+from mechedit.tracing.cells import MLP_OUT, RESID_POST, Cell, Patch
+from mechedit.tracing.engine import sweep
 from mechedit.tracing.severing import Severed, severed
 from tests.conftest import FACT, SHAPES, assert_same_state, state
-from tests.slow_trace import loop
+from tests.slow_trace import loop, severed_loop
 
 SMALL = TraceSettings(draws=3)
 
 
+MODULES = {"ordinary": None, "mlp": "blocks.{layer}.hook_mlp_out", "attn": "blocks.{layer}.hook_attn_out"}
+
+
+@pytest.mark.parametrize("shared_draws", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_severed_curves_equal_two_whole_passes_with_one_draw(shape, load):
+def test_severed_curves_are_the_papers_two_passes(shape, shared_draws, load):
+    """Modules are held in every block: at values of another draw, those below the restored state act on what is read too."""
     model = load(shape)
     prepared = prepare(model, FACT, SMALL)
     at = prepared.prompt.last_subject
-    cells = [
-        Cell((Patch(RESID_POST, layer, at),), tuple(Patch(held, each, at) for held in components for each in range(4)))
-        for components in ((), (MLP_OUT,), (ATTN_OUT,))
-        for layer in range(4)
-    ]
-    slow = loop(model, prepared.ids, prepared.corrupted, prepared.answer_ids[0], cells).view(3, 4, 3)
+    shift = 0 if shared_draws else 1
     before = state(model)
-    found = severed(model, FACT, SMALL)
+    found = severed(model, FACT, SMALL, shared_draws=shared_draws)
     assert_same_state(model, before)
     assert found.position == at
-    for curve, expected in zip(("ordinary", "mlp", "attn"), slow, strict=True):
-        torch.testing.assert_close(found.curves[curve], expected, atol=1e-5, rtol=1e-3)
+    for curve, held in MODULES.items():
+        slow = severed_loop(model, prepared.ids, prepared.corrupted, prepared.answer_ids[0], at, held, shift)
+        torch.testing.assert_close(found.curves[curve], slow, atol=1e-5, rtol=1e-3)
     assert (found.curves["ordinary"] - found.curves["mlp"])[:3].abs().max() > 1e-5
     assert (found.curves["ordinary"] - found.curves["attn"])[:3].abs().max() > 1e-5
 
@@ -44,32 +46,26 @@ def test_nothing_is_left_to_sever_above_the_last_block(model, fact):
         torch.testing.assert_close(found.curves[curve][-1], found.curves["ordinary"][-1])
 
 
-def test_the_published_way_holds_values_of_another_draw(model, fact):
+def test_values_of_another_draw_matter_below_the_restored_block_too(model, fact):
     shared, mixed = (severed(model, fact, SMALL, shared_draws=each) for each in (True, False))
     torch.testing.assert_close(shared.curves["ordinary"], mixed.curves["ordinary"])
-    assert not torch.allclose(shared.curves["mlp"], mixed.curves["mlp"])
+    for curve in ("mlp", "attn"):
+        assert not torch.allclose(shared.curves[curve][0], mixed.curves[curve][0])
+    # above the last block nothing is left to sever, but for what was held in the blocks below
+    torch.testing.assert_close(shared.curves["mlp"][-1], shared.curves["ordinary"][-1])
+    assert not torch.allclose(mixed.curves["mlp"][-1], mixed.curves["ordinary"][-1])
+
+
+def test_another_draws_values_count_even_where_nothing_corrupted_is_restored(model, fact):
+    """A cell whose restored patch stands before the corruption, where clean and corrupted runs agree."""
     prepared = prepare(model, fact, SMALL)
-    at = prepared.prompt.last_subject
-    turned = replace(prepared, corrupted=prepared.corrupted.roll(-1, 0))
-    tokens = torch.tensor([list(prepared.ids)]).expand(3, -1)
-    _, clean = model.run_with_cache(tokens)
-    with model.hooks(fwd_hooks=[("hook_embed", lambda activation, hook: turned.corrupted)]):
-        _, other = model.run_with_cache(tokens)
-
-    def put(run, position):
-        def hook(activation, hook):
-            activation = activation.clone()
-            activation[:, position] = run[hook.name][:, position]
-            return activation
-
-        return hook
-
-    hooks = [("hook_embed", lambda activation, hook: prepared.corrupted)]
-    hooks += [("blocks.1.hook_resid_post", put(clean, at))]
-    hooks += [(f"blocks.{layer}.hook_mlp_out", put(other, at)) for layer in (2, 3)]
-    with torch.no_grad():
-        p = model.run_with_hooks(tokens, fwd_hooks=hooks)[:, -1].softmax(-1)[:, prepared.answer_ids[0]]
-    torch.testing.assert_close(mixed.curves["mlp"][1], p, atol=1e-6, rtol=1e-3)
+    at, before = prepared.prompt.last_subject, prepared.prompt.subject[0] - 1
+    cell = Cell((Patch(RESID_POST, 0, before),), (Patch(MLP_OUT, 2, at),))
+    (own, other) = (sweep(model, [prepared.job([cell], shift)])[0] for shift in (0, 1))
+    torch.testing.assert_close(own.cells[0], own.corrupted)
+    slow = loop(model, prepared.ids, prepared.corrupted, prepared.answer_ids[0], [cell], held_shift=1)
+    torch.testing.assert_close(other.cells[..., 0].exp(), slow, atol=1e-6, rtol=1e-3)
+    assert not torch.allclose(other.cells[0], other.corrupted)
 
 
 def test_any_role_can_be_restored_and_one_that_is_not_there_is_an_error(model, fact):

@@ -95,8 +95,9 @@ def conflict(cell):
     span=st.integers(1, 3),
     draws=st.integers(1, 3),
     row_tokens=st.sampled_from([5, 20, 2048]),
+    held_shift=st.integers(0, 1),
 )
-def test_any_cells_equal_one_forward_pass_each(shape, cells, begin, span, draws, row_tokens, load):
+def test_any_cells_equal_one_forward_pass_each(shape, cells, begin, span, draws, row_tokens, held_shift, load):
     model = load(shape)
     lacking = {"resid_mid"} if shape in {"gptj", "neox"} else set()
     cells = [
@@ -107,9 +108,9 @@ def test_any_cells_equal_one_forward_pass_each(shape, cells, begin, span, draws,
     corrupted = corrupted_embeddings(model, IDS, begin, span, draws)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "ROW_TOKENS", row_tokens)
-        (fast,) = engine.sweep(model, [Job(IDS, corrupted, (Read(6, (33,)),), tuple(cells))])
+        (fast,) = engine.sweep(model, [Job(IDS, corrupted, (Read(6, (33,)),), tuple(cells), held_shift)])
     if cells:
-        slow = loop(model, IDS, corrupted, 33, cells)
+        slow = loop(model, IDS, corrupted, 33, cells, held_shift)
         torch.testing.assert_close(fast.cells[..., 0].exp(), slow, atol=1e-5, rtol=1e-3)
 
 

@@ -64,17 +64,17 @@ def _sweep(model: HookedModel, jobs: Sequence[Job], progress: Progress, memory: 
         for job, each in enumerate(jobs)
     ]
     members = [
-        _Member(job, index, *needed)
+        _Member(job, index, effect)
         for job, each in enumerate(jobs)
         for index, cell in enumerate(each.cells)
-        if (needed := _effective(cell, runs.begins[job])) is not None
+        if (effect := _effect(cell, runs.begins[job], each.held_shift % runs.draws != 0)) is not None
     ]
     by_position: dict[int, list[_Member]] = {}
     for member in members:
-        by_position.setdefault(member.position, []).append(member)
+        by_position.setdefault(member.effect.position, []).append(member)
     done, total = 0, len(members)
     for position, here in sorted(by_position.items()):
-        here.sort(key=lambda member: (member.job, member.start, len(member.what.restored)))
+        here.sort(key=lambda member: (member.job, member.effect.start, len(member.effect.restored)))
         most = _members_at_once(model, runs, position, memory)
         for begin in range(0, len(here), most):
             progress("trace", done, total)
@@ -113,17 +113,30 @@ def _check(model: HookedModel, jobs: Sequence[Job]) -> None:
                 seen.add((patch.component, patch.layer))
 
 
-def _effective(cell: Cell, begin: int) -> tuple[int, int, Cell] | None:
-    """First position and first block to compute, and the cell without what changes nothing; None if all of it is that.
+@dataclass(frozen=True)
+class _Effect:
+    """What of a cell changes anything, and the first position and block that it changes."""
 
-    Before `begin`, where corruption begins, the clean and the corrupted run are the same.
+    position: int
+    start: int
+    restored: tuple[Patch, ...]
+    held: tuple[Patch, ...]
+
+
+def _effect(cell: Cell, begin: int, shifted: bool) -> _Effect | None:
+    """The cell without what changes nothing; None if all of it is that.
+
+    Before `begin`, where corruption begins, the clean and all corrupted runs are the same. What is held at the run's own
+    values changes nothing before something is restored; held at another draw's (`shifted`), it does.
     """
     restored = tuple(patch for patch in cell.restored if patch.position >= begin)
-    if not restored:
+    held = tuple(patch for patch in cell.held if patch.position >= begin)
+    moving = (*restored, *held) if shifted else restored
+    if not moving:
         return None
-    position, start = min(patch.position for patch in restored), min(patch.start for patch in restored)
-    held = tuple(patch for patch in cell.held if patch.position >= position and patch.start >= start)
-    return position, start, Cell(restored, held)
+    position, start = min(patch.position for patch in moving), min(patch.start for patch in moving)
+    held = tuple(patch for patch in held if patch.position >= position and patch.start >= start)
+    return _Effect(position, start, restored, held)
 
 
 @dataclass(frozen=True)
@@ -132,9 +145,7 @@ class _Member:
 
     job: int
     cell: int
-    position: int
-    start: int
-    what: Cell
+    effect: _Effect
 
 
 def _members_at_once(model: HookedModel, runs: Runs, position: int, memory: int) -> int:
@@ -201,9 +212,9 @@ class _Pass:
         self.states: dict[int, _Writes] = {}
         self.hooks: dict[tuple[Component, int], _Writes] = {}
         for place, member in enumerate(self.members):
-            for patch in member.what.held:
+            for patch in member.effect.held:
                 self._plan(place, member, patch, self._held(member, patch))
-            for patch in member.what.restored:  # after what is held: where both name a place, it is restored
+            for patch in member.effect.restored:  # after what is held: where both name a place, it is restored
                 self._plan(place, member, patch, self._clean(member, patch))
 
     def _plan(self, place: int, member: _Member, patch: Patch, values: Tensor) -> None:
@@ -308,11 +319,11 @@ def _forks(members: Sequence[_Member]) -> list[_Fork]:
     groups: dict[tuple[int, int], list[tuple[_Fork, dict[int, frozenset[tuple[Patch, bool]]]]]] = {}
     for member in reversed(members):  # long windows first
         plan: dict[int, frozenset[tuple[Patch, bool]]] = {}
-        for patches, restored in ((member.what.restored, True), (member.what.held, False)):
+        for patches, restored in ((member.effect.restored, True), (member.effect.held, False)):
             for patch in patches:
                 plan[patch.start] = plan.get(patch.start, frozenset()) | {(patch, restored)}
-        group = groups.setdefault((member.job, member.start), [])
-        best = _Fork(member, member.start, None)
+        group = groups.setdefault((member.job, member.effect.start), [])
+        best = _Fork(member, member.effect.start, None)
         for other, theirs in group:
             parts = min(
                 (layer for layer in plan.keys() | theirs.keys() if plan.get(layer) != theirs.get(layer)), default=None
