@@ -81,6 +81,7 @@ def _best(trace: Trace | Average, kind: str, role: str) -> Site:
     column = ROLES.index(role)
     layer, p = _highest(grids[kind][:, column], role)
     reach = trace.high[kind][:, column] >= trace.indirect[kind][layer, column]
+    reach[layer] = True  # which has no interval where facts are few
     return Site(kind, layer, role, p, near=tuple(reach.nonzero()[:, 0].tolist()))
 
 
