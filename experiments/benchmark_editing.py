@@ -53,7 +53,7 @@ def run_one(settings: BenchmarkEditing) -> dict[str, Any]:
     if settings.way == "plain":
         rows = keys.contexts(model, fact, before, prepend_bos=chosen.prepend_bos)
         (essence,) = keys.contexts(model, Fact(fact.subject, "{} is a"), ("",), prepend_bos=chosen.prepend_bos)
-        target = prompts.continuation(model, fact.prompt, str(fact.target_new))
+        target = prompts.continuation(model, fact.prompt, str(fact.target_new), fact.join)
         with models.frozen(model):
             made = published_edit(model, list(rows), essence, target, moment.C, chosen)
         norm = float(made.change.norm())

@@ -327,7 +327,7 @@ def _replaced(model: HookedModel, fact: Fact, prompt: Prompt, other: str | None)
 
 
 def _about(fact: Fact, subject: str) -> Fact:
-    return Fact(subject, fact.template)
+    return Fact(subject, fact.template, join=fact.join)
 
 
 def partner(model: HookedModel, fact: Fact, facts: Sequence[Fact], *, seed: int = 0) -> str | None:

@@ -276,7 +276,7 @@ def check_facts(model: HookedModel, facts: Sequence[Fact], settings: Any) -> Non
                 f"facts contradict each other: {fact.prompt!r} is to become {other!r} and {fact.target_new!r}."
             )
         length = len(prompts.prepare(model, fact, prepend_bos=settings.prepend_bos).ids)
-        prompts.check_length(model, length + len(prompts.continuation(model, fact.prompt, fact.target_new)))
+        prompts.check_length(model, length + len(prompts.continuation(model, fact.prompt, fact.target_new, fact.join)))
 
 
 def _obey(editor: Editor, settings: Any, reasons: Sequence[str]) -> None:
@@ -300,7 +300,7 @@ def _relative_norm(model: HookedModel, found: Sequence[Change]) -> float:
 
 def _measured(model: HookedModel, facts: Sequence[Fact], settings: Any) -> list[dict[str, float]]:
     """Probability of each whole target after each prompt."""
-    pairs = [(fact.prompt, str(target)) for fact in facts for target in (fact.target_new, fact.target_true)]
+    pairs = [(fact.prompt, str(target), fact.join) for fact in facts for target in (fact.target_new, fact.target_true)]
     scores = scoring.score(model, pairs, prepend_bos=settings.prepend_bos)
     return [{"p_new": new.p, "p_true": true.p} for new, true in zip(scores[::2], scores[1::2], strict=True)]
 
@@ -312,7 +312,7 @@ def _measured_before(
     filled = []
     for fact in facts:
         said, token, _ = scoring.top(model, fact.prompt, 1, prepend_bos=settings.prepend_bos)[0]
-        if prompts.continuation(model, fact.prompt, str(fact.target_new)) == [token]:
+        if prompts.continuation(model, fact.prompt, str(fact.target_new), fact.join) == [token]:
             raise EditError(
                 f"the target {fact.target_new!r} is what {model.cfg.model_name} already says after {fact.prompt!r}: there is nothing to edit."
             )

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mechedit import records
+from mechedit import records, writing
 from mechedit.errors import FactError
 from mechedit.records import Part
 
@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 
+PROMPTS = ("paraphrases", "neighbours", "generations")  # fields of a fact that are lists of whole prompts
 FORMS = (
     "subject, prompt (or template, with {} for the subject), target_true and target_new (the fields of facts.Fact); COUNTERFACT, nested (requested_rewrite) or flat "
     "(ground_truth); zsRE (loc_ans); known facts (attribute)"
@@ -37,14 +38,17 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Fact:
-    """`template.format(subject)` is completed by `target_true`; an edit makes it `target_new`.
+    """`template` with `subject` in the place of `{}` is completed by `target_true`; an edit makes it `target_new`.
 
-    Targets are words without a leading space: the one that joins them to the prompt is put there once, when tokens are
-    made. `paraphrases`, `neighbours` and `generations` are whole prompts: other wordings of the same question, the same
-    question about subjects that share `target_true`, and openings for free text about the subject.
+    `paraphrases`, `neighbours` and `generations` are whole prompts: other wordings of the same question, the same question about
+    subjects that share `target_true` (or have answers of their own: `neighbour_answers`, one for each), and openings for free
+    text about the subject. Spaces around targets and at the end of prompts are removed. `join` says how a prompt meets a
+    target: "auto", as its writing has it (`writing.seam`: one space in English, none in Chinese or after an opening quotation
+    mark); "space", always one; "none", the two exactly as they are.
 
     Raises:
-        FactError: an empty subject, a template without exactly one `{}`, or a target that is only white space.
+        FactError: an empty subject, a template without exactly one `{}`, a target that is only white space, prompts that are no
+            list of texts, or a text with half a character.
     """
 
     subject: str
@@ -57,24 +61,55 @@ class Fact:
     relation: str | None = None
     id: str | None = None
     target_new_id: str | None = None  # by which reference texts name the new target
+    neighbour_answers: tuple[str, ...] = ()
+    join: str = "auto"
 
     def __post_init__(self) -> None:
+        wrong = [*self._wrong_texts(), *self._wrong_lists()]
+        if self.join not in writing.JOINS:
+            wrong.append(f"join must be one of {', '.join(writing.JOINS)}; it is {self.join!r}")
+        if wrong:
+            raise FactError("; ".join(wrong) + ".")
+        end = (lambda prompt: prompt) if self.join == "none" else writing.ended
+        object.__setattr__(self, "template", end(self.template))
+        for name in PROMPTS:
+            object.__setattr__(self, name, tuple(end(prompt) for prompt in getattr(self, name)))
+        for name in ("target_true", "target_new"):
+            if (target := getattr(self, name)) is not None:
+                object.__setattr__(self, name, target.strip())
+        object.__setattr__(self, "neighbour_answers", tuple(answer.strip() for answer in self.neighbour_answers))
+        if self.target_new is not None and writing.same(self.target_new, self.target_true):
+            raise FactError(f"target_new equals target_true ({self.target_new!r}): there is nothing to edit.")
+
+    def _wrong_texts(self) -> list[str]:
+        """What is wrong with each text of its own."""
         wrong = []
         if not self.subject.strip():
             wrong.append(f"the subject must be a word or more; it is {self.subject!r}")
         if (slots := self.template.count("{}")) != 1:
             wrong.append(f"a template must hold exactly one {{}} for the subject; {self.template!r} holds {slots}")
-        object.__setattr__(self, "template", self.template.rstrip())
         for name in ("target_true", "target_new"):
             target = getattr(self, name)
             if target is not None and not target.strip():
                 wrong.append(f"{name} must be a word or more; it is {target!r}")
-            if target is not None:
-                object.__setattr__(self, name, target.strip())
-        if self.target_new is not None and self.target_new == self.target_true:
-            wrong.append(f"target_new equals target_true ({self.target_new!r}): there is nothing to edit")
-        if wrong:
-            raise FactError("; ".join(wrong) + ".")
+        for name in ("subject", "template", "target_true", "target_new", "relation", "id", "target_new_id"):
+            wrong += [f"{name} {what}" for what in records.unwritable(getattr(self, name))]
+        return wrong
+
+    def _wrong_lists(self) -> list[str]:
+        """What is wrong with its lists of prompts, and of answers."""
+        wrong = []
+        for name in (*PROMPTS, "neighbour_answers"):
+            texts = getattr(self, name)
+            if isinstance(texts, str) or not all(isinstance(each, str) and each.strip() for each in texts):
+                wrong.append(f"{name} must be a list of texts, each a word or more; found {texts!r}")
+            else:
+                wrong += [f"{name} {what}" for text in texts for what in records.unwritable(text)]
+        if len(self.neighbour_answers) not in (0, len(self.neighbours)):
+            wrong.append(
+                f"neighbour_answers must be one for each of the {len(self.neighbours)} neighbours, or none; found {len(self.neighbour_answers)}"
+            )
+        return wrong
 
     @property
     def prompt(self) -> str:
@@ -86,6 +121,12 @@ class Fact:
     def subject_start(self) -> int:
         """The character of `prompt` at which the subject begins."""
         return self.template.index("{}")
+
+    @property
+    def neighbourhood(self) -> tuple[tuple[str, str | None], ...]:
+        """Each neighbour, and the answer that an edit must leave there: its own, or `target_true`."""
+        answers = self.neighbour_answers or (self.target_true,) * len(self.neighbours)
+        return tuple(zip(self.neighbours, answers, strict=True))
 
 
 def check_fact(fact: object) -> None:
@@ -107,8 +148,11 @@ def from_prompt(
     target_true: str | None = None,
     target_new: str | None = None,
     occurrence: int | None = None,
+    join: str = "auto",
 ) -> Fact:
     """The fact of a whole prompt that contains its subject; `occurrence` (from 0) chooses among several.
+
+    The subject may be composed otherwise than in the prompt (`é` of one character or of two); the fact has it as in the prompt.
 
     Raises:
         FactError: the subject is empty, not in the prompt, or there more than once without a choice.
@@ -116,28 +160,30 @@ def from_prompt(
     for name, text in (("prompt", prompt), ("subject", subject)):
         if not text.strip():
             raise FactError(f"the {name} must be a word or more; it is {text!r}.")
+        for what in records.unwritable(text):
+            raise FactError(f"the {name} {what}.")
     if "{}" in prompt:
         raise FactError(
             f"a prompt holds its subject itself; {prompt!r} is a template, with {{}} in the subject's place."
         )
     subject = subject.strip()
-    starts = [at for at in range(len(prompt)) if prompt.startswith(subject, at)]
-    if not starts:
+    places = writing.find(prompt, subject)
+    if not places:
         raise FactError(
             f"the subject {subject!r} is not in the prompt {prompt!r}; it must appear there letter for letter."
         )
-    if len(starts) > 1 and occurrence is None:
+    if len(places) > 1 and occurrence is None:
         raise FactError(
-            f"the subject {subject!r} appears {len(starts)} times in the prompt {prompt!r}; "
-            f"choose one with occurrence=0 to {len(starts) - 1} (--occurrence on the command line), or give a template, with {{}} there."
+            f"the subject {subject!r} appears {len(places)} times in the prompt {prompt!r}; "
+            f"choose one with occurrence=0 to {len(places) - 1} (--occurrence on the command line), or give a template, with {{}} there."
         )
     chosen = occurrence or 0
-    if not 0 <= chosen < len(starts):
+    if not 0 <= chosen < len(places):
         raise FactError(
-            f"occurrence must be from 0 to {len(starts) - 1}, as often as {subject!r} is in the prompt; found {chosen}."
+            f"occurrence must be from 0 to {len(places) - 1}, as often as {subject!r} is in the prompt; found {chosen}."
         )
-    at = starts[chosen]
-    return Fact(subject, prompt[:at] + "{}" + prompt[at + len(subject) :], target_true, target_new)
+    begin, end = places[chosen]
+    return Fact(prompt[begin:end], prompt[:begin] + "{}" + prompt[end:], target_true, target_new, join=join)
 
 
 def built_in() -> tuple[Fact, ...]:

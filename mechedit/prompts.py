@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechedit import writing
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel, device_of
 
@@ -97,32 +98,30 @@ def check_length(model: HookedModel, length: int) -> None:
         )
 
 
-def continuation(model: HookedModel, prompt: str, target: str) -> list[int]:
-    """The ids of ` target` after `prompt`: what prompt and target encoded together have beyond the prompt's own ids.
+def continuation(model: HookedModel, prompt: str, target: str, join: str = "auto") -> list[int]:
+    """The ids of a target after a prompt, joined as `writing.seam` has it: what both together have beyond the prompt's own ids.
 
-    Where the tokenizer merges across the seam, the target's ids are those it has after the longest shared part's end,
-    encoded on their own; `audit` says so.
+    Where the tokenizer merges across the seam, the target's ids are those it has on its own; `audit` says so.
 
     Raises:
         FactError: the target is empty, or gives no token.
     """
     if not target.strip():
         raise FactError(f"a target must be a word or more; it is {target!r}.")
+    prompt, text = writing.seam(prompt, target, join)
     alone, _ = encode(model, prompt, prepend_bos=False)
-    both, _ = encode(model, prompt + joined(prompt, target), prepend_bos=False)
-    ids = (
-        both[len(alone) :]
-        if both[: len(alone)] == alone
-        else encode(model, joined(prompt, target), prepend_bos=False)[0]
-    )
+    both, _ = encode(model, prompt + text, prepend_bos=False)
+    ids = both[len(alone) :] if both[: len(alone)] == alone else _alone(model, text)
     if not ids:
         raise FactError(f"the target {target!r} gives no token after {prompt!r}.")
     return ids
 
 
-def joined(prompt: str, target: str) -> str:
-    """The target with the one space that joins it to the prompt, none where the prompt already ends in white space."""
-    return target.strip() if prompt[-1:].isspace() else " " + target.strip()
+def _alone(model: HookedModel, text: str) -> list[int]:
+    """The ids of a text that goes on: behind a line break, for tokenizers that put a space before all that begins."""
+    start, _ = encode(model, "\n", prepend_bos=False)
+    whole, _ = encode(model, "\n" + text, prepend_bos=False)
+    return whole[len(start) :] if whole[: len(start)] == start else encode(model, text, prepend_bos=False)[0]
 
 
 def pad(model: HookedModel, rows: list[list[int]]) -> Int[Tensor, "rows pos"]:
@@ -163,13 +162,13 @@ def audit(model: HookedModel, fact: Fact, *, prepend_bos: bool | None = None) ->
     targets: dict[str, tuple[tuple[int, str], ...]] = {}
     notes: list[str] = []
     for name, target in (("target_true", fact.target_true), ("target_new", fact.target_new)):
-        ids = continuation(model, fact.prompt, target) if target else []
+        ids = continuation(model, fact.prompt, target, fact.join) if target else []
         targets[name] = tuple(zip(ids, text_tokens(model, ids), strict=True))
         if len(ids) > 1:
             notes.append(
                 f"{name} {target!r} is {len(ids)} tokens; a trace measures the first (measure p_answer: all), an edit learns all."
             )
-        if target and not _seam_is_clean(model, fact.prompt, target):
+        if target and not _seam_is_clean(model, fact, target):
             notes.append(
                 f"the tokenizer merges the end of the prompt with {name} {target!r}; the target is encoded on its own."
             )
@@ -189,14 +188,15 @@ def doubts(model: HookedModel, fact: Fact, *, prepend_bos: bool | None = None) -
     """What is likely a mistake of who wrote the fact down. The model is not run."""
     notes = []
     for name, target in (("target_true", fact.target_true), ("target_new", fact.target_new)):
-        if target and model.tokenizer.unk_token_id in continuation(model, fact.prompt, target):
+        if target and model.tokenizer.unk_token_id in continuation(model, fact.prompt, target, fact.join):
             notes.append(f"{name} {target!r} has a token the vocabulary does not know.")
     return notes + _subject_notes(model, fact, prepare(model, fact, prepend_bos=prepend_bos))
 
 
-def _seam_is_clean(model: HookedModel, prompt: str, target: str) -> bool:
+def _seam_is_clean(model: HookedModel, fact: Fact, target: str) -> bool:
+    prompt, text = writing.seam(fact.prompt, target, fact.join)
     alone, _ = encode(model, prompt, prepend_bos=False)
-    both, _ = encode(model, prompt + joined(prompt, target), prepend_bos=False)
+    both, _ = encode(model, prompt + text, prepend_bos=False)
     return both[: len(alone)] == alone
 
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mechedit import writing
 from mechedit.errors import FactError, ManyMistakes
 
-__all__ = ["Part", "listed", "load", "make"]
+__all__ = ["Part", "listed", "load", "make", "unwritable"]
 
 Made = TypeVar("Made")
 SHOWN = 20  # mistakes, before the rest is counted
@@ -127,6 +128,12 @@ def make(
         counted = f"{path} has mistakes in {len(wrong)} of {len(found)} records, which are numbered from 0:"
         raise ManyMistakes([counted, *listed(wrong), *([hint] if hint else [])])
     return tuple(every)
+
+
+def unwritable(text: str | None) -> list[str]:
+    """What is wrong with a text that cannot be encoded, if it cannot."""
+    at = None if text is None else writing.lone_surrogate(text)
+    return [] if at is None else [f"must be text that UTF-8 can write; character {at} of {text!r} is half of one"]
 
 
 def listed(lines: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mechedit import writing
 from mechedit.models import Blocks, HookedModel
 from mechedit.prompts import check_length, continuation, encode, pad, resolve_bos
 
@@ -36,17 +37,18 @@ class Score:
 
 
 @torch.no_grad()
-def score(model: HookedModel, pairs: Sequence[tuple[str, str]], *, prepend_bos: bool | None = None) -> list[Score]:
-    """A score for each (prompt, target), in order.
+def score(model: HookedModel, pairs: Sequence[tuple[str, ...]], *, prepend_bos: bool | None = None) -> list[Score]:
+    """A score for each (prompt, target), in order; joined by `writing.seam`, otherwise where a third text says so (`Fact.join`).
 
     Raises:
         FactError: an empty target, or a text that does not fit the context.
     """
     bos = resolve_bos(model, prepend_bos)
     pairs_of_ids: list[tuple[list[int], list[int]]] = []
-    for prompt, answer in pairs:
-        ids, _ = encode(model, prompt, prepend_bos=bos)
-        pairs_of_ids.append((ids, continuation(model, prompt, answer)))
+    for prompt, answer, *how in pairs:
+        read, _ = writing.seam(prompt, answer, *how)
+        ids, _ = encode(model, read, prepend_bos=bos)
+        pairs_of_ids.append((ids, continuation(model, prompt, answer, *how)))
         check_length(model, len(ids) + len(pairs_of_ids[-1][1]))
     # a row is what the model reads; many need but the beginning of another's, under causal attention the same thing
     needed = sorted({(*ids, *target[:-1]) for ids, target in pairs_of_ids})

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -193,6 +194,38 @@ def test_targets_and_templates_are_stripped_once():
     assert (fact.prompt, fact.target_true, fact.target_new) == ("A is", "x", "y")
 
 
+def test_line_breaks_at_the_end_of_prompts_are_kept_and_spaces_are_not():
+    fact = Fact("A", "{} is?\n", paraphrases=("Is A? \t", "Is A?\n"), neighbours=("Is B? ",), generations=("A ",))
+    assert fact.prompt == "A is?\n"
+    assert (fact.paraphrases, fact.neighbours, fact.generations) == (("Is A?", "Is A?\n"), ("Is B?",), ("A",))
+
+
+def test_a_subject_is_found_however_its_letters_are_composed():
+    composed, decomposed = (unicodedata.normalize(form, "Beyoncé plays the") for form in ("NFC", "NFD"))
+    for prompt in (composed, decomposed):
+        for subject in (composed.split()[0], decomposed.split()[0]):
+            fact = facts.from_prompt(prompt, subject)
+            assert fact.prompt == prompt, "the user's text is not changed"
+            assert fact.template == "{} plays the"
+    with pytest.raises(FactError, match="is not in the prompt"):
+        facts.from_prompt(decomposed.replace("Beyonc", "Jos"), "Jose")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"subject": "A\ud800"}, r"subject must be text that UTF-8 can write; character 1 of 'A\\ud800' is half of one"),
+        ({"target_new": "\udcff"}, "target_new must be text that UTF-8"),
+        ({"neighbours": ("B is", "\ud800")}, "neighbours must be text that UTF-8"),
+        ({"neighbours": ("B is",), "neighbour_answers": ("x", "y")}, "one for each of the 1 neighbours, or none; found 2"),
+        ({"paraphrases": ("A is", " ")}, "paraphrases must be a list of texts, each a word or more"),
+    ],
+)  # fmt: skip
+def test_texts_of_a_fact_that_cannot_be_used_are_errors(fields, message):
+    with pytest.raises(FactError, match=message):
+        Fact(**({"subject": "A", "template": "{} is"} | fields))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -202,6 +235,7 @@ def test_targets_and_templates_are_stripped_once():
         (("A", "{} is", " "), "target_true must be a word"),
         (("A", "{} is", "x", ""), "target_new must be a word"),
         (("A", "{} is", "x", " x"), "nothing to edit"),
+        (("A", "{} is", "é", "e\u0301"), "nothing to edit"),
     ],
 )
 def test_a_fact_that_cannot_be_meant_is_an_error(arguments, message):

@@ -122,6 +122,33 @@ def test_scores_of_facts_are_those_of_their_prompts_one_by_one(model):
         counterfact.scores(model, [replace(fact, target_new=None)])
 
 
+def test_a_neighbour_is_scored_by_its_own_answer(model):
+    neighbours = ("Rome is in", "London is in")
+    own = replace(FACT, neighbours=neighbours, neighbour_answers=("Italy", " England "))
+    (found,) = counterfact.scores(model, [own])
+
+    def mean(prompt, target):
+        ids = model.to_tokens(prompt)[0].tolist()
+        wanted = model.to_tokens(" " + target, prepend_bos=False)[0].tolist()
+        with torch.no_grad():
+            log_p = model(torch.tensor([ids + wanted])).log_softmax(-1)[0]
+        return sum(float(log_p[len(ids) - 1 + step, token]) for step, token in enumerate(wanted)) / len(wanted)
+
+    kept, new = [mean("Rome is in", "Italy"), mean("London is in", "England")], [mean(each, "Paris") for each in neighbours]  # fmt: skip
+    assert found["NM"] == pytest.approx(sum(math.exp(a) - math.exp(b) for a, b in zip(kept, new, strict=True)) / 2, abs=1e-6)  # fmt: skip
+    assert found["NS"] == sum(a > b for a, b in zip(kept, new, strict=True)) / 2
+    (shared,) = counterfact.scores(model, [replace(FACT, neighbours=neighbours)])
+    assert shared["NM"] != pytest.approx(found["NM"], abs=1e-6), "the fact's own answer, where they have none"
+
+
+def test_spaces_at_the_end_of_prompts_change_no_score(model):
+    plain = replace(FACT, paraphrases=("The city of The Space Needle is",), neighbours=("Rome is",))
+    spaced = replace(plain, template=plain.template + " ", paraphrases=("The city of The Space Needle is  ",), neighbours=("Rome is\t",))  # fmt: skip
+    assert counterfact.scores(model, [spaced]) == counterfact.scores(model, [plain])
+    once, twice = scoring.score(model, [("Rome is", "in"), ("Rome is ", "in")])
+    assert once == twice
+
+
 def test_answers_of_zsre_are_scored_by_their_most_probable_tokens(model, tmp_path):
     record = {"subject": "Paris", "src": "What is Paris?", "rephrase": "Paris is what?", "alt": "Rome Rome", "answers": ["London"], "loc": "nq question: where is Rome", "loc_ans": "Italy"}  # fmt: skip
     path = tmp_path / "zsre.json"

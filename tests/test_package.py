@@ -187,6 +187,7 @@ ORDER = [
     "parsing",
     "cache",
     "settings",
+    "writing",
     "records",
     "facts",
     "files",

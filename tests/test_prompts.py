@@ -56,6 +56,37 @@ def test_target_ids_are_what_follows_the_prompts_own_ids(model):
     assert prompts.continuation(model, prompt + " ", "Seattle") != []
 
 
+@pytest.mark.parametrize(
+    ("prompt", "target", "text"),
+    [
+        ("法国的首都是", "巴黎", "法国的首都是巴黎"),
+        ("日本の首都は ", "東京", "日本の首都は東京"),
+        ('The capital is "', "Paris", 'The capital is "Paris'),
+        ("Answer:\n", "Paris", "Answer:\nParis"),
+        ("The capital is ", "Paris", "The capital is Paris"),
+    ],
+)
+def test_prompt_and_target_are_the_text_that_their_writing_makes_of_them(prompt, target, text, model):
+    fact = from_prompt(prompt, prompt.split()[0].rstrip("是は:"), target_true=target)
+    prepared = prompts.prepare(model, fact, prepend_bos=False)
+    ids = prompts.continuation(model, fact.prompt, target, fact.join)
+    assert [*prepared.ids, *ids] == model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert prompts.continuation(model, prompt, target) == ids
+
+
+def test_a_fact_says_how_its_prompts_and_targets_are_joined(model):
+    def text(join):
+        fact = Fact("The Space Needle", "{} is in Sea", "ttle", paraphrases=("Find it in Sea ",), join=join)
+        ids = prompts.prepare(model, fact, prepend_bos=False).ids
+        after = prompts.continuation(model, fact.prompt, "ttle", fact.join)
+        return model.tokenizer.decode([*ids, *after]), fact.paraphrases
+
+    assert text("auto") == ("The Space Needle is in Sea ttle", ("Find it in Sea",))
+    assert text("none") == ("The Space Needle is in Seattle", ("Find it in Sea ",))
+    with pytest.raises(FactError, match="join must be one of auto, space, none; it is 'glue'"):
+        Fact("A", "{} is", join="glue")
+
+
 def test_an_empty_target_is_an_error(model):
     with pytest.raises(FactError, match="target must be a word"):
         prompts.continuation(model, "A is", " ")

@@ -24,12 +24,12 @@ def scores(model: HookedModel, facts: Sequence[Fact], *, prepend_bos: bool | Non
     Raises:
         FactError: a fact has no new or no true target, or does not fit the context.
     """
-    pairs: list[tuple[str, str]] = []
+    pairs: list[tuple[str, ...]] = []
     for fact in facts:
         if fact.target_new is None or fact.target_true is None:
             raise FactError(f"success compares a new and a true target; the fact about {fact.subject!r} lacks one.")
-        prompts = (fact.prompt, *fact.paraphrases, *fact.neighbours)
-        pairs += [(prompt, target) for prompt in prompts for target in (fact.target_new, fact.target_true)]
+        asked = [(prompt, fact.target_true) for prompt in (fact.prompt, *fact.paraphrases)] + [*fact.neighbourhood]
+        pairs += [(prompt, target, fact.join) for prompt, own in asked for target in (fact.target_new, str(own))]
     found = score(model, pairs, prepend_bos=prepend_bos)
     rows, at = [], 0
     for fact in facts:

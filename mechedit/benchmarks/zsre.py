@@ -30,13 +30,13 @@ def scores(
     Raises:
         FactError: a fact has no new target, or does not fit the context.
     """
-    pairs: list[tuple[str, str]] = []
+    pairs: list[tuple[str, ...]] = []
     for question in questions:
         fact = question.fact
         if fact.target_new is None:
             raise FactError(f"zsRE scores a new answer; the fact about {fact.subject!r} has no target_new.")
-        pairs += [(prompt, fact.target_new) for prompt in (fact.prompt, *fact.paraphrases)]
-        pairs.append((question.unrelated, question.answer))
+        pairs += [(prompt, fact.target_new, fact.join) for prompt in (fact.prompt, *fact.paraphrases)]
+        pairs.append((question.unrelated, question.answer, fact.join))
     found = score(model, pairs, prepend_bos=prepend_bos)
     rows, at = [], 0
     for question in questions:

@@ -64,7 +64,7 @@ class _Rows:
         self.model, self.blocks = model, Blocks(model)
         self.layer, self.n_layers = settings.layer, int(model.cfg.n_layers)
         ids = [encode(model, fact.prompt, prepend_bos=bool(settings.prepend_bos))[0] for fact in facts]
-        targets = [prompts.continuation(model, fact.prompt, str(fact.target_new)) for fact in facts]
+        targets = [prompts.continuation(model, fact.prompt, str(fact.target_new), fact.join) for fact in facts]
         tokens = pad(model, [[*row, *target[:-1]] for row, target in zip(ids, targets, strict=True)])
         with torch.no_grad():
             self.entering = self.blocks.embed(tokens)

@@ -184,7 +184,7 @@ class Rome(Editor):
     ) -> Aim:
         """Key and value of facts about one subject."""
         bos, token, layer = settings.prepend_bos, settings.fact_token, settings.layer
-        targets = [prompts.continuation(model, fact.prompt, str(fact.target_new)) for fact in facts]
+        targets = [prompts.continuation(model, fact.prompt, str(fact.target_new), fact.join) for fact in facts]
         rows = [row for fact in facts for row in keys.contexts(model, fact, prepared.prefixes, token, prepend_bos=bos)]
         wanted = [target for target in targets for _ in prepared.prefixes]
         for row, target in zip(rows, wanted, strict=True):

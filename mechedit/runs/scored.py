@@ -55,7 +55,7 @@ def _generated(
 ) -> dict[str, float]:
     """GE and RS of sampled texts, essence of texts about the subject, and whether greedy text goes on with the new target."""
     target = str(fact.target_new)
-    length = len(prompts.continuation(model, fact.prompt, target)) + 1
+    length = len(prompts.continuation(model, fact.prompt, target, fact.join)) + 1
     said = generation.complete(model, fact.prompt, length, prepend_bos=bos)
     found = {"exact_match": metrics.exact_match(said, target)}
     written = generation.continuations(

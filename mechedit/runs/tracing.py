@@ -28,7 +28,7 @@ __all__ = ["check_run", "finished", "known", "partners", "sever_facts", "trace_f
 
 def unit(fact: Fact, other: str | None = None) -> str:
     """The name of a fact's unit: a hash of what a trace depends on, the subject that takes its subject's place among it."""
-    said = [fact.subject, fact.template, fact.target_true, fact.target_new]
+    said = [fact.subject, fact.template, fact.target_true, fact.target_new, fact.join]
     return content_key([*said, other] if other is not None else said)
 
 
@@ -163,7 +163,7 @@ def known(
         wrong |= {
             fact
             for fact, token in zip(part, said, strict=True)
-            if continuation(model, fact.prompt, str(fact.target_true))[0] != token
+            if continuation(model, fact.prompt, str(fact.target_true), fact.join)[0] != token
         }
     progress("asking the model", len(asked), len(asked))
     return [fact for fact in facts if fact not in wrong]

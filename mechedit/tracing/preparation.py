@@ -102,7 +102,7 @@ def _answer(model: HookedModel, fact: Fact, prompt: Prompt, *, whole: bool) -> t
     Where the whole answer is read and that token is blank, the model's next ones belong to it, up to the first that is not.
     """
     if fact.target_true:
-        return tuple(prompts.continuation(model, fact.prompt, fact.target_true))
+        return tuple(prompts.continuation(model, fact.prompt, fact.target_true, fact.join))
     said = [_top(model, prompt.ids)]
     while whole and is_blank(model, said[-1]) and len(said) < MOST_BLANKS:
         said.append(_top(model, (*prompt.ids, *said)))
@@ -113,7 +113,7 @@ def _other_answer(model: HookedModel, fact: Fact, answer: Sequence[int]) -> tupl
     """The tokens of the answer that the fact's own is measured against."""
     if not fact.target_new:
         raise FactError("a logit difference needs a second answer: give the fact a `target_new`.")
-    other = tuple(prompts.continuation(model, fact.prompt, fact.target_new))
+    other = tuple(prompts.continuation(model, fact.prompt, fact.target_new, fact.join))
     if other[0] == answer[0]:
         raise FactError(
             f"{fact.target_true!r} and {fact.target_new!r} begin with the same token, so their logits do not differ."
