@@ -61,7 +61,7 @@ def _not_for(model: HookedModel, edit: Edit, now: str) -> str:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Sum:
     """A weight before any edit that stands in the model, and the sum of the changes since, in float64; `is_now` where none stands."""
 

@@ -51,7 +51,7 @@ class CorruptionError(MecheditError, ValueError):
     """A corruption that cannot be made for this prompt."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Statistics:
     """What embeddings are like: the standard deviation of all their entries, their mean and covariance, and of which tokens."""
 

@@ -68,7 +68,7 @@ class Prepared(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Found:
     """What `find` gives: changes; numbers for the report, which the editor's bands are of; details as JSON values; vectors such as
     k* and v*; and what the next edit of a sequence is to know."""

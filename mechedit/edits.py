@@ -25,6 +25,7 @@ from mechedit.changes import Change, ChangeError, Dense, LowRank, Rows
 from mechedit.errors import MecheditError
 from mechedit.files import FileError
 from mechedit.models import ModelError
+from mechedit.parsing import check, number
 from mechedit.rank_one import RankOneEdit
 from mechedit.weights import Weight
 
@@ -202,7 +203,9 @@ def load(path: str | Path) -> Edit:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise FileError(f"{path} holds NaN or infinity; such an edit would destroy the model.")
     try:
-        edit = _edit(tensors, _of_0_1(record) if "method" in record else record)
+        record = _of_0_1(record) if "method" in record else record
+        check(record, _FORM)
+        edit = _edit(tensors, record)
         _check_whole(edit)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ChangeError, ModelError) as error:
         raise FileError(f"{path} is an edit whose record is not whole ({type(error).__name__} {error}).") from error
@@ -225,6 +228,23 @@ def _edit(tensors: dict[str, Tensor], record: dict[str, Any]) -> Edit:
     )
 
 
+_FORM = {
+    "editor": str,
+    "report": {str: number},
+    "origin": {"name": str},
+    "settings": dict,
+    "versions": {str: str},
+    "seconds": number,
+    "details": dict,
+    "reasons": [str],
+    "facts": [{"fact": {"prompt": str, "subject": str}, "before": {str: number}, "after": {str: number}}],
+    "changes": [{"layer": int, "weight": str, "kind": str}],
+}
+_FACTORS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INDICES = (torch.int64, torch.int32)
+LARGEST = 1 << 24  # rows or columns of a weight
+
+
 def _rank_one(weight: Weight, record: dict[str, Any], own: dict[str, Tensor]) -> Change:
     if own["u"].ndim != 1 or own["step"].ndim != 1 or weight.name != "mlp.W_out":
         raise ChangeError("a rank-one change of W_out is two vectors, u and step.")
@@ -234,14 +254,22 @@ def _rank_one(weight: Weight, record: dict[str, Any], own: dict[str, Tensor]) ->
 _KINDS: dict[str, Callable[[Weight, dict[str, Any], dict[str, Tensor]], Change]] = {
     "rank_one": _rank_one,
     "low_rank": lambda weight, record, own: LowRank(weight, own["left"], own["right"]),
-    "rows": lambda weight, record, own: Rows(weight, own["index"], own["values"], int(record["height"])),
+    "rows": lambda weight, record, own: Rows(weight, own["index"], own["values"], _height(record["height"])),
     "dense": lambda weight, record, own: Dense(weight, own["delta"]),
 }
 
 
+def _height(value: Any) -> int:
+    if type(value) is not int or not 0 < value <= LARGEST:
+        raise ChangeError(f"a weight has from 1 to {LARGEST} rows; found {value!r:.40}.")
+    return value
+
+
 def _change(record: dict[str, Any], own: dict[str, Tensor]) -> Change:
-    if any(tensor.is_floating_point() == (name == "index") for name, tensor in own.items()):
+    if any(tensor.dtype not in (_INDICES if name == "index" else _FACTORS) for name, tensor in own.items()):
         raise ChangeError("a change is floating-point numbers, at rows that are whole ones.")
+    if any(not 0 < size <= LARGEST for name, each in own.items() for size in each.shape[name in ("index", "values") :]):
+        raise ChangeError(f"a change has from 1 to {LARGEST} rows and columns.")
     return _KINDS[record["kind"]](Weight(record["layer"], record["weight"]), record, own)
 
 
@@ -264,12 +292,18 @@ def _check_whole(edit: Edit) -> None:
         *(edit.details["parts"] if edit.editor == COMPOSED else ()),
         json.dumps(edit.settings),
         json.dumps(edit.details),
-        *(each.fact["prompt"] for each in edit.facts),
     ]
-    needed += [each.fact["subject"] for each in edit.facts]
     needed += [edit.fact["target_new"]] if edit.changes else []  # for the lack of which a fact is refused
     if edit.changes and edit.editor != COMPOSED:  # whose parts were measured, each alone
         needed += [edit.report[name] for name in _MEASURED]
         needed += [each["p_new"] for fact in edit.facts for each in (fact.before, fact.after)]
     if None in needed:
         raise TypeError("a value that may not be null is")
+    for each in edit.facts:
+        check([each.fact.get(name) for name in ("target_new", "target_true")], [(str, None)], "targets")
+    check(list(edit.parents), [str], "origin.edits")
+    check(edit.base, str, "origin.weights")
+    if edit.editor == COMPOSED:
+        check(edit.details["parts"], [{"prompt": str}], "details.parts")
+        check(list(edit.parts), [str], "details.digests")
+    check(edit.layer, int, "layer")

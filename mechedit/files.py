@@ -14,9 +14,23 @@ from torch import Tensor
 
 from mechedit.cache import WriteError, atomic_write
 from mechedit.errors import MecheditError
+from mechedit.parsing import from_text
 
 __all__ = ["FileError", "kind", "read", "write"]
 
+FORMATS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+"""Of the numbers in files."""
 FORMAT = 1  # of a kind of file that has had one form only
 
 
@@ -31,7 +45,7 @@ def kind(path: str | Path) -> str:
         FileError: it is none.
     """
     _, header = _open(Path(path))
-    if not header:
+    if not isinstance(header.get("kind"), str):
         raise FileError(f"{path} is a safetensors file, but none of mechedit's.")
     return str(header["kind"])
 
@@ -44,10 +58,13 @@ def write(
     from safetensors.torch import save_file
 
     path = Path(path)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = _apart(tensors)
     header = {"kind": what, "format": form, "sha256": _digest(plain, record), "record": record}
     # one entry, because safetensors writes several in an order that changes from file to file
-    metadata = {"mechedit": json.dumps(header, ensure_ascii=False)}
+    text = json.dumps(header, ensure_ascii=False, default=_number)
+    metadata = {
+        "mechedit": text.encode("utf-8", "backslashreplace").decode()
+    }  # half a surrogate pair is JSON's own \\ud800
     with atomic_write(path) as temporary:
         try:
             save_file(plain, temporary, metadata)
@@ -56,9 +73,28 @@ def write(
     return path
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each with memory of its own, as the format wants it."""
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        plain[name] = own.clone() if place in seen else own
+        seen.add(place)
+    return plain
+
+
+def _number(value: Any) -> Any:
+    """A number or array of NumPy or torch as JSON has it."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is nothing that JSON has")
+
+
 def _digest(tensors: dict[str, Tensor], record: dict[str, Any]) -> str:
     """SHA-256 of the record and of every tensor's name and bytes."""
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True, default=_number).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -77,7 +113,7 @@ def read(path: str | Path, what: str, form: int = FORMAT) -> tuple[dict[str, Ten
         raise FileError(
             f"{path} is not a mechedit {what}: it is {f'a mechedit {found}' if found else 'a safetensors file of another kind'}."
         )
-    if not isinstance(header.get("format"), int) or not isinstance(header.get("record"), dict):
+    if type(header.get("format")) is not int or not isinstance(header.get("record"), dict):
         raise FileError(f"{path} is a mechedit {what} whose record cannot be read.")
     if header["format"] > form:
         raise FileError(
@@ -92,14 +128,20 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, and what `write` said of them; empty if it did not write this."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # its name is too long, or its links go in a circle
+        raise FileError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if not is_file:
         raise FileError(f"{path} does not exist or is no file.")
     if path.suffix == ".json":
         raise FileError(f"{path} is a JSON file, for people to read; what mechedit reads again ends in .safetensors.")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-            header = json.loads((file.metadata() or {}).get("mechedit", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileError(f"{path} is truncated or no safetensors file ({error}).") from error
+            header = from_text((file.metadata() or {}).get("mechedit", "{}"), unique=True)
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # formats torch lacks
+        raise FileError(f"{path} is truncated or no safetensors file that can be read ({error}).") from error
+    if strange := sorted({str(tensor.dtype) for tensor in tensors.values()} - {str(each) for each in FORMATS}):
+        raise FileError(f"{path} has tensors of {', '.join(strange)}, which mechedit writes nowhere.")
     return tensors, header if isinstance(header, dict) else {}

@@ -41,7 +41,7 @@ BANDS: dict[str, Band] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Health:
     """What an unharmed model says: log-probabilities after "{subject} is a", by subject, and its mean log P on held-out text."""
 

@@ -24,7 +24,7 @@ __all__ = ["Place", "place"]
 WORDS = {"mlp": ("mlp", "feed_forward", "ffn", "fc"), "attn": ("attn", "attention")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Place:
     """A parameter by its name, whether it is stored [in, out], and which of its columns (outputs) are the weight; None: all."""
 

@@ -39,7 +39,7 @@ __all__ = ["Value", "optimise"]
 GROUP_COST = 24  # what running one more group costs, in positions of a row: the weights are read once for each
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Value:
     """v* [d_model] in float32, and a row for each step of the optimisation: target, KL and decay terms of the loss."""
 
@@ -47,7 +47,7 @@ class Value:
     losses: tuple[tuple[float, float, float], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Group:
     """Rows that run together, from the first position that d is added at in any of them."""
 

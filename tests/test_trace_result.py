@@ -51,5 +51,7 @@ def test_another_kind_of_file_is_no_trace(model, fact, tmp_path):
     with pytest.raises(files.FileError, match="not a mechedit trace: it is a mechedit edit"):
         Trace.load(path)
     path = files.write(tmp_path / "y.safetensors", "trace", {"u": torch.zeros(1)}, {})
-    with pytest.raises(files.FileError, match="a trace that lacks something, or has what is not known: 'settings'"):
+    with pytest.raises(
+        files.FileError, match="a trace that lacks something, or has what is not known: it lacks prompt"
+    ):
         Trace.load(path)

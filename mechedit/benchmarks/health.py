@@ -28,7 +28,7 @@ MOST, TINY = 700.0, 1e-300  # what exp and log can take
 POSITIONS = 32  # whose whole distributions are compared
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Unedited:
     """What the model said before any edit."""
 

@@ -92,7 +92,7 @@ def prepare(
     return Prepared(ready, tuple(sorted(before, key=bool)), found)  # the bare prompt first, the others in their order
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Aim:
     """What one subject's facts come to: the direction u = C^-1 k, the key that returns v*, and v*; with what they were made from."""
 

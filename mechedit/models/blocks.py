@@ -29,7 +29,7 @@ VOCABULARY_PART = 8192  # columns of the unembedding multiplied at once
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeyValues:
     """Keys and values of one block for positions 0 to `length`-1; the layout is the model class's own.
 

@@ -122,7 +122,7 @@ def _cached(path: Path) -> Moment | None:
     return None
 
 
-@dataclass
+@dataclass(eq=False)
 class Sums:
     """The sum of k k^T of each layer in float64, over so many keys, and how many batches of the text are done."""
 

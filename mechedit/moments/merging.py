@@ -26,6 +26,7 @@ def merge(moments: Sequence[Moment]) -> Moment:
         for what, mine, theirs in (
             ("layer", first.layer, each.layer),
             ("model", _model(first), _model(each)),
+            ("size of C", len(first.C), len(each.C)),
             ("window", first.settings.context, each.settings.context),
             ("BOS rule", first.settings.prepend_bos, each.settings.prepend_bos),
         ):

@@ -17,10 +17,20 @@ from torch import Tensor
 from mechedit import cache, files, provenance, rank_one
 from mechedit.errors import MecheditError
 from mechedit.models import HookedModel, W_out, identity, weight_hash
-from mechedit.settings import MomentSettings, SettingsError, from_json
+from mechedit.parsing import check, number
+from mechedit.settings import MomentSettings, from_json
 
 __all__ = ["RULE", "SAMPLED", "Moment", "MomentError", "condition", "read_published"]
 
+_FORM = {
+    "layer": int,
+    "keys": int,
+    "cond": number,
+    "source": str,
+    "settings": dict,
+    "origin": {"name": str},
+    "versions": {str: str},
+}  # of the record in its file
 RULE = "one stream in windows, BOS not counted"  # of what is a key; part of the cache's key
 SAMPLED = "sampled from the model"
 
@@ -29,7 +39,7 @@ class MomentError(MecheditError, ValueError):
     """A second moment that cannot be estimated, or cannot be used."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moment:
     """C [d_mlp, d_mlp] of one layer in float64, from `keys` keys; `cond` is its condition number."""
 
@@ -106,15 +116,18 @@ class Moment:
         """
         tensors, record = files.read(path, "moment")
         try:
+            check(record, _FORM)
             settings = from_json(MomentSettings, record["settings"])
             rest = (record["keys"], record["cond"], record["source"], settings, record["origin"], record["versions"])
             found = Moment(record["layer"], tensors["C"], *rest)
-        except (KeyError, TypeError, SettingsError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise files.FileError(
                 f"{path} is a moment that lacks something, or has what is not known: {error}."
             ) from error
         if wrong := _no_moment(found.C):
             raise files.FileError(f"{path} is a moment whose C is {wrong}.")
+        if found.keys < 1 or found.layer < 0:
+            raise files.FileError(f"{path} is a moment of {found.keys} keys of block {found.layer}, which cannot be.")
         factor = tensors.get("factor")
         if factor is not None and _is_factor(factor, found.C):
             vars(found)["factor"] = factor  # as if it had been computed: a cached_property is kept there
@@ -155,6 +168,8 @@ def read_published(path: str | Path, model: HookedModel, layer: int) -> Moment:
             total, keys = file["mom2.mom2"], int(file["mom2.count"])
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise MomentError(f"{path} is no .npz of second moments with mom2.mom2 and mom2.count ({error}).") from error
+    if not isinstance(total, np.ndarray) or total.dtype.kind not in "fiu":
+        raise MomentError(f"{path} holds no numbers under mom2.mom2.")
     if total.shape != (d_mlp, d_mlp) or keys < 1 or (wrong := _no_moment(torch.from_numpy(total))):
         found = (
             f"it has {list(total.shape)} over {keys}" if total.shape != (d_mlp, d_mlp) or keys < 1 else f"it is {wrong}"

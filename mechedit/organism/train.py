@@ -116,7 +116,7 @@ def encoded(world: World, words: Any) -> list[Sentence]:
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Rows of tokens, and each subject in them as (row, begin, end)."""
 

@@ -48,7 +48,7 @@ __all__ = ["Sweep", "check_complete", "sweep", "sweep_maps"]
 RESAMPLES = 1_000
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sweep:
     """`scores[name]` is [fact, layer, token], from 0 to 1, nan where a fact has no such token; `effects` the traces' indirect
     effects there. Layers and tokens are named in order."""

@@ -107,11 +107,15 @@ def require(holds: bool, message: str) -> None:
 
 
 def check_each(settings: Any) -> None:
-    """Raise where a field holds another type than its default does, or none of its choices."""
+    """Raise where a field holds another type than its default does, or none of its choices.
+
+    Lists, as JSON has them, become tuples, and numbers of NumPy and torch Python's.
+    """
     for each in fields(settings):
-        value = getattr(settings, each.name)
         default = each.metadata["default"]
         wanted: Any = type(default)
+        value = _plain(getattr(settings, each.name), wanted)
+        object.__setattr__(settings, each.name, value)
         if default is None or wanted is bool:
             holds, name = value is None or isinstance(value, bool), "True, False or None"
         elif wanted in (int, float):
@@ -128,6 +132,14 @@ def check_each(settings: Any) -> None:
                 require(own in choices, f"{each.name} must be one of {', '.join(choices)}; found {own!r}.")
 
 
+def _plain(value: Any, wanted: type) -> Any:
+    if hasattr(value, "tolist") and hasattr(value, "shape"):
+        value = value.tolist()
+    if isinstance(value, list) or type(value) is tuple:
+        return _tuples(value)
+    return float(value) if wanted is float and type(value) is int and abs(value) < 1 << 53 else value
+
+
 def from_json(settings: type[Of], record: Mapping[str, Any]) -> Of:
     """The settings whose `dataclasses.asdict` this is, through JSON or not.
 
@@ -141,4 +153,6 @@ def from_json(settings: type[Of], record: Mapping[str, Any]) -> Of:
 
 
 def _tuples(value: Any) -> Any:
+    if hasattr(value, "tolist") and hasattr(value, "shape"):
+        value = value.tolist()
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value

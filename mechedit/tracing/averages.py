@@ -31,7 +31,7 @@ class AverageError(MecheditError, ValueError):
     """Traces that cannot be averaged."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Average:
     """Effects over `n` facts. Grids are [layer, role], roles in the order of `roles.ROLES`, nan where no fact has the role.
 

@@ -32,7 +32,7 @@ class Read:
     targets: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One prompt to sweep: the embeddings of its corrupted runs, what is read, and the cells.
 
@@ -47,7 +47,7 @@ class Job:
     held_shift: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Runs:
     """The clean and the corrupted runs of all jobs. States enter each block; the last ones are final."""
 

@@ -33,7 +33,7 @@ GIGABYTE = 1 << 30
 ROW_TOKENS = 1024  # rows times positions in one call of a block: enough to keep a matmul busy, little enough to hold
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Swept:
     """log P of every read's targets, one after another: in the clean run, the corrupted ones, and each cell."""
 

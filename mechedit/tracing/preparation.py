@@ -25,7 +25,7 @@ __all__ = ["Prepared", "is_blank", "prepare", "why_blank"]
 MOST_BLANKS = 4  # tokens of an answer of the model's own, where it begins with blanks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prepared:
     """A fact made ready to run: its tokens, answer, the embeddings of its corrupted runs, and what is read."""
 

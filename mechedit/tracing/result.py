@@ -6,7 +6,7 @@ No model is needed to load, save or draw one.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,43 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit import files
-from mechedit.settings import SettingsError, TraceSettings, from_json
+from mechedit.parsing import check, number
+from mechedit.settings import TraceSettings, from_json
 from mechedit.tracing import measures
 from mechedit.tracing.roles import roles
 
 __all__ = ["Trace"]
 
 
-@dataclass(frozen=True, repr=False)
+_FORM = {
+    "prompt": str,
+    "tokens": [str],
+    "subject": str,
+    "subject_range": [int],
+    "relation": (str, None),
+    "answer": str,
+    "answer_ids": [int],
+    "corrupted_by": str,
+    "p_clean": number,
+    "p_corrupted": number,
+    "noise_std": number,
+    "settings": dict,
+    "origin": {"name": str},
+    "versions": {str: str},
+}  # of the record in its file
+
+
+def _check_grids(draws: dict[str, Tensor], subject: list[int], tokens: int) -> None:
+    if len(subject) != 2 or not 0 <= subject[0] < subject[1] <= tokens:
+        raise ValueError(f"subject_range must lie in its {tokens} tokens; found {subject}")
+    for kind, grid in draws.items():
+        if not grid.is_floating_point() or grid.ndim != 3 or grid.shape[1] != tokens or 0 in grid.shape:
+            raise ValueError(
+                f"draws.{kind} must be numbers [layer, {tokens}, draw]; found {list(grid.shape)} of {grid.dtype}"
+            )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Trace:
     """A causal trace of one fact.
 
@@ -48,7 +77,7 @@ class Trace:
     settings: TraceSettings
     origin: dict[str, Any]
     versions: dict[str, str]
-    seconds: float = field(default=math.nan, compare=False)
+    seconds: float = math.nan
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -106,8 +135,10 @@ class Trace:
         """
         tensors, record = files.read(path, "trace")
         try:
+            check(record, _FORM)
             settings = from_json(TraceSettings, record["settings"])
             draws = {kind: tensors[f"draws.{kind}"] for kind in settings.kinds}
+            _check_grids(draws, record["subject_range"], len(record["tokens"]))
             return Trace(
                 prompt=record["prompt"],
                 tokens=tuple(record["tokens"]),
@@ -126,7 +157,7 @@ class Trace:
                 origin=record["origin"],
                 versions=record["versions"],
             )
-        except (KeyError, TypeError, IndexError, SettingsError) as error:
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
             raise files.FileError(
                 f"{path} is a trace that lacks something, or has what is not known: {error}."
             ) from error

@@ -19,6 +19,7 @@ from mechedit import corruption, files, provenance
 from mechedit.corruption import Statistics
 from mechedit.facts import Fact
 from mechedit.models import HookedModel
+from mechedit.parsing import check, number
 from mechedit.progress import Progress, silent
 from mechedit.settings import SettingsError, TraceSettings, from_json
 from mechedit.tracing.cells import ATTN_OUT, MLP_OUT, RESID_POST, Cell, Patch, resolve
@@ -29,10 +30,24 @@ from mechedit.tracing.tracer import run_jobs
 
 __all__ = ["CURVES", "Severed", "severed"]
 
+_FORM = {
+    "prompt": str,
+    "subject": str,
+    "answer": str,
+    "position": int,
+    "role": str,
+    "p_clean": number,
+    "p_corrupted": number,
+    "settings": dict,
+    "shared_draws": bool,
+    "corrupted_by": str,
+    "origin": {"name": str},
+    "versions": {str: str},
+}  # of the record in its file
 CURVES = {"ordinary": (), "mlp": (MLP_OUT,), "attn": (ATTN_OUT,)}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Severed:
     """`curves[name]` is [layer, draw]: the measure with the state after that block restored at `position`, while nothing
     ("ordinary"), the MLP outputs ("mlp") or the attention outputs ("attn") are held there at their corrupted values."""
@@ -75,10 +90,14 @@ class Severed:
         """
         curves, record = files.read(path, "severed")
         try:
+            check(record, _FORM)
+            for name in CURVES:
+                if not curves[name].is_floating_point() or curves[name].ndim != 2 or 0 in curves[name].shape:
+                    raise ValueError(f"{name} must be numbers [layer, draw]; found {list(curves[name].shape)}")
             settings = from_json(TraceSettings, record["settings"])
             fields: dict[str, Any] = record | {"curves": curves, "settings": settings}
             return Severed(**fields)
-        except (KeyError, TypeError, SettingsError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise files.FileError(f"{path} lacks something, or has what is not known: {error}.") from error
 
 
