@@ -13,10 +13,9 @@ the parameter's columns.
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch import Tensor
 from mechedit import applying, cache, models, provenance
 from mechedit.changes import Change, Factors, by_weight, norm, total
 from mechedit.edits import Edit, EditError
+from mechedit.errors import MecheditError
 from mechedit.huggingface import Place, place
 from mechedit.models import HookedModel
 from mechedit.weights import Weight, as_matrix, value
@@ -183,6 +183,8 @@ def check_folder(folder: str | Path) -> Path:
         WriteError: it cannot be written.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise EditError(f"{folder} is no folder; export into a new folder.")
     if folder.is_dir() and any(folder.iterdir()):
         raise EditError(f"{folder} is not empty; export into a new folder.")
     cache.check_writable(folder / "config.json")
@@ -191,18 +193,47 @@ def check_folder(folder: str | Path) -> Path:
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A folder that becomes `folder` if the body ends without an error."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    """A folder whose files become those of `folder` if the body ends without an error; if not, nothing is left.
+
+    Raises:
+        WriteError: the disk is full, or refuses in another way.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
-        yield temporary
-        mode = folder.stat().st_mode
-        temporary.chmod(mode)
-        for file in temporary.iterdir():
-            file.chmod(mode & 0o666)  # safetensors makes private files; an export is shared like any other
-        temporary.replace(folder)  # which is there, and empty
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _written(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".") as name:
+            temporary = Path(name)
+            yield temporary
+            mode = folder.stat().st_mode & 0o666  # safetensors makes private files; an export is shared like any other
+            files = sorted(temporary.iterdir())
+            for file in files:
+                file.chmod(mode)
+            for file in files:  # on one disk, so that nothing is copied
+                file.replace(folder / file.name)
+    except BaseException:
+        for each in made:
+            with suppress(OSError):
+                each.rmdir()
+        raise
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """Let what the disk refuses say so, whichever library wrote."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except MecheditError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise cache.WriteError(
+            f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}. Nothing is left of it."
+        ) from error
+    except Exception as error:
+        if "os error" not in str(error):  # as tokenizers, whose errors have no class, tell what the system refused
+            raise
+        raise cache.WriteError(f"{folder} cannot be written: {error}. Nothing is left of it.") from error
 
 
 def _opened(

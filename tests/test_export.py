@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import replace
 
 import pytest
@@ -251,3 +252,41 @@ def test_a_change_is_approximated_by_its_largest_directions_and_the_error_is_rec
     assert not torch.allclose(found, edited_logits(model, tokens, [edit]), atol=1e-3)
     exact = export.adapter(model, str(folder("gpt2")), [edit], tmp_path / "exact", rank=8)
     assert "errors" not in json.loads((exact / "mechedit.json").read_text())
+
+
+@pytest.mark.parametrize("limit", [100, 5_000, 60_000, 200_000])
+def test_a_full_disk_leaves_nothing_of_an_export(limit, model, folder, tmp_path, monkeypatch):
+    """Whichever file the disk has no room for. A limit on files' sizes stands for the disk's."""
+    edit = hand_made.edit_of(model, hand_made.rank_one(model))
+    (tmp_path / "there").mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for write in (export.checkpoint, export.adapter):
+        if write is export.adapter and limit > 100:
+            continue
+        for place in ("new/below", "there"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            try:
+                with pytest.raises(WriteError, match="Nothing is left of it") as found:
+                    write(model, str(folder("gpt2")), [edit], tmp_path / place)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            assert len(str(found.value).splitlines()) == 1
+            assert [each.name for each in tmp_path.rglob("*")] == ["there"]
+
+
+def test_an_export_goes_into_an_empty_folder_that_stays_the_same_one(model, folder, tmp_path, monkeypatch):
+    edit = hand_made.edit_of(model, hand_made.rank_one(model))
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    number = (tmp_path / "real").stat().st_ino
+    monkeypatch.chdir(tmp_path / "real")
+    export.adapter(model, str(folder("gpt2")), [edit], ".")
+    assert sorted(each.name for each in (tmp_path / "link").iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "mechedit.json"]  # fmt: skip
+    assert (tmp_path / "real").stat().st_ino == number
+    for each in (tmp_path / "real").iterdir():
+        each.unlink()
+    export.adapter(model, str(folder("gpt2")), [edit], tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EditError, match="is no folder"):
+        export.adapter(model, str(folder("gpt2")), [edit], tmp_path / "file")

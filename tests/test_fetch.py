@@ -100,7 +100,7 @@ def test_a_whole_part_needs_nothing_more_and_one_of_another_file_is_left(server,
 def test_what_changed_at_its_source_is_not_kept(server, tmp_path):
     path = fetch("known", tmp_path, address=server.address)
     path.unlink()
-    server.content = CONTENT[:-1] + b" "
+    server.content = CONTENT.replace(b"4999", b"5000")
     with pytest.raises(FetchError, match="changed at its source"):
         fetch("known", tmp_path, address=server.address)
     assert not path.exists()
@@ -109,6 +109,74 @@ def test_what_changed_at_its_source_is_not_kept(server, tmp_path):
     path.write_bytes(b"damaged")
     server.content = CONTENT
     assert fetch("known", tmp_path, address=server.address).read_bytes() == CONTENT, "a damaged file is fetched again"
+
+
+PAGES = {
+    "a login page": b"<!DOCTYPE html><html><body>Please log in</body></html>",
+    "one after blank lines": b"\n\n \xef\xbb\xbf<html>log in</html>",
+    "an answer that is no list": b'{"error": "log in"}',
+    "words": b"Please log in",
+    "nothing": b"",
+    "a list that stops": CONTENT[:-5],
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_does_not_look_like_the_file_is_not_kept_nor_its_hash(name, server, tmp_path):
+    server.content = PAGES[name]
+    if not PAGES[name]:
+        server.do_GET = lambda self: (
+            self.send_response(200),
+            self.send_header("Content-Length", "0"),
+            self.end_headers(),
+        )
+    with pytest.raises(FetchError, match=r"in place of known_1000\.json. Nothing is kept"):
+        fetch("known", tmp_path, address=server.address)
+    assert not any(
+        each.name in ("known_1000.json", "hashes.json", "known_1000.json.part") for each in tmp_path.iterdir()
+    )
+
+
+def test_a_hash_is_the_same_in_capitals_and_must_be_one(server, tmp_path):
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    path = fetch("known", tmp_path, address=server.address, sha256=digest.upper())
+    assert path.read_bytes() == CONTENT
+    (tmp_path / "hashes.json").write_text(json.dumps({path.name: digest.upper()}))
+    fetch("known", tmp_path, address=server.address)
+    assert len(server.asked) == 1, "what is there has the hash that is wanted"
+    for wrong in ("5", digest[:-1], digest + "\n", ""):
+        with pytest.raises(FetchError, match="64 hexadecimal digits"):
+            fetch("known", tmp_path, address=server.address, sha256=wrong)
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("suffix", [".part", ".part.etag", ".part.lock"])
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_a_link_put_where_a_download_goes_is_not_followed(suffix, link, server, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    getattr(folder / f"known_1000.json{suffix}", link)(victim)
+    with pytest.raises(FetchError, match="no file of its own"):
+        fetch("known", folder, address=server.address)
+    assert victim.read_text() == "precious"
+
+
+def test_a_link_of_ones_own_to_the_file_stays(server, tmp_path):
+    store = tmp_path / "store"
+    store.mkdir()
+    (tmp_path / "known_1000.json").symlink_to(store / "known.json")
+    fetch("known", tmp_path, address=server.address)
+    assert (tmp_path / "known_1000.json").is_symlink()
+    assert (store / "known.json").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("text", ["5", "[]", '{"known_1000.json": 5}', "[" * 100_000, "", "\\xff", "null"])
+def test_hashes_that_are_none_are_told(text, server, tmp_path):
+    (tmp_path / "hashes.json").write_text(text)
+    with pytest.raises(FetchError, match="is damaged"):
+        fetch("known", tmp_path, address=server.address)
 
 
 def test_errors_say_what_to_do(server, tmp_path):

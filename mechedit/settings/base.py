@@ -40,6 +40,7 @@ def _advice(settings: type, name: str, own: list[str]) -> str:
 
 
 def _below(settings: type) -> Iterator[type]:
+    each: type
     for each in settings.__subclasses__():
         yield each
         yield from _below(each)
