@@ -193,11 +193,13 @@ def built_in() -> tuple[Fact, ...]:
 
 
 def read(path: str | Path, need: Sequence[str] = ()) -> tuple[Fact, ...]:
-    """The facts of a JSON file: a list of objects with the fields of `Fact` (`prompt` may stand for `template`), nested or
-    flat COUNTERFACT, zsRE as MEND has it, or known facts; the form is recognised by what the records have.
+    """The facts of a JSON file, or of JSON Lines: objects with the fields of `Fact` (`prompt` may stand for `template`), nested
+    or flat COUNTERFACT, zsRE as MEND has it, or known facts; the form is recognised by what the records have. Each can say how
+    its prompts and targets are joined (`join`).
 
     Every fact must have the fields named in `need` ("target_true", say). zsRE records are left out where the question does not
-    contain the subject exactly once or nothing new is to be said.
+    contain the subject exactly once or nothing new is to be said. How many are left out, and fields that say something of a fact
+    and are not read (KnowEdit's `portability`), are told in a `records.RecordWarning`.
 
     Raises:
         FactError: the file is missing, no list of records, or records have mistakes; all of them are named.
@@ -213,6 +215,7 @@ def _form(found: Sequence[Any], path: str | Path) -> Callable[[Part, int], Fact 
         ("ground_truth", _flat),
         ("loc_ans", from_zsre),
         ("attribute", _known),
+        *((name, _flat) for name in ("rephrase_prompt", "rephrase", "locality_prompt", "locality", "portability")),
         ("template", _plain),
         ("prompt", _plain),
     ]
@@ -229,10 +232,15 @@ def _form(found: Sequence[Any], path: str | Path) -> Callable[[Part, int], Fact 
 def _fact(part: Part, subject: str | None, template: str | None, **rest: Any) -> Fact | None:
     """The fact. What is missing is noted already; stand-ins let the rest be checked."""
     try:
-        return Fact("subject" if subject is None else subject, "{}" if template is None else template, **rest)
+        return Fact("subject" if subject is None else subject, "{}" if template is None else template, join=_join(part), **rest)  # fmt: skip
     except FactError as error:
         part.mistakes.append(str(error).rstrip("."))
         return None
+
+
+def _join(part: Part) -> str:
+    """How a record says its prompts and targets are joined; what is none of the ways is told once, by the fact."""
+    return part.optional("join") or "auto"
 
 
 def _whole(part: Part, occurrence: int | None = None) -> tuple[str | None, str | None]:
@@ -240,7 +248,7 @@ def _whole(part: Part, occurrence: int | None = None) -> tuple[str | None, str |
     subject, prompt = part.text("subject"), part.text("prompt")
     if subject is not None and prompt is not None:
         try:
-            fact = from_prompt(prompt, subject, occurrence=occurrence)
+            fact = from_prompt(prompt, subject, occurrence=occurrence, join="none")  # its end is the fact's to judge
         except FactError as error:
             part.mistakes.append(str(error).rstrip("."))
         else:
@@ -253,6 +261,7 @@ def _plain(part: Part, index: int) -> Fact | None:
     names = {each.name for each in fields(Fact)} | {"prompt"}
     if unknown := sorted(part.value.keys() - names):
         part.mistakes.append(f"{', '.join(unknown)} is no field of a fact; there are {', '.join(sorted(names))}")
+    part.aside(*part.value)
     subject, template = (part.text("subject"), part.text("template")) if "template" in part.value else _whole(part)
     return _fact(
         part,
@@ -262,6 +271,7 @@ def _plain(part: Part, index: int) -> Fact | None:
         target_new=part.optional("target_new"),
         paraphrases=part.texts("paraphrases"),
         neighbours=part.texts("neighbours"),
+        neighbour_answers=part.texts("neighbour_answers"),
         generations=part.texts("generations"),
         relation=part.optional("relation"),
         id=part.id("id", index),
@@ -269,15 +279,11 @@ def _plain(part: Part, index: int) -> Fact | None:
     )
 
 
-def _one(part: Part, name: str) -> tuple[str, ...]:
-    """The one prompt of a record by this name, if it has it."""
-    prompt = part.optional(name)
-    return () if prompt is None or not prompt.strip() else (prompt,)
-
-
 def _nested(part: Part, index: int) -> Fact | None:
     rewrite = part.part("requested_rewrite")
     true, new = rewrite.part("target_true"), rewrite.part("target_new")
+    part.aside("pararel_idx", "attribute_prompts")
+    true.aside("id")
     return _fact(
         part,
         rewrite.text("subject"),
@@ -294,36 +300,73 @@ def _nested(part: Part, index: int) -> Fact | None:
 
 
 def _flat(part: Part, index: int) -> Fact | None:
+    """EasyEdit's and KnowEdit's names; of an answer by several names the first."""
     subject, template = _whole(part, occurrence=0)
+    near = _near(part)
+    part.aside("cond", "pred")
+    if part.value.get("ground_truth") is None and "target_true" in part.need:
+        part.mistakes.append("it lacks ground_truth")
     return _fact(
         part,
         subject,
         template,
-        target_true=part.text("ground_truth"),
+        target_true=next(iter(part.several("ground_truth")), None),
         target_new=part.text("target_new"),
-        paraphrases=_one(part, "rephrase_prompt"),
-        neighbours=_one(part, "locality_prompt"),
-        id=part.id("case_id", index),
-    )
+        paraphrases=tuple(each for name in ("rephrase_prompt", "rephrase") for each in part.several(name) if each.strip()),
+        neighbours=tuple(prompt for prompt, _ in near),
+        neighbour_answers=tuple(answer for _, answer in near if answer is not None),
+        relation=part.optional("relation") or part.optional("relation_id"),
+        id=part.id("case_id" if "case_id" in part.value else "id", index),
+    )  # fmt: skip
+
+
+def _near(part: Part) -> list[tuple[str, str | None]]:
+    """The prompts of a record that an edit must leave alone, with their answers: about neighbours, in the flat form or in
+    EasyEdit's `locality`. What else `locality` holds (KnowEdit's about the subject itself) is no neighbour, and is not read."""
+    of = [(part, "locality_prompt", "locality_ground_truth")]
+    if part.value.get("locality") is not None:
+        locality = part.part("locality")
+        part.aside("locality")
+        names = [name for name in ("neighborhood", "neighbourhood") if name in locality.value]
+        of += [(locality.part(name), "prompt", "ground_truth") for name in names]
+        locality.aside(*names)
+    found: list[tuple[str, str | None]] = []
+    for own, prompt, answer in of:
+        prompts, answers = own.several(prompt), own.several(answer)
+        answers = answers[:1] if isinstance(own.value.get(prompt), str) else answers  # one, by several names
+        if answers and len(answers) != len(prompts):
+            part.mistakes.append(
+                f"{answer} must be one answer for each {prompt}; found {len(answers)} for {len(prompts)}"
+            )
+        else:
+            found += [
+                (text, answer) for text, answer in zip(prompts, answers or [None] * len(prompts), strict=True) if text.strip()
+            ]  # fmt: skip
+    return found
 
 
 def from_zsre(part: Part, index: int) -> Fact | None:
     """The fact of a zsRE record in the form of MEND; None where it cannot be edited (`read`)."""
     subject, question, new = (part.text(name, blank=True) for name in ("subject", "src", "alt"))
-    answers, paraphrases, own_id = part.texts("answers", needed=True), _one(part, "rephrase"), part.id("case_id", index)
+    answers, own_id = part.texts("answers", needed=True), part.id("case_id", index)
+    paraphrases = tuple(each for each in part.several("rephrase") if each.strip())
+    part.aside("pred", "cond", "loc", "loc_ans")
     if subject is None or question is None or new is None or not answers:
         return None
     true, new = answers[0].strip(), new.strip()
     try:
-        template = from_prompt(question, subject).template
+        fact = from_prompt(question, subject, join="none")
     except FactError:  # not there, or more than once
+        part.left_out = "the question does not hold its subject exactly once"
         return None
-    if not new or new == true:
+    if not new or writing.same(new, true):
+        part.left_out = "nothing new is to be said"
         return None
-    return _fact(part, subject.strip(), template, target_true=true, target_new=new, paraphrases=paraphrases, id=own_id)
+    return _fact(part, fact.subject, fact.template, target_true=true, target_new=new, paraphrases=paraphrases, id=own_id)  # fmt: skip
 
 
 def _known(part: Part, index: int) -> Fact | None:
+    part.aside("prompt", "prediction")
     return _fact(
         part,
         part.text("subject"),

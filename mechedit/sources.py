@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mechedit import facts, records
+from mechedit import facts, records, writing
 from mechedit.facts import Fact, FactError
 from mechedit.organism import world
 from mechedit.records import Part
@@ -64,5 +64,6 @@ def _question(part: Part, index: int) -> Question | None:
     fact, unrelated, answer = facts.from_zsre(part, index), part.text("loc"), part.text("loc_ans")
     if fact is None or unrelated is None or answer is None:
         return None
-    mark = "?" if fact.prompt.endswith("?") else ""  # the unrelated one is asked as the fact is
-    return Question(fact, unrelated + mark, answer)
+    mark = "?" if fact.prompt.rstrip().endswith("?") else ""  # the unrelated one is asked as the fact is
+    unrelated = unrelated if fact.join == "none" else writing.ended(unrelated)
+    return Question(fact, unrelated + mark, answer.strip())

@@ -42,7 +42,7 @@ def seam(prompt: str, target: str, join: str = "auto") -> tuple[str, str]:
 
 def ended(prompt: str) -> str:
     """A prompt without the spaces at its end; a line break there is kept."""
-    return re.sub(r"[^\S\r\n]+\Z", "", prompt)
+    return re.sub(r"[^\S\r\n]+\Z", "", prompt) if prompt[-1:].isspace() else prompt
 
 
 def is_spaceless(letter: str) -> bool:
@@ -119,11 +119,9 @@ def folded(text: str) -> str:
 
 def same(first: str | None, second: str | None) -> bool:
     """Whether two texts are the same letters, however composed."""
-    return first == second or (
-        first is not None
-        and second is not None
-        and unicodedata.normalize("NFC", first) == unicodedata.normalize("NFC", second)
-    )
+    if first is None or second is None:
+        return first is second
+    return unicodedata.normalize("NFC", first) == unicodedata.normalize("NFC", second)
 
 
 def find(text: str, name: str) -> list[tuple[int, int]]:
@@ -157,6 +155,8 @@ def _is_between(text: str, at: int) -> bool:
 
 def lone_surrogate(text: str) -> int | None:
     """The first character that is half of a pair, which no text in UTF-8 has; None where there is none."""
+    if text.isascii():
+        return None
     try:
         text.encode()
     except UnicodeEncodeError as error:

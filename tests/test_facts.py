@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import unicodedata
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from mechedit import facts, sources
 from mechedit.facts import Fact, FactError
+from mechedit.records import RecordWarning
 
 pytestmark = pytest.mark.anywhere
 
@@ -57,6 +59,7 @@ ZSRE = {
     "loc": "nq question: who?",
     "loc_ans": "Walter",
 }
+GONE = object()
 KNOWN = {
     "known_id": 3,
     "subject": "Beats Music",
@@ -130,6 +133,9 @@ def test_each_published_form_is_recognised_and_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["counterfact_flat", "zsre", "known_facts"])
+@pytest.mark.filterwarnings(
+    "ignore:.*records that are left out. nothing new is to be said:mechedit.records.RecordWarning"
+)
 def test_the_published_files_are_read(name, data):
     read = facts.read(data / f"{name}.json")
     assert len(read) >= 500
@@ -138,8 +144,108 @@ def test_the_published_files_are_read(name, data):
 
 def test_zsre_questions_without_their_subject_are_left_out(tmp_path):
     path = tmp_path / "facts.json"
-    path.write_text(json.dumps([ZSRE, ZSRE | {"subject": "Nobody"}]))
-    assert len(facts.read(path)) == 1
+    path.write_text(json.dumps([ZSRE, ZSRE | {"subject": "Nobody"}, ZSRE | {"alt": "uniform "}]))
+    told = (
+        r"facts.json, 3 records: records that are left out: .*its subject exactly once .in 1., nothing new .* .in 1.\.$"
+    )
+    with pytest.warns(RecordWarning, match=told):
+        assert len(facts.read(path)) == 1
+    with pytest.warns(RecordWarning, match=told):
+        assert len(sources.questions(path)) == 1
+
+
+def test_fields_that_are_not_read_are_told(tmp_path):
+    path = tmp_path / "facts.json"
+    knowedit = {
+        "subject": "Elton John",
+        "prompt": "Elton John plays the",
+        "target_new": "violin",
+        "ground_truth": [["piano", "grand piano"]],
+        "rephrase": "Elton John's instrument is the",
+        "portability": {"Reasoning": [{"prompt": "x", "ground_truth": [["y"]]}]},
+        "locality": {"Relation_Specificity": [{"prompt": "x", "ground_truth": [["y"]]}]},
+    }
+    path.write_text(json.dumps([knowedit, FLAT | {"portability": {}}, FLAT | {"case_id": 9}]))
+    told = r"3 records: fields that are not read: portability \(in 2\), locality.Relation_Specificity \(in 1\)\.$"
+    with pytest.warns(RecordWarning, match=told):
+        first, *_ = facts.read(path)
+    assert first == Fact("Elton John", "{} plays the", "piano", "violin", ("Elton John's instrument is the",), id="0")
+    path.write_text(json.dumps([NESTED | {"counterfact_plus": 1, "pararel_idx": 3}]))
+    with pytest.warns(RecordWarning, match=r"1 records: fields that are not read: counterfact_plus \(in 1\)\.$"):
+        facts.read(path)
+
+
+def test_neighbours_have_answers_of_their_own(tmp_path):
+    path = tmp_path / "facts.json"
+
+    def read(**fields):
+        path.write_text(json.dumps([{key: value for key, value in (FLAT | fields).items() if value is not GONE}]))
+        return facts.read(path)[0].neighbourhood
+
+    assert read(locality_ground_truth="organ") == (("Billy Joel plays the", "organ"),)
+    assert read(locality_ground_truth=["organ", "pipe organ"]) == (("Billy Joel plays the", "organ"),)
+    assert read(locality_ground_truth=GONE) == (("Billy Joel plays the", "piano"),)
+    many = {"locality_prompt": ["A plays the", "B plays the"], "locality_ground_truth": ["flute", ["drums", "drum"]]}
+    assert read(**many) == (("A plays the", "flute"), ("B plays the", "drums"))
+    easyedit = {"neighborhood": {"prompt": "A plays the", "ground_truth": "flute"}}
+    assert read(locality_prompt=GONE, locality_ground_truth=GONE, locality=easyedit) == (("A plays the", "flute"),)
+    with pytest.raises(
+        FactError, match="locality_ground_truth must be one answer for each locality_prompt; found 1 for 2"
+    ):
+        read(locality_prompt=["A", "B"], locality_ground_truth=["flute"])
+    path.write_text(json.dumps([PLAIN | {"neighbours": ["Rome is in"], "neighbour_answers": ["Lazio"]}]))
+    assert facts.read(path)[0].neighbourhood == (("Rome is in", "Lazio"),)
+
+
+@pytest.mark.parametrize("record", [NESTED, PLAIN, FLAT, ZSRE, KNOWN])
+def test_a_record_of_any_form_says_how_it_is_joined(record, tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([record]))
+    assert facts.read(path)[0].join == "auto"
+    path.write_text(json.dumps([record | {"join": "none"}]))
+    assert facts.read(path)[0].join == "none"
+    path.write_text(json.dumps([record | {"join": "glue"}]))
+    with pytest.raises(FactError, match="record 0.*: join must be one of auto, space, none; it is 'glue'"):
+        facts.read(path)
+
+
+def test_json_lines_and_a_byte_order_mark_are_read(tmp_path):
+    path = tmp_path / "facts.jsonl"
+    records = [PLAIN, PLAIN | {"target_new": "\u2028Sp\u0085ain"}, PLAIN | {"target_new": "España"}]
+    whole = json.dumps(records, ensure_ascii=False).encode()
+    lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records).encode()
+    path.write_bytes(whole)
+    read = facts.read(path)
+    assert len(read) == 3
+    for content in (
+        b"\xef\xbb\xbf" + whole,
+        lines,
+        lines + b"\n\n",
+        lines.replace(b"\n", b"\r\n"),
+        b"\xef\xbb\xbf" + lines,
+    ):
+        path.write_bytes(content)
+        assert facts.read(path) == read
+    path.write_text(json.dumps(PLAIN))
+    assert facts.read(path) == read[:1], "one line"
+    path.write_bytes(lines.replace(b"{", b"[", 2).replace(b"[", b"{", 1))
+    with pytest.raises(FactError, match="line 2 is no record"):
+        facts.read(path)
+
+
+def test_half_a_character_is_told_with_the_records_number_and_id_when_it_is_read(tmp_path):
+    path = tmp_path / "facts.json"
+    wrong = PLAIN | {"id": "mine", "target_new": "\ud83d", "paraphrases": ["Where is Paris\udc00?"]}
+    path.write_text(json.dumps([PLAIN, wrong, PLAIN]))
+    with pytest.raises(FactError) as found:
+        facts.read(path)
+    _, line, *rest = str(found.value).splitlines()
+    assert line.startswith("record 1 (id 'mine'): target_new must be text that UTF-8 can write; character 0 of ")
+    assert "paraphrases must be text that UTF-8 can write; character 14" in line
+    assert len(rest) == 1, "the hint"
+    path.write_text(json.dumps([ZSRE | {"loc": "\ud800"}]))
+    with pytest.raises(FactError, match="record 0: loc must be text that UTF-8"):
+        sources.questions(path)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +261,7 @@ def test_zsre_questions_without_their_subject_are_left_out(tmp_path):
         (json.dumps([KNOWN, {"subject": "x"}]), "record 1:? .*it lacks template"),
         (json.dumps([KNOWN | {"subject": ""}]), "record 0:? .*subject must be a word"),
         (json.dumps([KNOWN | {"template": "no slot"}]), r"record 0:? .*exactly one \{\}"),
-        (json.dumps([FLAT | {"subject": "Nobody"}]), "record 0: .*is not in the prompt"),
+        (json.dumps([FLAT | {"subject": "Nobody"}]), "record 0 .id '8'.: .*is not in the prompt"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_an_error_that_names_the_record(content, message, tmp_path):
@@ -267,7 +373,6 @@ def test_a_subject_that_is_not_clear_is_an_error(subject, occurrence, message):
 
 
 PLAIN_ONE = {"prompt": "Rome is in", "subject": "Rome", "target_true": "Italy", "target_new": "Spain"}
-GONE = object()
 MISTAKES = [  # the field, what is put there, and what is said of it
     ("subject", GONE, "it lacks subject"),
     ("subject", 7, "subject must be a word or more; found 7"),
@@ -306,6 +411,7 @@ def test_every_mistake_of_every_record_is_reported_at_once_and_no_other(tmp_path
     assert first.endswith(f"mistakes in {sum(map(bool, wrong))} of {len(records)} records, which are numbered from 0:")
     assert hint.startswith("A record has one of these forms")
     told = {line.split(": ")[0]: line.rstrip(".").split(": ", 1)[1] for line in lines}
+    told = {re.sub(r" .id .*", "", name): said for name, said in told.items()}
     assert told.keys() == {f"record {index}" for index, own in enumerate(wrong, 1) if own}
     for index, own in enumerate(wrong, 1):
         for _, _, message in own:
@@ -317,15 +423,15 @@ def test_every_mistake_of_every_record_is_reported_at_once_and_no_other(tmp_path
 @pytest.mark.parametrize(
     ("record", "told"),
     [
-        (NESTED | {"requested_rewrite": 7}, "record 0: requested_rewrite must be an object; found 7."),
-        (NESTED | {"requested_rewrite": NESTED["requested_rewrite"] | {"target_new": {}}}, "record 0: it lacks requested_rewrite.target_new.str."),
+        (NESTED | {"requested_rewrite": 7}, "record 0 (id '7'): requested_rewrite must be an object; found 7."),
+        (NESTED | {"requested_rewrite": NESTED["requested_rewrite"] | {"target_new": {}}}, "record 0 (id '7'): it lacks requested_rewrite.target_new.str."),
         (NESTED | {"case_id": 1.5}, "record 0: case_id must be a text or a whole number; found 1.5."),
         (NESTED | {"case_id": True}, "record 0: case_id must be a text or a whole number; found True."),
-        ({key: FLAT[key] for key in FLAT if key != "target_new"}, "record 0: it lacks target_new."),
+        ({key: FLAT[key] for key in FLAT if key != "target_new"}, "record 0 (id '8'): it lacks target_new."),
         (ZSRE | {"answers": []}, "record 0: answers must be a list of texts; found []."),
         (ZSRE | {"answers": "uniform", "src": 3}, "record 0: src must be a word or more; found 3; answers must be a list of texts; found 'uniform'."),
         ({key: ZSRE[key] for key in ZSRE if key != "alt"}, "record 0: it lacks alt."),
-        ({key: KNOWN[key] for key in KNOWN if key != "template"} | {"subject": None}, "record 0: it lacks subject; it lacks template."),
+        ({key: KNOWN[key] for key in KNOWN if key != "template"} | {"subject": None}, "record 0 (id '3'): it lacks subject; it lacks template."),
         (PLAIN | {"target_new": "x" * 1000, "relation": ["x" * 1000]}, "record 0: relation must be a word or more; found ['xxxxxxxxxxxx...xxxxxxxxxxxxx']."),
     ],
 )  # fmt: skip
@@ -372,7 +478,8 @@ def test_zsre_asks_the_unrelated_question_as_the_fact_is_asked(tmp_path):
     assert sources.questions(path)[0].unrelated == "who sang?"
     blanks = [ZSRE | {"subject": " "}, ZSRE | {"alt": " "}, ZSRE | {"alt": "uniform "}, ZSRE | {"rephrase": " "}]
     path.write_text(json.dumps(blanks))
-    (left,) = sources.questions(path)
+    with pytest.warns(RecordWarning, match="left out"):
+        (left,) = sources.questions(path)
     assert left.fact.paraphrases == ()
 
 
@@ -383,6 +490,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.filterwarnings("ignore::mechedit.records.RecordWarning")
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_whatever_a_record_holds_a_fact_says_it_or_there_is_none(tmp_path_factory, data):

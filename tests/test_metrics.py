@@ -14,6 +14,7 @@ from mechedit import models, scoring, sources
 from mechedit.benchmarks import counterfact, metrics, zsre
 from mechedit.benchmarks.metrics import Pair
 from mechedit.facts import Fact, FactError
+from mechedit.records import RecordWarning
 from tests.conftest import FACT
 
 HALF, FIFTH, TENTH = math.log(0.5), math.log(0.2), math.log(0.1)
@@ -155,7 +156,8 @@ def test_answers_of_zsre_are_scored_by_their_most_probable_tokens(model, tmp_pat
     path.write_text(
         json.dumps([record, record | {"src": "What?"}, record | {"alt": "London"}, record | {"case_id": 9}])
     )
-    questions = sources.questions(path)
+    with pytest.warns(RecordWarning, match="left out"):
+        questions = sources.questions(path)
     assert questions[0].fact == Fact("Paris", "What is {}?", "London", "Rome Rome", ("Paris is what?",), id="0")
     assert [question.fact.id for question in questions] == ["0", "9"], "what cannot be edited is left out"
     assert (questions[0].unrelated, questions[0].answer) == ("nq question: where is Rome?", "Italy")
@@ -199,6 +201,7 @@ def test_a_token_counts_as_first_where_the_model_puts_it_first(model):
         ids.append(token)
 
 
+@pytest.mark.filterwarnings("ignore::mechedit.records.RecordWarning")
 def test_the_published_zsre_file_is_read(data):
     questions = sources.questions(data / "zsre.json")
     assert len(questions) > 500
