@@ -312,14 +312,25 @@ def _measured_before(
     filled = []
     for fact in facts:
         said, token, _ = scoring.top(model, fact.prompt, 1, prepend_bos=settings.prepend_bos)[0]
-        if prompts.continuation(model, fact.prompt, str(fact.target_new), fact.join) == [token]:
+        if not settings.strengthen and _already_says(model, fact, settings, token):
             raise EditError(
-                f"the target {fact.target_new!r} is what {model.cfg.model_name} already says after {fact.prompt!r}: there is nothing to edit."
+                f"the target {fact.target_new!r} is what {model.cfg.model_name} already says after {fact.prompt!r}: there is nothing to edit. "
+                "strengthen=True (--strengthen) makes it surer of it."
             )
         if fact.target_true is None and not said.strip():
             raise FactError(f"the model's own answer to {fact.prompt!r} is {said!r}; name the true target.")
         filled.append(fact if fact.target_true else replace(fact, target_true=_own_word(model, fact, settings, said)))
     return tuple(filled), _measured(model, filled, settings)
+
+
+def _already_says(model: HookedModel, fact: Fact, settings: Any, first: int) -> bool:
+    """Whether every token of the new target is what the model says first, given those before it; `first` is its next token."""
+    target = str(fact.target_new)
+    begin, *rest = prompts.continuation(model, fact.prompt, target, fact.join)
+    if begin != first or not rest:
+        return begin == first
+    (found,) = scoring.score(model, [(fact.prompt, target, fact.join)], prepend_bos=settings.prepend_bos)
+    return all(found.first)
 
 
 def _own_word(model: HookedModel, fact: Fact, settings: Any, said: str) -> str:

@@ -132,10 +132,11 @@ def write_(
     """The weight becomes `base`, a tensor of its shape, plus the change, added in float64 and rounded once.
 
     Raises:
-        ModelError: errors as in `value`, or a change of another shape.
+        ModelError: errors as in `value`, a change of another shape, or a sum that is no number. Nothing is written then.
     """
     target = value(model, weight)
     check_shape(model, weight, tuple(change.shape))
+    _check_fits(weight, target.dtype, base, change)
     change = as_stored(weight, change.to(torch.float64), target)
     axis = max(range(target.ndim), key=target.stride)  # parts along it are whole stretches of memory
     rows = max(1, WRITE_PART * target.shape[axis] // max(1, target.numel()))
@@ -143,6 +144,23 @@ def write_(
     parts = (each.split(rows, axis) for each in (target, base, change))
     for into, own, added in zip(*parts, strict=True):
         into.copy_(own.to(device).double() + added.to(device))
+    torch.clear_autocast_cache()  # it may hold the weight as it was, in another number format
+
+
+def _check_fits(
+    weight: Weight, dtype: torch.dtype, base: Float[Tensor, ...], change: Float[Tensor, "rows columns"]
+) -> None:
+    """Raise where a number of the sum could be none of the weight's format: NaN, or too large."""
+    sizes = [
+        float(torch.stack(tuple(each.detach().aminmax())).double().abs().max())
+        for each in (base, change)
+        if each.numel()
+    ]
+    if not sum(sizes) < torch.finfo(dtype).max:
+        raise ModelError(
+            f"what is written must be numbers below {torch.finfo(dtype).max:.2g}, but in {weight} a change of up to {sizes[-1]:.2g} would be "
+            f"added to numbers of up to {sizes[0]:.2g}, and destroy the model. Find the edit again."
+        )
 
 
 @contextmanager
@@ -166,3 +184,4 @@ def put_back(model: HookedModel, originals: Mapping[Weight, Float[Tensor, ...]])
     """Write saved values into the model, bit for bit."""
     for weight, original in originals.items():
         value(model, weight).copy_(original)
+    torch.clear_autocast_cache()

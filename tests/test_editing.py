@@ -93,6 +93,31 @@ def test_a_target_that_the_model_already_says_is_refused(model, fact, moment, mo
     assert rome.edit(model, longer, QUICK, moment).fact["target_new"] == "Paris Rome"
 
 
+def test_a_target_of_several_tokens_that_the_model_says_is_refused_like_one_of_one(model, fact, moment):
+    """What it says is found by TransformerLens's own forward pass, one token after the other."""
+    tokens = model.to_tokens(fact.prompt, prepend_bos=True)
+    for _ in range(3):
+        with torch.no_grad():
+            tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+    for n in (1, 3):
+        said = model.tokenizer.decode(tokens[0, len(tokens[0]) - 3 :][:n])
+        if prompts.continuation(model, fact.prompt, said) != tokens[0, -3:].tolist()[:n]:
+            pytest.skip("what the random model says is read as other tokens")
+        own = replace(fact, target_new=said, target_true="Rome")
+        with pytest.raises(EditError, match="already says .* nothing to edit. strengthen=True"):
+            rome.edit(model, own, QUICK, moment)
+        surer = rome.edit(model, own, replace(QUICK, strengthen=True, guard="warn"), moment)
+        assert surer.after["p_new"] > surer.before["p_new"]
+        assert surer.report["relative_norm"] > 1e-3
+
+
+def test_an_answer_that_is_as_sure_as_the_search_asks_for_cannot_be_strengthened_further(model, fact, moment):
+    said = model.tokenizer.decode(model(model.to_tokens(fact.prompt, prepend_bos=True))[0, -1].argmax())
+    own = replace(fact, target_new=said, target_true="Rome")
+    with pytest.raises(EditError, match="with a loss of .* Lower stop_at"):
+        rome.edit(model, own, replace(QUICK, strengthen=True, stop_at=20.0), moment)
+
+
 def test_a_fact_without_a_new_target_is_refused(model):
     with pytest.raises(FactError, match="no target_new"):
         rome.edit(model, Fact("Rome", "{} is"), QUICK)
@@ -139,6 +164,80 @@ def test_an_edit_needs_a_fact(model):
 def test_settings_of_another_editor_are_refused(model, fact):
     with pytest.raises(SettingsError, match="ft takes FineTuningSettings; found RomeSettings"):
         editing.edit(model, fact, named("ft"), QUICK)
+
+
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf"), 1e200])
+def test_an_edit_whose_product_is_no_number_is_refused_before_anything_is_written(spoilt, model, fact, moment):
+    before = state(model)
+    good = rome.edit(model, fact, QUICK, moment)
+    (change,) = good.changes
+    broken = replace(
+        good, changes=(replace(change, u=change.u * 0 + spoilt, step=change.step.double() * 0 + abs(spoilt)),)
+    )
+    standing = applying.apply(model, good)
+    with pytest.raises(EditError, match="destroy the model"):
+        standing.add(broken, force=True)
+    for refused in (lambda: applying.apply(model, broken, force=True), lambda: rank_one.write_(model, *broken.changes)):
+        with pytest.raises((EditError, ModelError), match="destroy the model"):
+            refused()
+    standing.undo()
+    assert_same_state(model, before)
+
+
+def test_an_edit_can_be_undone_where_another_weight_is_no_number(load, fact, moment, model):
+    edit = rome.edit(model, fact, QUICK, moment)
+    other = models.W_out(model, 2)
+    kept, original = other.detach().clone(), models.W_out(model, 1).detach().clone()
+    try:
+        with torch.no_grad():
+            other[0, 0] = float("nan")
+        applied = applying.apply(model, edit, force=True)
+        applied.undo()
+        assert torch.equal(models.W_out(model, 1), original)
+    finally:
+        with torch.no_grad():
+            other.copy_(kept)
+
+
+def test_under_autocast_an_edited_model_is_measured_as_it_is(model, fact, moment):
+    edit = rome.edit(model, fact, QUICK, moment)
+    tokens = model.to_tokens(fact.prompt, prepend_bos=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(tokens).float()
+        with applying.edited(model, edit):
+            within = model(tokens).float()
+        after = model(tokens).float()
+    with applying.edited(model, edit), torch.autocast("cpu", torch.bfloat16):
+        expected = model(tokens).float()
+    torch.testing.assert_close(within, expected)
+    torch.testing.assert_close(after, before)
+    assert not torch.allclose(within, before, atol=1e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens)
+        under = rome.edit(model, fact, QUICK, moment)
+    assert under.after["p_new"] == pytest.approx(edit.after["p_new"], abs=0.05)
+
+
+def test_many_edits_in_bfloat16_are_rounded_once_however_they_are_written(folder, fact, moment, model):
+    half = models.load(str(folder("gpt2")), device="cpu", dtype=torch.bfloat16)
+    original = models.W_out(half, 1).detach().clone()
+    stream = torch.Generator().manual_seed(0)
+    steps = [1e-3 * torch.randn(32, generator=stream) for _ in range(200)]
+    u = torch.randn(128, generator=stream)
+    found = [rank_one.RankOneEdit(1, u, step) for step in steps]
+    expected = original.double() + torch.outer(u.double(), torch.stack(steps).double().sum(0))
+    base = rome.edit(model, fact, QUICK, moment)
+    whole = [replace(base, changes=(each,), report={"n": float(index)}) for index, each in enumerate(found)]
+    with rank_one.edited(half, *found):
+        assert torch.equal(models.W_out(half, 1), expected.bfloat16())
+    standing = applying.apply(half)
+    for each in whole:
+        standing.add(each, force=True)
+    assert torch.equal(models.W_out(half, 1), expected.bfloat16()), "one after the other"
+    standing.undo()
+    with applying.edited(half, *whole, force=True):
+        assert torch.equal(models.W_out(half, 1), expected.bfloat16()), "at once"
+    assert torch.equal(models.W_out(half, 1), original)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -330,3 +330,24 @@ def test_other_records_in_one_batch_and_a_moment_of_another_layer_are_refused_at
         evaluate(model, FACTS, tmp_path, batch, "rome", QUICK, ready)
     with pytest.raises(edits.EditError, match="layer"):
         evaluate(model, FACTS, tmp_path / "other", PLAIN, "rome", replace(QUICK, layer=2), ready)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "independent"])
+def test_records_that_contradict_each_other_are_named(mode, model, ready, tmp_path):
+    facts = [replace(FACTS[0], id="a"), FACTS[1], replace(FACTS[0], target_new="Berlin", id="b")]
+    found = evaluate(model, facts, tmp_path, replace(PLAIN, mode=mode), "rome", QUICK, ready)
+    reasons = [fact["reason"] for fact in found.facts]
+    prompt = "'The Space Needle is located in the city of'"
+    said = [f"it contradicts record {other}, by which {prompt} is to become '{target}'" for other, target in (("b", "Berlin"), ("a", "Paris"))]  # fmt: skip
+    together = mode != "independent"
+    assert [said[0] in reasons[0], said[1] in reasons[2]] == [together, together]
+    assert "contradicts" not in reasons[1]
+    edited = [row["edited"] for row in found.rows["after"]]
+    assert edited == [1, 1, 1], "in sequence the last is kept"
+
+
+def test_the_prefixes_of_a_sequence_are_those_of_the_model_before_any_edit(model, ready, tmp_path, monkeypatch):
+    monkeypatch.setattr("mechedit.keys.sample", lambda *args, **named: pytest.fail("sampled from an edited model"))
+    evaluate(model, FACTS, tmp_path, replace(PLAIN, mode="sequential"), "rome", QUICK, ready)
+    used = {tuple(edits.load(path).details["prefixes"]) for path in (tmp_path / "edits" / "units").iterdir()}
+    assert used == {ready.prefixes}

@@ -333,3 +333,15 @@ def test_two_subjects_with_one_key_are_refused(model, fact, moment):
     part = Fact("Space Needle", "The {} lies in", target_true="Seattle", target_new="London")
     with pytest.raises(rank_one.RankOneError, match="2 keys must not depend on each other.*one at a time"):
         rome.edit(model, [fact, part], BOS, moment)
+
+
+def test_the_bare_prompts_key_is_its_own_wherever_it_stands_among_prefixes(model, fact, moment):
+    settings = rome.resolve(model, replace(QUICK, direction="prompt", inserted="prompt", guard="warn"))
+    (bare,) = keys.contexts(model, fact, ("",), prepend_bos=settings.prepend_bos)
+    expected = keys.subject_keys(model, 1, (bare,))[0]
+    for before in (("", "The city. "), ("The city. ", ""), ("A. ", "", "The city. ")):
+        for ready in (rome.prepare(model, settings, moment, before), rome.Prepared(moment, before, moment)):
+            made = editing.edit(model, fact, rome.Rome(), settings, prepared=ready)
+            torch.testing.assert_close(made.vectors["k*"], expected)
+    with pytest.raises(EditError, match="bare prompt's"):
+        rome.Prepared(moment, ("A. ",), moment)

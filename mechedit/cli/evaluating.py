@@ -139,6 +139,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from mechedit.benchmarks import benchmark as benchmarks
+    from mechedit.edits import EditError
     from mechedit.runs.estimating import estimate
     from mechedit.runs.evaluating import evaluate
     from mechedit.runs.results import check_kept
@@ -190,6 +191,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     written = [*result.save(arguments.out), *write_json(arguments.json, result.to_json())]
     _show(console, result)
     show_files(console, written)
+    if editor and not any(row["edited"] for row in result.rows["after"]):
+        raise EditError(f"none of the {len(chosen)} records was edited; why is said above.")
 
 
 def _check(arguments: argparse.Namespace, settings: EvaluateSettings) -> None:

@@ -50,11 +50,19 @@ BANDS: dict[str, Band] = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """C, its ridge added, and the prefixes: "" and sampled ones. `estimated` is C as it was before."""
+    """C, its ridge added, and the prefixes: "" and sampled ones. `estimated` is C as it was before.
+
+    Raises:
+        EditError: "", the bare prompt's, is not among the prefixes.
+    """
 
     moment: Moment
     prefixes: tuple[str, ...]
     estimated: Moment
+
+    def __post_init__(self) -> None:
+        if "" not in self.prefixes:
+            raise EditError(f'prefixes must have the bare prompt\'s, "", among them; found {list(self.prefixes)!r}.')
 
     @cached_property
     def key(self) -> str:
@@ -85,8 +93,6 @@ def prepare(
         moment if moment is not None else moments.estimate(model, settings.layer, settings=windows, progress=progress)
     )
     before = keys.prefixes(model, settings) if prefixes is None else tuple(prefixes)
-    if "" not in before:
-        raise EditError(f'prefixes must have the bare prompt\'s, "", among them; found {list(before)!r}.')
     C = rank_one.regularised(found.C, settings.ridge)
     ready = replace(found, C=C, cond=moments.condition(C)) if settings.ridge else found
     return Prepared(ready, tuple(sorted(before, key=bool)), found)  # the bare prompt first, the others in their order
@@ -192,7 +198,8 @@ class Rome(Editor):
         (essence,) = keys.contexts(model, Fact(facts[0].subject, "{} is a"), ("",), token, prepend_bos=bos)
         found = keys.subject_keys(model, layer, (*rows, essence)).cpu()
         of_rows = found[: len(rows)]
-        candidates = {"averaged": of_rows.mean(0), "prompt": of_rows[:: len(prepared.prefixes)].mean(0)}
+        bare = of_rows[prepared.prefixes.index("") :: len(prepared.prefixes)]
+        candidates = {"averaged": of_rows.mean(0), "prompt": bare.mean(0)}
         along, key = candidates[settings.direction], candidates[settings.inserted]
         u = prepared.moment.solve(along[None])[0]
         own = (found.double() @ u / (key.double() @ u)).float()
@@ -201,6 +208,11 @@ class Rome(Editor):
         value = values.optimise(
             model, rows, essence, wanted, key @ W_out + b_out, shares, layer, settings, progress=progress
         )
+        if settings.strengthen and len(value.losses) == 1 and settings.steps > 1:
+            raise EditError(
+                f"the model already says {facts[0].target_new!r} after {facts[0].prompt!r} with a loss of {value.losses[0][0]:.2g}, "
+                f"and v* is sought until it is below stop_at = {settings.stop_at:g}. Lower stop_at to strengthen it further."
+            )
         return Aim(along, u, key, value.value, value.losses, tuple(shares.tolist()))
 
 

@@ -17,7 +17,7 @@ from mechedit.runs.scored import record_unit
 from mechedit.runs.store import PLAN, plan
 from mechedit.settings import EvaluateSettings, SettingsError
 
-__all__ = ["about", "announce", "check_generation", "check_records", "doubts"]
+__all__ = ["about", "announce", "check_generation", "check_records", "contradictions", "doubts"]
 
 
 def check_records(records: Sequence[Any], benchmark: Benchmark | None = None) -> Benchmark:
@@ -71,6 +71,21 @@ def doubts(model: HookedModel, fact: Fact, bos: bool) -> list[str]:
         return prompts.doubts(model, fact, prepend_bos=bos)
     except FactError:
         return []
+
+
+def contradictions(facts: Sequence[Fact]) -> list[list[str]]:
+    """Of each fact, which others give its prompt another new target: edited together or in sequence, not all can be kept."""
+    by_prompt: dict[str, dict[str, list[str]]] = {}
+    for index, fact in enumerate(facts):
+        by_prompt.setdefault(fact.prompt, {}).setdefault(str(fact.target_new), []).append(fact.id or str(index))
+    return [
+        [
+            f"it contradicts record {', '.join(names)}, by which {fact.prompt!r} is to become {target!r}"
+            for target, names in by_prompt[fact.prompt].items()
+            if target != str(fact.target_new)
+        ]
+        for fact in facts
+    ]
 
 
 def about(fact: Fact, index: int, reason: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from mechedit.edits import Edit
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
-from mechedit.runs.checks import about, announce, check_generation, check_records, doubts
+from mechedit.runs.checks import about, announce, check_generation, check_records, contradictions, doubts
 from mechedit.runs.editing import attempt, edit_facts, edit_store, making
 from mechedit.runs.engines import Engine, Local
 from mechedit.runs.results import Evaluation
@@ -247,6 +247,7 @@ class _Run:
         notes: list[Sequence[Sequence[str]]] = [
             [doubts(self.model, fact, self.bos) for fact in self.facts],
             [(*edit.reasons, *(edit.notes if edit.changes else ())) for edit in made] or [()] * len(self.records),
+            contradictions(self.facts) if made and self.settings.mode == "sequential" else [()] * len(self.records),
             *([(each.reason,) for each in of] for of in scored.values()),
         ]
         reasons = [

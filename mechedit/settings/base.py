@@ -68,8 +68,8 @@ _MARKED: dict[type, type] = {float: _Float, int: _Int, str: _Str, tuple: _Tuple}
 def knob(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
     """A dataclass field with the sentence that documents it here and on the command line, and what it, or each of it, may be.
 
-    Whether a field was given stays known (`given`), through `replace` too. None counts as not given; of True and False it is not
-    known, so that a field whose default depends on the model has the default None.
+    Whether a field was given stays known (`given`), through `replace` too. Of None, True and False it is not: the default's
+    own counts as not given.
     """
     mark = _MARKED.get(type(default))
     about = {"help": help, "choices": choices, "default": default}
@@ -78,8 +78,10 @@ def knob(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
 
 def given(settings: Any) -> dict[str, Any]:
     """The fields that were given a value by whoever made the settings, the default's own among them."""
-    values = {each.name: getattr(settings, each.name) for each in fields(settings)}
-    return {name: value for name, value in values.items() if value is not None and not isinstance(value, _Default)}
+    values = {each: getattr(settings, each.name) for each in fields(settings)}
+    return {
+        each.name: value for each, value in values.items() if not (value is each.default or isinstance(value, _Default))
+    }
 
 
 def filled(settings: Of, preset: Any) -> Of:

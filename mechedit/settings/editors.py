@@ -54,6 +54,9 @@ class EditSettings(Settings):
         "an edit out of its bands is an error (refuse), a warning (warn), or empty, with the reason (rollback)",
         GUARDS,
     )
+    strengthen: bool = knob(
+        False, "also edit a fact whose new target the model says already, so that it is surer of it"
+    )
     seed: int = knob(0, "seed of all that is drawn")
     prepend_bos: bool | None = knob(
         None, "put the beginning-of-sequence token first; by default what the model was made for"
