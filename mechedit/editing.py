@@ -276,7 +276,8 @@ def check_facts(model: HookedModel, facts: Sequence[Fact], settings: Any) -> Non
                 f"facts contradict each other: {fact.prompt!r} is to become {other!r} and {fact.target_new!r}."
             )
         length = len(prompts.prepare(model, fact, prepend_bos=settings.prepend_bos).ids)
-        prompts.check_length(model, length + len(prompts.continuation(model, fact.prompt, fact.target_new, fact.join)))
+        target = prompts.continuation(model, fact.prompt, fact.target_new, fact.join)
+        prompts.check_length(model, length + len(target) - 1)  # the last is not read
 
 
 def _obey(editor: Editor, settings: Any, reasons: Sequence[str]) -> None:

@@ -79,12 +79,12 @@ def _invert(
 
 @torch.no_grad()
 def complete(model: HookedModel, prompt: str, tokens: int = 20, *, prepend_bos: bool | None = None) -> str:
-    """The greedy continuation of a prompt, up to `tokens` tokens or the end of the text."""
+    """The greedy continuation of a prompt, up to `tokens` tokens, the end of the text or that of the context."""
     ids, _ = encode(model, prompt, prepend_bos=resolve_bos(model, prepend_bos))
     stepper, device = Stepper(model), device_of(model)
     token = torch.tensor([ids], device=device)
     said: list[int] = []
-    for _ in range(tokens):
+    for _ in range(min(tokens, int(model.cfg.n_ctx) + 1 - len(ids))):
         token = stepper.next_logits(token).argmax(-1, keepdim=True)
         if int(token) == model.tokenizer.eos_token_id:
             break
@@ -113,7 +113,7 @@ def continuations(
     """
     bos = resolve_bos(model, prepend_bos)
     encoded = [encode(model, prompt, prepend_bos=bos)[0] for prompt in prompts]
-    check_length(model, tokens + int(bos))
+    check_length(model, tokens + int(bos) - 1)  # the last is not read
     texts, done = list(prompts), 0
     for length in sorted({len(ids) for ids in encoded}):
         rows = [index for index, ids in enumerate(encoded) if len(ids) == length]

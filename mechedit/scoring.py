@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mechedit import writing
 from mechedit.models import Blocks, HookedModel
@@ -20,7 +22,9 @@ ROW_TOKENS = 4096
 @dataclass(frozen=True)
 class Score:
     """Log-probabilities of a target's tokens, each given the prompt and the tokens before it (natural logarithm), and whether
-    the token is the most probable one there."""
+    the token is the one that greedy decoding takes there (of equally probable ones the first).
+
+    A model that is broken, whose logits are no numbers, gives every token the probability 0."""
 
     log_p: tuple[float, ...]
     first: tuple[bool, ...]
@@ -49,7 +53,7 @@ def score(model: HookedModel, pairs: Sequence[tuple[str, ...]], *, prepend_bos: 
         read, _ = writing.seam(prompt, answer, *how)
         ids, _ = encode(model, read, prepend_bos=bos)
         pairs_of_ids.append((ids, continuation(model, prompt, answer, *how)))
-        check_length(model, len(ids) + len(pairs_of_ids[-1][1]))
+        check_length(model, len(ids) + len(pairs_of_ids[-1][1]) - 1)  # the last is not read
     # a row is what the model reads; many need but the beginning of another's, under causal attention the same thing
     needed = sorted({(*ids, *target[:-1]) for ids, target in pairs_of_ids})
     kept = [row for row, after in zip(needed, [*needed[1:], ()], strict=False) if after[: len(row)] != row]
@@ -84,10 +88,12 @@ def _batch(
     wanted = torch.tensor(
         [tokens + tokens[:1] * (width - len(tokens)) for tokens in reads.values()], device=resid.device
     )
-    log_p, highest = blocks.log_p_and_highest(resid[places[:, 0], places[:, 1]], wanted)
+    log_p, first = blocks.log_p_and_top(resid[places[:, 0], places[:, 1]], wanted)
     at = {
-        (place, token): (float(own), bool(own == top))
-        for place, tokens, row_p, top in zip(reads, reads.values(), log_p.tolist(), highest.tolist(), strict=True)
+        (place, token): (own, token == top)
+        for place, tokens, row_p, top in zip(
+            reads, reads.values(), _numbers(log_p).tolist(), first.tolist(), strict=True
+        )
         for token, own in zip(tokens, row_p, strict=False)
     }
     scores = {}
@@ -95,6 +101,10 @@ def _batch(
         values = [at[(row, len(ids) - 1 + step), token] for step, token in enumerate(target)]
         scores[index] = Score(tuple(p for p, _ in values), tuple(first for _, first in values))
     return scores
+
+
+def _numbers(log_p: Float[Tensor, "places targets"]) -> Float[Tensor, "places targets"]:
+    return log_p.masked_fill(log_p.isnan(), -torch.inf)
 
 
 @torch.no_grad()

@@ -93,16 +93,17 @@ def interval(values: np.ndarray, seed: int = 0, support: Support | None = None) 
 def summary(values: np.ndarray, seed: int = 0, support: Support | None = None) -> Mean:
     """The mean of one number a fact, nans left out, with its interval; `support` as for `interval`."""
     flat = np.asarray(values, float)[:, None]
-    return summaries(flat, [support or _guess(flat)], seed)[0]
+    return summaries(flat, [support], seed)[0]
 
 
-def summaries(values: np.ndarray, supports: Sequence[Support], seed: int = 0) -> list[Mean]:
-    """The mean of each column of `values` [fact, column] with its interval, as fits the column's support."""
+def summaries(values: np.ndarray, supports: Sequence[Support | None], seed: int = 0) -> list[Mean]:
+    """The mean of each column of `values` [fact, column] with its interval, as fits the column's support, or what it looks like."""
+    known = [each or _guess(values[:, column]) for column, each in enumerate(supports)]
     n = (~np.isnan(values)).sum(0)
     means = _means(values)
-    bounds = np.full((2, len(supports)), np.nan)
-    bounded, drawn = np.isfinite(np.array(supports, float).reshape(-1, 2)).all(1), []
-    for column, support in enumerate(supports):
+    bounds = np.full((2, len(known)), np.nan)
+    bounded, drawn = np.isfinite(np.array(known, float).reshape(-1, 2)).all(1), []
+    for column, support in enumerate(known):
         own = values[~np.isnan(values[:, column]), column]
         if len(own) < 2:
             continue
@@ -113,7 +114,7 @@ def summaries(values: np.ndarray, supports: Sequence[Support], seed: int = 0) ->
         else:
             drawn.append(column)
     if drawn:
-        lower, upper = _weighed(values[:, drawn], [supports[column] for column in drawn], seed)
+        lower, upper = _weighed(values[:, drawn], [known[column] for column in drawn], seed)
         bounds[:, drawn] = np.quantile(lower, 0.025, axis=0), np.quantile(upper, 0.975, axis=0)
     low, high = bounds.tolist()
     return list(map(Mean, means.tolist(), low, high, n.tolist()))
@@ -147,14 +148,16 @@ def paired(first: np.ndarray, second: np.ndarray, seed: int = 0, support: Suppor
     `support` is that of each condition, as for `interval`.
     """
     both = np.stack([first, second], 1).astype(float)
-    return compared(both[:, :1], both[:, 1:], [support or _guess(both)], seed)[0]
+    return compared(both[:, :1], both[:, 1:], [support], seed)[0]
 
 
-def compared(first: np.ndarray, second: np.ndarray, supports: Sequence[Support], seed: int = 0) -> list[Paired]:
+def compared(first: np.ndarray, second: np.ndarray, supports: Sequence[Support | None], seed: int = 0) -> list[Paired]:
     """`paired` for each column of two arrays [fact, column] of the same facts; `supports` are those of the columns."""
     differences = second - first
-    widths = [(low - high, high - low) if math.isfinite(high - low) else UNBOUNDED for low, high in supports]
-    return [Paired(each, float(p)) for each, p in zip(summaries(differences, widths, seed), _sign_test(differences, seed), strict=True)]  # fmt: skip
+    known = [each or _guess(np.stack([first[:, column], second[:, column]])) for column, each in enumerate(supports)]
+    widths = [(low - high, high - low) if math.isfinite(high - low) else UNBOUNDED for low, high in known]
+    means, p = summaries(differences, widths, seed), _sign_test(differences, seed).tolist()
+    return list(map(Paired, means, p))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -265,7 +265,7 @@ def test_a_unit_that_fails_is_reported_and_nothing_finished_is_lost(model, tmp_p
 
 
 def test_generated_text_longer_than_the_context_is_refused_before_anything_is_edited(model, tmp_path):
-    settings = replace(PLAIN, generate=True, tokens=int(model.cfg.n_ctx))
+    settings = replace(PLAIN, generate=True, tokens=int(model.cfg.n_ctx) + 1)
     with pytest.raises(SettingsError, match=r"must fit the context of \d+ tokens of .*--tokens"):
         evaluate(model, FACTS, tmp_path / "run", settings)
     assert not (tmp_path / "run").exists()

@@ -15,6 +15,7 @@ from mechedit.benchmarks import counterfact, metrics, zsre
 from mechedit.benchmarks.metrics import Pair
 from mechedit.facts import Fact, FactError
 from mechedit.records import RecordWarning
+from mechedit.statistics import Mean
 from tests.conftest import FACT
 
 HALF, FIFTH, TENTH = math.log(0.5), math.log(0.2), math.log(0.1)
@@ -188,10 +189,9 @@ def test_a_token_counts_as_first_where_the_model_puts_it_first(model):
     with torch.no_grad():
         logits = torch.cat([blocks.logits(row[None]) for row in resid])
     best = logits.topk(2).indices
-    log_p, highest = blocks.log_p_and_highest(resid, best)
-    assert torch.equal(log_p[:, 0], highest)
-    assert (log_p[:, 1] < highest).all()
-    torch.testing.assert_close(highest, logits.log_softmax(-1).amax(-1), atol=1e-5, rtol=1e-5)
+    log_p, top = blocks.log_p_and_top(resid, best)
+    assert torch.equal(top, best[:, 0])
+    torch.testing.assert_close(log_p, logits.log_softmax(-1).gather(1, best), atol=1e-5, rtol=1e-5)
 
     (found,) = scoring.score(model, [("The city of", "Paris Rome")])
     ids = model.to_tokens("The city of")[0].tolist()
@@ -199,6 +199,94 @@ def test_a_token_counts_as_first_where_the_model_puts_it_first(model):
         with torch.no_grad():
             assert first == (int(model(torch.tensor([ids]))[0, -1].argmax()) == token)
         ids.append(token)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_of_equally_probable_tokens_the_one_of_greedy_decoding_counts_as_first(model, monkeypatch, streams):
+    monkeypatch.setattr("mechedit.models.blocks.VOCABULARY_PART", 64)
+    monkeypatch.setattr(models.Blocks, "_streams", streams)
+    blocks = models.Blocks(model)
+    resid = torch.randn(6, int(model.cfg.d_model), generator=torch.Generator().manual_seed(0))
+    weight = model.unembed.W_U
+    before = weight.detach().clone()
+    best = blocks.logits(resid).argmax(-1)
+    with torch.no_grad():
+        for token in best.tolist():  # every one has a twin further on, in another part, and one nearer
+            for twin in (token + 1, weight.shape[1] - 1 - token):
+                weight[:, twin % weight.shape[1]] = weight[:, token]
+        logits = blocks.logits(resid)
+        wanted = logits.topk(3).indices
+        assert (logits.topk(2).values.diff() == 0).any(), "a tie"
+        assert torch.equal(blocks.log_p_and_top(resid, wanted)[1], logits.argmax(-1))
+        weight.copy_(before)
+
+
+def test_a_broken_model_gives_every_target_the_probability_0_and_fails_by_one_rule(model):
+    fact = replace(FACT, paraphrases=("The Space Needle is in",), neighbours=("Rome is",))
+    weight = models.W_out(model, 0)
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(math.nan)
+        (found,) = counterfact.scores(model, [fact])
+        weight.copy_(before)
+    assert found == dict.fromkeys(found, 0.0)
+    sound = {"ES": 1.0, "EM": 0.8, "PS": 1.0, "PM": 0.5, "NS": 1.0, "NM": 0.1, "rewrite_acc": 1.0, "rephrase_acc": 1.0}
+    table = metrics.table([found, sound | {"p_new": 0.5}])
+    assert {each.n for each in table.values()} == {2}, "the broken record is in every mean"
+    assert (table["ES"].mean, table["EM"].mean) == (0.5, 0.4)
+    assert math.isnan(metrics.essence([-math.inf])) and math.isnan(metrics.essence([-5000.0, -1.0]))  # noqa: PT018
+    assert metrics.table([{"perplexity": math.inf}, {"perplexity": 2.0}])["perplexity"].n == 1
+
+
+def test_a_target_may_end_one_token_behind_the_context(model):
+    limit = int(model.cfg.n_ctx)
+    bos = len(model.to_tokens("")[0])
+    word = model.to_tokens(" is", prepend_bos=False)[0].tolist()
+    prompt = "A" + " is" * ((limit - bos - len(model.to_tokens("A", prepend_bos=False)[0])) // len(word))
+    while len(model.to_tokens(prompt)[0]) > limit:
+        prompt = prompt.removesuffix(" is")
+    tokens = model.to_tokens(prompt)
+    (found,) = scoring.score(model, [(prompt, "is")]) if tokens.shape[1] == limit else (None,)
+    assert found is not None, "the prompt fills the context"
+    with torch.no_grad():
+        theirs = model(tokens)[0, -1].float().log_softmax(-1)
+    assert found.log_p == pytest.approx([float(theirs[word[0]])], abs=1e-4)
+    with pytest.raises(FactError, match="must fit the context"):
+        scoring.score(model, [(prompt, "is is")])
+    from mechedit import generation
+
+    assert len(model.to_tokens(generation.complete(model, prompt, 5), prepend_bos=False)[0]) <= 2
+
+
+def test_every_number_of_a_table_is_described_and_percent_means_shares(model):
+    from mechedit.benchmarks.health import health, unedited
+    from mechedit.runs.scored import EDIT_NUMBERS
+
+    fact = replace(FACT, paraphrases=("The Space Needle is in",), neighbours=("Rome is",))
+    (scores,) = counterfact.scores(model, [fact])
+    generated = ("exact_match", "GE", "RS", "essence")
+    made = {*scores, *health(model, unedited(model)), *EDIT_NUMBERS, "edited", "S", *generated}
+    assert made | {"efficacy", "paraphrase", "specificity"} == metrics.METRICS.keys()
+    shares = {name for name, each in metrics.METRICS.items() if each.support in ((0.0, 1.0), (-1.0, 1.0))}
+    assert {name for name, each in metrics.METRICS.items() if each.unit == "%"} == shares
+    assert {"ES", "EM", "PM", "NM", "rewrite_acc", "rephrase_acc", "exact_match"} <= shares
+    assert {each.better for each in metrics.METRICS.values()} == {"higher", "lower", "near 1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "shown"),
+    [
+        ("PM", Mean(0.5, 0.25, 0.75, 9), "50.0 [25.0, 75.0]"),
+        ("rewrite_acc", Mean(1.0, 0.9, 1.0, 8), "100.0 [90.0, 100.0], n = 8"),
+        ("GE", Mean(6.215, 6.0, 6.5, 9), "621.5 [600.0, 650.0]"),
+        ("next_token_kl", Mean(3.3e-5, math.nan, math.nan, 9), "3.3e-05"),
+        ("perplexity_ratio", Mean(1.25, 1.0, 1.5, 9), "1.250 [1.000, 1.500]"),
+        ("of another benchmark", Mean(0.5, 0.25, 0.75, 9), "0.500 [0.250, 0.750]"),
+        ("RS", Mean(math.nan, math.nan, math.nan, 0), ""),
+    ],
+)
+def test_a_mean_is_shown_in_its_unit(name, mean, shown):
+    assert metrics.metric(name).shown(mean, 9) == shown
 
 
 @pytest.mark.filterwarnings("ignore::mechedit.records.RecordWarning")

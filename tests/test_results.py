@@ -57,9 +57,10 @@ def test_results_are_written_in_every_form(tmp_path):
         "M, counterfact, rome, independent: means over records (n = 2) with 95 % intervals"
         in (tmp_path / "summary.md").read_text()
     )
-    partly = replace(result, rows={"after": [rows[0], rows[1] | {"PS": math.nan}]}, _tables={})
+    partly = replace(result, rows={"after": [rows[0], rows[1] | {"PS": math.nan}]})
     assert "50.0, n = 1" in partly.cells()[1][0]
-    assert partly.table("after")["S"].n == 1
+    assert partly.table("after")["S"].n == 1, "rows that are replaced have means of their own"
+    assert "- ES (%, higher is better): efficacy score" in (tmp_path / "summary.md").read_text()
     unedited = replace(result, what=what | {"editor": "none"})
     assert unedited.caption.startswith("M, counterfact, not edited: means")
     controlled = replace(result, what=what | {"editor": "rome-identity"})

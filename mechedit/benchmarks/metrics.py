@@ -1,25 +1,15 @@
-"""What the tables of model editing measure, each a pure function of log-probabilities, tokens or texts.
+"""What the tables of model editing measure: `METRICS` says what each number is, the functions make it of log-probabilities, tokens
+or texts.
 
 A target's log-probability is the mean over its tokens, so exp of it is the geometric mean a token, as the published code has it.
+Scores are shares from 0 to 1 here; tables show them in percent (`Metric.unit`).
 
-    ES  efficacy score        new target more probable than the true one after the edited prompt
-    EM  efficacy magnitude    P(new) - P(true) there
-    PS, PM                    the same, mean over the paraphrases of the prompt
-    NS, NM                    the reverse, mean over neighbours: true more probable than new, P(true) - P(new)
-    S                         harmonic mean of the means over facts of ES, PS and NS (not the mean of harmonic means)
-    GE  generation entropy    mean of 2/3 H2 and 4/3 H3, entropies in bits of a text's word bigrams and trigrams
-    RS  reference score       cosine of the TF-IDF vectors of generated texts and of reference texts
-    essence                   perplexity of a text, its first token counted in the number of tokens
-    accuracy                  share of the target's tokens that are the most probable ones, teacher-forced
-    efficacy, paraphrase      zsRE's: accuracy of the new answer to the question and to its paraphrase
-    specificity               zsRE's: accuracy of an unrelated question's own answer
-    rewrite_acc, rephrase_acc accuracy of the new target after a fact's prompt and paraphrases, which EasyEdit scores by default (its
-                              locality is agreement with what the unedited model puts first)
-    exact match               whether free generation goes on with the target
+A model that an edit broke, whose logits are no numbers, gives every target the probability 0: it fails each success, its magnitudes
+are 0, it puts no token first, and it counts in every mean of these. What would be infinite of it (a perplexity, say) is nan, and is left
+out of that mean, which says its n; `broken` counts such records.
 
 Meng et al. 2022, section 3 and appendices; the published code's `experiments/py/eval_utils_*` and `summarize.py`; EasyEdit
 (zjunlp) at commit 08da19c, `test_prediction_acc` in `easyeditor/evaluate/evaluate_utils.py`.
-Scores are shares from 0 to 1 here; tables show them times 100.
 """
 
 from __future__ import annotations
@@ -27,29 +17,107 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mechedit.statistics import UNBOUNDED, Mean, Support, statistic, summaries
+from mechedit.statistics import Mean, Support, statistic, summaries
 
 __all__ = [
+    "METRICS",
     "SUCCESSES",
+    "Metric",
     "Pair",
     "accuracy",
+    "described",
     "entropy",
     "essence",
     "exact_match",
     "fluency",
     "harmonic",
     "magnitude",
+    "metric",
     "rewrite_scores",
     "success",
-    "support",
     "table",
 ]
 
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number of a table is: its unit there, which way is better, what it means, and the least and greatest value it can have."""
+
+    name: str
+    unit: str
+    better: str
+    meaning: str
+    support: Support | None
+
+    @property
+    def scale(self) -> float:
+        """What a value is multiplied with to be in the unit."""
+        return {"%": 100.0, "bits x 100": 100.0}.get(self.unit, 1.0)
+
+    @property
+    def label(self) -> str:
+        """Name and unit."""
+        return f"{self.name}, {self.unit}" if self.unit else self.name
+
+    def __str__(self) -> str:
+        said = ", ".join(each for each in (self.unit, self.better and f"{self.better} is better") if each)
+        return self.name + (f" ({said})" if said else "") + (f": {self.meaning}" if self.meaning else "")
+
+    def shown(self, mean: Mean, n: int | None = None) -> str:
+        """The mean in its unit, its interval where it has one, and its n where that is not `n`."""
+        if not mean.n:
+            return ""
+        bounds = [] if math.isnan(mean.low + mean.high) else [mean.low, mean.high]
+        scaled = [self.scale * value for value in (mean.mean, *bounds)]
+        form = ".1f" if self.scale > 1 else ".1e" if 0 < max(map(abs, scaled)) < 0.01 else ".3f"
+        value, *between = (f"{each:{form}}" for each in scaled)
+        of = f", n = {mean.n}" if n is not None and mean.n != n else ""
+        return value + (f" [{', '.join(between)}]" if between else "") + of
+
+
+_SHARE, _DIFFERENCE, _POSITIVE = (0.0, 1.0), (-1.0, 1.0), (0.0, math.inf)
+
+METRICS = {
+    each.name: each
+    for each in (
+        Metric("ES", "%", "higher", "efficacy score: new target more probable than the true one after the edited prompt", _SHARE),
+        Metric("PS", "%", "higher", "paraphrase score: the same after paraphrases of the prompt, the mean over them", _SHARE),
+        Metric("NS", "%", "higher", "neighbourhood score: true target more probable than the new one after neighbours' prompts", _SHARE),
+        Metric("S", "%", "higher", "harmonic mean of the means over facts of ES, PS and NS", _SHARE),
+        Metric("EM", "%", "higher", "efficacy magnitude: P(new) - P(true) after the edited prompt", _DIFFERENCE),
+        Metric("PM", "%", "higher", "the same after paraphrases, the mean over them", _DIFFERENCE),
+        Metric("NM", "%", "higher", "P(true) - P(new) after neighbours' prompts, the mean over them", _DIFFERENCE),
+        Metric("rewrite_acc", "%", "higher", "share of the new target's tokens that the model puts first after the prompt; EasyEdit's default", _SHARE),
+        Metric("rephrase_acc", "%", "higher", "the same after paraphrases", _SHARE),
+        Metric("p_new", "%", "higher", "P of the whole new target after the prompt", _SHARE),
+        Metric("efficacy", "%", "higher", "zsRE: share of the new answer's tokens that the model puts first after the question", _SHARE),
+        Metric("paraphrase", "%", "higher", "zsRE: the same after the question's paraphrase", _SHARE),
+        Metric("specificity", "%", "higher", "zsRE: the same of an unrelated question's own answer", _SHARE),
+        Metric("exact_match", "%", "higher", "greedy text goes on with the new target", _SHARE),
+        Metric("GE", "bits x 100", "higher", "generation entropy: mean of 2/3 H2 and 4/3 H3, entropies of a text's word bigrams and trigrams", _POSITIVE),
+        Metric("RS", "%", "higher", "reference score: cosine of TF-IDF vectors of generated texts and of reference texts", _SHARE),
+        Metric("essence", "", "lower", "perplexity of texts about the subject, the first token counted in the number of tokens", _POSITIVE),
+        Metric("perplexity", "", "lower", "of text that has nothing to do with the edit", _POSITIVE),
+        Metric("perplexity_ratio", "", "near 1", "that perplexity, to the unedited model's", _POSITIVE),
+        Metric("next_token_kl", "nats", "lower", "mean KL(edited || unedited) of the next token on that text", _POSITIVE),
+        Metric("next_token_same", "%", "higher", "positions of that text whose most probable next token is still the same", _SHARE),
+        Metric("weight_norm_ratio", "", "near 1", "norm of W_out, edited over unedited, of the layer where it changed most", _POSITIVE),
+        Metric("broken", "%", "lower", "records whose edited model gives numbers that are not finite", _SHARE),
+        Metric("relative_norm", "", "lower", "norm of the change of a weight, to the weight's", _POSITIVE),
+        Metric("divisor_share", "", "higher", "how much of k*'s length in the metric of C the mean key has", _POSITIVE),
+        Metric("essence_kl", "nats", "lower", "KL of the next token after the subject and 'is a', edited from unedited", _POSITIVE),
+        Metric("edited", "%", "higher", "records that were edited", _SHARE),
+    )
+}  # fmt: skip
+"""Every number of mechedit's tables, in their order."""
+
 SUCCESSES = ("ES", "PS", "NS")
+MOST = 700.0  # what exp can take
 
 
 class Pair(NamedTuple):
@@ -106,8 +174,10 @@ def fluency(words: Sequence[Sequence[str]]) -> float:
 
 
 def essence(log_p: Sequence[float]) -> float:
-    """Perplexity of a text from the log-probabilities of its tokens but the first, which counts in their number all the same."""
-    return math.exp(-sum(log_p) / (len(log_p) + 1))
+    """Perplexity of a text from the log-probabilities of its tokens but the first, which counts in their number all the same; nan
+    where it is no number or too large for one."""
+    mean = -sum(log_p) / (len(log_p) + 1)
+    return math.exp(mean) if mean < MOST else math.nan
 
 
 def accuracy(first: Sequence[Sequence[bool]]) -> float:
@@ -131,21 +201,24 @@ def table(rows: Sequence[dict[str, float]], seed: int = 0) -> dict[str, Mean]:
     """
     if not rows or any(row.keys() != rows[0].keys() for row in rows):
         raise ValueError("a table needs one or more rows that hold the same numbers.")
-    values = np.array([list(row.values()) for row in rows], float)
-    names = list(rows[0])
-    found = dict(zip(names, summaries(values, [support(name) for name in names], seed), strict=True))
+    values, names = np.array([list(row.values()) for row in rows], float), list(rows[0])
+    values[~np.isfinite(values)] = np.nan
+    found = dict(zip(names, summaries(values, [metric(name).support for name in names], seed), strict=True))
     if all(name in found and found[name].n for name in SUCCESSES):
         found["S"] = statistic(values[:, [names.index(name) for name in SUCCESSES]], harmonic, seed)
     return found
 
 
-def support(name: str) -> Support:
-    """The least and the greatest value that a number can have."""
-    return _SUPPORTS.get(name, UNBOUNDED)
+def metric(name: str) -> Metric:
+    """What a number is; of a benchmark from outside it is shown as it is."""
+    return METRICS.get(name) or Metric(name, "", "", "", None)
 
 
-_SHARES = ("ES", "PS", "NS", "S", "rewrite_acc", "rephrase_acc", "p_new", "efficacy", "paraphrase", "specificity", "exact_match", "RS", "next_token_same", "edited", "broken")  # fmt: skip
-_SUPPORTS: dict[str, Support] = dict.fromkeys(_SHARES, (0.0, 1.0)) | dict.fromkeys(("EM", "PM", "NM"), (-1.0, 1.0))
+def described() -> str:
+    """`METRICS` as a table in Markdown."""
+    lines = ["| name | unit in tables | better | meaning |", "| --- | --- | --- | --- |"]
+    lines += [f"| {each.name} | {each.unit} | {each.better} | {each.meaning.replace('|', chr(92) + '|')} |" for each in METRICS.values()]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 def _mean(values: Sequence[float]) -> float:

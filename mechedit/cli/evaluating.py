@@ -274,12 +274,15 @@ def _engine(arguments: argparse.Namespace, model: HookedModel) -> Engine:
 
 def _show(console: Console, result: Evaluation) -> None:
     """A row for each number, a column for each stage: tables of many numbers are too wide for a terminal."""
+    from mechedit.benchmarks.metrics import metric
+
     header, rows = result.cells()
+    labels = [metric(name).label for name in header[1:]]
     turned = [list(column) for column in zip(*rows, strict=True)]
     show_table(
         console,
         (header[0], *turned[0]),
-        list(zip(header[1:], *zip(*turned[1:], strict=True), strict=True)),
+        list(zip(labels, *zip(*turned[1:], strict=True), strict=True)),
     )
     without = [fact for fact in result.facts if fact["reason"]]
     if without:

@@ -104,13 +104,14 @@ class Blocks:
         self, resid: Float[Tensor, "rows d_model"], targets: Int[Tensor, "rows targets"]
     ) -> Float[Tensor, "rows targets"]:
         """log P of each row's targets from final residual states, in float32, without ever holding a row of logits whole."""
-        return self.log_p_and_highest(resid, targets)[0]
+        return self.log_p_and_top(resid, targets)[0]
 
     @torch.no_grad()
-    def log_p_and_highest(
+    def log_p_and_top(
         self, resid: Float[Tensor, "rows d_model"], targets: Int[Tensor, "rows targets"]
-    ) -> tuple[Float[Tensor, "rows targets"], Float[Tensor, " rows"]]:
-        """log P of each row's targets, and that of its most probable token. A target that is that token has the very same number.
+    ) -> tuple[Float[Tensor, "rows targets"], Int[Tensor, " rows"]]:
+        """log P of each row's targets, and its most probable token: the one that greedy decoding takes, of equal ones the first; -1
+        where logits are no numbers.
 
         The vocabulary is passed over in parts, in one buffer that is used again, where the unembedding is a product with
         one matrix, a bias and a soft cap; a bridge's is checked to be that, once, on one row.
@@ -119,22 +120,24 @@ class Blocks:
 
     def _log_p_by_rows(
         self, resid: Float[Tensor, "rows d_model"], targets: Int[Tensor, "rows targets"]
-    ) -> tuple[Float[Tensor, "rows targets"], Float[Tensor, " rows"]]:
+    ) -> tuple[Float[Tensor, "rows targets"], Int[Tensor, " rows"]]:
         """By whole rows of logits, a few at a time."""
         rows = []
         for part, wanted in zip(resid.split(UNEMBED_ROWS), targets.split(UNEMBED_ROWS), strict=True):
-            log_p = self.logits(part).float().log_softmax(-1)
-            rows.append((log_p.gather(1, wanted), log_p.amax(-1)))
+            logits = self.logits(part).float()
+            top = logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1)
+            rows.append((logits.log_softmax(-1).gather(1, wanted), top))
         return torch.cat([log_p for log_p, _ in rows]), torch.cat([top for _, top in rows])
 
     def _log_p_by_parts(
         self, resid: Float[Tensor, "rows d_model"], targets: Int[Tensor, "rows targets"]
-    ) -> tuple[Float[Tensor, "rows targets"], Float[Tensor, " rows"]]:
-        """By parts of the vocabulary: a highest logit so far, and a sum of exponentials relative to it."""
+    ) -> tuple[Float[Tensor, "rows targets"], Int[Tensor, " rows"]]:
+        """By parts of the vocabulary: the highest logit so far, its token, and a sum of exponentials relative to it."""
         normed = self._normed(resid)
         W_U, b_U = self.model.unembed.W_U.detach(), self.model.unembed.b_U.detach()
         buffer = torch.empty(len(resid), min(VOCABULARY_PART, W_U.shape[1]), dtype=W_U.dtype, device=resid.device)
         highest = torch.full((len(resid),), -torch.inf, device=resid.device)
+        top = torch.full((len(resid),), -1, device=resid.device)
         total, found = torch.zeros_like(highest), torch.empty(targets.shape, device=resid.device)
         for begin in range(0, W_U.shape[1], VOCABULARY_PART):
             part = slice(begin, min(begin + VOCABULARY_PART, W_U.shape[1]))
@@ -143,11 +146,13 @@ class Blocks:
             row, column = ((targets >= begin) & (targets < part.stop)).nonzero(as_tuple=True)
             found[row, column] = logits[row, targets[row, column] - begin]
             higher = torch.maximum(highest, logits.amax(-1))
+            risen = (higher > highest).nonzero()[:, 0]
+            top[risen] = begin + logits[risen].argmax(-1)
             # exp(-80) adds nothing to a sum above 1, and what lies below would be denormal numbers, which are slow
             total = total * (highest - higher).exp() + logits.sub_(higher[:, None]).clamp_(min=-80.0).exp_().sum(-1)
             highest = higher
         normaliser = highest + total.log()
-        return found - normaliser[:, None], highest - normaliser
+        return found - normaliser[:, None], top.masked_fill(highest.isnan(), -1)
 
     @cached_property
     @torch.no_grad()

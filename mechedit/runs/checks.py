@@ -51,9 +51,9 @@ def check_generation(model: HookedModel, settings: EvaluateSettings) -> None:
     if not settings.generate:
         return
     texts.words("")  # needs the extra `evaluate`
-    if settings.tokens >= (limit := int(model.cfg.n_ctx)):
+    if settings.tokens > (limit := int(model.cfg.n_ctx)):
         raise SettingsError(
-            f"generated texts must fit the context of {limit} tokens of {model.cfg.model_name}, with one before them; found "
+            f"generated texts must fit the context of {limit} tokens of {model.cfg.model_name}; found "
             f"{settings.tokens}. Give fewer tokens (--tokens)."
         )
 

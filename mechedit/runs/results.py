@@ -9,21 +9,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mechedit.benchmarks.metrics import table
+from mechedit.benchmarks import metrics
 from mechedit.cache import atomic_write, plain
 from mechedit.facts import Fact
 from mechedit.runs.store import RunError
 from mechedit.statistics import Mean
 
 __all__ = ["Evaluation", "check_kept"]
-
-PERCENT = ("ES", "PS", "NS", "EM", "PM", "NM", "S", "efficacy", "paraphrase", "specificity", "exact_match", "RS", "GE", "next_token_same", "edited", "broken")  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,7 +35,7 @@ class Evaluation:
     rows: dict[str, list[dict[str, float]]]
     what: dict[str, Any]  # settings, model, versions, benchmark; from the command line, the source of the facts
     seed: int = 0
-    _tables: dict[str, dict[str, Mean]] = field(default_factory=dict, compare=False, repr=False)
+    _tables: dict[str, dict[str, Mean]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __repr__(self) -> str:
         return f"Evaluation({self.caption})"
@@ -52,7 +49,7 @@ class Evaluation:
         if stage not in self.rows:
             raise RunError(f"stages of this evaluation are {', '.join(self.rows)}; found {stage!r}.")
         if stage not in self._tables:
-            self._tables[stage] = table(self.rows[stage], self.seed)
+            self._tables[stage] = metrics.table(self.rows[stage], self.seed)
         return self._tables[stage]
 
     @property
@@ -100,10 +97,11 @@ class Evaluation:
         """
         folder = Path(folder)
         header, rows = self.cells()
+        legend = "".join(f"- {metrics.metric(name)}\n" for name in self.names)
         texts = {
             "summary.json": json.dumps(plain(self.to_json()), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
             "summary.csv": self._csv(),
-            "summary.md": f"{_markdown(header, rows)}\n{self.caption}\n",
+            "summary.md": f"{_markdown(header, rows)}\n{self.caption}\n\n{legend}",
             "summary.tex": f"% {self.caption}\n{_latex(header, rows)}",
         }
         with atomic_write(folder / "results.parquet") as temporary:
@@ -163,20 +161,7 @@ def check_kept(folder: Path, facts: Sequence[Fact]) -> None:
 
 
 def _cell(name: str, each: Mean | None, n: int) -> str:
-    if each is None or not each.n:
-        return ""
-    values = (each.mean, each.low, each.high)
-    scale, form = (
-        (100, ".1f")
-        if name in PERCENT
-        else (1, ".3f" if not 0 < max(abs(value) for value in values if not math.isnan(value)) < 0.01 else ".1e")
-    )
-    mean, low, high = (f"{scale * value:{form}}" for value in values)
-    return (
-        mean
-        + ("" if math.isnan(each.low + each.high) else f" [{low}, {high}]")
-        + (f", n = {each.n}" if each.n < n else "")
-    )
+    return metrics.metric(name).shown(each, n) if each is not None else ""
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
