@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.errors import MecheditError
-from mechedit.facts import Fact
+from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel, device_of, embed, embedding_std
 from mechedit.prompts import Prompt, encode, prepare
 from mechedit.settings import TraceSettings
@@ -315,8 +315,7 @@ def _replaced(model: HookedModel, fact: Fact, prompt: Prompt, other: str | None)
     if not other:
         raise CorruptionError('corruption "tokens" needs another subject: pass `other`.')
     theirs = prepare(model, _about(fact, other), prepend_bos=prompt.prepend_bos)
-    same = theirs.subject == prompt.subject and len(theirs.ids) == len(prompt.ids)
-    if not same or theirs.ids[prompt.subject[1] :] != prompt.ids[prompt.subject[1] :]:
+    if not _same_but_subject(prompt, theirs):
         raise CorruptionError(
             f"{other!r} must have as many tokens as {fact.subject!r} in the prompt, {prompt.subject[1] - prompt.subject[0]}; "
             f"it has {theirs.subject[1] - theirs.subject[0]}. Choose another subject."
@@ -335,22 +334,23 @@ def partner(model: HookedModel, fact: Fact, facts: Sequence[Fact], *, seed: int 
 
     None where there is none. The choice depends on the seed and the fact.
     """
-    length = _subject_length(model, fact)
-    fitting = sorted(
-        {
-            each.subject
-            for each in facts
-            if each.relation == fact.relation
-            and each.target_true != fact.target_true
-            and _subject_length(model, _about(fact, each.subject)) == length
-        }
-    )
+    own, others = prepare(model, fact), {each.subject for each in facts if each.relation == fact.relation and each.target_true != fact.target_true}  # fmt: skip
+    fitting = sorted(each for each in others if _takes_its_place(model, fact, own, each))
     if not fitting:
         return None
     stream = generator(seed, "partner", fact.prompt, fact.subject)
     return fitting[int(torch.randint(len(fitting), (), generator=stream))]
 
 
-def _subject_length(model: HookedModel, fact: Fact) -> tuple[int, int]:
-    prompt = prepare(model, fact)
-    return prompt.subject[1] - prompt.subject[0], len(prompt.ids)
+def _takes_its_place(model: HookedModel, fact: Fact, own: Prompt, other: str) -> bool:
+    """Whether another subject changes the subject's tokens and no others."""
+    try:
+        theirs = prepare(model, _about(fact, other), prepend_bos=own.prepend_bos)
+    except FactError:  # too long for the context
+        return False
+    return _same_but_subject(own, theirs) and theirs.ids != own.ids
+
+
+def _same_but_subject(own: Prompt, theirs: Prompt) -> bool:
+    end = own.subject[1]
+    return theirs.subject == own.subject and theirs.ids[end:] == own.ids[end:]

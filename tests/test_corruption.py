@@ -233,6 +233,8 @@ def test_partners_share_relation_and_length_but_not_the_answer(model):
     ]
     assert partner(model, fact, others) == "London"
     assert partner(model, fact, [fact]) is None
+    long = Fact("Paris " * 80, "The city of {} is in", "Rome", relation="city")
+    assert partner(model, fact, [long, *others]) == "London"
 
 
 def test_noise_of_ones_own_is_used_and_checked(model):

@@ -15,10 +15,10 @@ import torch
 
 from mechedit import corruption, prompts, provenance
 from mechedit.cache import WriteError
-from mechedit.facts import Fact
+from mechedit.facts import Fact, FactError
 from mechedit.files import FileError
 from mechedit.runs.store import RunError, Store
-from mechedit.runs.tracing import known, sever_facts, trace_facts, unit
+from mechedit.runs.tracing import known, sever_facts, trace_facts, traceable, unit
 from mechedit.settings import TraceSettings
 from mechedit.tracing import Trace, trace
 
@@ -179,21 +179,47 @@ def test_severed_runs_resume_too(model, tmp_path):
     assert [each.subject for each in first] == [each.subject for each in again] == [fact.subject for fact in FACTS]
 
 
-def test_known_facts_are_those_whose_answers_first_token_comes_first(model):
-    """The unembedding is made to prefer one token, so that it is known which facts are known."""
-    paris = [replace(fact, target_true=answer) for fact, answer in zip(FACTS, ("Paris", "Paris Needle") * 3, strict=True)]  # fmt: skip
-    token = prompts.continuation(model, FACTS[0].prompt, "Paris")[0]
+def greedy(model, prompt, n):
+    """What the model says, a token at a time, by whole forward passes."""
+    ids = list(prompts.prepare(model, Fact(prompt, "{}")).ids)
+    for _ in range(n):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[-n:]
 
-    def prefer(logits, hook):
-        logits = logits.clone()
-        logits[..., token] += 1000.0
-        return logits
 
-    apple = [replace(fact, target_true="Needle") for fact in FACTS]
-    with model.hooks(fwd_hooks=[("unembed.hook_out", prefer)]):
-        open_ended = Fact("Paris", "{} is in")  # has no answer that could be wrong
-        assert known(model, [*apple, *paris, open_ended]) == [*paris, open_ended]
-    assert known(model, apple) == []
+def test_a_fact_is_known_where_the_model_says_its_whole_answer(model, monkeypatch):
+    """Not where it says the answer's first word and goes on to another: New Orleans is not New York."""
+    said = {fact: greedy(model, fact.prompt, 3) for fact in FACTS}
+    assert len({ids[0] for ids in said.values()}) > 1
+
+    def answered(last):
+        answers = {fact.prompt: [*ids[:-1], ids[-1] if last else (ids[-1] + 1) % 400] for fact, ids in said.items()}
+        monkeypatch.setattr("mechedit.runs.tracing.continuation", lambda model, prompt, target: answers[prompt])
+        return known(model, FACTS)
+
+    assert answered(last=True) == FACTS
+    assert answered(last=False) == []
+
+
+def test_facts_without_an_answer_are_known_and_those_too_long_are_not(model):
+    open_ended, long = Fact("Paris", "{} is in"), Fact("Paris", "{} " + "Seattle " * 80)
+    assert known(model, [FACTS[0], long, open_ended, replace(long, target_true="Apple"), open_ended]) == [open_ended] * 2
+
+
+def test_facts_that_cannot_be_traced_are_named_before_a_run_begins(model, tmp_path):
+    long, short = Fact("Paris", "{} " + "Seattle " * 80, "Apple"), Fact("Rome", "{} is in", "Apple")
+    middle = replace(SMALL, roles=("subject_middle",))
+    fit, others = traceable(model, [long, FACTS[5], short], middle)
+    assert fit == [FACTS[5]]
+    assert [fact for fact, _ in others] == [long, short]
+    assert "must fit the context" in others[0][1]
+    assert "has a role among subject_middle" in others[1][1]
+    for run in (trace_facts, sever_facts):
+        with pytest.raises(FactError, match="1 of 3 facts cannot be traced .* The first: a prompt must fit the context"):
+            run(model, [FACTS[0], long, FACTS[1]], tmp_path / "run", SMALL)
+    with pytest.raises(FactError, match="needs a second answer"):
+        trace_facts(model, FACTS[:2], tmp_path / "run", replace(SMALL, measure="logit_difference"))
 
 
 SCRIPT = """

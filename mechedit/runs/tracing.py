@@ -12,18 +12,20 @@ import torch
 from mechedit import corruption, provenance
 from mechedit.cache import content_key
 from mechedit.corruption import Statistics
-from mechedit.facts import Fact
+from mechedit.facts import Fact, FactError
 from mechedit.models import Blocks, HookedModel
 from mechedit.progress import Progress, silent
 from mechedit.prompts import continuation, encode, pad, resolve_bos
 from mechedit.runs.engines import Engine, Local
 from mechedit.runs.store import Store, check_plain
-from mechedit.settings import TraceSettings
+from mechedit.settings import SettingsError, TraceSettings
 from mechedit.tracing import Trace, trace
 from mechedit.tracing.cells import resolve
+from mechedit.tracing.preparation import check
 from mechedit.tracing.severing import Severed, severed
+from mechedit.tracing.tracer import wanted_positions
 
-__all__ = ["check_run", "finished", "known", "partners", "sever_facts", "trace_facts", "unit"]
+__all__ = ["check_run", "finished", "known", "partners", "sever_facts", "trace_facts", "traceable", "unit"]
 
 
 def unit(fact: Fact, other: str | None = None) -> str:
@@ -48,9 +50,11 @@ def trace_facts(
     partner is left out.
 
     Raises:
+        FactError: facts that cannot be traced with these settings (`traceable` leaves them out).
         RunError: the folder holds a run of other settings, or another process works in it.
     """
     settings, statistics, what = _run(model, settings, statistics)
+    _check_traceable(model, facts, settings)
     others = partners(model, facts, settings)
     by_unit = {unit(fact, other): (fact, other) for fact, other in others}
     store: Store[Trace] = Store(folder, what, Trace.load, Trace.save)
@@ -100,6 +104,7 @@ def sever_facts(
 ) -> list[Severed]:
     """`tracing.severing.severed` of each fact, resumably as `trace_facts`."""
     settings, statistics, what = _run(model, settings, statistics)
+    _check_traceable(model, facts, settings)
     others = partners(model, facts, settings)
     by_unit = {unit(fact, other): (fact, other) for fact, other in others}
     store: Store[Severed] = Store(folder, what | {"shared_draws": shared_draws}, Severed.load, Severed.save)
@@ -141,29 +146,72 @@ def partners(model: HookedModel, facts: Sequence[Fact], settings: TraceSettings)
     return [(fact, other) for fact, other in found if other is not None]
 
 
+def traceable(
+    model: HookedModel, facts: Sequence[Fact], settings: TraceSettings | None = None
+) -> tuple[list[Fact], list[tuple[Fact, str]]]:
+    """The facts that can be traced with these settings, and the others, each with what is in the way; the model is not run.
+
+    A prompt may be longer than the context, an answer begin with a blank token where its first is measured, a subject have no
+    token of the roles asked for.
+    """
+    settings = resolve(model, settings)
+    fit, others = [], []
+    for fact in facts:
+        try:
+            wanted_positions(settings, check(model, fact, settings))
+        except (FactError, SettingsError) as error:
+            others.append((fact, str(error)))
+        else:
+            fit.append(fact)
+    return fit, others
+
+
+def _check_traceable(model: HookedModel, facts: Sequence[Fact], settings: TraceSettings) -> None:
+    """Raise for facts that would stop a run on its way."""
+    if others := traceable(model, facts, settings)[1]:
+        raise FactError(
+            f"{len(others)} of {len(facts)} facts cannot be traced with these settings (`runs.tracing.traceable` leaves them out). "
+            f"The first: {others[0][1]}"
+        )
+
+
 @torch.no_grad()
 def known(
     model: HookedModel, facts: Sequence[Fact], *, prepend_bos: bool | None = None, progress: Progress = silent
 ) -> list[Fact]:
-    """The facts whose answer's first token is what the model finds most probable, and those without an answer of their own.
+    """The facts whose whole answer is what the model says, each of its tokens the most probable one after those before it, and
+    those without an answer of their own. What does not fit the model's context is not known.
 
     The published code compares one decoded token with the whole answer, and so drops every answer of several tokens.
     """
-    bos = resolve_bos(model, prepend_bos)
-    blocks, size = Blocks(model), 32
-    asked = [fact for fact in facts if fact.target_true]
-    wrong = set()
+    bos, size = resolve_bos(model, prepend_bos), 32
+    asked = [(index, *both) for index, fact in enumerate(facts) if (both := _asked(model, fact, bos)) is not None]
+    right = {index for index, _, answer in asked if not answer}
+    asked = [each for each in asked if each[2]]
     for begin in range(0, len(asked), size):
         progress("asking the model", begin, len(asked))
         part = asked[begin : begin + size]
-        ids = [encode(model, fact.prompt, prepend_bos=bos)[0] for fact in part]
-        resid = blocks.final(pad(model, ids))
-        last = torch.tensor([len(row) - 1 for row in ids], device=resid.device)
-        said = blocks.logits(resid[torch.arange(len(ids), device=resid.device), last]).argmax(-1).tolist()
-        wrong |= {
-            fact
-            for fact, token in zip(part, said, strict=True)
-            if continuation(model, fact.prompt, str(fact.target_true), fact.join)[0] != token
-        }
+        said = _said(model, [(ids, answer) for _, ids, answer in part])
+        right |= {index for (index, _, answer), tokens in zip(part, said, strict=True) if answer == tokens}
     progress("asking the model", len(asked), len(asked))
-    return [fact for fact in facts if fact not in wrong]
+    return [fact for index, fact in enumerate(facts) if index in right]
+
+
+def _asked(model: HookedModel, fact: Fact, bos: bool) -> tuple[list[int], list[int]] | None:
+    """The tokens of a fact's prompt and of its answer, if any; None where they do not fit the model."""
+    try:
+        ids = encode(model, fact.prompt, prepend_bos=bos)[0]
+        answer = continuation(model, fact.prompt, fact.target_true, fact.join) if fact.target_true else []
+    except FactError:  # text that gives no tokens
+        return None
+    return (ids, answer) if len(ids) + len(answer[:-1]) <= int(model.cfg.n_ctx) else None
+
+
+def _said(model: HookedModel, asked: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
+    """The model's most probable token in place of each one of an answer, after the answer's own tokens before it."""
+    blocks = Blocks(model)
+    resid = blocks.final(pad(model, [[*ids, *answer[:-1]] for ids, answer in asked]))
+    places = [(row, len(ids) - 1 + step) for row, (ids, answer) in enumerate(asked) for step in range(len(answer))]
+    rows, columns = torch.tensor(places, device=resid.device).T
+    tokens = iter(blocks.logits(resid[rows, columns]).argmax(-1).tolist())
+    return [[next(tokens) for _ in answer] for _, answer in asked]

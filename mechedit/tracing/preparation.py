@@ -20,9 +20,28 @@ from mechedit.tracing import measures
 from mechedit.tracing.baseline import Job, Read
 from mechedit.tracing.cells import Cell
 
-__all__ = ["Prepared", "is_blank", "prepare", "why_blank"]
+__all__ = ["Prepared", "check", "is_blank", "prepare"]
 
 MOST_BLANKS = 4  # tokens of an answer of the model's own, where it begins with blanks
+
+
+def check(model: HookedModel, fact: Fact, settings: TraceSettings) -> Prompt:
+    """The fact's prompt, where a trace with these settings has something to measure; the model is not run.
+
+    Raises:
+        FactError: the prompt does not fit the model, or the measure not the fact.
+    """
+    check_fact(fact)
+    prompt, measure = prompts.prepare(model, fact, prepend_bos=settings.prepend_bos), measures.of(settings)
+    if fact.target_true:
+        answer = tuple(prompts.continuation(model, fact.prompt, fact.target_true))
+        _check_blank(model, fact, settings, answer)
+        prompts.check_length(model, len(prompt.ids) + len(measure.given(answer)))
+        if measure.against:
+            _other_answer(model, fact, answer)
+    elif measure.against and not fact.target_new:
+        _other_answer(model, fact, ())
+    return prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +78,9 @@ def prepare(
         FactError: the prompt does not fit the model, or the measure not the fact.
         CorruptionError: a corruption that cannot be made.
     """
-    check_fact(fact)
-    prompt = prompts.prepare(model, fact, prepend_bos=settings.prepend_bos)
-    measure = measures.of(settings)
+    prompt, measure = check(model, fact, settings), measures.of(settings)
     answer = _answer(model, fact, prompt, whole=measure.whole)
-    if blank := why_blank(model, fact, settings, answer):
-        raise FactError(blank)
+    _check_blank(model, fact, settings, answer)
     second = _other_answer(model, fact, answer) if measure.against else ()
     statistics = statistics or corruption.needed(model, settings)
     corrupted, _ = corruption.corrupt(model, fact, prompt, settings, statistics=statistics, family=family, other=other)
@@ -76,16 +92,16 @@ def prepare(
     return Prepared(fact, prompt, answer, (*prompt.ids, *given), corrupted, std, by, reads, settings)
 
 
-def why_blank(model: HookedModel, fact: Fact, settings: TraceSettings, answer: Sequence[int]) -> str:
-    """Why the measure would say nothing of this answer: it reads the first token alone, and that is blank. Empty if it is not.
+def _check_blank(model: HookedModel, fact: Fact, settings: TraceSettings, answer: Sequence[int]) -> None:
+    """Raise where the measure says nothing of this answer: it reads the first token alone, and that is blank.
 
     Some tokenizers (Gemma's, before a number) put the space that joins an answer to its prompt into a token of its own. Its
     probability is the same for every year.
     """
     if measures.of(settings).whole or not is_blank(model, answer[0]):
-        return ""
+        return
     whose = f"the answer {fact.target_true!r}" if fact.target_true else "what the model says"
-    return (
+    raise FactError(
         f"{whose} begins with a blank token after {fact.prompt!r}, and measure {settings.measure} reads the first token alone. "
         "Take measure p_answer (--measure p_answer), which reads all of them."
     )
