@@ -195,7 +195,7 @@ def test_a_fact_is_known_where_the_model_says_its_whole_answer(model, monkeypatc
 
     def answered(last):
         answers = {fact.prompt: [*ids[:-1], ids[-1] if last else (ids[-1] + 1) % 400] for fact, ids in said.items()}
-        monkeypatch.setattr("mechedit.runs.tracing.continuation", lambda model, prompt, target: answers[prompt])
+        monkeypatch.setattr("mechedit.runs.tracing.continuation", lambda model, prompt, target, join=None: answers[prompt])
         return known(model, FACTS)
 
     assert answered(last=True) == FACTS

@@ -14,7 +14,7 @@ from mechedit.facts import Fact, FactError
 from mechedit.settings import SettingsError, TraceSettings
 from mechedit.tracing import prepare, restore, trace, trace_all
 from mechedit.tracing.attribution import attribution_patching, integrated_gradients
-from mechedit.tracing.cells import ATTN_OUT, RESID_PRE, Component, Z, single, window
+from mechedit.tracing.cells import ATTN_OUT, MLP_OUT, RESID_PRE, Component, Z, single, window
 from mechedit.tracing.severing import severed
 from tests.conftest import FACT
 from tests.slow_trace import loop
@@ -78,36 +78,39 @@ def test_a_model_whose_logits_are_not_finite_is_refused(load, folder, fact):
             traced(broken, fact, SMALL)
 
 
-def test_a_blank_first_token_is_no_answer(model, monkeypatch):
+def test_a_blank_first_token_is_passed_over_and_the_label_says_so(model, monkeypatch):
     """A tokenizer that puts the joining space into a token of its own, as Gemma's does before a number."""
     from mechedit.tracing import preparation
 
     (blank,), digits = (model.tokenizer.encode(each, add_special_tokens=False) for each in (" ", "16"))
-    ids = [blank, *digits]
-    monkeypatch.setattr(
-        prompts, "continuation", lambda model, prompt, target: ids if target == "1666" else [digits[0], 5]
-    )
-    year = Fact("The Space Needle", "{} is from the year", "1666", target_new="Paris")
-    for measure in ("p", "log_p", "logit_difference"):
-        with pytest.raises(
-            FactError, match=rf"the answer '1666' begins with a blank token .* measure {measure} .*p_answer"
-        ):
-            trace(model, year, replace(SMALL, measure=measure))
-    with pytest.raises(FactError, match="the other answer '1666' begins with a blank token"):
-        trace(model, replace(year, target_true="x", target_new="1666"), replace(SMALL, measure="logit_difference"))
-    whole = trace(model, year, replace(SMALL, measure="p_answer", kinds=("mlp",)))
-    tokens = torch.tensor([[*prompts.prepare(model, year).ids, *ids]])
+    assert len(digits) == 2
+    year = Fact("The Space Needle", "{} is from the year", "1666", target_new="1912")
+    answers = {"1666": [blank, *digits], "1912": [blank, 9, 9], "Paris": [9], "16": [blank, digits[0]]}
+    monkeypatch.setattr(prompts, "continuation", lambda model, prompt, target, join=None: answers[target])
     with torch.no_grad():
-        log_p = model(tokens)[0].log_softmax(-1)
-    by_hand = sum(float(log_p[-1 - len(ids) + step, token]) for step, token in enumerate(ids))
+        logits = model(torch.tensor([[*prompts.prepare(model, year).ids, blank, *digits]]))[0, -4:]
+    log_p = logits.log_softmax(-1)
+    only = replace(SMALL, kinds=("mlp",))
+    first, whole, logs, difference = (
+        trace(model, year, replace(only, measure=name)) for name in ("p", "p_answer", "log_p", "logit_difference")
+    )
+    assert first.p_clean == pytest.approx(float(log_p[1, digits[0]].exp()), rel=1e-3)
+    assert first.label == "P(first token of 16, after a blank)"
+    assert logs.p_clean == pytest.approx(float(log_p[1, digits[0]]), rel=1e-3)
+    assert difference.p_clean == pytest.approx(float(logits[1, digits[0]] - logits[1, 9]), abs=1e-4)
+    by_hand = sum(float(log_p[step, token]) for step, token in enumerate((blank, *digits)))
     assert whole.p_clean == pytest.approx(math.exp(by_hand), rel=1e-3)
     assert whole.label == "P(16)"
+    assert trace(model, replace(year, target_true="16"), only).label == "P(1, after a blank)"
+    assert trace(model, replace(year, target_true="Paris"), only).blanks == 0
+    assert len(first.tokens) == len(prompts.prepare(model, year).ids), "the grid is the prompt's"
+    slow = loop(model, (*prompts.prepare(model, year).ids, blank), prepare(model, year, only).corrupted, digits[0], [single(MLP_OUT, window(1, 2, 4), 3)])  # fmt: skip
+    torch.testing.assert_close(first.draws["mlp"][1, 3], slow[0], atol=1e-6, rtol=1e-3)
+    with pytest.raises(FactError, match="do not begin alike after .* p_answer"):
+        trace(model, replace(year, target_new="Paris"), replace(only, measure="logit_difference"))
     said = iter([blank, blank, digits[0]])
     monkeypatch.setattr(preparation, "_top", lambda model, ids: next(said))
-    with pytest.raises(FactError, match="what the model says begins with a blank token"):
-        trace(model, replace(year, target_true=None), SMALL)
-    open_ended = trace(model, replace(year, target_true=None), replace(SMALL, measure="p_answer", kinds=("mlp",)))
-    assert open_ended.answer_ids == (blank, digits[0])
+    assert trace(model, replace(year, target_true=None), only).answer_ids == (blank, blank, digits[0])
 
 
 def test_all_heads_together_are_the_attention_output_and_some_are_not(model, fact):

@@ -151,8 +151,7 @@ def traceable(
 ) -> tuple[list[Fact], list[tuple[Fact, str]]]:
     """The facts that can be traced with these settings, and the others, each with what is in the way; the model is not run.
 
-    A prompt may be longer than the context, an answer begin with a blank token where its first is measured, a subject have no
-    token of the roles asked for.
+    A prompt may be longer than the context, a second answer lack, a subject have no token of the roles asked for.
     """
     settings = resolve(model, settings)
     fit, others = [], []

@@ -5,6 +5,10 @@ A run is read as log P of next tokens. With the answer's tokens a1, a2, … and 
     p_answer          P(a1) P(a2 | a1) …, each token after the answer's own tokens before it
     log_p             log P(a1), the natural logarithm
     logit_difference  log P(a1) - log P(b1), which is logit(a1) - logit(b1): the normaliser is the same in both
+
+Some tokenizers (Gemma's, before a number) put the space that joins an answer to its prompt into a token of its own, whose
+probability is alike for every year. Measures of the first token pass over such blank ones: they stand after the prompt in every
+run, and a1 is the first token that is not blank. Labels say so.
 """
 
 from __future__ import annotations
@@ -36,20 +40,22 @@ class Measure:
     whole: bool = False
     against: bool = False
 
-    def label(self, answer: str, n_tokens: int) -> str:
-        """What is measured of an answer of so many tokens, in a few words: P(Seattle)."""
-        part = n_tokens > 1 and not (self.whole or self.against)
-        return self.title.format(answer=f"first token of {answer}" if part else answer)
+    def label(self, answer: str, n_tokens: int, blanks: int = 0) -> str:
+        """What is measured of an answer of so many tokens, of which so many blank ones are passed over: P(Seattle)."""
+        part = n_tokens - blanks > 1 and not (self.whole or self.against)
+        said = f"first token of {answer}" if part else answer
+        return self.title.format(answer=f"{said}, after a blank" if blanks else said)
 
-    def given(self, answer: Sequence[int]) -> tuple[int, ...]:
+    def given(self, answer: Sequence[int], blanks: int = 0) -> tuple[int, ...]:
         """The tokens of the answer that stand after the prompt in every run, so that the next ones can be read."""
-        return tuple(answer[:-1]) if self.whole else ()
+        return tuple(answer[:-1]) if self.whole else tuple(answer[:blanks])
 
-    def reads(self, last: int, answer: Sequence[int], other: Sequence[int] = ()) -> tuple[Read, ...]:
-        """What is read, for a prompt whose last position is `last`; `other` are the other answer's tokens."""
+    def reads(self, last: int, answer: Sequence[int], other: Sequence[int] = (), blanks: int = 0) -> tuple[Read, ...]:
+        """What is read, for a prompt whose last position is `last`; `other` are the other answer's tokens, after its blanks."""
         if self.whole:
             return tuple(Read(last + step, (token,)) for step, token in enumerate(answer))
-        return (Read(last, (answer[0], other[0]) if self.against else (answer[0],)),)
+        first = answer[blanks]
+        return (Read(last + blanks, (first, other[0]) if self.against else (first,)),)
 
 
 def _first(log_p: Float[Tensor, "*runs targets"]) -> Float[Tensor, "*runs"]:

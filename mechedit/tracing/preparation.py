@@ -20,7 +20,7 @@ from mechedit.tracing import measures
 from mechedit.tracing.baseline import Job, Read
 from mechedit.tracing.cells import Cell
 
-__all__ = ["Prepared", "check", "is_blank", "prepare"]
+__all__ = ["Prepared", "blanks_of", "check", "prepare"]
 
 MOST_BLANKS = 4  # tokens of an answer of the model's own, where it begins with blanks
 
@@ -34,13 +34,12 @@ def check(model: HookedModel, fact: Fact, settings: TraceSettings) -> Prompt:
     check_fact(fact)
     prompt, measure = prompts.prepare(model, fact, prepend_bos=settings.prepend_bos), measures.of(settings)
     if fact.target_true:
-        answer = tuple(prompts.continuation(model, fact.prompt, fact.target_true))
-        _check_blank(model, fact, settings, answer)
-        prompts.check_length(model, len(prompt.ids) + len(measure.given(answer)))
+        answer = tuple(prompts.continuation(model, fact.prompt, fact.target_true, fact.join))
+        prompts.check_length(model, len(prompt.ids) + len(measure.given(answer, blanks_of(model, answer))))
         if measure.against:
             _other_answer(model, fact, answer)
     elif measure.against and not fact.target_new:
-        _other_answer(model, fact, ())
+        _other_answer(model, fact, ())  # raises
     return prompt
 
 
@@ -57,6 +56,7 @@ class Prepared:
     corrupted_by: str
     reads: tuple[Read, ...]
     settings: TraceSettings
+    blanks: int = 0  # tokens at the answer's beginning that are passed over
 
     def job(self, cells: Sequence[Cell], held_shift: int = 0) -> Job:
         """A sweep of these cells."""
@@ -79,67 +79,53 @@ def prepare(
         CorruptionError: a corruption that cannot be made.
     """
     prompt, measure = check(model, fact, settings), measures.of(settings)
-    answer = _answer(model, fact, prompt, whole=measure.whole)
-    _check_blank(model, fact, settings, answer)
+    answer = _answer(model, fact, prompt)
+    blanks = 0 if measure.whole else blanks_of(model, answer)
     second = _other_answer(model, fact, answer) if measure.against else ()
     statistics = statistics or corruption.needed(model, settings)
     corrupted, _ = corruption.corrupt(model, fact, prompt, settings, statistics=statistics, family=family, other=other)
     std = corruption.drawn_std(model, prompt, settings, corrupted, statistics=statistics, family=family)
     by = corruption.describe(settings, statistics, family, other)
-    if given := measure.given(answer):
+    if given := measure.given(answer, blanks):
         corrupted = _followed(model, corrupted, given)
-    reads = measure.reads(len(prompt.ids) - 1, answer, second)
-    return Prepared(fact, prompt, answer, (*prompt.ids, *given), corrupted, std, by, reads, settings)
+    reads = measure.reads(len(prompt.ids) - 1, answer, second, blanks)
+    return Prepared(fact, prompt, answer, (*prompt.ids, *given), corrupted, std, by, reads, settings, blanks)
 
 
-def _check_blank(model: HookedModel, fact: Fact, settings: TraceSettings, answer: Sequence[int]) -> None:
-    """Raise where the measure says nothing of this answer: it reads the first token alone, and that is blank.
-
-    Some tokenizers (Gemma's, before a number) put the space that joins an answer to its prompt into a token of its own. Its
-    probability is the same for every year.
-    """
-    if measures.of(settings).whole or not is_blank(model, answer[0]):
-        return
-    whose = f"the answer {fact.target_true!r}" if fact.target_true else "what the model says"
-    raise FactError(
-        f"{whose} begins with a blank token after {fact.prompt!r}, and measure {settings.measure} reads the first token alone. "
-        "Take measure p_answer (--measure p_answer), which reads all of them."
-    )
+def blanks_of(model: HookedModel, answer: Sequence[int]) -> int:
+    """How many tokens at an answer's beginning are white space and nothing else; none where all are."""
+    solid = (place for place, token in enumerate(answer) if str(model.tokenizer.decode([token])).strip())
+    return next(solid, 0)
 
 
-def is_blank(model: HookedModel, token: int) -> bool:
-    """Whether a token is white space and nothing else."""
-    return not str(model.tokenizer.decode([token])).strip()
-
-
-def _answer(model: HookedModel, fact: Fact, prompt: Prompt, *, whole: bool) -> tuple[int, ...]:
+def _answer(model: HookedModel, fact: Fact, prompt: Prompt) -> tuple[int, ...]:
     """The tokens of the fact's answer; where it has none, the token that the model finds most probable.
 
-    Where the whole answer is read and that token is blank, the model's next ones belong to it, up to the first that is not.
+    Where that token is blank the model's next ones belong to it, up to the first that is not.
     """
     if fact.target_true:
         return tuple(prompts.continuation(model, fact.prompt, fact.target_true, fact.join))
-    said = [_top(model, prompt.ids)]
-    while whole and is_blank(model, said[-1]) and len(said) < MOST_BLANKS:
+    said: list[int] = []
+    while len(said) < MOST_BLANKS and not str(model.tokenizer.decode(said)).strip():
         said.append(_top(model, (*prompt.ids, *said)))
     return tuple(said)
 
 
 def _other_answer(model: HookedModel, fact: Fact, answer: Sequence[int]) -> tuple[int, ...]:
-    """The tokens of the answer that the fact's own is measured against."""
+    """The tokens of the answer that the fact's own is measured against, without those blank ones that both begin with."""
     if not fact.target_new:
-        raise FactError("a logit difference needs a second answer: give the fact a `target_new`.")
+        raise FactError("a logit difference needs a second answer: give the fact a `target_new` (--against).")
     other = tuple(prompts.continuation(model, fact.prompt, fact.target_new, fact.join))
-    if other[0] == answer[0]:
+    blanks = blanks_of(model, answer)
+    own = fact.target_true or str(model.tokenizer.decode(list(answer))).strip()
+    if other[:blanks] != tuple(answer[:blanks]) or blanks_of(model, other) != blanks:
         raise FactError(
-            f"{fact.target_true!r} and {fact.target_new!r} begin with the same token, so their logits do not differ."
+            f"{own!r} and {fact.target_new!r} do not begin alike after {fact.prompt!r}: a blank token comes first in one of them, so "
+            "no one token tells them apart. Take measure p_answer (--measure p_answer) of each."
         )
-    if is_blank(model, other[0]):
-        raise FactError(
-            f"the other answer {fact.target_new!r} begins with a blank token after {fact.prompt!r}, whose logit says nothing of it. "
-            "Take measure p_answer (--measure p_answer), of each answer."
-        )
-    return other
+    if other[blanks] == answer[blanks]:
+        raise FactError(f"{own!r} and {fact.target_new!r} begin with the same token, so their logits do not differ.")
+    return other[blanks:]
 
 
 def _followed(

@@ -58,7 +58,8 @@ class Trace:
     `settings.measure` says otherwise) with that state, or the window of outputs around that layer, restored at that
     position; nan where `settings.roles` left a position out. `draws[kind]` is [layer, position, draw]. `p_clean` and
     `p_corrupted` are the same measure of the other two runs. `corrupted_by` says what the settings do not: a family of noise
-    of one's own, whose sigma it is, the subject that took the subject's place.
+    of one's own, whose sigma it is, the subject that took the subject's place. `blanks` are tokens at the answer's beginning that
+    the measure passed over, because they are white space alone.
     """
 
     prompt: str
@@ -78,6 +79,7 @@ class Trace:
     origin: dict[str, Any]
     versions: dict[str, str]
     seconds: float = math.nan
+    blanks: int = 0
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -87,7 +89,7 @@ class Trace:
     @property
     def label(self) -> str:
         """What was measured, in a few words: P(Seattle)."""
-        return measures.of(self.settings).label(self.answer.strip(), len(self.answer_ids))
+        return measures.of(self.settings).label(self.answer.strip(), len(self.answer_ids), self.blanks)
 
     def __repr__(self) -> str:
         kinds = ", ".join(self.effects)
@@ -113,6 +115,7 @@ class Trace:
             "relation": self.relation,
             "answer": self.answer,
             "answer_ids": list(self.answer_ids),
+            "blanks": self.blanks,
             "corrupted_by": self.corrupted_by,
             "p_clean": self.p_clean,
             "p_corrupted": self.p_corrupted,
@@ -156,6 +159,7 @@ class Trace:
                 settings=settings,
                 origin=record["origin"],
                 versions=record["versions"],
+                blanks=record.get("blanks", 0),
             )
         except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
             raise files.FileError(

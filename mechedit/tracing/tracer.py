@@ -182,6 +182,7 @@ def _trace(
         origin=origin,
         versions=versions,
         seconds=seconds,
+        blanks=prepared.blanks,
     )
 
 
