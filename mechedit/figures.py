@@ -21,11 +21,15 @@ __all__ = ["average_map", "heat_map", "role_lines", "save", "save_average", "sav
 COLOURS = {"resid": "Purples", "mlp": "Greens", "attn": "Reds"}
 TITLES = {
     "resid": "Restoring one state after corrupted input",
+    "resid_pre": "Restoring one state before a block",
+    "resid_mid": "Restoring one state between attention and MLP",
     "mlp": "Restoring MLP outputs in a window of {window}",
     "attn": "Restoring attention outputs in a window of {window}",
 }
 AXES = {
     "resid": "layer of the restored state",
+    "resid_pre": "layer of the restored state",
+    "resid_mid": "layer of the restored state",
     "mlp": "layer at the centre of the restored MLP outputs",
     "attn": "layer at the centre of the restored attention outputs",
 }

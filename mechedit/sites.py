@@ -8,14 +8,14 @@ whose state) restores most at the prompt's last token. The early site is where f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.errors import MecheditError
-from mechedit.tracing import Trace
+from mechedit.tracing import Trace, measures
 from mechedit.tracing.averages import Average
 from mechedit.tracing.roles import ROLES, TITLES
 
@@ -30,8 +30,10 @@ class SiteError(MecheditError, ValueError):
 class Site:
     """A layer and a token role. `p` is the measure with the site restored, averaged over facts where there are several.
 
-    In one trace, `position` and `token` say which token it is. In an average, `near` are all layers whose interval reaches
-    the best layer's mean, the best one among them: the sample does not tell them apart.
+    In one trace, `position` and `token` say which token it is, and `elsewhere` is where another one restores more, if any does:
+    there the rule's token does not decide. In an average, `near` are all layers that these facts do not tell from the best one,
+    itself among them: the interval of the paired difference reaches zero. It is empty where facts are too few for one. Of
+    `facts` facts, `exceptions` are decided at another token.
     """
 
     kind: str
@@ -41,20 +43,44 @@ class Site:
     position: int | None = None
     token: str | None = None
     near: tuple[int, ...] = ()
+    measure: str = "P"
+    elsewhere: Site | None = None
+    facts: int = 1
+    exceptions: int = 0
 
     def __str__(self) -> str:
         token = f" {self.token!r}" if self.token is not None else ""
-        near = f" (layers {', '.join(map(str, self.near))} are as good)" if len(self.near) > 1 else ""
-        return f"{self.kind} at layer {self.layer}, {TITLES[self.role]}{token}: P = {self.p:.3f}{near}"
+        said = f"{self.kind} at layer {self.layer}, {TITLES[self.role]}{token}: {self.measure} = {self.p:.3f}"
+        if len(self.near) > 1:
+            said += f" (layers {', '.join(map(str, self.near))} are as good)"
+        if self.facts > 1 and not self.near:
+            said += f" ({self.facts} facts are too few to tell layers apart)"
+        if self.exceptions:
+            said += f"; another token decides for {self.exceptions} of {self.facts} facts"
+        if self.elsewhere is not None:
+            said += f"; but another token decides: {self.elsewhere}"
+        return said
 
 
 def early(trace: Trace | Average) -> Site:
-    """Where restoring helps most at the subject's last token.
+    """Where restoring helps most at the subject's last token; where another token decides, it says so.
+
+    That token is looked for among all but the prompt's last, which carries the answer whatever the fact is.
 
     Raises:
         SiteError: the trace has neither MLP outputs nor states, or no such token.
     """
-    return _best(trace, "mlp", "subject_last")
+    site = _best(trace, "mlp", "subject_last")
+    if isinstance(trace, Average):
+        return replace(site, exceptions=len(trace.exceptions) if trace.decided_by == site.kind else 0)
+    here = [index for index, role in enumerate(trace.roles) if role != "last"]
+    grid = trace.effects[site.kind][:, here].nan_to_num(-torch.inf)
+    layer, column = divmod(int(grid.argmax()), len(here))
+    if float(grid[layer, column]) <= site.p:
+        return site
+    place = here[column]
+    there = Site(site.kind, layer, trace.roles[place], float(grid[layer, column]), place, trace.tokens[place])
+    return replace(site, elsewhere=replace(there, measure=site.measure))
 
 
 def late(trace: Trace | Average) -> Site:
@@ -73,16 +99,16 @@ def _best(trace: Trace | Average, kind: str, role: str) -> Site:
         raise SiteError(
             f"a site needs a trace of kind {kind}; this one has {', '.join(grids)}. Trace again with kinds that include it."
         )
+    measure = "P" if measures.of(trace.settings).share else trace.settings.measure
     if isinstance(trace, Trace):
         # a subject that ends the prompt is both
         position = trace.subject_range[1] - 1 if role == "subject_last" else len(trace.tokens) - 1
         layer, p = _highest(grids[kind][:, position], role)
-        return Site(kind, layer, role, p, position, trace.tokens[position])
+        return Site(kind, layer, role, p, position, trace.tokens[position], measure=measure)
     column = ROLES.index(role)
     layer, p = _highest(grids[kind][:, column], role)
-    reach = trace.high[kind][:, column] >= trace.indirect[kind][layer, column]
-    reach[layer] = True  # which has no interval where facts are few
-    return Site(kind, layer, role, p, near=tuple(reach.nonzero()[:, 0].tolist()))
+    near = (trace.behind[kind][:, column] >= 0).nonzero()[:, 0].tolist()
+    return Site(kind, layer, role, p, near=tuple(near), measure=measure, facts=trace.n_role[column])
 
 
 def _highest(column: Float[Tensor, " layer"], role: str) -> tuple[int, float]:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from mechedit import sites
 from mechedit.settings import ROLES, TraceSettings
@@ -146,3 +148,37 @@ def test_a_role_that_was_not_traced_has_no_site():
     traces = [made([[[0.1, 0.2]], [[0.1, 0.2]]], subject=(0, 2), prompt=name) for name in "ab"]
     with pytest.raises(sites.SiteError, match="no position with the role last"):
         sites.late(average(traces))
+
+
+def test_layers_are_as_good_where_the_paired_difference_reaches_zero():
+    """Layers that differ little beside how facts differ, but for every fact alike, are told apart; and the other way round."""
+    random = np.random.default_rng(0)
+    fact = random.uniform(0.1, 0.9, 40)
+    best = fact + 0.05
+    always_less = best - random.uniform(0.062, 0.142, 40)
+    sometimes = best - np.where(np.arange(40) % 2, 0.32, -0.28)
+    layers = np.stack([always_less, best, sometimes, 0.1 * fact])
+    found = average([made([[[row[n], 0.0] for row in layers.tolist()], [[0.0, 0.0]] * 4], corrupted=0.0, clean=1.0, subject=(0, 1), prompt=str(n)) for n in range(40)])  # fmt: skip
+    assert sites.early(found).layer == 1
+    column = ROLES.index("subject_last")
+    assert float(found.high["mlp"][0, column]) > float(found.indirect["mlp"][1, column]), "unpaired intervals overlap"
+    difference = always_less - best
+    upper = difference.mean() + stats.t.ppf(0.975, 39) * difference.std(ddof=1) / 40**0.5
+    assert float(found.behind["mlp"][0, column]) == pytest.approx(upper, abs=0.01)
+    assert sites.early(found).near == (1, 2)
+    assert "layers 1, 2 are as good" in str(sites.early(found))
+    few = average([made([[[row[n], 0.0] for row in layers.tolist()], [[0.0, 0.0]] * 4], subject=(0, 1), prompt=str(n)) for n in range(19)])  # fmt: skip
+    assert sites.early(few).near == ()
+    assert "(19 facts are too few to tell layers apart)" in str(sites.early(few))
+
+
+def test_a_site_of_an_average_counts_the_facts_that_another_token_decides():
+    elsewhere = made([[[0.1, 0.5, 0.2, 0.1], [0.1] * 4], [[0.1] * 4] * 2], subject=(0, 1), prompt="odd")
+    usual = made([[[0.5, 0.1, 0.2, 0.9], [0.1] * 4], [[0.1] * 4] * 2], subject=(0, 1), prompt="usual")
+    assert str(sites.early(average([elsewhere, usual]))).endswith("another token decides for 1 of 2 facts")
+
+
+def test_a_comparison_of_a_site_that_was_not_traced_is_an_error():
+    for kind, layer, role in (("mlp", 9, "last"), ("resid", 0, "last"), ("mlp", 0, "middle")):
+        with pytest.raises(AverageError, match="a site must have a role among"):
+            compare(two(), two(), kind, layer, role)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechedit import models
+from mechedit import figures, models
 from mechedit.models import loading
 from mechedit.settings import PRESETS, RomeSettings, TraceSettings
 from mechedit.tracing import Trace, trace
@@ -237,3 +237,68 @@ def test_the_demo_runs_on_any_model_with_a_preset(run, folder, tmp_path, monkeyp
     assert out.count("neighbour") == 4
     assert (tmp_path / "demo" / "trace_mlp.png").stat().st_size > 5000
     assert json.loads((tmp_path / "demo" / "edit.json").read_text())["target_new"] == "Paris"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--degrees", "5"), "--degrees would play no part: only --corruption student_t"),
+        (("--kinds", "resid", "--window", "3"), "--window would play no part: only outputs are restored in windows"),
+        (("--kinds", "resid,resid_pre", "--centre", "paper"), "--centre would play no part"),
+        (("--corruption", "tokens", "--other", "London", "--noise", "2"), "--noise would play no part: --corruption tokens"),
+        (("--corruption", "tokens", "--other", "London", "--replace"), "--replace would play no part"),
+        (("--corruption", "tokens", "--other", "London", "--draws", "7"), "--draws would play no part"),
+        (("--scale", "absolute", "--sigma-from", "subjects"), "--sigma-from would play no part: --scale absolute"),
+        (("--against", "Paris"), "--measure logit_difference and --against ANSWER belong together"),
+        (("--measure", "logit_difference"), "--measure logit_difference and --against ANSWER belong together"),
+    ],
+)
+def test_options_that_would_play_no_part_are_refused(run, options, said):
+    status, _, err = run("trace", "Paris is in", "--subject", "Paris", *options)
+    assert (status, err.count("\n")) == (2, 1)
+    assert said in err
+    if "--kinds" not in options and "--sigma-from" not in options:
+        assert run("sever", "Paris is in", "--subject", "Paris", *options)[0] == 2
+
+
+@pytest.mark.parametrize("option", ["--subject", "--answer", "--against"])
+def test_what_is_one_prompts_is_refused_with_facts(run, option, tmp_path):
+    status, _, err = run("trace", "--facts", "built-in", "--out", str(tmp_path / "run"), option, "Paris")
+    assert status == 2
+    assert f"{option} is one prompt's" in err
+
+
+def test_a_logit_difference_of_one_prompt_is_measured(run, load, tmp_path):
+    path = tmp_path / "t.json"
+    both = ("--answer", "Seattle", "--against", "Paris", "--measure", "logit_difference", "--window", "2")
+    status, out, _ = run(*TRACE, *both, "--json", str(path))
+    assert status == 0
+    assert "logit(Seattle) less the other's = " in out
+    expected = trace(load("gpt2"), FACT, TraceSettings(draws=2, window=2, measure="logit_difference"))
+    torch.testing.assert_close(torch.tensor(read(path)["effects"]["mlp"]), expected.effects["mlp"])
+    status, _, _ = run("sever", *TRACE[1:], *both[:-2], "--json", str(path))
+    assert status == 0
+    assert read(path)["p_clean"] == pytest.approx(expected.p_clean)
+
+
+def test_every_kind_has_a_table_and_a_picture_that_says_what_it_is(run, tmp_path):
+    kinds = "resid_pre,resid_mid,attn"
+    status, out, _ = run(*TRACE, "--answer", "Seattle", "--kinds", kinds, "--out", str(tmp_path))
+    assert status == 0
+    assert all(f"{kind}: P(Seattle)" in out for kind in kinds.split(","))
+    for kind in ("resid_pre", "resid_mid"):
+        picture = figures.heat_map(Trace.load(tmp_path / "trace.safetensors"), kind).axes[0]
+        assert "window" not in picture.get_title()
+        assert "centre" not in picture.get_xlabel()
+
+
+def test_a_run_says_which_facts_it_leaves_out(run, known_file, tmp_path):
+    rows = json.loads(known_file.read_text())
+    template = "{} " + "is in " * 80
+    long = rows[0] | {"known_id": 9, "template": template, "prompt": template.format("London").strip()}
+    known_file.write_text(json.dumps([*rows, long]))
+    small = ("--unknown", "--draws", "1", "--window", "2", "--roles", "last")
+    status, out, _ = run("trace", "--facts", str(known_file), *small, "--out", str(tmp_path / "run"))
+    assert status == 0
+    assert "1 of 5 facts cannot be traced and are left out. The first: a prompt must fit the context" in " ".join(out.split())  # fmt: skip
+    assert read(tmp_path / "run" / "average.json")["n"] == 4

@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from mechedit import sites
 from mechedit.settings import TraceSettings
@@ -25,3 +26,23 @@ def test_sites_are_where_restoring_helps_most(model, fact):
 def test_sites_need_a_kind_that_was_traced(model, fact):
     with pytest.raises(sites.SiteError, match="needs a trace of kind resid; this one has mlp"):
         sites.late(trace(model, fact, replace(SMALL, kinds=("mlp",))))
+
+
+def test_a_site_says_where_another_token_decides(model, fact):
+    """As "Bron" does for LeBron James: his name's last token restores far less."""
+    found = trace(model, fact, SMALL)
+    begin, end = found.subject_range
+    grid = torch.full_like(found.effects["mlp"], 0.1)
+    grid[5 % len(grid), end - 1], grid[2, begin], grid[0, -1] = 0.27, 0.74, 0.9
+    odd = replace(found, effects=found.effects | {"mlp": grid})
+    early = sites.early(odd)
+    assert (early.layer, early.position, early.p) == (5 % len(grid), end - 1, pytest.approx(0.27))
+    assert (early.elsewhere.layer, early.elsewhere.position, early.elsewhere.p) == (2, begin, pytest.approx(0.74))
+    assert str(early).endswith(
+        f"P = 0.270; but another token decides: mlp at layer 2, first subject token {found.tokens[begin]!r}: P = 0.740"
+    )
+    grid[5 % len(grid), end - 1] = 0.8
+    assert sites.early(odd).elsewhere is None
+    assert "another token" not in str(sites.early(odd))
+    logs = replace(odd, settings=replace(SMALL, measure="log_p"))
+    assert "log_p = 0.800" in str(sites.early(logs))

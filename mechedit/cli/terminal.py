@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechedit.errors import MecheditError
-from mechedit.settings import KINDS
 from mechedit.wording import visible
 
 if TYPE_CHECKING:
@@ -165,8 +164,8 @@ def load_model(arguments: argparse.Namespace) -> HookedModel:
         return models.load(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
 
 
-def show_trace(console: Console, trace: Trace, kinds: Sequence[str] = KINDS) -> None:
-    """P in percent by token and layer, darker where restoring helps more."""
+def show_trace(console: Console, trace: Trace, kinds: Sequence[str] = ()) -> None:
+    """What was measured, P in percent, by token and layer, darker where restoring helps more; of all kinds by default."""
     from rich.table import Table
     from rich.text import Text
 
@@ -178,7 +177,7 @@ def show_trace(console: Console, trace: Trace, kinds: Sequence[str] = KINDS) -> 
     begin, end = trace.subject_range
     percent = measures.of(trace.settings).share
     for kind, grid in trace.effects.items():
-        if kind not in kinds:
+        if kinds and kind not in kinds:
             continue
         fits = max(1, (console.width - max(len(repr(token)) for token in trace.tokens) - 6) // 3)
         layers = range(0, len(grid), -(-len(grid) // fits))

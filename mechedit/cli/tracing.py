@@ -23,7 +23,7 @@ from mechedit.cli.terminal import (
     show_trace,
     write_json,
 )
-from mechedit.settings import KNOWN_KINDS, ROLES, SEVERED_TITLES, TraceSettings
+from mechedit.settings import KNOWN_KINDS, ROLES, SEVERED_TITLES, STATE_KINDS, TraceSettings
 
 if TYPE_CHECKING:
     from mechedit.corruption import Statistics
@@ -46,7 +46,7 @@ def add_tracing(commands: Any) -> None:
 
     trace = add_command(commands, "trace", _trace, "find where the model recalls a fact, or many facts", model=True)
     add_prompt(trace, required=False)
-    trace.add_argument("--answer", help="the answer to measure (default: what the model says)")
+    _add_answers(trace)
     trace.add_argument("--other", help="with --corruption tokens: the subject that takes the subject's place")
     trace.add_argument(
         "--facts",
@@ -68,7 +68,7 @@ def add_tracing(commands: Any) -> None:
 
     sever = add_command(commands, "sever", _sever, "trace a restored state with MLPs or attention cut off", model=True)
     add_prompt(sever)
-    sever.add_argument("--answer", help="the answer to measure (default: what the model says)")
+    _add_answers(sever)
     sever.add_argument("--other", help="with --corruption tokens: the subject that takes the subject's place")
     sever.add_argument(
         "--role", default="subject_last", choices=ROLES, help="token role that is restored (default: subject_last)"
@@ -76,6 +76,13 @@ def add_tracing(commands: Any) -> None:
     add_settings(sever, TraceSettings, without=("kinds", "window", "centre", "roles"))  # of grids
     sever.add_argument("--out", type=a_path, metavar="DIR", help="write the curves, as picture and as file, there")
     add_json(sever)
+
+
+def _add_answers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--answer", help="the answer to measure (default: what the model says)")
+    parser.add_argument(
+        "--against", metavar="ANSWER", help="with --measure logit_difference: the other answer, whose logit is taken off"
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -144,7 +151,8 @@ def _trace(arguments: argparse.Namespace) -> None:
         raise UsageError("trace needs PROMPT and --subject, or --facts FILE and --out DIR.")
     if arguments.limit is not None or arguments.unknown:
         raise UsageError("--limit and --unknown choose among --facts; leave them out.")
-    _check_other(arguments, settings)
+    _check_idle(arguments, settings)
+    _check_answers(arguments, settings)
     fact = _fact(arguments)
     check_places(arguments.json, arguments.out and arguments.out / "trace.safetensors")
     check_files(arguments.sigma_from and arguments.sigma_from != "subjects" and Path(arguments.sigma_from))
@@ -160,6 +168,8 @@ def _trace(arguments: argparse.Namespace) -> None:
     written += write_json(arguments.json, record)
     console = console_of(arguments)
     show_trace(console, trace)
+    if trace.blanks:
+        console.print("note: the answer begins with a blank token, which is passed over; --measure p_answer reads all of it.")
     for note in prompts.audit(model, fact, prepend_bos=settings.prepend_bos).notes:
         console.print(f"note: {note}")
     show_sites(console, trace)
@@ -169,17 +179,44 @@ def _trace(arguments: argparse.Namespace) -> None:
     return None
 
 
-def _check_other(arguments: argparse.Namespace, settings: TraceSettings) -> None:
-    """Raise where the other subject and the corruption that takes it are not given together."""
+def _check_answers(arguments: argparse.Namespace, settings: TraceSettings) -> None:
+    """Raise where another subject or another answer and what takes it are not given together."""
+    if (settings.measure == "logit_difference") != bool(arguments.against):
+        raise UsageError("--measure logit_difference and --against ANSWER belong together: give both, or neither.")
     if (settings.corruption == "tokens") != bool(arguments.other):
         raise UsageError("--corruption tokens and --other SUBJECT belong together: give both, or neither.")
+
+
+def _check_idle(arguments: argparse.Namespace, settings: TraceSettings, *, grids: bool = True) -> None:
+    """Raise for options that were given and would play no part."""
+    given = {name: value for name, value in given_settings(arguments, TraceSettings).items() if value is not False}
+    sigma_from = ["sigma_from"] if getattr(arguments, "sigma_from", None) else []
+    idle: dict[str, list[str]] = {}
+    if settings.corruption == "tokens":
+        idle["--corruption tokens draws no noise"] = ["noise", "scale", "degrees", "replace", "extra", *sigma_from]
+        if settings.draws != 1:
+            idle["--corruption tokens has one corrupted run"] = ["draws"]
+    elif not settings.corruption.startswith("student_t"):
+        idle["only --corruption student_t has degrees of freedom"] = ["degrees"]
+        if settings.scale == "absolute" and not settings.corruption.startswith("multivariate"):
+            idle["--scale absolute knows no sigma"] = sigma_from
+    if grids and not set(settings.kinds) - set(STATE_KINDS):
+        idle["only outputs are restored in windows, and --kinds has none (mlp, attn)"] = ["window", "centre"]
+    for why, names in idle.items():
+        for name in names:
+            if name in given or name in sigma_from:
+                raise UsageError(f"--{name.replace('_', '-')} would play no part: {why}. Leave it out.")
 
 
 def _fact(arguments: argparse.Namespace) -> Fact:
     from mechedit.facts import from_prompt
 
     return from_prompt(
-        arguments.prompt, arguments.subject, target_true=arguments.answer, occurrence=arguments.occurrence
+        arguments.prompt,
+        arguments.subject,
+        target_true=arguments.answer,
+        target_new=arguments.against,
+        occurrence=arguments.occurrence,
     )
 
 
@@ -212,6 +249,10 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
         raise UsageError("give PROMPT or --facts, not both.")
     if arguments.other:
         raise UsageError("--other is one prompt's; with --facts each subject gives way to one of its relation.")
+    for name in ("subject", "occurrence", "answer", "against"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--{name} is one prompt's; with --facts each fact has its own. Leave it out.")
+    _check_idle(arguments, settings)
     if arguments.limit is not None and arguments.limit < 2:
         raise UsageError(f"--limit must be at least 2 facts, which are averaged; found {arguments.limit}.")
     chosen = list(sources.named(arguments.facts))
@@ -221,6 +262,10 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
     if not arguments.sigma_from:
         runs.check_run(model, arguments.out, settings)  # before every fact is asked
     with progress_bars() as progress:
+        fit, others = runs.traceable(model, chosen, settings)
+        if others:
+            console.print(f"{len(others)} of {len(chosen)} facts cannot be traced and are left out. The first: {others[0][1]}")
+        chosen = fit
         if not arguments.unknown:
             kept = runs.known(model, chosen, prepend_bos=settings.prepend_bos, progress=progress)
             console.print(f"the model knows {len(kept)} of {len(chosen)} facts")
@@ -249,6 +294,10 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
             f"what fewer draws or bfloat16 cost {chosen[0].prompt!r}, against ten draws in the model's own format, {error}",
         )
     console.print(f"{mean.n} facts. clean {mean.clean}, corrupted {mean.corrupted}, total effect {mean.total}")
+    if blank := sum(each.blanks > 0 for each in traces):
+        console.print(
+            f"note: {blank} of {mean.n} answers begin with a blank token, which is passed over; --measure p_answer reads all of them."
+        )
     show_average(console, mean)
     show_sites(console, mean)
     show_files(console, written)
@@ -259,8 +308,9 @@ def _sever(arguments: argparse.Namespace) -> None:
     from mechedit.tracing.severing import severed
 
     settings = TraceSettings(**given_settings(arguments, TraceSettings))
+    _check_idle(arguments, settings, grids=False)
+    _check_answers(arguments, settings)
     fact = _fact(arguments)
-    _check_other(arguments, settings)
     check_places(arguments.json, arguments.out and arguments.out / "severed.safetensors")
     model = load_model(arguments)
     with progress_bars() as progress:

@@ -40,6 +40,7 @@ from mechedit.settings.tracing import (
     ROLES,
     SCALES,
     SEVERED_TITLES,
+    STATE_KINDS,
     TraceSettings,
 )
 
@@ -63,6 +64,7 @@ __all__ = [
     "SCALES",
     "SEVERED_TITLES",
     "SHARES",
+    "STATE_KINDS",
     "STOPS",
     "WHOSE_KEY",
     "EditSettings",

@@ -18,11 +18,13 @@ __all__ = [
     "ROLE_TITLES",
     "SCALES",
     "SEVERED_TITLES",
+    "STATE_KINDS",
     "TraceSettings",
 ]
 
 KINDS = ("resid", "mlp", "attn")
-KNOWN_KINDS = ("resid", "resid_pre", "resid_mid", "mlp", "attn")
+STATE_KINDS = ("resid", "resid_pre", "resid_mid")  # one state each; others are windows of outputs
+KNOWN_KINDS = (*STATE_KINDS, "mlp", "attn")
 FACT_TOKENS = ("subject_last", "subject_first", "after_first", "last")
 ROLE_TITLES = {
     "before": "before the subject",

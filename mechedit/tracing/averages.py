@@ -20,7 +20,7 @@ from torch import Tensor
 from mechedit.corruption import has_fixed_std
 from mechedit.errors import MecheditError
 from mechedit.settings import TraceSettings
-from mechedit.statistics import UNBOUNDED, Mean, interval, summary
+from mechedit.statistics import FEWEST, UNBOUNDED, Mean, interval, summary
 from mechedit.tracing.result import Trace
 from mechedit.tracing.roles import ROLES
 
@@ -38,7 +38,8 @@ class Average:
     `indirect[kind]` is the average indirect effect, `low` and `high` its interval, `direct[kind]` the average direct effect;
     `restored[kind]` the mean measure itself. `n_role` counts the facts with each role. `exceptions` are the subjects whose
     decisive token is not the subject's last: where, of all positions but the prompt's last, the best layer of `decided_by`
-    restores most.
+    restores most. `behind[kind]` is the upper bound of the interval of how a layer differs from the best one of its role, fact
+    by fact: where it is not below zero, these facts do not tell the two apart; it is nan where there is no interval.
     """
 
     settings: TraceSettings
@@ -52,6 +53,7 @@ class Average:
     direct: dict[str, Float[Tensor, "layer role"]]
     low: dict[str, Float[Tensor, "layer role"]]
     high: dict[str, Float[Tensor, "layer role"]]
+    behind: dict[str, Float[Tensor, "layer role"]]
     best: dict[str, Float[Tensor, " role"]]
     decided_by: str
     exceptions: tuple[tuple[str, str], ...]
@@ -88,6 +90,7 @@ class Average:
             "direct_effect": plain(self.direct),
             "low": plain(self.low),
             "high": plain(self.high),
+            "behind_best_layer_high": plain(self.behind),
             "mean_of_best_layer": plain(self.best),
             "decided_by": self.decided_by,
             "exceptions": [list(each) for each in self.exceptions],
@@ -125,6 +128,7 @@ def average(traces: Sequence[Trace], *, seed: int = 0) -> Average:
         direct=grids({kind: clean[:, None, None] - values for kind, values in by_fact.items()}),
         low={kind: torch.tensor(low, dtype=torch.float32) for kind, (low, _) in bounds.items()},
         high={kind: torch.tensor(high, dtype=torch.float32) for kind, (_, high) in bounds.items()},
+        behind={kind: torch.tensor(_behind(values, seed), dtype=torch.float32) for kind, values in by_fact.items()},
         best=grids({kind: values.max(1) for kind, values in by_fact.items()}),
         decided_by=decided_by,
         exceptions=tuple(
@@ -139,8 +143,12 @@ def compare(
     """The paired difference, second less first, of one site's indirect effect over facts traced in two conditions.
 
     Raises:
-        AverageError: the traces are not of the same facts and answers in the same order.
+        AverageError: the traces are not of the same facts and answers in the same order, or have no such site.
     """
+    if role not in ROLES or not all(kind in each.effects and 0 <= layer < len(each.effects[kind]) for each in (*first, *second)):
+        raise AverageError(
+            f"a site must have a role among {', '.join(ROLES)} and a kind and a layer that were traced; found {role}, {kind}, {layer}."
+        )
     if [(each.prompt, each.answer_ids) for each in first] != [(each.prompt, each.answer_ids) for each in second]:
         raise AverageError(
             "a paired comparison needs the same facts, with the same answers, in the same order in both conditions."
@@ -159,6 +167,15 @@ def _by_role(trace: Trace, kind: str) -> np.ndarray:
     columns = [[index for index, name in enumerate(names) if name == role] for role in ROLES]
     nothing = np.full(len(grid), np.nan)
     return np.stack([grid[:, column].mean(1) if column else nothing for column in columns], 1)
+
+
+def _behind(values: np.ndarray, seed: int) -> np.ndarray:
+    """[layer, role] of [fact, layer, role]: the upper bound of each layer less the one of its role that is best on average."""
+    best = np.nan_to_num(_mean(values), nan=-np.inf).argmax(0)
+    differences = values - np.take_along_axis(values, best[None, None], 1)
+    high = interval(differences, seed, UNBOUNDED)[1]
+    alike = (np.nan_to_num(differences) == 0).all(0) & ((~np.isnan(differences)).sum(0) >= FEWEST)
+    return np.where(alike, 0.0, high)  # the best one itself, and what is always equal to it
 
 
 def _decisive(trace: Trace, kind: str) -> str:
