@@ -58,7 +58,7 @@ def short_name(model: HookedModel) -> str:
 
 
 def known_facts(model: HookedModel, n: int, seed: int) -> list[Fact]:
-    """`n` facts whose answer the model puts first, in an order fixed by the seed: published known facts and built-in ones; of
+    """`n` facts whose whole answer is what the model says, in an order fixed by the seed: published known facts and built-in ones; of
     the organism, those of its world.
 
     The published file is read from MECHEDIT_DATA, or ../shared/data beside the project; without it the built-in facts
@@ -73,7 +73,7 @@ def known_facts(model: HookedModel, n: int, seed: int) -> list[Fact]:
     memory = (
         OUT
         / short_name(model)
-        / f"known-{cache.content_key([identity(model).whole, [fact.prompt for fact in unique]])}.json"
+        / f"known-{cache.content_key(['whole answers', identity(model).whole, [[fact.prompt, fact.target_true] for fact in unique]])}.json"
     )
     if memory.is_file():
         wanted = set(json.loads(memory.read_text()))

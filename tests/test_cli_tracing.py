@@ -245,7 +245,10 @@ def test_the_demo_runs_on_any_model_with_a_preset(run, folder, tmp_path, monkeyp
         (("--degrees", "5"), "--degrees would play no part: only --corruption student_t"),
         (("--kinds", "resid", "--window", "3"), "--window would play no part: only outputs are restored in windows"),
         (("--kinds", "resid,resid_pre", "--centre", "paper"), "--centre would play no part"),
-        (("--corruption", "tokens", "--other", "London", "--noise", "2"), "--noise would play no part: --corruption tokens"),
+        (
+            ("--corruption", "tokens", "--other", "London", "--noise", "2"),
+            "--noise would play no part: --corruption tokens",
+        ),
         (("--corruption", "tokens", "--other", "London", "--replace"), "--replace would play no part"),
         (("--corruption", "tokens", "--other", "London", "--draws", "7"), "--draws would play no part"),
         (("--scale", "absolute", "--sigma-from", "subjects"), "--sigma-from would play no part: --scale absolute"),

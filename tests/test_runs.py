@@ -195,7 +195,9 @@ def test_a_fact_is_known_where_the_model_says_its_whole_answer(model, monkeypatc
 
     def answered(last):
         answers = {fact.prompt: [*ids[:-1], ids[-1] if last else (ids[-1] + 1) % 400] for fact, ids in said.items()}
-        monkeypatch.setattr("mechedit.runs.tracing.continuation", lambda model, prompt, target, join=None: answers[prompt])
+        monkeypatch.setattr(
+            "mechedit.runs.tracing.continuation", lambda model, prompt, target, join=None: answers[prompt]
+        )
         return known(model, FACTS)
 
     assert answered(last=True) == FACTS
@@ -204,7 +206,9 @@ def test_a_fact_is_known_where_the_model_says_its_whole_answer(model, monkeypatc
 
 def test_facts_without_an_answer_are_known_and_those_too_long_are_not(model):
     open_ended, long = Fact("Paris", "{} is in"), Fact("Paris", "{} " + "Seattle " * 80)
-    assert known(model, [FACTS[0], long, open_ended, replace(long, target_true="Apple"), open_ended]) == [open_ended] * 2
+    assert (
+        known(model, [FACTS[0], long, open_ended, replace(long, target_true="Apple"), open_ended]) == [open_ended] * 2
+    )
 
 
 def test_facts_that_cannot_be_traced_are_named_before_a_run_begins(model, tmp_path):
@@ -216,7 +220,9 @@ def test_facts_that_cannot_be_traced_are_named_before_a_run_begins(model, tmp_pa
     assert "must fit the context" in others[0][1]
     assert "has a role among subject_middle" in others[1][1]
     for run in (trace_facts, sever_facts):
-        with pytest.raises(FactError, match="1 of 3 facts cannot be traced .* The first: a prompt must fit the context"):
+        with pytest.raises(
+            FactError, match="1 of 3 facts cannot be traced .* The first: a prompt must fit the context"
+        ):
             run(model, [FACTS[0], long, FACTS[1]], tmp_path / "run", SMALL)
     with pytest.raises(FactError, match="needs a second answer"):
         trace_facts(model, FACTS[:2], tmp_path / "run", replace(SMALL, measure="logit_difference"))

@@ -81,7 +81,9 @@ def add_tracing(commands: Any) -> None:
 def _add_answers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer", help="the answer to measure (default: what the model says)")
     parser.add_argument(
-        "--against", metavar="ANSWER", help="with --measure logit_difference: the other answer, whose logit is taken off"
+        "--against",
+        metavar="ANSWER",
+        help="with --measure logit_difference: the other answer, whose logit is taken off",
     )
 
 
@@ -169,7 +171,9 @@ def _trace(arguments: argparse.Namespace) -> None:
     console = console_of(arguments)
     show_trace(console, trace)
     if trace.blanks:
-        console.print("note: the answer begins with a blank token, which is passed over; --measure p_answer reads all of it.")
+        console.print(
+            "note: the answer begins with a blank token, which is passed over; --measure p_answer reads all of it."
+        )
     for note in prompts.audit(model, fact, prepend_bos=settings.prepend_bos).notes:
         console.print(f"note: {note}")
     show_sites(console, trace)
@@ -264,7 +268,9 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
     with progress_bars() as progress:
         fit, others = runs.traceable(model, chosen, settings)
         if others:
-            console.print(f"{len(others)} of {len(chosen)} facts cannot be traced and are left out. The first: {others[0][1]}")
+            console.print(
+                f"{len(others)} of {len(chosen)} facts cannot be traced and are left out. The first: {others[0][1]}"
+            )
         chosen = fit
         if not arguments.unknown:
             kept = runs.known(model, chosen, prepend_bos=settings.prepend_bos, progress=progress)

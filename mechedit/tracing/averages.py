@@ -145,7 +145,9 @@ def compare(
     Raises:
         AverageError: the traces are not of the same facts and answers in the same order, or have no such site.
     """
-    if role not in ROLES or not all(kind in each.effects and 0 <= layer < len(each.effects[kind]) for each in (*first, *second)):
+    if role not in ROLES or not all(
+        kind in each.effects and 0 <= layer < len(each.effects[kind]) for each in (*first, *second)
+    ):
         raise AverageError(
             f"a site must have a role among {', '.join(ROLES)} and a kind and a layer that were traced; found {role}, {kind}, {layer}."
         )
