@@ -1,0 +1,322 @@
+"""Would a wrong line be noticed?  make mutants   -> figures/mutants.json
+
+Lines of the core are made wrong, one at a time, and the tests of that module are run until one fails. Which lines, is drawn by a seed
+from all places where an operator, a constant, a condition, an argument or a statement can be made wrong; the eighteen wrong lines in
+`mutants_known.json`, which no test noticed once, are always tried. A process that has everything heavy imported forks for each mutant, so
+that one takes seconds: mutmut and Cosmic Ray, which start a process or read the whole suite's coverage first, need hours here.
+
+What survives is listed, with its reason where `mutants_survivors.json` gives one (a change that changes nothing that is promised).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+from experiments.common import FIGURES, parse, say
+
+ROOT = Path(__file__).parents[1]
+TESTS = {
+    "rank_one": ("rank_one", "rome"),
+    "keys": ("keys", "rome"),
+    "values": ("values", "rome"),
+    "moments/moment": ("moments",),
+    "moments/estimation": ("moments", "packaged_text"),
+    "moments/corpus": ("moments", "packaged_text"),
+    "moments/merging": ("moments",),
+    "weights": ("weights", "applying"),
+    "changes": ("changes", "applying"),
+    "edits": ("edits",),
+    "corruption": ("corruption", "tracing"),
+    "tracing/engine": ("tracing_engine", "tracing"),
+    "tracing/severing": ("severing",),
+    "benchmarks/metrics": ("metrics",),
+    "statistics": ("statistics",),
+    "scoring": ("scoring",),
+    "editing": ("editing", "contract", "guards"),
+}
+"""Each module that is mutated, and the tests that answer for it, in the order in which they are run."""
+
+ARITHMETIC = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "/", ast.Pow: "*", ast.Mod: "*"}
+COMPARISON = {ast.Lt: ">=", ast.GtE: "<", ast.Gt: "<=", ast.LtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.In: "not in", ast.NotIn: "in", ast.Is: "is not", ast.IsNot: "is"}  # fmt: skip
+BOUNDARY = {ast.Lt: "<=", ast.GtE: ">", ast.Gt: ">=", ast.LtE: "<"}
+NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "mean": "sum", "sum": "mean", "argmax": "argmin", "amax": "amin", "sorted": "list", "exp": "abs", "log": "exp"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutants:
+    """Settings of the experiment."""
+
+    n: int = 500  # mutants drawn, besides the known ones
+    seed: int = 0
+    workers: int = 2
+    minutes: float = 40.0  # after which no more are begun
+    only: str = ""  # a module of TESTS, or "known"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A wrong line: in `module`, the text from `begin` to `end` becomes `new`."""
+
+    module: str
+    line: int
+    kind: str
+    old: str
+    new: str
+    begin: int
+    end: int
+    tests: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What it is, without the line's number, which other changes move."""
+        return f"{self.module}: {self.old} -> {self.new}"
+
+
+def sites(module: str, source: str) -> Iterator[Mutant]:
+    """Every mutant of a module."""
+    starts = [0]
+    for line in source.encode().splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+
+    def mutant(node: Any, kind: str, new: str) -> Mutant:
+        begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+        old = source.encode()[begin:end].decode()
+        return Mutant(module, node.lineno, kind, old, new, begin, end)
+
+    for node in _code(ast.parse(source)):
+        for kind, new in _changed(node):
+            yield mutant(node, kind, new)
+
+
+def _code(node: ast.AST) -> Iterator[ast.AST]:
+    """What is computed: not annotations, decorators, messages, assertions, representations."""
+    if isinstance(node, (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom, ast.JoinedStr)):
+        return
+    if isinstance(node, ast.FunctionDef) and node.name in ("__repr__", "__str__"):
+        return
+    yield node
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list", "args") and not isinstance(node, ast.Call):
+            continue
+        if isinstance(node, ast.ClassDef) and name in ("bases", "keywords"):
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, ast.AST):
+                yield from _code(each)
+
+
+def _changed(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """The kinds of wrong that a node can be, and its text then."""
+    text = ast.unparse
+    if isinstance(node, ast.BinOp) and (other := ARITHMETIC.get(type(node.op))) and not _is_text(node):
+        yield "arithmetic", f"({text(node.left)} {other} {text(node.right)})"
+    elif isinstance(node, ast.Compare) and len(node.ops) == 1:
+        left, right, op = text(node.left), text(node.comparators[0]), type(node.ops[0])
+        yield "comparison", f"({left} {COMPARISON[op]} {right})"
+        if op in BOUNDARY and any(isinstance(side, ast.Constant) and type(side.value) is int for side in (node.left, *node.comparators)):  # fmt: skip
+            yield "boundary", f"({left} {BOUNDARY[op]} {right})"
+    elif isinstance(node, ast.BoolOp):
+        other = " or " if isinstance(node.op, ast.And) else " and "
+        yield "boolean", f"({other.join(f'({text(each)})' for each in node.values)})"
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub)):
+        yield "sign", f"({text(node.operand)})"
+    elif isinstance(node, ast.Constant) and type(node.value) in (bool, int, float):
+        value = node.value
+        yield "constant", repr(not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else 2 * value + 1)  # fmt: skip
+    elif isinstance(node, ast.AugAssign) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and "progress" not in text(node.value.func)):  # fmt: skip
+        yield "statement", "pass"
+    elif isinstance(node, ast.Call):
+        yield from _calls(node)
+
+
+def _calls(node: ast.Call) -> Iterator[tuple[str, str]]:
+    """A call with a neighbour's name, without an argument, or with two exchanged."""
+
+    def call(function: str, args: list[ast.expr], keywords: list[ast.keyword]) -> str:
+        return f"{function}({', '.join([*map(ast.unparse, args), *(ast.unparse(each) for each in keywords)])})"
+
+    function = ast.unparse(node.func)
+    last = function.rsplit(".", 1)[-1]
+    if last in NAMES:
+        yield "name", call(function[: len(function) - len(last)] + NAMES[last], node.args, node.keywords)
+    for keyword in node.keywords:
+        if keyword.arg not in ("progress", "strict", "encoding", "key", None):
+            yield "argument", call(function, node.args, [each for each in node.keywords if each is not keyword])
+    if len(node.args) == 2 and all(isinstance(each, (ast.Name, ast.Attribute)) for each in node.args):
+        if last not in ("isinstance", "issubclass"):
+            yield "exchange", call(function, node.args[::-1], node.keywords)
+
+
+def _is_text(node: ast.BinOp) -> bool:
+    return any(isinstance(each, (ast.JoinedStr, ast.Constant)) and not isinstance(getattr(each, "value", None), (int, float)) for each in (node.left, node.right))  # fmt: skip
+
+
+def known() -> list[Mutant]:
+    """The wrong lines of `mutants_known.json`.
+
+    Raises:
+        SystemExit: a line that should be made wrong is no longer there, or there twice.
+    """
+    found = []
+    for each in json.loads(Path(__file__).with_name("mutants_known.json").read_text()):
+        source = (ROOT / "mechedit" / f"{each['module']}.py").read_text()
+        if source.count(each["old"]) != 1:
+            raise SystemExit(f"{each['module']}: {each['old']!r} is there {source.count(each['old'])} times; mend mutants_known.json.")  # fmt: skip
+        begin = len(source[: source.index(each["old"])].encode())
+        line = source[: source.index(each["old"])].count("\n") + 1
+        end = begin + len(each["old"].encode())
+        found.append(Mutant(each["module"], line, "known", each["old"], each["new"], begin, end, tuple(each["tests"])))
+    return found
+
+
+def drawn(settings: Mutants) -> list[Mutant]:
+    """`n` mutants of all modules, or of the one that is named."""
+    every = [
+        each
+        for module in TESTS
+        if settings.only in ("", module)
+        for each in sites(module, (ROOT / "mechedit" / f"{module}.py").read_text())
+    ]
+    return random.Random(settings.seed).sample(every, min(settings.n, len(every)))  # noqa: S311 (a sample)
+
+
+def outcome(mutant: Mutant, copy: Path, seconds: float) -> str:
+    """`killed`, `survived` or `too long`: what the module's tests say of it, in a copy of the project."""
+    path = copy / "mechedit" / f"{mutant.module}.py"
+    source = path.read_bytes()
+    path.write_bytes(source[: mutant.begin] + mutant.new.encode() + source[mutant.end :])
+    try:
+        status = _forked(copy, mutant.tests or TESTS[mutant.module], seconds)
+    finally:
+        path.write_bytes(source)
+    return {0: "survived", None: "too long"}.get(status, "killed")
+
+
+def _forked(copy: Path, tests: tuple[str, ...], seconds: float) -> int | None:
+    """pytest's exit status of these tests in a fork of this process; None where it took too long and was stopped."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os._exit(_run(copy, tests))
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.killpg(child, 9)
+    os.waitpid(child, 0)
+    return None
+
+
+def _run(copy: Path, tests: tuple[str, ...]) -> int:
+    """Run tests of the copy in this process, in silence."""
+    import pytest
+
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    os.chdir(copy)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("mechedit", "experiments", "tests")]:
+        del sys.modules[name]
+    sys.path.insert(0, str(copy))
+    files = [f"tests/test_{test}.py" for test in tests]
+    return int(pytest.main([*files, "-x", "-q", "-m", "not slow and not real", "-p", "no:cacheprovider", "-p", "no:xdist"]))  # fmt: skip
+
+
+def main(settings: Mutants) -> Path:
+    """Try the mutants, and write what became of them."""
+    sys.dont_write_bytecode = True
+    for heavy in ("torch", "transformers", "transformer_lens", "pytest", "hypothesis", "scipy.stats", "matplotlib.figure", "datasets"):  # fmt: skip
+        import_module(heavy)
+    import torch
+
+    torch.set_num_threads(1)
+    wanted = [*(known() if settings.only in ("", "known") else []), *(drawn(settings) if settings.only != "known" else [])]  # fmt: skip
+    begin, found = time.monotonic(), dict[Mutant, str]()
+    with tempfile.TemporaryDirectory() as place:
+        copies: Queue[Path] = Queue()
+        for worker in range(settings.workers):
+            copies.put(_copied(Path(place) / str(worker)))
+        limits = _baselines(copies.queue[0], {each.tests or TESTS[each.module] for each in wanted})
+
+        def attempt(mutant: Mutant) -> None:
+            if time.monotonic() - begin > 60 * settings.minutes:
+                return
+            copy = copies.get()
+            try:
+                found[mutant] = outcome(mutant, copy, limits[mutant.tests or TESTS[mutant.module]])
+            finally:
+                copies.put(copy)
+            say(f"{len(found)} of {len(wanted)}: {found[mutant]:9} {mutant.name[:100]!r}")
+
+        with ThreadPoolExecutor(settings.workers) as pool:
+            list(pool.map(attempt, wanted))
+    return _write(settings, wanted, found, (time.monotonic() - begin) / 60)
+
+
+def _copied(place: Path) -> Path:
+    """A copy of the project that may be made wrong."""
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "figures", "out")
+    return Path(shutil.copytree(ROOT, place, ignore=ignore))
+
+
+def _baselines(copy: Path, chosen: set[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
+    """How long each set of tests may take: three times what it takes where nothing is wrong.
+
+    Raises:
+        SystemExit: tests fail where nothing is wrong.
+    """
+    limits = {}
+    for tests in sorted(chosen):
+        begin = time.monotonic()
+        if status := _forked(copy, tests, 600.0):
+            raise SystemExit(f"the tests of {', '.join(tests)} end with {status} where nothing is wrong; mend them first.")
+        limits[tests] = 20 + 3 * (time.monotonic() - begin)
+    return limits
+
+
+def _write(settings: Mutants, wanted: list[Mutant], found: dict[Mutant, str], minutes: float) -> Path:
+    reasons = json.loads(Path(__file__).with_name("mutants_survivors.json").read_text())
+    counted = partial(_score, found)
+    result = {
+        "settings": asdict(settings),
+        "minutes": round(minutes, 1),
+        "drawn": counted([each for each in found if each.kind != "known"]),
+        "known": counted([each for each in found if each.kind == "known"]),
+        "not_tried": len(wanted) - len(found),
+        "by_module": {module: counted([each for each in found if each.module == module]) for module in TESTS},
+        "survivors": [
+            {"module": each.module, "line": each.line, "kind": each.kind, "old": each.old, "new": each.new, "reason": reasons.get(each.name, "")}
+            for each, what in found.items()
+            if what == "survived"
+        ],
+    }  # fmt: skip
+    path = FIGURES / "mutants.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    say(f"{result['drawn']} of the drawn, {result['known']} of the known; {path}")
+    return path
+
+
+def _score(found: dict[Mutant, str], some: list[Mutant]) -> dict[str, float]:
+    killed = sum(found[each] != "survived" for each in some)
+    return {"killed": killed, "of": len(some), "share": round(killed / len(some), 3) if some else 0.0}
+
+
+if __name__ == "__main__":
+    main(parse(Mutants))
