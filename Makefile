@@ -8,7 +8,7 @@ NOT ?= slow
 # Two processes of one thread each: quicker here than one of two, and files with one model stay in one process.
 PYTEST ?= -m "not ($(NOT))" -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow check install
+.PHONY: demo test test-slow check install mutants
 
 demo: $(VENV)/.installed
 	$(BIN)/mechedit demo
@@ -23,6 +23,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Would a wrong line be noticed? At most 40 minutes on two cores; not a part of CI.
+mutants: $(VENV)/.installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m experiments.mutants
 
 install: $(VENV)/.installed
 

@@ -115,6 +115,8 @@ def _code(node: ast.AST) -> Iterator[ast.AST]:
             continue
         if isinstance(node, ast.ClassDef) and name in ("bases", "keywords"):
             continue
+        if isinstance(node, ast.AnnAssign) and name == "value" and ast.unparse(value).startswith(("field(", "knob(")):
+            continue
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, ast.AST):
                 yield from _code(each)
@@ -157,9 +159,9 @@ def _calls(node: ast.Call) -> Iterator[tuple[str, str]]:
     for keyword in node.keywords:
         if keyword.arg not in ("progress", "strict", "encoding", "key", None):
             yield "argument", call(function, node.args, [each for each in node.keywords if each is not keyword])
-    if len(node.args) == 2 and all(isinstance(each, (ast.Name, ast.Attribute)) for each in node.args):
-        if last not in ("isinstance", "issubclass"):
-            yield "exchange", call(function, node.args[::-1], node.keywords)
+    named = len(node.args) == 2 and all(isinstance(each, (ast.Name, ast.Attribute)) for each in node.args)
+    if named and last not in ("isinstance", "issubclass"):
+        yield "exchange", call(function, node.args[::-1], node.keywords)
 
 
 def _is_text(node: ast.BinOp) -> bool:
@@ -287,7 +289,9 @@ def _baselines(copy: Path, chosen: set[tuple[str, ...]]) -> dict[tuple[str, ...]
     for tests in sorted(chosen):
         begin = time.monotonic()
         if status := _forked(copy, tests, 600.0):
-            raise SystemExit(f"the tests of {', '.join(tests)} end with {status} where nothing is wrong; mend them first.")
+            raise SystemExit(
+                f"the tests of {', '.join(tests)} end with {status} where nothing is wrong; mend them first."
+            )
         limits[tests] = 20 + 3 * (time.monotonic() - begin)
     return limits
 
