@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from mechedit import applying, changes, generation, guards, models, prompts, provenance, scoring, weights
+from mechedit import applying, changes, generation, guards, models, prompts, provenance, scoring, weights, writing
 from mechedit.cache import content_key, plain
 from mechedit.changes import Change
 from mechedit.edits import Edit, EditError, Measured
@@ -256,7 +256,8 @@ def refused(model: HookedModel, facts: Sequence[Fact], editor: Editor, settings:
 
 def described(fact: Fact) -> dict[str, Any]:
     """A fact as an edit keeps it."""
-    return dict(plain(asdict(fact))) | {"prompt": fact.prompt}
+    said = {} if fact.target_new is None else {"joined": writing.joined(fact.prompt, fact.target_new, fact.join)}
+    return dict(plain(asdict(fact))) | {"prompt": fact.prompt} | said
 
 
 def check_facts(model: HookedModel, facts: Sequence[Fact], settings: Any) -> None:
@@ -337,4 +338,6 @@ def _already_says(model: HookedModel, fact: Fact, settings: Any, first: int) -> 
 def _own_word(model: HookedModel, fact: Fact, settings: Any, said: str) -> str:
     """The word that the model goes on with; its first token, `said`, where that is none."""
     words = generation.complete(model, fact.prompt, WORD_TOKENS, prepend_bos=settings.prepend_bos).split()
+    if words and writing.is_spaceless(words[0][0]):  # where no space ends a word
+        return said.strip()
     return (words[0].rstrip(PUNCTUATION) if words else "") or said.strip()

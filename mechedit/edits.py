@@ -144,7 +144,7 @@ class Edit:
         record = {
             "model": self.origin["name"],
             "editor": self.editor,
-            **{name: first.fact.get(name) for name in ("prompt", "subject", "target_new", "target_true")},
+            **{name: first.fact.get(name) for name in ("prompt", "subject", "target_new", "target_true", "joined")},
             "layer": self.layer,
             "before": first.before,
             "after": first.after,

@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechedit.corruption import generator
+from mechedit.errors import FactError
 from mechedit.models import HookedModel, Stepper, device_of
 from mechedit.progress import Progress, silent
-from mechedit.prompts import check_length, encode, resolve_bos
+from mechedit.prompts import check_length, decoded, encode, resolve_bos
 
 __all__ = ["complete", "continuations", "sample"]
 
@@ -89,7 +90,7 @@ def complete(model: HookedModel, prompt: str, tokens: int = 20, *, prepend_bos: 
         if int(token) == model.tokenizer.eos_token_id:
             break
         said.append(int(token))
-    return str(model.tokenizer.decode(said))
+    return decoded(model, said, ids)
 
 
 @torch.no_grad()
@@ -111,6 +112,8 @@ def continuations(
     Raises:
         FactError: `tokens` do not fit the context.
     """
+    if isinstance(prompts, str):
+        raise FactError(f"prompts must be a list of texts; found {prompts!r}. Give [{prompts!r}].")
     bos = resolve_bos(model, prepend_bos)
     encoded = [encode(model, prompt, prepend_bos=bos)[0] for prompt in prompts]
     check_length(model, tokens + int(bos) - 1)  # the last is not read
@@ -123,7 +126,7 @@ def continuations(
             streams = [generator(seed, "continuation", prompts[index]) for index in part]
             said = _continue(model, [encoded[index] for index in part], tokens + int(bos) - length, streams, top_k)
             for index, ids in zip(part, said, strict=True):
-                texts[index] += str(model.tokenizer.decode(ids))
+                texts[index] += decoded(model, ids, encoded[index])
             done += len(part)
     progress("generating", done, len(prompts))
     return texts

@@ -23,7 +23,7 @@ from mechedit.facts import Fact, FactError
 from mechedit.generation import sample
 from mechedit.interventions import intervened, read
 from mechedit.models import HookedModel, hooked, identity
-from mechedit.prompts import check_length, encode, pad, resolve_bos, subject_span
+from mechedit.prompts import behind, check_length, encode, pad, resolve_bos, subject_span
 from mechedit.settings import RomeSettings
 
 __all__ = ["Context", "contexts", "prefixes", "subject_keys"]
@@ -82,9 +82,9 @@ def contexts(
     bos = resolve_bos(model, prepend_bos)
     found = []
     for prefix in before:
-        ids, offsets = encode(model, prefix + fact.prompt, prepend_bos=bos)
+        text, begin = behind(model, prefix, fact)
+        ids, offsets = encode(model, text, prepend_bos=bos)
         check_length(model, len(ids))
-        begin = len(prefix) + fact.subject_start
         first, end = subject_span(offsets, begin, begin + len(fact.subject))
         if place == "after_first" and end == len(ids):
             raise FactError(f"the subject ends {fact.prompt!r}, so no token comes after it; choose another fact_token.")

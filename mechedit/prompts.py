@@ -7,6 +7,7 @@ ever decoded and encoded again. Whether BOS stands first is said, not left to th
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,9 @@ __all__ = [
     "Audit",
     "Prompt",
     "audit",
+    "behind",
     "continuation",
+    "decoded",
     "doubts",
     "encode",
     "pad",
@@ -57,15 +60,31 @@ def resolve_bos(model: HookedModel, prepend_bos: bool | None) -> bool:
 
 
 def encode(model: HookedModel, text: str, *, prepend_bos: bool) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a text and the range of characters that each stands for (empty for BOS)."""
+    """Token ids of a text and the range of characters that each stands for (empty for BOS). A text that begins with BOS itself,
+    as a chat's may, gets no second one."""
     encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), [(int(begin), int(end)) for begin, end in encoded["offset_mapping"]]
-    return ([model.tokenizer.bos_token_id, *ids], [(0, 0), *offsets]) if prepend_bos else (ids, offsets)
+    bos = model.tokenizer.bos_token_id
+    return ([bos, *ids], [(0, 0), *offsets]) if prepend_bos and ids[:1] != [bos] else (ids, offsets)
 
 
 def text_tokens(model: HookedModel, ids: list[int] | tuple[int, ...]) -> tuple[str, ...]:
-    """Each token as text, for people."""
-    return tuple(model.tokenizer.decode([each]) for each in ids)
+    """Each token as text, for people; with its space, if it has one."""
+    return tuple(decoded(model, [each]) for each in ids)
+
+
+def decoded(model: HookedModel, ids: list[int] | tuple[int, ...], after: list[int] | tuple[int, ...] = ()) -> str:
+    """The text of ids that follow others (their own first one, where none are given).
+
+    Decoded alone, sentence pieces lose the space that they begin with.
+    """
+    before = list(after or ids[:1])
+    head, whole = (_text(model, each) for each in (before, [*before, *ids]))
+    return whole[len(head) :] if whole.startswith(head) else _text(model, ids)
+
+
+def _text(model: HookedModel, ids: list[int] | tuple[int, ...]) -> str:
+    return str(model.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def subject_span(offsets: list[tuple[int, int]], begin: int, end: int) -> tuple[int, int]:
@@ -88,6 +107,13 @@ def prepare(model: HookedModel, fact: Fact, *, prepend_bos: bool | None = None) 
     begin = fact.subject_start
     span = subject_span(offsets, begin, begin + len(fact.subject))
     return Prompt(fact.prompt, tuple(ids), text_tokens(model, ids), span, bos)
+
+
+def behind(model: HookedModel, prefix: str, fact: Fact) -> tuple[str, int]:
+    """The fact's prompt with other text before it, and the character at which its subject begins there. BOS stays first."""
+    bos = model.tokenizer.bos_token or ""
+    head = bos if fact.prompt.startswith(bos) and fact.subject_start >= len(bos) else ""
+    return head + prefix + fact.prompt[len(head) :], len(prefix) + fact.subject_start
 
 
 def check_length(model: HookedModel, length: int) -> None:
@@ -178,7 +204,7 @@ def audit(model: HookedModel, fact: Fact, *, prepend_bos: bool | None = None) ->
         )
     if prompt.subject[1] == len(prompt.ids):
         notes.append("the subject ends the prompt: its last token is also the prompt's last.")
-    if fact.target_true and fact.target_true.lower() in fact.prompt.lower():
+    if fact.target_true and writing.folded(fact.target_true) in writing.folded(fact.prompt):
         notes.append(f"the prompt contains the answer {fact.target_true!r}.")
     notes += doubts(model, fact, prepend_bos=prepend_bos)
     return Audit(prompt, targets["target_true"], targets["target_new"], tuple(notes))
@@ -190,7 +216,36 @@ def doubts(model: HookedModel, fact: Fact, *, prepend_bos: bool | None = None) -
     for name, target in (("target_true", fact.target_true), ("target_new", fact.target_new)):
         if target and model.tokenizer.unk_token_id in continuation(model, fact.prompt, target, fact.join):
             notes.append(f"{name} {target!r} has a token the vocabulary does not know.")
-    return notes + _subject_notes(model, fact, prepare(model, fact, prepend_bos=prepend_bos))
+    prompt = prepare(model, fact, prepend_bos=prepend_bos)
+    return notes + _chat_notes(model, fact, prompt) + _subject_notes(model, fact, prompt)
+
+
+def _chat_notes(model: HookedModel, fact: Fact, prompt: Prompt) -> list[str]:
+    """What to know of a prompt that is written as a chat is: with marks of its turns, or a line break at its end."""
+    notes, bos = [], model.tokenizer.bos_token
+    if bos and fact.prompt.startswith(bos):
+        notes.append(f"the prompt begins with {bos!r} itself; no second one is put before it.")
+    if any(mark in fact.prompt for mark in "<["):
+        ids = prompt.ids[1:] if prompt.ids[0] == model.tokenizer.bos_token_id else prompt.ids
+        marks = dict.fromkeys(token for each, token in zip(ids, text_tokens(model, ids), strict=True) if _is_mark(model, each))  # fmt: skip
+        if marks:
+            notes.append(f"the prompt holds special tokens, {', '.join(map(repr, marks))}, as a chat's does; an edit puts other text before them all.")  # fmt: skip
+        unknown = [mark for mark in dict.fromkeys(_MARK.findall(fact.prompt)) if mark not in (*marks, bos)]
+        if unknown:
+            notes.append(f"{', '.join(map(repr, unknown))} is no token of {model.cfg.model_name}: it is read in pieces, as text.")  # fmt: skip
+    if fact.prompt[-1] in "\r\n":
+        notes.append("the prompt ends in a line break, which is kept; targets follow it at once.")
+    return notes
+
+
+_MARK = re.compile(
+    r"<\|[^<>|\s]+\|>|<(?:start_of_turn|end_of_turn|bos|eos|s|/s)>|\[/?INST\]"
+)  # of turns, in models' chats
+
+
+def _is_mark(model: HookedModel, token: int) -> bool:
+    """Whether a token is one of the vocabulary's special ones."""
+    return bool(_text(model, [token])) and not model.tokenizer.decode([token], skip_special_tokens=True)
 
 
 def _seam_is_clean(model: HookedModel, fact: Fact, target: str) -> bool:
@@ -223,11 +278,9 @@ def _subject_notes(model: HookedModel, fact: Fact, prompt: Prompt) -> list[str]:
     word = _word_around(fact.prompt, begin, end)
     if word != fact.subject:
         notes.append(f"the subject {fact.subject!r} stands inside a longer word, {word!r}.")
-    if fact.prompt.count(fact.subject) > 1:
-        notes.append(
-            f"the subject appears {fact.prompt.count(fact.subject)} times; only the one in the template's {{}} counts."
-        )
+    if (n := len(writing.find(fact.prompt, fact.subject))) > 1:
+        notes.append(f"the subject appears {n} times; only the one in the template's {{}} counts.")
     for paraphrase in fact.paraphrases:
-        if fact.subject not in paraphrase:
+        if not writing.find(paraphrase, fact.subject):
             notes.append(f"a paraphrase does not name the subject: {paraphrase!r}.")
     return notes

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechedit import writing
 from mechedit.models import Blocks, HookedModel
-from mechedit.prompts import check_length, continuation, encode, pad, resolve_bos
+from mechedit.prompts import check_length, continuation, decoded, encode, pad, resolve_bos
 
 __all__ = ["Score", "log_p", "mean_log_p", "score", "top"]
 
@@ -132,6 +132,5 @@ def top(
     blocks = Blocks(model)
     values, tokens = blocks.logits(blocks.final(pad(model, [ids]))[:, -1]).float().softmax(-1)[0].topk(k)
     return [
-        (str(model.tokenizer.decode([token])), token, value)
-        for token, value in zip(tokens.tolist(), values.tolist(), strict=True)
+        (decoded(model, [token]), token, value) for token, value in zip(tokens.tolist(), values.tolist(), strict=True)
     ]

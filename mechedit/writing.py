@@ -11,7 +11,7 @@ import re
 import unicodedata
 from itertools import pairwise
 
-__all__ = ["JOINS", "ended", "find", "folded", "goes_on", "is_spaceless", "lone_surrogate", "same", "seam"]
+__all__ = ["JOINS", "ended", "find", "folded", "goes_on", "is_spaceless", "joined", "lone_surrogate", "same", "seam"]
 
 JOINS = ("auto", "space", "none")
 """How a prompt and its target are joined: as the writing has it, by one space always, or letter by letter as they are."""
@@ -34,10 +34,15 @@ def seam(prompt: str, target: str, join: str = "auto") -> tuple[str, str]:
     word at once (`,`, `'s`). `space` puts one in any case; `none` takes both as they are.
     """
     target = target.strip()
-    if join == "none":
+    if join == "none" or not target:
         return prompt, target
     prompt = ended(prompt)
     return prompt, " " + target if join == "space" or _apart(prompt, target) else target
+
+
+def joined(prompt: str, target: str, join: str = "auto") -> str:
+    """How a prompt meets this target: `space` or `none`."""
+    return "space" if seam(prompt, target, join)[1].startswith(" ") else "none"
 
 
 def ended(prompt: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from dataclasses import replace
 
 import numpy as np
@@ -70,10 +71,19 @@ def test_accuracy_is_by_tokens():
         (" Parish church", 0),
         (" in Paris", 0),
         ("", 0),
+        ("Paris是", 1),
+        ("Pariſ", 1),
     ],
 )
 def test_exact_match_is_of_whole_words_at_the_beginning(text, matches):
     assert metrics.exact_match(text, "Paris") == matches
+
+
+def test_exact_match_minds_how_a_script_is_written():
+    assert metrics.exact_match("巴黎是首都", "巴黎") == 1, "no space ends a word there"
+    assert metrics.exact_match("파리는", "파리") == 0
+    assert metrics.exact_match(unicodedata.normalize("NFD", "São Paulo"), "São") == 1
+    assert metrics.exact_match(unicodedata.normalize("NFD", "José"), "Jose") == 0
 
 
 def test_a_table_has_means_intervals_and_the_harmonic_mean_of_means():

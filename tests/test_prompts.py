@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
+import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
 
 from mechedit import prompts
 from mechedit.facts import Fact, FactError, from_prompt
@@ -87,6 +93,67 @@ def test_a_fact_says_how_its_prompts_and_targets_are_joined(model):
         Fact("A", "{} is", join="glue")
 
 
+@pytest.fixture
+def pieces(model):
+    """A tokenizer of sentence pieces, which put the space into a token that begins a word."""
+    vocabulary = dict.fromkeys(("▁The", "▁city", "▁of", "▁Paris", "▁", "P", "a", "r", "i", "s", "巴", "黎", "是"), 0.0)
+    tokenizer = Tokenizer(Unigram([("<unk>", -20.0), ("<s>", 0.0), *((piece, -1.0 - len(piece) % 2) for piece in vocabulary)], unk_id=0))  # fmt: skip
+    tokenizer.pre_tokenizer, tokenizer.decoder = Metaspace(prepend_scheme="first"), decoders.Metaspace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+    alone = torch.nn.Module()  # on 4.3 a model reads a tokenizer anew that it is given
+    alone.cfg, alone.tokenizer = model.cfg, fast
+    return alone
+
+
+def test_a_sentence_pieces_space_is_shown(pieces):
+    audit = prompts.audit(pieces, Fact("The city", "{} of", "Paris"), prepend_bos=True)
+    assert audit.prompt.tokens == ("<s>", " The", " city", " of")
+    assert [token for _, token in audit.target_true] == [" Paris"]
+    assert "' Paris'" in str(audit)
+    chinese = prompts.audit(pieces, Fact("巴", "{}是", "巴黎"), prepend_bos=False)
+    assert [token for _, token in chinese.target_true] == ["巴", "黎"], "no space where there is none"
+
+
+def test_what_is_decoded_goes_on_where_the_text_before_it_ended(pieces):
+    ids, _ = prompts.encode(pieces, "The city of Paris", prepend_bos=True)
+    assert prompts.decoded(pieces, ids[3:], ids[:3]) == " of Paris"
+    assert prompts.decoded(pieces, ids[3:]) == " of Paris"
+    assert prompts.decoded(pieces, []) == ""
+
+
+CHAT = "<s>user\nWhere is Rome?\n"
+
+
+def test_a_chat_gets_one_bos_and_keeps_its_line_break(model):
+    fact = from_prompt(CHAT, "Rome", target_true="Paris")
+    prompt = prompts.prepare(model, fact, prepend_bos=True)
+    plain = model.tokenizer(CHAT, add_special_tokens=False)["input_ids"]
+    assert list(prompt.ids) == plain
+    assert plain.count(model.tokenizer.bos_token_id) == 1
+    begin, end = prompt.subject
+    assert model.tokenizer.decode(prompt.ids[begin:end]).strip() == "Rome"
+    paris = model.tokenizer(CHAT + "Paris", add_special_tokens=False)["input_ids"]
+    assert [*plain, *prompts.continuation(model, fact.prompt, "Paris")] == paris
+    text, at = prompts.behind(model, "x. ", fact)
+    assert text == "<s>x. " + CHAT[3:]
+    assert text[at : at + 4] == "Rome"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "note"),
+    [
+        (CHAT, "begins with '<s>' itself"),
+        (CHAT, "ends in a line break, which is kept"),
+        ("Rome</s> is", "holds special tokens, '</s>', as a chat's does"),
+        ("<|im_start|>user Rome is", r"'<\|im_start\|>' is no token of .*: it is read in pieces"),
+    ],
+)
+def test_what_is_of_a_chat_is_noted(prompt, note, model):
+    notes = prompts.doubts(model, from_prompt(prompt, "Rome"), prepend_bos=True)
+    assert any(re.search(note, each) for each in notes), notes
+    assert prompts.doubts(model, from_prompt("Rome < Paris [1] is", "Rome"), prepend_bos=True) == []
+
+
 def test_an_empty_target_is_an_error(model):
     with pytest.raises(FactError, match="target must be a word"):
         prompts.continuation(model, "A is", " ")
@@ -151,6 +218,4 @@ def test_a_subject_of_a_script_without_spaces_is_in_no_longer_word():
 )
 def test_the_audit_notes_what_may_surprise(fact, note, model):
     notes = prompts.audit(model, fact).notes
-    import re
-
     assert any(re.search(note, each) for each in notes), notes

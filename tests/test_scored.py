@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,20 @@ def test_generated_text_is_measured(model, ready, tmp_path):
     table = evaluate(model, FACTS, tmp_path, settings, "rome", QUICK, ready, references=references).table("after")
     assert table["GE"].n == 1
     assert table["exact_match"].n == 3
+
+
+def test_essence_is_of_texts_about_the_subject_itself(model):
+    subject = unicodedata.normalize("NFD", FACTS[0].subject)
+    about = ((subject, "The tower stands."), ("Another", "Bells ring in the night."), (subject, "It is tall."))
+    references = References.of({("city", "Q90"): about})
+    settings = replace(PLAIN, generate=True, tokens=24)
+    found = measure(model, FACTS[0], COUNTERFACT, settings, references=references)["essence"]
+    ids = model.to_tokens("The tower stands. It is tall.")[0][:24]
+    with torch.no_grad():
+        log_p = model(ids[None]).log_softmax(-1)[0, :-1].gather(1, ids[1:, None])
+    assert found == pytest.approx(math.exp(-float(log_p.sum()) / len(ids)), rel=1e-4)
+    others = References.of({("city", "Q90"): about[1:2]})
+    assert math.isnan(measure(model, FACTS[0], COUNTERFACT, settings, references=others)["essence"])
 
 
 def test_texts_are_scored_by_the_statistics_they_are_given_with(model, tmp_path):

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mechedit.statistics import Mean, Support, statistic, summaries
+from mechedit.writing import folded, is_spaceless
 
 __all__ = [
     "METRICS",
@@ -187,10 +188,12 @@ def accuracy(first: Sequence[Sequence[bool]]) -> float:
 
 
 def exact_match(text: str, target: str) -> float:
-    """Whether a generated text (without its prompt) begins with the target, case and leading white space aside, as whole words."""
-    said, wanted = text.lstrip().casefold(), target.strip().casefold()
+    """Whether a generated text (without its prompt) begins with the target, case and leading white space aside, as whole words
+    where the script sets them apart."""
+    said, wanted = folded(text.lstrip()), folded(target.strip())
     follows = said[len(wanted) : len(wanted) + 1]
-    return float(said.startswith(wanted) and not follows.isalnum())
+    goes_on = follows.isalnum() and not is_spaceless(follows) and not is_spaceless(wanted[-1])
+    return float(said.startswith(wanted) and not goes_on)
 
 
 def table(rows: Sequence[dict[str, float]], seed: int = 0) -> dict[str, Mean]:

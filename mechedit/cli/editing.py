@@ -108,6 +108,7 @@ def _fact_to_edit(arguments: argparse.Namespace) -> Fact:
         target_true=arguments.true,
         target_new=arguments.target,
         occurrence=arguments.occurrence,
+        join=arguments.join or "auto",
     )
 
 
@@ -117,7 +118,7 @@ def _facts_to_edit(arguments: argparse.Namespace) -> list[Fact]:
 
     if arguments.out is None:
         raise UsageError("--facts needs --out DIR, where each edit is kept as soon as it is done.")
-    alone = ("prompt", "subject", "target", "true", "occurrence")
+    alone = ("prompt", "subject", "target", "true", "occurrence", "join")
     if any(getattr(arguments, name) is not None for name in alone):
         raise UsageError(f"--facts takes its facts from the file; leave out {', '.join(alone)}.")
     if arguments.limit is not None and arguments.limit < 1:

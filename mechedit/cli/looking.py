@@ -93,6 +93,7 @@ def _audit(arguments: argparse.Namespace) -> None:
         target_true=arguments.answer,
         target_new=arguments.target,
         occurrence=arguments.occurrence,
+        join=arguments.join or "auto",
     )
     console = console_of(arguments)
     found = prompts.audit(load_model(arguments), fact)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from mechedit.settings import PREFIXES, knobs
 from mechedit.wording import meant, visible
+from mechedit.writing import JOINS
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -129,6 +130,12 @@ def add_prompt(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
     parser.add_argument("--subject", required=required, help="the subject, letter for letter as in the prompt")
     parser.add_argument(
         "--occurrence", type=an_integer, help="which appearance of the subject, from 0, where there are several"
+    )
+    parser.add_argument(
+        "--join",
+        choices=JOINS,
+        help="how the prompt meets an answer: auto, as its writing has it (a space in English, none in Chinese or after an "
+        "opening quotation mark); space, always one; none, as they are (default: auto)",
     )
 
 

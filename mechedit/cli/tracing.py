@@ -221,6 +221,7 @@ def _fact(arguments: argparse.Namespace) -> Fact:
         target_true=arguments.answer,
         target_new=arguments.against,
         occurrence=arguments.occurrence,
+        join=arguments.join or "auto",
     )
 
 
@@ -251,6 +252,8 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
         raise UsageError("a run over facts is kept in a folder: give --out DIR.")
     if arguments.prompt is not None:
         raise UsageError("give PROMPT or --facts, not both.")
+    if arguments.join:
+        raise UsageError("--join is one prompt's; with --facts each record says it (`join`).")
     if arguments.other:
         raise UsageError("--other is one prompt's; with --facts each subject gives way to one of its relation.")
     for name in ("subject", "occurrence", "answer", "against"):

@@ -8,7 +8,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from mechedit import applying, cache, files, generation, prompts
+from mechedit import applying, cache, files, generation, prompts, writing
 from mechedit.benchmarks import metrics, texts
 from mechedit.benchmarks.benchmark import Benchmark
 from mechedit.benchmarks.health import Unedited, health
@@ -64,7 +64,7 @@ def _generated(
     found["GE"] = metrics.fluency([texts.words(each) for each in written])
     if references is not None:
         about = references.about(fact.relation, fact.target_new_id or target)
-        own = [text for name, text in about if name == fact.subject]
+        own = [text for name, text in about if writing.same(name, fact.subject)]
         found["essence"] = (
             metrics.essence(log_p(model, " ".join(own), settings.tokens, prepend_bos=bos)) if own else nan
         )

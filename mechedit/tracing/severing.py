@@ -21,6 +21,7 @@ from mechedit.facts import Fact
 from mechedit.models import HookedModel
 from mechedit.parsing import check, number
 from mechedit.progress import Progress, silent
+from mechedit.prompts import decoded
 from mechedit.settings import SettingsError, TraceSettings, from_json
 from mechedit.tracing.cells import ATTN_OUT, MLP_OUT, RESID_POST, Cell, Patch, resolve
 from mechedit.tracing.measures import measured
@@ -136,7 +137,7 @@ def severed(
     return Severed(
         prompt=fact.prompt,
         subject=fact.subject,
-        answer=str(model.tokenizer.decode(list(prepared.answer_ids))),
+        answer=decoded(model, prepared.answer_ids),
         position=at,
         role=role,
         p_clean=float(measured(settings, log_p.clean)),

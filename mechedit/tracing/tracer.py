@@ -20,7 +20,7 @@ from mechedit.corruption import Family, Statistics
 from mechedit.facts import Fact
 from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
-from mechedit.prompts import Prompt
+from mechedit.prompts import Prompt, decoded
 from mechedit.settings import SettingsError, TraceSettings
 from mechedit.tracing.baseline import Job
 from mechedit.tracing.cells import STATES, WINDOWED, Cell, Component, resolve, restored_blocks, single
@@ -170,7 +170,7 @@ def _trace(
         subject=prepared.fact.subject,
         subject_range=prompt.subject,
         relation=prepared.fact.relation,
-        answer=str(model.tokenizer.decode(list(prepared.answer_ids))),
+        answer=decoded(model, prepared.answer_ids),
         answer_ids=prepared.answer_ids,
         corrupted_by=prepared.corrupted_by,
         p_clean=float(measured(settings, log_p.clean)),
