@@ -24,7 +24,7 @@ from mechedit.generation import sample
 from mechedit.interventions import intervened, read
 from mechedit.models import HookedModel, hooked, identity
 from mechedit.prompts import behind, check_length, encode, pad, resolve_bos, subject_span
-from mechedit.settings import RomeSettings
+from mechedit.settings import RomeSettings, SettingsError
 
 __all__ = ["Context", "contexts", "prefixes", "subject_keys"]
 
@@ -45,9 +45,17 @@ class Context:
 
 
 def prefixes(model: HookedModel, settings: RomeSettings) -> tuple[str, ...]:
-    """The empty prefix and the sampled ones, in a fixed order, seeded by the settings; sampled once, and kept in the cache."""
+    """The empty prefix and the sampled ones, in a fixed order, seeded by the settings; sampled once, and kept in the cache.
+
+    Raises:
+        SettingsError: a prefix alone is longer than the model's context.
+    """
     if not settings.prefixes:
         return ("",)
+    if (longest := max(length for length, _ in settings.prefixes)) > (context := int(model.cfg.n_ctx)):
+        raise SettingsError(
+            f"prefixes must fit the context of {context} tokens of {model.cfg.model_name}, the prompt behind them; one has {longest}."
+        )
     path = (
         cache.root()
         / "prefixes"

@@ -169,7 +169,11 @@ def misuse(
         if action.choices and drawn.random() < 0.5:
             return str(drawn.choice(sorted(map(str, action.choices))))
         typed = TYPED.get(getattr(action.type, "__name__", "str"), TEXTS)
+        if action.dest in long:
+            typed = typed[:3]
         return drawn.choice(typed if drawn.random() < 0.7 else VALUES)
+
+    long = {"steps", "tokens", "draws"}  # which a machine that is asked to work for ever would do
 
     for action in drawn.sample(actions, k=min(len(actions), drawn.choice((1, 1, 1, 2, 3)))):
         if action.dest == "model":

@@ -199,6 +199,53 @@ def test_mistakes_end_in_one_line_and_status_2(arguments, message, run):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("device", ["meta", "", "cuda:99", "hpu", "mkldnn", "cpu:-1", "🙈"])
+def test_a_device_that_is_not_here_or_has_no_numbers_is_refused(device, run):
+    status, _, err = run(*TRACE, "--device", device, model=False)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "there is no device" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*EDIT, "--prefixes", "100x3"), "prefixes must fit the context of 64 tokens"),
+        ((*EDIT, "--prefixes", "60x1"), "a prompt must fit the context of 64 tokens"),
+        ((*TRACE, "--json", "/tmp"), "is a folder"),  # noqa: S108
+        ((*TRACE, "--json", "x" * 300), "longer than the 255 bytes"),
+        ((*TRACE, "--out", "x" * 300), "File name too long"),
+        (("inspect", "x" * 300), "File name too long"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_one_line(arguments, message, run):
+    status, _, err = run(*arguments, model=arguments[0] != "inspect")
+    assert status == 2
+    assert message in err
+    assert len([line for line in err.splitlines() if line.startswith("mechedit")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["evaluate", "--engine", "ray", "--cpus", "nan", "--out", "x"], "'nan' is no finite number"),
+        (["evaluate", "--gpus", "inf"], "'inf' is no finite number"),
+        (["trace", "x", "--draws", "9" * 30], "larger than any number"),
+        (["trace", "x", "--subject", "x\udcff"], "subject must be text in UTF-8"),
+        (["inspect", ""], "names no file or folder"),
+        (["inspect", "a\0b"], "names no file or folder"),
+        (["trcae", "x"], "(did you mean trace?)"),
+        (["evaluate", "--mode", "sequentiall"], "(did you mean sequential?)"),
+        (["trace", "x", "--subjetc", "x"], "(did you mean --subject?)"),
+    ],
+)
+def test_what_an_option_cannot_take_is_told_in_one_line(wrong, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(wrong)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
 def test_inspecting_what_is_no_result_is_an_error(run, tmp_path):
     (tmp_path / "edits.json").write_text("[]")
     for name, message in (("none", "does not exist"), ("edits.json", "what mechedit reads again ends in .safetensors")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,10 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of names that torch had once
+            torch.zeros(1, device=name).item()  # which one without numbers, meta, has not
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch without CUDA asserts
         here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         raise ModelError(f"there is no device {name!r} here; there is {' and '.join(here)}.") from error
     return name
