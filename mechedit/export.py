@@ -172,7 +172,8 @@ def _record(name: str, edited: Sequence[Edit]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(cache.plain(content), indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    text = json.dumps(cache.plain(content), indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair is JSON's own \ud800
 
 
 def check_folder(folder: str | Path) -> Path:

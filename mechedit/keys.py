@@ -23,6 +23,7 @@ from mechedit.facts import Fact, FactError
 from mechedit.generation import sample
 from mechedit.interventions import intervened, read
 from mechedit.models import HookedModel, hooked, identity
+from mechedit.parsing import ParseError, check, from_file
 from mechedit.prompts import behind, check_length, encode, pad, resolve_bos, subject_span
 from mechedit.settings import RomeSettings, SettingsError
 
@@ -63,8 +64,9 @@ def prefixes(model: HookedModel, settings: RomeSettings) -> tuple[str, ...]:
     )
     keep = not hooked(model)  # what it says now is not what its parameters say
     if keep and path.is_file():
-        with suppress(ValueError):  # damaged: sampled again below
-            return tuple(json.loads(path.read_text(encoding="utf-8")))
+        with suppress(ParseError):  # damaged: sampled again below
+            check(found := from_file(path), [str])
+            return tuple(found)
     found = [""]
     for length, count in settings.prefixes:
         rows = sample(model, count, length, generator(settings.seed, "prefixes", str(length)), top_k=TOP_K)

@@ -6,7 +6,6 @@ trained list of abbreviations, which the published code fetches; words are then 
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 
 from mechedit.cache import content_key
 from mechedit.errors import MecheditError
+from mechedit.parsing import ParseError, from_file
 
 __all__ = ["References", "TextError", "Tfidf", "consistency", "words"]
 
@@ -67,8 +67,8 @@ class Tfidf:
                 "rb"
             ) as file:  # numpy leaves a file that it opened itself open where that is no archive
                 frequencies = np.load(file, allow_pickle=False)
-            places = json.loads(Path(vocabulary).read_text(encoding="utf-8"))
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            places = from_file(vocabulary)
+        except (OSError, EOFError, ValueError, MemoryError, zipfile.BadZipFile) as error:
             raise TextError(f"{idf} and {vocabulary} cannot be read as TF-IDF statistics: {error}.") from error
         if (
             not isinstance(frequencies, np.ndarray)
@@ -111,7 +111,7 @@ class References:
             TextError: the file is missing, or is neither.
         """
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = from_file(path)
             if isinstance(found, list):
                 texts = {
                     (str(each["relation_id"]), str(each["target_id"])): tuple(
@@ -125,8 +125,8 @@ class References:
                     for relation, targets in found.items()
                     for target, own in targets.items()
                 }
-        except OSError as error:
-            raise TextError(f"{path} cannot be read: {error.strerror or error}.") from error
+        except ParseError as error:
+            raise TextError(f"{path} cannot be read: {error}.") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TextError(
                 f"{path} holds no reference texts ({type(error).__name__}: {error}): it must be attribute_snippets.json as "

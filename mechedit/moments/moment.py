@@ -166,7 +166,7 @@ def read_published(path: str | Path, model: HookedModel, layer: int) -> Moment:
     try:
         with np.load(path, allow_pickle=False) as file:
             total, keys = file["mom2.mom2"], int(file["mom2.count"])
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, MemoryError, zipfile.BadZipFile) as error:
         raise MomentError(f"{path} is no .npz of second moments with mom2.mom2 and mom2.count ({error}).") from error
     if not isinstance(total, np.ndarray) or total.dtype.kind not in "fiu":
         raise MomentError(f"{path} holds no numbers under mom2.mom2.")
