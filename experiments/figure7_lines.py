@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 from experiments.common import FIGURES, OUT, parse, say
 from mechedit import cache, figures
+from mechedit.runs import units
 from mechedit.tracing import Trace
 from mechedit.tracing.averages import average
 from mechedit.tracing.roles import ROLES
@@ -25,8 +26,7 @@ class Lines:
 
 
 def main(settings: Lines) -> None:
-    units = sorted((OUT / settings.model / "traces" / "units").glob("*.safetensors"))
-    traces = [Trace.load(path) for path in units]
+    traces = [Trace.load(unit) for unit in units.read_all(OUT / settings.model / "traces")]
     mean = average(traces, seed=settings.seed)
     folder = FIGURES / settings.model
     for path in figures.write(figures.role_lines(mean), folder / "figure7_lines"):

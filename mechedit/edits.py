@@ -171,13 +171,13 @@ _RECORD = ("editor", "report", "origin", "settings", "versions", "seconds", "det
 _MEASURED = ("update_norm", "relative_norm")
 
 
-def save(edit: Edit, path: str | Path) -> Path:
+def save(edit: Edit, path: str | Path | files.Blob) -> Path:
     """Write an edit as one safetensors file, whole or not at all.
 
     Raises:
         WriteError: the path is a folder, or cannot be written.
     """
-    if Path(path).is_dir():
+    if not isinstance(path, files.Blob) and Path(path).is_dir():
         raise cache.WriteError(f"{path} is a folder; name a file in it.")
     tensors: dict[str, Tensor] = {}
     for index, change in enumerate(edit.changes):
@@ -193,7 +193,7 @@ def save(edit: Edit, path: str | Path) -> Path:
     return files.write(path, "edit", tensors, record, FORMAT)
 
 
-def load(path: str | Path) -> Edit:
+def load(path: str | Path | files.Blob) -> Edit:
     """Read an edit that `save` wrote, or version 0.1.0.
 
     Raises:

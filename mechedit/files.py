@@ -16,7 +16,7 @@ from mechedit.cache import WriteError, atomic_write
 from mechedit.errors import MecheditError
 from mechedit.parsing import from_text
 
-__all__ = ["FileError", "kind", "read", "write"]
+__all__ = ["Blob", "FileError", "kind", "read", "write"]
 
 FORMATS = (
     torch.float64,
@@ -38,26 +38,39 @@ class FileError(MecheditError, ValueError):
     """A file that is not what it should be."""
 
 
-def kind(path: str | Path) -> str:
+class Blob:
+    """The bytes of a file that is kept within another. It stands in a path's place wherever `read` and `write` take one."""
+
+    def __init__(self, name: str, data: bytes = b"") -> None:
+        self.name, self.data = name, data
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def kind(path: str | Path | Blob) -> str:
     """What kind of mechedit file this is: edit, trace, moment.
 
     Raises:
         FileError: it is none.
     """
-    _, header = _open(Path(path))
+    _, header = _open(path)
     if not isinstance(header.get("kind"), str):
         raise FileError(f"{path} is a safetensors file, but none of mechedit's.")
     return str(header["kind"])
 
 
 def write(
-    path: str | Path, what: str, tensors: Mapping[str, Shaped[Tensor, ...]], record: dict[str, Any], form: int = FORMAT
+    path: str | Path | Blob,
+    what: str,
+    tensors: Mapping[str, Shaped[Tensor, ...]],
+    record: dict[str, Any],
+    form: int = FORMAT,
 ) -> Path:
     """Save tensors and a record as `path`, in the `form`th format of its kind. Nothing in it can be executed."""
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save, save_file
 
-    path = Path(path)
     plain = _apart(tensors)
     header = {"kind": what, "format": form, "sha256": _digest(plain, record), "record": record}
     # one entry, because safetensors writes several in an order that changes from file to file
@@ -65,6 +78,10 @@ def write(
     metadata = {
         "mechedit": text.encode("utf-8", "backslashreplace").decode()
     }  # half a surrogate pair is JSON's own \\ud800
+    if isinstance(path, Blob):
+        path.data = save(plain, metadata)
+        return Path(path.name)
+    path = Path(path)
     with atomic_write(path) as temporary:
         try:
             save_file(plain, temporary, metadata)
@@ -101,13 +118,13 @@ def _digest(tensors: dict[str, Tensor], record: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def read(path: str | Path, what: str, form: int = FORMAT) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: str | Path | Blob, what: str, form: int = FORMAT) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the record of a file that `write` made, in a format up to `form`.
 
     Raises:
         FileError: missing, truncated, another kind of file, or a newer format than this version knows.
     """
-    tensors, header = _open(Path(path))
+    tensors, header = _open(path)
     found = header.get("kind")
     if found != what:
         raise FileError(
@@ -124,10 +141,23 @@ def read(path: str | Path, what: str, form: int = FORMAT) -> tuple[dict[str, Ten
     return tensors, header["record"]
 
 
-def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _open(path: str | Path | Blob) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, and what `write` said of them; empty if it did not write this."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
+    if not isinstance(path, Blob):
+        _check_file(Path(path))
+    try:
+        tensors, text = _held(path.data) if isinstance(path, Blob) else _in_file(Path(path))
+        header = from_text(text, unique=True)
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # formats torch lacks
+        raise FileError(f"{path} is truncated or no safetensors file that can be read ({error}).") from error
+    if strange := sorted({str(tensor.dtype) for tensor in tensors.values()} - {str(each) for each in FORMATS}):
+        raise FileError(f"{path} has tensors of {', '.join(strange)}, which mechedit writes nowhere.")
+    return tensors, header if isinstance(header, dict) else {}
+
+
+def _check_file(path: Path) -> None:
     try:
         is_file = path.is_file()
     except OSError as error:  # its name is too long, or its links go in a circle
@@ -136,12 +166,21 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileError(f"{path} does not exist or is no file.")
     if path.suffix == ".json":
         raise FileError(f"{path} is a JSON file, for people to read; what mechedit reads again ends in .safetensors.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-            header = from_text((file.metadata() or {}).get("mechedit", "{}"), unique=True)
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # formats torch lacks
-        raise FileError(f"{path} is truncated or no safetensors file that can be read ({error}).") from error
-    if strange := sorted({str(tensor.dtype) for tensor in tensors.values()} - {str(each) for each in FORMATS}):
-        raise FileError(f"{path} has tensors of {', '.join(strange)}, which mechedit writes nowhere.")
-    return tensors, header if isinstance(header, dict) else {}
+
+
+def _in_file(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors, and the text that `write` put beside them."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        return tensors, (file.metadata() or {}).get("mechedit", "{}")
+
+
+def _held(data: bytes) -> tuple[dict[str, Tensor], str]:
+    """The same of bytes: the first eight say how long the JSON is that they begin with."""
+    from safetensors.torch import load
+
+    tensors = load(data)
+    said = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, said.get("__metadata__", {}).get("mechedit", "{}")

@@ -20,6 +20,7 @@ from tokenizers.trainers import BpeTrainer
 
 from mechedit import guards, models
 from mechedit.facts import Fact
+from mechedit.runs.shards import Shards
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -167,6 +168,12 @@ def model(load: Callable[[str], models.HookedModel]) -> models.HookedModel:
     before = state(tiny)
     yield tiny
     assert_same_state(tiny, before)
+
+
+def kept_units(folder: Path) -> dict[str, bytes]:
+    """The units of a run by name, each as the bytes of the file that it would be."""
+    found = Shards(folder / "units")
+    return {name: found.get(name) for name in found.names()}
 
 
 def widen_bands(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from mechedit import applying, cli, edits, guards, models
 from mechedit.cli.applying import model_of
 from mechedit.cli.terminal import UsageError
 from mechedit.editors import rome
+from mechedit.runs import units
 from tests import hand_made
 from tests.command_line import EDIT, PROMPT, command_line
 
@@ -94,10 +95,12 @@ def test_edits_of_many_facts_are_kept_and_can_be_composed_compared_and_exported(
     status, out, _ = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder))
     assert status == 0
     assert "2 of 2 facts edited, each alone" in out
-    first, second = (str(path) for path in sorted((folder / "units").iterdir()))
+    first, second = map(str, units.export(folder, tmp_path / "files"))
     listed = json.loads((folder / "edits.json").read_text())
     assert len(listed) == 2
-    assert [edits.load(folder / each["file"]).fact["prompt"] for each in listed] == [each["prompt"] for each in listed]
+    assert [edits.load(units.read(folder, each["unit"])).fact["prompt"] for each in listed] == [
+        each["prompt"] for each in listed
+    ]
     assert [each["seconds"] for each in listed] == [None, None], "files of a run do not depend on its speed"
     whole = tmp_path / "whole.safetensors"
     assert run("compose", first, second, "--out", str(whole), model=False)[0] == 0

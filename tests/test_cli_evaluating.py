@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mechedit import cli, edits, models
+from mechedit.runs import units
 from mechedit.tracing import Trace
 from tests.command_line import QUICK, command_line
 
@@ -212,7 +213,7 @@ def test_tuning_proposes_settings_and_keeps_its_runs(run, tmp_path, monkeypatch)
     assert "no edit succeeded, so nothing is proposed" in out
     record = json.loads((tmp_path / "tune" / "tuned.json").read_text())
     assert [row["tried"]["clamp"] for row in record["rows"]] == [1.0, 3.0]
-    kept = [Trace.load(path) for path in (tmp_path / "tune" / "traces" / "units").iterdir()]
+    kept = [Trace.load(unit) for unit in units.read_all(tmp_path / "tune" / "traces")]
     assert len(kept) == 2, "the first of four is left out, and one is edited"
 
 
@@ -226,7 +227,7 @@ def test_controls_are_editors_of_an_evaluation(run, records, tmp_path):
         assert status == 0
         assert "2 records" in said
         summary = json.loads((out / "summary.json").read_text())
-        found = [edits.load(path) for path in sorted((out / "edits" / "units").iterdir())]
+        found = [edits.load(unit) for unit in units.read_all(out / "edits")]
         assert (summary["editor"], summary["edit"]["layer"], len(found)) == (editor, 1, 2)
         assert {edit.editor for edit in found} == {editor}
         return found
@@ -338,7 +339,7 @@ def test_an_editor_without_a_choice_of_token_is_swept_over_layers(run, records, 
     first, second = record["mean"]["ES"]
     assert first[0] == first[1], "the same edits, whatever the token"
     assert second[0] == second[1]
-    found = [edits.load(path) for path in tmp_path.glob("**/edits/units/*.safetensors")]
+    found = [edits.load(unit) for path in tmp_path.glob("**/edits") for unit in units.read_all(path)]
     assert {(edit.editor, edit.layer, edit.settings["steps"]) for edit in found} == {("ft", 0, 2), ("ft", 2, 2)}
 
 

@@ -11,7 +11,7 @@ from mechedit.models import loading
 from mechedit.settings import PRESETS, RomeSettings, TraceSettings
 from mechedit.tracing import Trace, trace
 from tests.command_line import PROMPT, TRACE, command_line
-from tests.conftest import FACT
+from tests.conftest import FACT, kept_units
 
 
 @pytest.fixture
@@ -120,12 +120,12 @@ def test_a_run_over_facts_is_kept_resumed_and_averaged(run, known_file, tmp_path
     )
     assert "last subject token" in out
     assert "early site: mlp at layer" in out
-    first = {path.name: path.read_bytes() for path in (folder / "units").iterdir()}
+    first = kept_units(folder)
     assert len(first) == 3
     assert read(folder / "average.json")["n"] == 3
     assert (folder / "average_lines.png").is_file()
     run(*command)
-    assert {path.name: path.read_bytes() for path in (folder / "units").iterdir()} == first
+    assert kept_units(folder) == first
     status, _, err = run(*command, "--seed", "1")
     assert status == 2
     assert "holds a run of other settings (settings.seed: 0 there, 1 now)" in err

@@ -24,6 +24,7 @@ from mechedit.editors import named, rome
 from mechedit.edits import EditError
 from mechedit.runs.editing import edit_facts
 from mechedit.runs.evaluating import evaluate
+from mechedit.runs.shards import Shards
 from mechedit.runs.sweeping import sweep
 from mechedit.settings import (
     EvaluateSettings,
@@ -218,7 +219,7 @@ def test_killed_and_run_again_it_ends_in_the_same_bytes(name, folder, tmp_path):
     subprocess.run([*command, str(tmp_path / "peace")], check=True, env=environment)
     process = subprocess.Popen([*command, str(tmp_path / "war")], env=environment)
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "war").glob("edits/units/*.safetensors")) and time.monotonic() < deadline:
+    while not len(Shards(tmp_path / "war" / "edits" / "units")) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -13,7 +13,7 @@ from mechedit.rank_one import RankOneError
 from mechedit.runs.editing import edit_facts
 from mechedit.runs.store import RunError
 from mechedit.settings import POLICIES, FineTuningSettings, MomentSettings, RomeSettings
-from tests.conftest import FACT, assert_same_state, state, widen_bands
+from tests.conftest import FACT, assert_same_state, kept_units, state, widen_bands
 
 QUICK = RomeSettings(layer=1, steps=4, prefixes=((3, 1),))
 FACTS = [
@@ -52,15 +52,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(model, moment, ready, tmp_path)
         if what == "edits" and done == 1:
             raise KeyboardInterrupt
 
-    def units(folder):
-        return {path.name: path.read_bytes() for path in (folder / "units").iterdir()}
-
     with pytest.raises(KeyboardInterrupt):
         edit_facts(model, FACTS, tmp_path / "stopped", "rome", QUICK, ready, progress=interrupt)
-    assert len(units(tmp_path / "stopped")) == 1
+    assert len(kept_units(tmp_path / "stopped")) == 1
     edit_facts(model, FACTS, tmp_path / "stopped", "rome", QUICK, ready)
     edit_facts(model, FACTS, tmp_path / "whole", "rome", QUICK, ready)
-    assert units(tmp_path / "stopped") == units(tmp_path / "whole")
+    assert kept_units(tmp_path / "stopped") == kept_units(tmp_path / "whole")
     with pytest.raises(RunError, match=r"edit.clamp: 4.0 there, 2.0 now"):
         edit_facts(model, FACTS, tmp_path / "whole", "rome", replace(QUICK, clamp=2.0), ready)
     other = rome.prepare(model, rome.resolve(model, QUICK), replace(moment, C=moment.C * 2))

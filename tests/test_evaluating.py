@@ -12,7 +12,7 @@ from mechedit.benchmarks import counterfact, metrics
 from mechedit.benchmarks.health import health, unedited
 from mechedit.editors import EditorError, rome
 from mechedit.facts import Fact, FactError
-from mechedit.runs import scored
+from mechedit.runs import scored, units
 from mechedit.runs.editing import edit_facts
 from mechedit.runs.evaluating import evaluate
 from mechedit.runs.store import RunError
@@ -35,7 +35,7 @@ def ready(model, moment):
 
 def kept(folder):
     """The edits of an evaluation, in order."""
-    return [edits.load(path) for path in sorted((folder / "edits" / "units").iterdir())]
+    return [edits.load(unit) for unit in units.read_all(folder / "edits")]
 
 
 def test_independent_edits_are_scored_one_by_one(model, moment, ready, tmp_path):
@@ -249,7 +249,9 @@ def test_scores_belong_to_their_model_attention_and_all(model, tmp_path):
     assert evaluate(model, FACTS, tmp_path / "c", PLAIN, None).rows["before"] == before
 
 
-def test_a_unit_that_fails_is_reported_and_nothing_finished_is_lost(model, tmp_path, monkeypatch):
+def test_a_record_that_raises_whatever_it_is_is_in_the_table_and_tried_again_by_the_next_run(
+    model, tmp_path, monkeypatch
+):
     real = scored.measure
 
     def measured(model, record, *rest, **named):
@@ -258,10 +260,13 @@ def test_a_unit_that_fails_is_reported_and_nothing_finished_is_lost(model, tmp_p
         return real(model, record, *rest, **named)
 
     monkeypatch.setattr(scored, "measure", measured)
-    with pytest.raises(RunError, match=r"(?s)1 of 3 units .* 2 are finished and kept.*out of luck"):
-        evaluate(model, FACTS, tmp_path, PLAIN, None)
+    found = evaluate(model, FACTS, tmp_path, PLAIN, None)
+    assert [each["reason"] for each in found.facts] == ["", "RuntimeError: out of luck", ""]
+    assert [math.isnan(row["ES"]) for row in found.rows["before"]] == [False, True, False]
     monkeypatch.setattr(scored, "measure", real)
-    assert len(evaluate(model, FACTS, tmp_path, PLAIN, None).rows["before"]) == 3
+    again = evaluate(model, FACTS, tmp_path, PLAIN, None)
+    assert [each["reason"] for each in again.facts] == ["", "", ""]
+    same(again.rows["before"], counterfact.scores(model, FACTS))
 
 
 def test_generated_text_longer_than_the_context_is_refused_before_anything_is_edited(model, tmp_path):

@@ -8,11 +8,13 @@ import pytest
 
 from mechedit import moments
 from mechedit.benchmarks import metrics
+from mechedit.runs import shards
 from mechedit.runs.evaluating import evaluate
 from mechedit.runs.results import Evaluation
-from mechedit.runs.store import RunError, status
+from mechedit.runs.status import status
+from mechedit.runs.store import RunError
 from mechedit.settings import MomentSettings
-from tests.conftest import widen_bands
+from tests.conftest import kept_units, widen_bands
 from tests.three_facts import FACTS, PLAIN, QUICK, made_ready
 
 
@@ -119,8 +121,6 @@ def test_status_is_the_same_from_any_folder_and_of_a_run_that_was_moved(model, r
 def test_damage_a_full_disk_and_a_second_run_are_noticed_and_nothing_finished_is_lost(model, ready, tmp_path, monkeypatch):  # fmt: skip
     import errno
 
-    from safetensors import torch as stored
-
     from mechedit.cache import WriteError
 
     def results(folder):
@@ -130,23 +130,23 @@ def test_damage_a_full_disk_and_a_second_run_are_noticed_and_nothing_finished_is
         }
 
     whole = results(tmp_path / "whole")
-    unit = next((tmp_path / "whole" / "scores" / "units").iterdir())
+    unit = next((tmp_path / "whole" / "scores" / "units").glob("*.shard"))
     unit.write_bytes(unit.read_bytes()[:-3])
     assert results(tmp_path / "whole") == whole, "a damaged unit is done again"
 
-    real, written = stored.save_file, []
+    real, written = shards._append, []
 
-    def full(tensors, path, metadata):
-        written.append(path)
-        if len(written) == 6:
+    def full(file, data):
+        written.append(data)
+        if len(written) == 11:  # bytes and a line of the index for three edits and two scores, and then
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path, metadata)
+        real(file, data)
 
-    monkeypatch.setattr(stored, "save_file", full)
+    monkeypatch.setattr(shards, "_append", full)
     with pytest.raises(WriteError, match="No space left on device. What was there before is as it was"):
         evaluate(model, FACTS, tmp_path / "full", PLAIN, "rome", QUICK, ready)
-    monkeypatch.setattr(stored, "save_file", real)
-    assert len(list((tmp_path / "full" / "scores" / "units").iterdir())) == 2
+    monkeypatch.setattr(shards, "_append", real)
+    assert len(kept_units(tmp_path / "full" / "scores")) == 2
     assert results(tmp_path / "full") == whole
     with pytest.raises(WriteError):
         evaluate(model, FACTS, unit, PLAIN, "rome", QUICK, ready)

@@ -17,10 +17,12 @@ from mechedit import corruption, prompts, provenance
 from mechedit.cache import WriteError
 from mechedit.facts import Fact, FactError
 from mechedit.files import FileError
+from mechedit.runs import units
 from mechedit.runs.store import RunError, Store
 from mechedit.runs.tracing import known, sever_facts, trace_facts, traceable, unit
 from mechedit.settings import TraceSettings
 from mechedit.tracing import Trace, trace
+from tests.conftest import kept_units
 
 SMALL = TraceSettings(draws=2, window=2)
 NAMES = ("Paris", "London", "Rome", "Berlin", "Seattle")
@@ -28,7 +30,8 @@ FACTS = [Fact(name, "{} is located in the city of", "Apple", relation="city") fo
 FACTS += [Fact("The Space Needle", "{} is in", "Seattle", relation="tower")]
 
 
-def units(folder):
+def shards(folder):
+    """The bytes of all that a run writes and reads again."""
     return {path.name: path.read_bytes() for path in (folder / "units").iterdir()}
 
 
@@ -38,7 +41,7 @@ def test_a_run_gives_each_facts_own_trace(model, tmp_path):
         alone = trace(model, fact, SMALL)
         assert each.prompt == fact.prompt
         assert all(torch.equal(each.draws[kind], alone.draws[kind]) for kind in SMALL.kinds)
-    assert set(units(tmp_path)) == {f"{unit(fact)}.safetensors" for fact in FACTS}
+    assert set(kept_units(tmp_path)) == {unit(fact) for fact in FACTS}
     twice = trace_facts(model, [FACTS[0], FACTS[1], FACTS[0]], tmp_path, SMALL)
     assert [each.prompt for each in twice] == [FACTS[0].prompt, FACTS[1].prompt, FACTS[0].prompt]
 
@@ -54,32 +57,39 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_missing(model, tmp_path, mo
 
     with pytest.raises(KeyboardInterrupt):
         trace_facts(model, FACTS, cut, SMALL, progress=interrupt)
-    assert len(units(cut)) == 3
+    assert len(kept_units(cut)) == 3
     computed = []
     monkeypatch.setattr("mechedit.runs.tracing.trace", lambda model, fact, *rest, **named: computed.append(fact) or trace(model, fact, *rest, **named))  # fmt: skip
     trace_facts(model, FACTS, cut, SMALL)
     assert computed == FACTS[3:]
-    assert units(cut) == units(whole)
+    assert kept_units(cut) == kept_units(whole)
+    assert shards(cut) == shards(whole), "nothing that a run writes tells that it was stopped"
 
 
 def test_a_file_cut_short_at_any_byte_or_changed_in_one_is_done_again(model, tmp_path):
     (found,) = trace_facts(model, FACTS[:1], tmp_path, replace(SMALL, kinds=("mlp",), draws=1))
-    path = tmp_path / "units" / f"{unit(FACTS[0])}.safetensors"
-    whole = path.read_bytes()
-    store = Store(tmp_path, json.loads((tmp_path / "run.json").read_text()), Trace.load, Trace.save)
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        assert store.get(unit(FACTS[0])) is None, f"cut to {length} of {len(whole)} bytes and not noticed"
-    stream = random.Random(0)
-    for _ in range(200):
-        place = stream.randrange(8, len(whole))
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << stream.randrange(8)]) + whole[place + 1 :])
-        again = store.get(unit(FACTS[0]))
-        # a changed byte that leaves the same meaning, of padding, say, is no damage
-        assert again is None or (again == replace(found, effects=again.effects, draws=again.draws) and torch.equal(again.draws["mlp"], found.draws["mlp"]))  # fmt: skip
-    path.write_bytes(whole[:-1])
-    trace_facts(model, FACTS[:1], tmp_path, replace(SMALL, kinds=("mlp",), draws=1))
-    assert path.read_bytes() == whole
+    what, stream = json.loads((tmp_path / "run.json").read_text()), random.Random(0)
+
+    def kept():
+        return Store(tmp_path, what, Trace.load, Trace.save).get(unit(FACTS[0]))
+
+    assert torch.equal(kept().draws["mlp"], found.draws["mlp"])
+    before = shards(tmp_path)
+    assert before.keys() == {"index", "0000.shard"}
+    for name, whole in before.items():
+        path = tmp_path / "units" / name
+        for length in range(len(whole)):
+            path.write_bytes(whole[:length])
+            assert kept() is None, f"{name} cut to {length} of {len(whole)} bytes and not noticed"
+        for _ in range(200):
+            place = stream.randrange(len(whole))
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << stream.randrange(8)]) + whole[place + 1 :])
+            assert kept() is None, f"{name} changed at {place} and not noticed"
+        path.write_bytes(whole[:-1])
+        trace_facts(model, FACTS[:1], tmp_path, replace(SMALL, kinds=("mlp",), draws=1))
+        assert kept_units(tmp_path)[unit(FACTS[0])] in before["0000.shard"], "the same bytes again"
+        for name, whole in before.items():
+            (tmp_path / "units" / name).write_bytes(whole)
 
 
 def test_settings_weights_and_noise_that_differ_are_refused_not_mixed(model, load, tmp_path):
@@ -164,18 +174,18 @@ def test_with_other_tokens_a_unit_is_a_facts_with_its_partner(run, model, tmp_pa
     assert any(now.corrupted_by != then.corrupted_by for now, then in zip(found, two, strict=False)), (
         "there was a choice"
     )
-    fresh_units, both = units(tmp_path / "fresh"), units(tmp_path / "both")
+    fresh_units, both = kept_units(tmp_path / "fresh"), kept_units(tmp_path / "both")
     assert fresh_units.items() <= both.items()
     backwards = run(model, facts[::-1], tmp_path / "both", wanted)
     assert [each.corrupted_by for each in backwards[::-1]] == [each.corrupted_by for each in fresh]
-    assert units(tmp_path / "both") == both, "the order of facts makes no other units"
+    assert kept_units(tmp_path / "both") == both, "the order of facts makes no other units"
 
 
 def test_severed_runs_resume_too(model, tmp_path):
     first = sever_facts(model, FACTS, tmp_path, SMALL)
-    before = units(tmp_path)
+    before = kept_units(tmp_path)
     again = sever_facts(model, FACTS, tmp_path, SMALL)
-    assert units(tmp_path) == before
+    assert kept_units(tmp_path) == before
     assert [each.subject for each in first] == [each.subject for each in again] == [fact.subject for fact in FACTS]
 
 
@@ -257,16 +267,16 @@ def test_killed_at_random_moments_a_run_ends_byte_equal(folder, tmp_path):
         try:
             process.wait(timeout=stream.uniform(0.4, 1.0) * seconds)
             finished += 1
-            assert units(target) == units(tmp_path / "peace")
+            assert kept_units(target) == kept_units(tmp_path / "peace")
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
     subprocess.run([*command, str(target)], check=True, env=environment)
-    assert units(target) == units(tmp_path / "peace")
+    assert kept_units(target) == kept_units(tmp_path / "peace")
 
 
 def test_a_file_of_another_kind_is_no_unit(model, tmp_path):
     sever_facts(model, FACTS[:1], tmp_path / "a", SMALL)
     with pytest.raises(FileError, match="not a mechedit trace: it is a mechedit severed"):
-        Trace.load(next((tmp_path / "a" / "units").iterdir()))
+        Trace.load(units.read(tmp_path / "a", "0"))

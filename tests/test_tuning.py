@@ -10,6 +10,7 @@ from mechedit import editing, tuning
 from mechedit.benchmarks.metrics import harmonic
 from mechedit.editors.fine_tuning import FineTuning
 from mechedit.facts import FactError
+from mechedit.runs import units
 from mechedit.settings import PRESETS, FineTuningSettings, RomeSettings, SettingsError, TuneSettings
 from tests.conftest import FACT, widen_bands
 
@@ -48,9 +49,9 @@ def test_the_facts_that_are_edited_are_not_those_that_are_traced_and_rates_are_t
     rates = replace(SMALL, grid=(("clamp", (1.0,)), ("learning_rate", (0.1, 0.5))), around=0)
     found = tuning.tune(model, known, tmp_path, rates, "rome", BASE)
     assert [row.tried for row in found.rows] == [{"clamp": 1.0, "learning_rate": rate} for rate in (0.1, 0.5)]
-    edited = {unit.name for unit in next(tmp_path.glob("layer*-learning_rate0.1")).glob("units/*")}
+    edited = {*units.names(next(tmp_path.glob("layer*-learning_rate0.1")))}
     assert len(edited) == 2
-    assert not edited & {unit.name for unit in (tmp_path / "traces" / "units").iterdir()}
+    assert not edited & {*units.names(tmp_path / "traces")}
 
 
 @pytest.mark.parametrize("success", [0.0, 1.0])

@@ -174,9 +174,7 @@ def _edit_facts(
 
     with keeping(f"finished edits are kept in {arguments.out}"):
         found = edit_facts(model, chosen, arguments.out, editor, settings, prepared, progress=progress)
-    record = [
-        {"file": f"units/{unit(fact)}.safetensors"} | edit.to_json() for fact, edit in zip(chosen, found, strict=True)
-    ]
+    record = [{"unit": unit(fact)} | edit.to_json() for fact, edit in zip(chosen, found, strict=True)]
     written = write_json(arguments.out / "edits.json", record) + write_json(arguments.json, record)
     console = console_of(arguments)
     rows = [
@@ -193,7 +191,7 @@ def _edit_facts(
         for word in edit.reasons or edit.notes:
             console.print(f"{edit.fact['prompt']}: {word}")
     done = sum(bool(edit.changes) for edit in found)
-    console.print(f"{done} of {len(found)} facts edited, each alone; their files are in {arguments.out / 'units'}")
+    console.print(f"{done} of {len(found)} facts edited, each alone; they are in {arguments.out}")
     show_files(console, written)
     if not done:
         raise edits.EditError(f"none of the {len(found)} facts was edited; why is said above.")

@@ -322,7 +322,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    from mechedit.runs.store import by_stage, status
+    from mechedit.runs.status import by_stage, status
 
     whole = status(arguments.folder)
     found = by_stage(whole) if len(whole) > MANY_RUNS else whole

@@ -66,10 +66,10 @@ def announce(records: Sequence[Any], benchmark: Benchmark, *stages: Path) -> Non
 
 
 def doubts(model: HookedModel, fact: Fact, bos: bool) -> list[str]:
-    """What may be a mistake in a record; of one that cannot be read by the model its scores say why."""
+    """What may be a mistake in a record; of one that cannot be read by the model its scores say why, whatever that is."""
     try:
         return prompts.doubts(model, fact, prepend_bos=bos)
-    except FactError:
+    except Exception:
         return []
 
 

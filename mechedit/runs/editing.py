@@ -9,7 +9,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from mechedit import editing, edits, provenance
+from mechedit import cache, editing, edits, provenance
 from mechedit.editing import Editor, EditWarning, Prepared, State
 from mechedit.editors import named
 from mechedit.edits import Edit, EditError
@@ -18,11 +18,13 @@ from mechedit.models import HookedModel
 from mechedit.moments import MomentError
 from mechedit.progress import Progress, silent
 from mechedit.rank_one import RankOneError
-from mechedit.runs.engines import Engine, Local
-from mechedit.runs.store import Store, check_plain
+from mechedit.runs.engines import Done, Engine, Local
+from mechedit.runs.store import Kept, Store, check_plain
 from mechedit.runs.tracing import unit
 
-__all__ = ["attempt", "edit_facts", "edit_store", "making"]
+__all__ = ["Made", "attempt", "edit_facts", "edit_store", "making"]
+
+EDIT_NUMBERS = ("relative_norm", "divisor_share", "essence_kl")
 
 
 def edit_facts(
@@ -35,10 +37,11 @@ def edit_facts(
     *,
     engine: Engine | None = None,
     progress: Progress = silent,
-) -> list[Edit]:
+) -> Kept[Edit]:
     """The edit of each fact, from `folder` where it is there, found (by `engine`, here by default) and saved otherwise.
 
-    A fact that cannot be edited does not end the run: its result has no changes, and the reason. The model is left as it is.
+    Edits are read from the disk as they are used; `runs.units.export` writes them as files. A fact that cannot be edited, whatever it
+    raises, does not end the run: its result has no changes, and the reason. The model is left as it is.
 
     Raises:
         RunError: the folder holds a run of other settings, another process works in it, or there are hooks on the model.
@@ -54,12 +57,54 @@ def edit_facts(
     by_unit = {unit(fact): fact for fact in facts}
     store = edit_store(folder, provenance.kept_under(model) | making(editor, settings, prepared))
     task = _Editing(by_unit, editor, settings, prepared)
-    return store.run([unit(fact) for fact in facts], task, engine or Local(model), progress)
+
+    def failed(done: Done[Any]) -> Edit:
+        return editing.refused(model, [by_unit[done.unit]], editor, settings, done.error)
+
+    return store.run([unit(fact) for fact in facts], task, engine or Local(model), progress, failed=failed)
 
 
 def edit_store(folder: str | Path, what: dict[str, Any]) -> Store[Edit]:
     """Where edits are kept. A unit's bytes depend on what it is alone, so that a resumed run ends with the same files."""
-    return Store(folder, what, edits.load, lambda edit, path: edits.save(replace(edit, seconds=nan), path), "edits")
+    return Store(folder, what, edits.load, _save, "edits", note=lambda edit: asdict(Made.of(edit)))
+
+
+def _save(edit: Edit, path: Any) -> None:
+    edits.save(replace(edit, seconds=nan), path)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What is known of a kept edit without reading it: for tables, and for the names of its scores. JSON values."""
+
+    digest: str
+    edited: bool
+    numbers: dict[str, float | None]
+    reasons: list[str]
+    notes: list[str]
+    cond_C: dict[str, float]
+    scored: dict[str, Any] | None  # right after it, in a sequence
+
+    @classmethod
+    def of(cls, edit: Edit) -> Made:
+        """Of an edit."""
+        numbers = {name: float(edit.report.get(name, nan)) for name in EDIT_NUMBERS}
+        cond = {str(edit.layer): edit.report["cond_C"]} if "cond_C" in edit.report else {}
+        return cls(
+            edit.digest,
+            bool(edit.changes),
+            cache.plain(numbers),
+            list(edit.reasons),
+            list(edit.notes),
+            cache.plain(cond),
+            cache.plain(edit.details.get("scored")),
+        )
+
+    @property
+    def row(self) -> dict[str, float]:
+        """What the edit itself measured; whether there is one."""
+        found = {name: nan if value is None else value for name, value in self.numbers.items()}
+        return found | {"edited": float(self.edited)}
 
 
 def making(editor: Editor, settings: Any, prepared: Prepared | None) -> dict[str, Any]:

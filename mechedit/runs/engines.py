@@ -1,19 +1,23 @@
 """Who computes a run's units: this process, one after the other, or the workers of a Ray cluster.
 
 An engine maps a task over units. A task is called as `task(model, unit)`, with the model of whoever computes; it may not hold
-a model itself, so that it can travel. Both engines give the same results; what a unit gives depends on the unit alone.
+a model itself, so that it can travel. What only one unit needs travels with that unit: `own(unit)` makes it, and the task is called
+as `task(model, unit, own(unit))`. Both engines give the same results; what a unit gives depends on the unit alone.
+
+Whatever a unit raises is that unit's: it is told with its traceback, and the others are computed.
 """
 
 from __future__ import annotations
 
 import socket
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -21,11 +25,12 @@ from mechedit import models
 from mechedit.errors import MecheditError
 from mechedit.models import HookedModel
 
-__all__ = ["Cluster", "Done", "Engine", "EngineError", "Local", "Task"]
+__all__ = ["Cluster", "Done", "Engine", "EngineError", "Local", "Own", "Task", "told"]
 
 Result = TypeVar("Result")
 PATIENCE = 30.0  # seconds without news after which the nodes are looked at
-Task = Callable[[HookedModel, str], Result]
+Task = Callable[..., Result]
+Own = Callable[[str], Any]
 
 
 class EngineError(MecheditError, RuntimeError):
@@ -34,12 +39,13 @@ class EngineError(MecheditError, RuntimeError):
 
 @dataclass(frozen=True)
 class Done(Generic[Result]):
-    """A unit that was tried: its result, or what went wrong."""
+    """A unit that was tried: its result, or what went wrong, in a line and as a traceback."""
 
     unit: str
     result: Result | None
     seconds: float
     error: str = ""
+    trace: str = ""
 
 
 @runtime_checkable
@@ -50,7 +56,7 @@ class Engine(Protocol):
         """What is got ready once for all maps in the body; `map` alone gets it ready for itself."""
         ...
 
-    def map(self, task: Task[Result], units: Sequence[str]) -> Iterator[Done[Result]]:
+    def map(self, task: Task[Result], units: Sequence[str], own: Own | None = None) -> Iterator[Done[Result]]:
         """What each unit gives, as soon as it is there."""
         ...
 
@@ -65,28 +71,42 @@ class Local:
         """Nothing to get ready."""
         return nullcontext()
 
-    def map(self, task: Task[Result], units: Sequence[str]) -> Iterator[Done[Result]]:
+    def map(self, task: Task[Result], units: Sequence[str], own: Own | None = None) -> Iterator[Done[Result]]:
         """What each unit gives, in order; an error is the unit's, not the run's."""
         for unit in units:
-            yield _timed(task, self.model, unit)
+            yield _timed(task, self.model, unit, *_carried(own, unit))
 
 
-def _timed(task: Task[Result], model: HookedModel, unit: str) -> Done[Result]:
+def _carried(own: Own | None, unit: str) -> tuple[Any, ...]:
+    return () if own is None else (own(unit),)
+
+
+def _timed(task: Task[Result], model: HookedModel, unit: str, *own: Any) -> Done[Result]:
     began = time.perf_counter()
     try:
-        result = task(model, unit)
-    except Exception as error:
-        return Done(unit, None, time.perf_counter() - began, f"{type(error).__name__}: {error}")
+        result = task(model, unit, *own)
+    except (
+        Exception
+    ) as error:  # whatever it is: a run of thousands does not end for one (Ctrl-C and exit are no Exception)
+        return Done(unit, None, time.perf_counter() - began, *told(error))
     return Done(unit, result, time.perf_counter() - began)
+
+
+def told(error: BaseException) -> tuple[str, str]:
+    """An error in a line, and its traceback, both of characters that can be written."""
+    line, trace = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
+    safe = [text.encode("utf-8", "backslashreplace").decode() for text in (line, trace)]
+    return " ".join(safe[0].split()), safe[1]
 
 
 @dataclass
 class Cluster:
     """The workers of a Ray cluster, each with a model of its own, loaded once a map, or once while `open`.
 
-    `model` is what `models.load` takes, and every node must be able to load it; one of another identity
-    (`models.identity(model).whole`) is refused. Without `address` a cluster is started on this machine. A worker that is lost is replaced,
-    and what it was at is given to another; a unit that takes its worker down `retries` times more is reported, and left out.
+    `model` is what `models.load` takes; without `address` a cluster is started on this machine. A worker that cannot load it, or has
+    one of another identity (`models.identity(model).whole`), is let go, and `notes` says so; the others go on. A worker that is lost is
+    replaced, a bounded number of times. A unit that fails is tried `retries` times more, on other nodes where there are any, then
+    reported, and left out.
     """
 
     model: str
@@ -98,6 +118,7 @@ class Cluster:
     dtype: torch.dtype = torch.float32
     retries: int = 2
     started: list[str] = field(default_factory=list, compare=False)  # node of each worker, in the order they came up
+    notes: list[str] = field(default_factory=list, compare=False)  # on workers that were of no use
     _crew: _Crew | None = field(default=None, init=False, repr=False, compare=False)
     _is_open: bool = field(default=False, init=False, repr=False, compare=False)
     _is_own: bool = field(default=False, init=False, repr=False, compare=False)
@@ -113,11 +134,11 @@ class Cluster:
                 self._is_open = False
                 self._end()
 
-    def map(self, task: Task[Result], units: Sequence[str]) -> Iterator[Done[Result]]:
+    def map(self, task: Task[Result], units: Sequence[str], own: Own | None = None) -> Iterator[Done[Result]]:
         """What each unit gives, as workers finish.
 
         Raises:
-            EngineError: Ray is missing, the cluster cannot be reached or has no room, or a worker's weights are others.
+            EngineError: Ray is missing, the cluster cannot be reached or has no room, or no worker is left that can compute.
         """
         if not units:
             return
@@ -128,7 +149,7 @@ class Cluster:
                 if self._is_own:
                     _connect(ray, self.address)
                 self._crew = _Crew(ray, self)
-            yield from self._crew.work(task, units)
+            yield from self._crew.work(task, units, own)
 
     def _end(self) -> None:
         if self._crew is not None:
@@ -139,18 +160,26 @@ class Cluster:
             self._is_own = False
 
 
+class _Hand(NamedTuple):
+    """A worker, and the node it is on."""
+
+    worker: Any
+    node: str
+
+
 class _Crew:
     """Workers of one map: who is coming, who is free, and who is at which unit. Each holds one unit at a time."""
 
     def __init__(self, ray: Any, cluster: Cluster) -> None:
         self.ray, self.cluster = ray, cluster
         self.coming: dict[Any, Any] = {}  # reference to a worker's first word -> worker
-        self.free: list[Any] = []
-        self.busy: dict[Any, tuple[str, Any]] = {}  # reference to a result -> unit, worker
-        self.lost = 0  # workers, since one was ready
+        self.free: list[_Hand] = []
+        self.busy: dict[Any, tuple[str, _Hand]] = {}  # reference to a result -> unit, who is at it
         self.task: Any = None  # a reference to it
         room = self.room()
-        for _ in range(min(cluster.workers or room, room)):
+        wanted = min(cluster.workers or room, room)
+        self.spare = cluster.retries + wanted  # so many that are lost before they have loaded are replaced
+        for _ in range(wanted):
             self.hire()
 
     def room(self) -> int:
@@ -177,24 +206,27 @@ class _Crew:
         worker = made.remote(cluster.model, cluster.dtype, max(1, int(cluster.cpus)), device)
         self.coming[worker.ready.remote()] = worker
 
-    def work(self, task: Task[Any], units: Sequence[str]) -> Iterator[Done[Any]]:
+    def work(self, task: Task[Any], units: Sequence[str], own: Own | None) -> Iterator[Done[Any]]:
         self.task = self.ray.put(task)
-        for worker in self.free:
-            worker.take.remote(self.task)
+        for hand in self.free:
+            hand.worker.take.remote(self.task)
         try:
-            yield from self._work(units)
+            yield from self._work(units, own)
         finally:
-            for _, worker in self.busy.values():  # of a map that was broken off
-                self.ray.kill(worker)
+            for _, hand in self.busy.values():  # of a map that was broken off
+                self.ray.kill(hand.worker)
                 self.hire()
             self.busy = {}
 
-    def _work(self, units: Sequence[str]) -> Iterator[Done[Any]]:
-        waiting, tries = deque(units), dict.fromkeys(units, 0)
+    def _work(self, units: Sequence[str], own: Own | None) -> Iterator[Done[Any]]:
+        waiting, tried = deque(units), {unit: list[str]() for unit in units}  # the nodes on which it failed
         while waiting or self.busy:
-            while waiting and self.free:
-                unit, worker = waiting.popleft(), self.free.pop()
-                self.busy[worker.run.remote(unit)] = (unit, worker)
+            for hand in list(self.free):
+                if (unit := self.next_for(hand, waiting, tried)) is not None:
+                    self.free.remove(hand)
+                    self.busy[hand.worker.run.remote(unit, *_carried(own, unit))] = (unit, hand)
+            if not (self.busy or self.coming):
+                raise EngineError(f"no worker is left: {self.cluster.notes[-1]}")
             news, _ = self.ray.wait([*self.busy, *self.coming], num_returns=1, timeout=PATIENCE)
             if not news:
                 self.room()  # nodes may have been lost, and workers may be waiting for one in vain
@@ -203,48 +235,66 @@ class _Crew:
             if first in self.coming:
                 self.welcome(first)
                 continue
-            unit, worker = self.busy.pop(first)
-            try:
-                done = self.ray.get(first)
-                self.free.append(worker)
-            except self.ray.exceptions.RayTaskError as error:  # the worker lives
-                done = Done(unit, None, 0.0, f"{type(error.cause).__name__}: {error.cause}")
-                self.free.append(worker)
-            except self.ray.exceptions.RayError as error:
-                self.hire()
-                done = Done(unit, None, 0.0, f"its worker was lost ({str(error).splitlines()[0]})")
-            if done.error and tries[unit] < self.cluster.retries:
-                tries[unit] += 1
-                waiting.append(unit)
+            node, done = self.finished(first)
+            if done.error and len(tried[done.unit]) < self.cluster.retries:
+                tried[done.unit].append(node)
+                waiting.append(done.unit)
             else:
                 yield done
 
+    def next_for(self, hand: _Hand, waiting: deque[str], tried: dict[str, list[str]]) -> str | None:
+        """The first unit that did not fail on this worker's node, unless it failed on every node that there is."""
+        nodes = {each.node for each in [*self.free, *(each for _, each in self.busy.values())]}
+        for unit in waiting:
+            if hand.node not in tried[unit] or nodes <= set(tried[unit]):
+                waiting.remove(unit)
+                return unit
+        return None
+
+    def finished(self, reference: Any) -> tuple[str, Done[Any]]:
+        """What came of a unit, and on which node."""
+        unit, hand = self.busy.pop(reference)
+        try:
+            done: Done[Any] = self.ray.get(reference)
+            self.free.append(hand)
+        except self.ray.exceptions.RayTaskError as error:  # the worker lives
+            done = Done(unit, None, 0.0, *told(error.cause))
+            self.free.append(hand)
+        except self.ray.exceptions.RayError as error:
+            self.hire()
+            done = Done(unit, None, 0.0, f"its worker was lost ({str(error).splitlines()[0]})", str(error))
+        return hand.node, done
+
     def welcome(self, reference: Any) -> None:
+        """Take on a worker that has loaded its model; let one go that is of no use."""
         cluster, worker = self.cluster, self.coming.pop(reference)
         try:
-            identity, node = self.ray.get(reference)
-        except self.ray.exceptions.RayTaskError as error:
-            raise EngineError(f"a worker cannot load {cluster.model}: {error.cause}") from error
+            identity, node, wrong = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
-            self.lost += 1
-            if self.lost > cluster.retries:
-                raise EngineError(
-                    f"{self.lost} workers were lost before they had loaded {cluster.model}: {error}"
-                ) from error
-            self.hire()
+            cluster.notes.append(
+                f"a worker was lost before it had loaded {cluster.model}: {str(error).splitlines()[0]}"
+            )
+            if self.spare:
+                self.spare -= 1
+                self.hire()
             return
-        if identity != cluster.identity:
-            raise EngineError(
+        if wrong:
+            cluster.notes.append(f"a worker on node {node} cannot load {cluster.model}: {wrong}")
+        elif identity != cluster.identity:
+            cluster.notes.append(
                 f"a worker on node {node} has another model under the name {cluster.model} ({identity[:12]}…) than this "
                 f"machine ({cluster.identity[:12]}…). Put the same model, and the same versions, on every node."
             )
-        self.lost = 0
-        cluster.started.append(node)
-        worker.take.remote(self.task)
-        self.free.append(worker)
+        else:
+            cluster.started.append(node)
+            worker.take.remote(self.task)
+            self.free.append(_Hand(worker, node))
+            return
+        self.ray.kill(worker)
 
     def dismiss(self) -> None:
-        for worker in [*self.free, *self.coming.values(), *(worker for _, worker in self.busy.values())]:
+        hands = [*self.free, *(hand for _, hand in self.busy.values())]
+        for worker in [*(hand.worker for hand in hands), *self.coming.values()]:
             self.ray.kill(worker)
 
 
@@ -255,18 +305,22 @@ class _Worker:
         torch.set_num_threads(threads)
         self.load = partial(models.load, model, device=device, dtype=dtype)
 
-    def ready(self) -> tuple[str, str]:
-        """Load; the weights it has, and the node it is on."""
-        self.model = self.load()
-        return models.identity(self.model).whole, str(_ray().get_runtime_context().get_node_id())
+    def ready(self) -> tuple[str, str, str]:
+        """Load; the weights it has, the node it is on, and why it is of no use."""
+        node = str(_ray().get_runtime_context().get_node_id())
+        try:
+            self.model = self.load()
+        except Exception as error:  # of this node, where others may do
+            return "", node, told(error)[0]
+        return models.identity(self.model).whole, node, ""
 
     def take(self, task: Task[Any]) -> None:
         """What units are for from now on; it may be large, so it comes once."""
         self.task = task
 
-    def run(self, unit: str) -> Done[Any]:
+    def run(self, unit: str, *own: Any) -> Done[Any]:
         """What a unit gives."""
-        return _timed(self.task, self.model, unit)
+        return _timed(self.task, self.model, unit, *own)
 
 
 def _ray() -> Any:

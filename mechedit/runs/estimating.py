@@ -86,7 +86,7 @@ def estimate(
     prepared = editing.make_ready(model, way, resolved) if way else None
     bos = prompts.resolve_bos(model, getattr(resolved or edit_settings, "prepend_bos", None))
     before = unedited(model, prepend_bos=bos) if settings.health and way else None
-    measuring = Measuring({}, {}, measure, settings, bos, before, references)
+    measuring = Measuring({}, measure, settings, bos, before, references)
     once, spent = time.perf_counter() - began, []
     for record in chosen:
         began = time.perf_counter()

@@ -7,8 +7,8 @@ each other, are computed here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,15 @@ from mechedit.editing import Editor, Prepared, State
 from mechedit.editors import named
 from mechedit.edits import Edit
 from mechedit.facts import Fact, FactError
+from mechedit.files import Blob
 from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
 from mechedit.runs.checks import about, announce, check_generation, check_records, contradictions, doubts
-from mechedit.runs.editing import attempt, edit_facts, edit_store, making
-from mechedit.runs.engines import Engine, Local
+from mechedit.runs.editing import Made, attempt, edit_facts, edit_store, making
+from mechedit.runs.engines import Done, Engine, Local, told
 from mechedit.runs.results import Evaluation
-from mechedit.runs.scored import Measuring, Scored, edit_numbers, record_unit, rows, score_store
-from mechedit.runs.store import check_plain, claim, plan
+from mechedit.runs.scored import Measuring, Scored, record_unit, rows, score_store
+from mechedit.runs.store import Store, check_plain, claim, plan
 from mechedit.settings import EvaluateSettings
 
 __all__ = ["evaluate"]
@@ -81,7 +82,7 @@ def evaluate(
     if way:
         announce(records, measure, *([run.edits_in] if settings.mode != "batch" else []), folder / "scores")
     with run.engine.open():
-        scored, made = {"before": run.before()}, list[Edit]()
+        scored, made = {"before": run.before()}, list[Made]()
         if way:
             way = way.ready(model, progress)
             stages = {"independent": run.independent, "batch": run.batch, "sequential": run.sequential}
@@ -158,7 +159,7 @@ class _Run:
         return self.kept_under | {"settings": asdict(self.settings), "measured": self.measured}
 
     def measuring(self, before: Unedited | None, **changes: Any) -> Measuring:
-        whole = Measuring(self.by_unit, {}, self.benchmark, self.settings, self.bos, before, self.references)
+        whole = Measuring(self.by_unit, self.benchmark, self.settings, self.bos, before, self.references)
         return replace(whole, **changes)
 
     def healthy(self) -> Unedited | None:
@@ -172,20 +173,25 @@ class _Run:
         plan(self.folder / "before", place, list(self.by_unit))
         task = self.measuring(None, settings=replace(self.settings, health=False))
         store = score_store(place, what, "records before", waits=True)
-        return store.run(list(self.by_unit), task, self.engine, self.progress)
+        return list(store.run(list(self.by_unit), task, self.engine, self.progress, failed=_unscored))
 
-    def independent(self, way: _Way) -> tuple[list[Edit], dict[str, list[Scored]]]:
+    def independent(self, way: _Way) -> tuple[list[Made], dict[str, list[Scored]]]:
         """Each record's edit, found on the unedited model, and its scores on the model with that edit."""
-        made = edit_facts(self.model, self.facts, self.edits_in, way.editor, way.settings, way.prepared, engine=self.engine, progress=self.progress)  # fmt: skip
-        units = [cache.content_key([unit, edit.digest]) for unit, edit in zip(self.by_unit, made, strict=True)]
-        own = {unit: edit for unit, edit in zip(units, made, strict=True) if edit.changes}
-        task = self.measuring(self.healthy(), by_unit=dict(zip(units, self.records, strict=True)), edits=own)
-        store = score_store(self.folder / "scores", self.described, "records after")
-        return made, {"after": store.run(units, task, self.engine, self.progress)}
+        edited = edit_facts(self.model, self.facts, self.edits_in, way.editor, way.settings, way.prepared, engine=self.engine, progress=self.progress)  # fmt: skip
+        made = [Made(**note) for note in edited.notes]
+        units = [cache.content_key([unit, each.digest]) for unit, each in zip(self.by_unit, made, strict=True)]
+        at = {unit: index for index, unit in enumerate(units)}
 
-    def batch(self, way: _Way) -> tuple[list[Edit], dict[str, list[Scored]]]:
+        def own(unit: str) -> Edit | None:
+            return edited[at[unit]] if made[at[unit]].edited else None
+
+        task = self.measuring(self.healthy(), by_unit=dict(zip(units, self.records, strict=True)))
+        store = score_store(self.folder / "scores", self.described, "records after")
+        return made, {"after": list(store.run(units, task, self.engine, self.progress, own=own, failed=_unscored))}
+
+    def batch(self, way: _Way) -> tuple[list[Made], dict[str, list[Scored]]]:
         """One edit for all records that can be edited, and every record on the model with it."""
-        reasons = [editing.refusal(self.model, fact, way.editor, way.settings) for fact in self.facts]
+        reasons = [_refusal(self.model, fact, way) for fact in self.facts]
         chosen = [fact for fact, reason in zip(self.facts, reasons, strict=True) if not reason]
         store = edit_store(self.edits_in, self.kept_under | way.described | {"mode": "batch"})
         unit = cache.content_key([asdict(replace(fact, id="")) for fact in chosen])
@@ -193,60 +199,51 @@ class _Run:
         def task(model: HookedModel, name: str) -> Edit:
             return way.attempt(model, chosen)
 
+        def failed(done: Done[Any]) -> Edit:
+            return editing.refused(self.model, chosen, way.editor, way.settings, done.error)
+
         before = self.healthy()
-        whole = store.run([unit], task, Local(self.model), self.progress) if chosen else []
-        with applying.edited(self.model, *whole, force=True):
-            after = self.here(self.described | {"edits": [edit.digest for edit in whole]}, before)
-        refused = [editing.refused(self.model, [fact], way.editor, way.settings, reason) if reason else whole[0] for fact, reason in zip(self.facts, reasons, strict=True)]  # fmt: skip
+        whole = store.run([unit] if chosen else [], task, Local(self.model), self.progress, failed=failed)
+        made = [Made(**note) for note in whole.notes]
+        what = self.described | {"edits": [each.digest for each in made]}
+        after = self.here(what, before, lambda: applying.edited(self.model, *whole, force=True))
+        refused = [Made.of(editing.refused(self.model, [fact], way.editor, way.settings, reason)) if reason else made[0] for fact, reason in zip(self.facts, reasons, strict=True)]  # fmt: skip
         return refused, {"after": after}
 
-    def sequential(self, way: _Way) -> tuple[list[Edit], dict[str, list[Scored]]]:
+    def sequential(self, way: _Way) -> tuple[list[Made], dict[str, list[Scored]]]:
         """Each record's edit, found on the model with those before it, scored right after it; and all records at the end."""
         order = [f"{index:07d}-{unit}" for index, unit in enumerate(self.by_unit)]
         what = self.described | way.described | {"order": cache.content_key(order)}
         store, before = edit_store(self.edits_in, what), self.healthy()
-        measuring = self.measuring(before)
-        standing, state = applying.apply(self.model), dict[str, Tensor]()
-        written = 0  # how many of the edits are in the model
-
-        def write(edit: Edit) -> None:
-            nonlocal written, state
-            standing.add(edit)
-            written, state = written + 1, edit.state or state
-
-        def task(model: HookedModel, name: str) -> Edit:
-            for earlier in order[written : order.index(name)]:  # of a run that was stopped
-                write(edits.load(store.path(earlier)))
-            record = self.by_unit[name.partition("-")[2]]
-            edit = way.attempt(model, [self.benchmark.fact(record)], state)
-            write(edit)
-            return replace(edit, details=edit.details | {"scored": asdict(measuring.now(model, record))})
-
+        sequence = _Sequence(self, way, order, store, self.measuring(before))
         try:
-            made = store.run(order, task, Local(self.model), self.progress)
-            for edit in made[written:]:
-                write(edit)
-            end = self.here(what, before)
+            edited = store.run(order, sequence, Local(self.model), self.progress, failed=sequence.failed)
+            made = [Made(**note) for note in edited.notes]
+            end = self.here(what, before, lambda: sequence.all_of(edited))
         finally:
-            standing.take_out()
-        return made, {"after": [Scored(**edit.details["scored"]) for edit in made], "at the end": end}
+            sequence.standing.take_out()
+        after = [Scored.of(each.scored) if each.scored else Scored({}, "; ".join(each.reasons)) for each in made]
+        return made, {"after": after, "at the end": end}
 
-    def here(self, what: dict[str, Any], before: Unedited | None) -> list[Scored]:
-        """Every record on the model as it is now, in this process."""
-        store = score_store(self.folder / "scores", what, "records after")
-        return store.run(list(self.by_unit), self.measuring(before), Local(self.model), self.progress)
+    def here(
+        self, what: dict[str, Any], before: Unedited | None, edited: Callable[[], AbstractContextManager[object]]
+    ) -> list[Scored]:
+        """Every record on the edited model, in this process; where all are kept, nothing is written into the model."""
+        store, units = score_store(self.folder / "scores", what, "records after"), list(self.by_unit)
+        with edited() if store.finished(units) < len(units) else nullcontext():
+            return list(store.run(units, self.measuring(before), Local(self.model), self.progress, failed=_unscored))
 
-    def result(self, scored: Mapping[str, list[Scored]], made: Sequence[Edit], made_with: dict[str, Any]) -> Evaluation:
+    def result(self, scored: Mapping[str, list[Scored]], made: Sequence[Made], made_with: dict[str, Any]) -> Evaluation:
         """The table, with a note on each record that has one."""
         numbers = {stage: rows(each) for stage, each in scored.items()}
         what = self.described | made_with
         if made:
-            numbers["after"] = [row | edit_numbers(edit) for row, edit in zip(numbers["after"], made, strict=True)]
-            conditions = {edit.layer: edit.report["cond_C"] for edit in made if "cond_C" in edit.report}
-            what |= {"cond_C": {str(layer): conditions[layer] for layer in sorted(conditions)}}
+            numbers["after"] = [row | edit.row for row, edit in zip(numbers["after"], made, strict=True)]
+            conditions = {layer: cond for edit in made for layer, cond in edit.cond_C.items()}
+            what |= {"cond_C": {layer: conditions[layer] for layer in sorted(conditions, key=int)}}
         notes: list[Sequence[Sequence[str]]] = [
             [doubts(self.model, fact, self.bos) for fact in self.facts],
-            [(*edit.reasons, *(edit.notes if edit.changes else ())) for edit in made] or [()] * len(self.records),
+            [(*edit.reasons, *(edit.notes if edit.edited else ())) for edit in made] or [()] * len(self.records),
             contradictions(self.facts) if made and self.settings.mode == "sequential" else [()] * len(self.records),
             *([(each.reason,) for each in of] for of in scored.values()),
         ]
@@ -257,3 +254,68 @@ class _Run:
         facts = tuple(about(fact, index, reason) for index, (fact, reason) in enumerate(zip(self.facts, reasons, strict=True)))  # fmt: skip
         versions = {"benchmark": self.benchmark.name, "versions": provenance.versions()}
         return Evaluation(facts, numbers, what | versions, self.settings.seed)
+
+
+class _Sequence:
+    """The edits of a sequence, each found on the model with those before it, as they come."""
+
+    def __init__(self, run: _Run, way: _Way, order: Sequence[str], store: Store[Edit], measuring: Measuring) -> None:
+        self.run, self.way, self.store, self.measuring = run, way, store, measuring
+        self.order, self.at = order, {name: index for index, name in enumerate(order)}
+        self.standing, self.state = applying.apply(run.model), dict[str, Tensor]()
+        self.written = 0  # how many of the edits are in the model
+
+    def __call__(self, model: HookedModel, name: str) -> Edit:
+        for earlier in self.order[self.written : self.at[name]]:  # of a run that was stopped
+            self.write(self.store.get(earlier))
+        record = self.run.by_unit[name.partition("-")[2]]
+        edit = self.found(model, self.run.benchmark.fact(record))
+        self.write(edit)
+        return replace(edit, details=edit.details | {"scored": asdict(self.scored(model, record))})
+
+    def found(self, model: HookedModel, fact: Fact) -> Edit:
+        """The edit, or why there is none, whatever that is: it is kept, because those after it are found without it."""
+        try:
+            edit = self.way.attempt(model, [fact], self.state)
+            edits.save(edit, Blob(""))  # what cannot be kept does not go into the model
+        except Exception as error:
+            line, trace = told(error)
+            refused = editing.refused(model, [fact], self.way.editor, self.way.settings, line)
+            return replace(refused, details={"traceback": trace})
+        return edit
+
+    def scored(self, model: HookedModel, record: Any) -> Scored:
+        try:
+            return self.measuring.now(model, record)
+        except Exception as error:  # the edit is in the model, and is kept all the same
+            return Scored({}, told(error)[0])
+
+    def failed(self, done: Done[Any]) -> Edit:
+        fact = self.run.benchmark.fact(self.run.by_unit[done.unit.partition("-")[2]])
+        return editing.refused(self.run.model, [fact], self.way.editor, self.way.settings, done.error)
+
+    def write(self, edit: Edit | None) -> None:
+        """Put the next edit of the sequence into the model; None where there is none."""
+        if edit is not None:
+            self.standing.add(edit)
+            self.state = edit.state or self.state
+        self.written += 1
+
+    @contextmanager
+    def all_of(self, edited: Sequence[Edit]) -> Iterator[None]:
+        """Every edit in the model."""
+        for edit in edited[self.written :]:
+            self.write(edit)
+        yield
+
+
+def _unscored(done: Done[Any]) -> Scored:
+    return Scored({}, done.error)
+
+
+def _refusal(model: HookedModel, fact: Fact, way: _Way) -> str:
+    """Why a fact can be no part of a batch, whatever that is; empty where it can."""
+    try:
+        return editing.refusal(model, fact, way.editor, way.settings)
+    except Exception as error:
+        return told(error)[0]

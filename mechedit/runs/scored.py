@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import nan
 from pathlib import Path
 from typing import Any
 
-from mechedit import applying, cache, files, generation, prompts, writing
+from mechedit import applying, cache, generation, prompts, writing
 from mechedit.benchmarks import metrics, texts
 from mechedit.benchmarks.benchmark import Benchmark
 from mechedit.benchmarks.health import Unedited, health
 from mechedit.benchmarks.texts import References
 from mechedit.edits import Edit
 from mechedit.facts import Fact, FactError
+from mechedit.files import Blob, FileError
 from mechedit.models import HookedModel
 from mechedit.runs.store import Store
 from mechedit.scoring import log_p
 from mechedit.settings import EvaluateSettings
 
-__all__ = ["Measuring", "Scored", "edit_numbers", "measure", "record_unit", "rows", "score_store"]
-
-EDIT_NUMBERS = ("relative_norm", "divisor_share", "essence_kl")
+__all__ = ["Measuring", "Scored", "measure", "record_unit", "rows", "score_store"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ class Scored:
 
     scores: dict[str, float]
     reason: str = ""
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Scored:
+        """As it was, from JSON, which has null for nan."""
+        scores = {name: nan if value is None else value for name, value in record["scores"].items()}
+        return cls(**(record | {"scores": scores}))
 
 
 def measure(
@@ -74,19 +80,17 @@ def _generated(
 
 @dataclass(frozen=True)
 class Measuring:
-    """Every number of a unit's record, with its own edit written where it has one."""
+    """Every number of a unit's record, with its own edit written where it has one; the edit travels with the unit."""
 
     by_unit: dict[str, Any]
-    edits: dict[str, Edit]
     benchmark: Benchmark
     settings: EvaluateSettings
     bos: bool
     before: Unedited | None
     references: References | None
 
-    def __call__(self, model: HookedModel, unit: str) -> Scored:
-        own = [self.edits[unit]] if unit in self.edits else []
-        with applying.edited(model, *own, force=True):
+    def __call__(self, model: HookedModel, unit: str, edit: Edit | None = None) -> Scored:
+        with applying.edited(model, *([edit] if edit is not None else []), force=True):
             return self.now(model, self.by_unit[unit])
 
     def now(self, model: HookedModel, record: Any) -> Scored:
@@ -103,25 +107,22 @@ def score_store(folder: Path, what: dict[str, Any], noun: str, *, waits: bool = 
     return Store(folder, what, _read, _write, noun, waits=waits)
 
 
-def _read(path: Path) -> Scored:
-    record = files.read(path, "scores")[1]
-    scores = {name: nan if value is None else value for name, value in record["scores"].items()}
-    return Scored(scores, record["reason"])
+def _read(blob: Blob) -> Scored:
+    """Plain JSON: what it is kept in has checks of its own."""
+    try:
+        return Scored.of(json.loads(blob.data))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FileError(f"{blob} holds no scores ({error}).") from error
 
 
-def _write(scored: Scored, path: Path) -> None:
-    files.write(path, "scores", {}, {"scores": cache.plain(scored.scores), "reason": scored.reason})
+def _write(scored: Scored, blob: Blob) -> None:
+    blob.data = json.dumps(cache.plain(asdict(scored)), separators=(",", ":")).encode()
 
 
 def rows(scored: Sequence[Scored]) -> list[dict[str, float]]:
     """The numbers of each record; nan where a record could not be scored, so that rows are alike."""
     names = list(dict.fromkeys(name for each in scored for name in each.scores))
     return [{name: each.scores.get(name, nan) for name in names} for each in scored]
-
-
-def edit_numbers(edit: Edit) -> dict[str, float]:
-    """What the edit itself measured; whether there is one."""
-    return {name: float(edit.report.get(name, nan)) for name in EDIT_NUMBERS} | {"edited": float(bool(edit.changes))}
 
 
 def record_unit(record: Any, benchmark: Benchmark) -> str:

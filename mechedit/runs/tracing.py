@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from mechedit.models import Blocks, HookedModel
 from mechedit.progress import Progress, silent
 from mechedit.prompts import continuation, encode, pad, resolve_bos
 from mechedit.runs.engines import Engine, Local
-from mechedit.runs.store import Store, check_plain
+from mechedit.runs.shards import Shards
+from mechedit.runs.store import Store, check_plain, units_of
 from mechedit.settings import SettingsError, TraceSettings
 from mechedit.tracing import Trace, trace
 from mechedit.tracing.cells import resolve
@@ -60,7 +61,14 @@ def trace_facts(
     store: Store[Trace] = Store(folder, what, Trace.load, Trace.save)
 
     task = _Tracing(by_unit, settings, statistics)
-    return store.run([unit(*each) for each in others], task, engine or Local(model), progress)
+    return list(
+        store.run([unit(*each) for each in others], task, engine or Local(model), progress, called=_called(by_unit))
+    )
+
+
+def _called(by_unit: dict[str, tuple[Fact, str | None]]) -> Callable[[str], str]:
+    """How people know a unit: by its fact's id, or by its prompt."""
+    return lambda name: f"fact {by_unit[name][0].id or repr(by_unit[name][0].prompt)}"
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,9 @@ def sever_facts(
     store: Store[Severed] = Store(folder, what | {"shared_draws": shared_draws}, Severed.load, Severed.save)
 
     task = _Severing(by_unit, settings, statistics, shared_draws)
-    return store.run([unit(*each) for each in others], task, engine or Local(model), progress)
+    return list(
+        store.run([unit(*each) for each in others], task, engine or Local(model), progress, called=_called(by_unit))
+    )
 
 
 def _run(
@@ -134,8 +144,9 @@ def check_run(model: HookedModel, folder: str | Path, settings: TraceSettings) -
 
 
 def finished(pairs: Sequence[tuple[Fact, str | None]], folder: str | Path) -> int:
-    """How many of these facts, each with its partner, have a file in a run's folder."""
-    return sum((Path(folder) / "units" / f"{unit(*pair)}.safetensors").is_file() for pair in pairs)
+    """How many of these facts, each with its partner, are done in a run's folder."""
+    there = Shards(units_of(Path(folder)))
+    return sum(unit(*pair) in there for pair in pairs)
 
 
 def partners(model: HookedModel, facts: Sequence[Fact], settings: TraceSettings) -> list[tuple[Fact, str | None]]:

@@ -125,12 +125,12 @@ class Trace:
             "versions": self.versions,
         }
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path | files.Blob) -> Path:
         """Write the trace, draws included, as one safetensors file. The same trace gives the same bytes."""
         return files.write(path, "trace", {f"draws.{kind}": grid for kind, grid in self.draws.items()}, self._record())
 
     @staticmethod
-    def load(path: str | Path) -> Trace:
+    def load(path: str | Path | files.Blob) -> Trace:
         """Read a trace that `save` wrote.
 
         Raises:

@@ -78,12 +78,12 @@ class Severed:
         fields = {name: value for name, value in vars(self).items() if name != "curves"}
         return fields | {"settings": asdict(self.settings)}
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path | files.Blob) -> Path:
         """Write it as one safetensors file. The same curves give the same bytes."""
         return files.write(path, "severed", self.curves, self._record())
 
     @staticmethod
-    def load(path: str | Path) -> Severed:
+    def load(path: str | Path | files.Blob) -> Severed:
         """Read what `save` wrote.
 
         Raises:
