@@ -28,6 +28,7 @@ from mechedit.errors import MecheditError
 __all__ = [
     "CacheWarning",
     "WriteError",
+    "alone",
     "atomic_write",
     "check_writable",
     "content_key",
@@ -219,6 +220,24 @@ def keep(path: Path, content: str) -> None:
 def warn_unkept(error: WriteError) -> None:
     """Say that something is not kept in the cache, and will be made again."""
     warnings.warn(f"the cache cannot be written, so that work will be done again: {error}", CacheWarning, stacklevel=3)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Let one process at a time run the body: that which holds the lock at `path`. Where none can be made, it runs all the same."""
+    import filelock
+
+    lock = filelock.FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, NotImplementedError):  # a cache that cannot be written, or a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def once(folder: Path, build: Callable[[Path], None], is_whole: Callable[[Path], bool]) -> Path:

@@ -150,7 +150,7 @@ def test_folders_that_cannot_hold_a_run_are_errors(model, tmp_path):
 
 
 def test_other_tokens_take_partners_from_the_same_relation(model, tmp_path):
-    facts = [replace(fact, target_true=answer) for fact, answer in zip(FACTS, ("a", "b", "c", "d", "e", "f"), strict=True)]  # fmt: skip
+    facts = [replace(fact, target_true=answer) for fact, answer in zip(FACTS, ("Apple", "London", "Rome", "Berlin", "piano", "violin"), strict=True)]  # fmt: skip
     found = trace_facts(model, facts, tmp_path, replace(SMALL, corruption="tokens"))
     assert "The Space Needle" not in {each.subject for each in found}, "it alone has its relation, so it has no partner"
     assert len(found) >= 2

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from mechedit.errors import MecheditError
 from mechedit.facts import Fact
 from mechedit.models import HookedModel
 
-__all__ = ["BUILT_IN", "GROUP", "Benchmark", "BenchmarkError", "named", "of"]
+__all__ = ["BUILT_IN", "GROUP", "Benchmark", "BenchmarkError", "Detailed", "Measured", "Said", "named", "of"]
 
 GROUP = "mechedit.benchmarks"
 BUILT_IN = {
@@ -27,6 +27,24 @@ BUILT_IN = {
 
 class BenchmarkError(MecheditError, ValueError):
     """A name that is no benchmark's, or records that are none of its."""
+
+
+class Said(NamedTuple):
+    """How probable a target is after one prompt of a record, as JSON values: log-probabilities of its tokens (natural logarithm),
+    and whether each is the most probable token there. `kind` says what the prompt is to the record: paraphrase, say."""
+
+    kind: str
+    prompt: str
+    target: str
+    log_p: tuple[float, ...]
+    first: tuple[bool, ...]
+
+
+class Measured(NamedTuple):
+    """The numbers of a record, and what they were made of."""
+
+    scores: dict[str, float]
+    said: tuple[Said, ...]
 
 
 @runtime_checkable
@@ -59,6 +77,17 @@ class Benchmark(Protocol):
         self, model: HookedModel, records: Sequence[Any], *, prepend_bos: bool | None = None
     ) -> list[dict[str, float]]:
         """The numbers of each record on the model as it is; every record has the same ones, nan where it has none."""
+        ...
+
+
+@runtime_checkable
+class Detailed(Protocol):
+    """A benchmark that also tells what its scores are made of, which is kept with them."""
+
+    def measured(
+        self, model: HookedModel, records: Sequence[Any], *, prepend_bos: bool | None = None
+    ) -> list[Measured]:
+        """What `scores` gives, with every prompt's log-probabilities."""
         ...
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mechedit import sources
+from mechedit.benchmarks.benchmark import Measured, Said
 from mechedit.benchmarks.metrics import Pair, accuracy, rewrite_scores
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
 from mechedit.scoring import score
 
-__all__ = ["COUNTERFACT", "Counterfact", "scores"]
+__all__ = ["COUNTERFACT", "Counterfact", "measured", "scores"]
 
 
 def scores(model: HookedModel, facts: Sequence[Fact], *, prepend_bos: bool | None = None) -> list[dict[str, float]]:
@@ -24,6 +25,11 @@ def scores(model: HookedModel, facts: Sequence[Fact], *, prepend_bos: bool | Non
     Raises:
         FactError: a fact has no new or no true target, or does not fit the context.
     """
+    return [each.scores for each in measured(model, facts, prepend_bos=prepend_bos)]
+
+
+def measured(model: HookedModel, facts: Sequence[Fact], *, prepend_bos: bool | None = None) -> list[Measured]:
+    """`scores`, with the log-probabilities of both targets after every prompt; errors as there."""
     pairs: list[tuple[str, ...]] = []
     for fact in facts:
         if fact.target_new is None or fact.target_true is None:
@@ -39,7 +45,15 @@ def scores(model: HookedModel, facts: Sequence[Fact], *, prepend_bos: bool | Non
         each = [Pair(new.mean_log_p, true.mean_log_p) for new, true in zip(own[::2], own[1::2], strict=True)]
         first = [new.first for new in own[: 2 * n : 2]]
         as_elsewhere = {"rewrite_acc": accuracy(first[:1]), "rephrase_acc": accuracy(first[1:])}
-        rows.append(rewrite_scores(each[0], each[1:n], each[n:]) | as_elsewhere | {"p_new": own[0].p})
+        numbers = rewrite_scores(each[0], each[1:n], each[n:]) | as_elsewhere | {"p_new": own[0].p}
+        kinds = ["prompt", *["paraphrase"] * (n - 1), *["neighbour"] * (len(each) - n)]
+        said = zip((kind for kind in kinds for _ in range(2)), pairs[at - len(own) : at], own, strict=True)
+        rows.append(
+            Measured(
+                numbers,
+                tuple(Said(kind, prompt, target, one.log_p, one.first) for kind, (prompt, target, *_), one in said),
+            )
+        )
     return rows
 
 
@@ -73,6 +87,12 @@ class Counterfact:
     ) -> list[dict[str, float]]:
         """`scores` of this module."""
         return scores(model, records, prepend_bos=prepend_bos)
+
+    def measured(
+        self, model: HookedModel, records: Sequence[Fact], *, prepend_bos: bool | None = None
+    ) -> list[Measured]:
+        """`measured` of this module."""
+        return measured(model, records, prepend_bos=prepend_bos)
 
 
 COUNTERFACT = Counterfact()

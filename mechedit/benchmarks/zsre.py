@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from mechedit import sources
+from mechedit.benchmarks.benchmark import Measured, Said
 from mechedit.benchmarks.metrics import accuracy
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
 from mechedit.scoring import score
 from mechedit.sources import Question
 
-__all__ = ["ZSRE", "Question", "Zsre", "scores"]
+__all__ = ["ZSRE", "Question", "Zsre", "measured", "scores"]
 
 
 def scores(
@@ -30,6 +31,11 @@ def scores(
     Raises:
         FactError: a fact has no new target, or does not fit the context.
     """
+    return [each.scores for each in measured(model, questions, prepend_bos=prepend_bos)]
+
+
+def measured(model: HookedModel, questions: Sequence[Question], *, prepend_bos: bool | None = None) -> list[Measured]:
+    """`scores`, with the log-probabilities of the answers after every prompt; errors as there."""
     pairs: list[tuple[str, ...]] = []
     for question in questions:
         fact = question.fact
@@ -43,13 +49,20 @@ def scores(
         own = found[at : at + 2 + len(question.fact.paraphrases)]
         at += len(own)
         first = [each.first for each in own]
+        numbers = {
+            "efficacy": accuracy(first[:1]),
+            "paraphrase": accuracy(first[1:-1]),
+            "specificity": accuracy(first[-1:]),
+            "p_new": own[0].p,
+        }
+        said = zip(
+            ["prompt", *["paraphrase"] * (len(own) - 2), "unrelated"], pairs[at - len(own) : at], own, strict=True
+        )
         rows.append(
-            {
-                "efficacy": accuracy(first[:1]),
-                "paraphrase": accuracy(first[1:-1]),
-                "specificity": accuracy(first[-1:]),
-                "p_new": own[0].p,
-            }
+            Measured(
+                numbers,
+                tuple(Said(kind, prompt, target, one.log_p, one.first) for kind, (prompt, target, *_), one in said),
+            )
         )
     return rows
 
@@ -84,6 +97,12 @@ class Zsre:
     ) -> list[dict[str, float]]:
         """`scores` of this module."""
         return scores(model, records, prepend_bos=prepend_bos)
+
+    def measured(
+        self, model: HookedModel, records: Sequence[Question], *, prepend_bos: bool | None = None
+    ) -> list[Measured]:
+        """`measured` of this module."""
+        return measured(model, records, prepend_bos=prepend_bos)
 
 
 ZSRE = Zsre()

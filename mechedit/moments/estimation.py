@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -62,41 +62,61 @@ def estimate_layers(
     places = {
         layer: cache.root() / "moments" / f"{cache.content_key(now.keys(layer), *rest)}.safetensors" for layer in layers
     }
-    found = {layer: moment for layer, path in places.items() if keep and (moment := _cached(path)) is not None}
-    wanted = [layer for layer in layers if layer not in found]
-    if wanted:
-        checkpoint = (
-            cache.root()
-            / "moments"
-            / f"{cache.content_key([now.keys(layer) for layer in wanted], *rest)}.part.safetensors"
-        )
-        sums = accumulate(
-            model, wanted, batches(model, texts, settings, progress), settings, checkpoint if keep else None, progress
-        )
-        if not sums.keys:
-            raise MomentError(
-                f"{described(texts)} is shorter than one window of {settings.context} tokens; add text or lower the context."
-                if settings.parts == 1
-                else f"{described(texts)} has fewer than {settings.parts} batches of {BATCH_TOKENS} tokens; take fewer parts."
-            )
-        for layer, total in sums.totals.items():
-            C = total / sums.keys
-            if not bool(C.isfinite().all()):
-                raise MomentError(
-                    f"keys of block {layer} hold NaN or infinity: in float16, load the model in float32; else its weights are damaged."
-                )
-            if settings.parts == 1 and sums.keys <= len(C):
-                raise MomentError(
-                    f"C needs more keys than d_mlp = {len(C)} to be invertible; {described(texts)} gave {sums.keys}. Add text, or leave "
-                    "it out to sample from the model."
-                )
-            found[layer] = Moment.of(model, layer, C, sums.keys, source, settings)
-            if keep:
-                with suppress(rank_one.RankOneError):  # an edit will say so
-                    _ = found[layer].factor  # made once, and kept with C
-                found[layer].save(places[layer])
-        checkpoint.unlink(missing_ok=True)
+    found = _kept(places) if keep else {}
+    if len(found) < len(places):
+        mutex = cache.root() / "moments" / f"{cache.content_key(now.whole, *rest)}.lock"
+        with cache.alone(mutex) if keep else nullcontext():
+            found = _kept(places) if keep else {}  # by another process meanwhile
+            wanted = {layer: path for layer, path in places.items() if layer not in found}
+            if wanted:
+                part = cache.root() / "moments" / f"{cache.content_key([now.keys(layer) for layer in wanted], *rest)}.part.safetensors"  # fmt: skip
+                found |= _made(model, wanted, texts, settings, part, progress, keep=keep)
     return {layer: found[layer] for layer in layers}
+
+
+def _kept(places: dict[int, Path]) -> dict[int, Moment]:
+    """The moments that the cache has."""
+    return {layer: moment for layer, path in places.items() if (moment := _cached(path)) is not None}
+
+
+def _made(
+    model: HookedModel,
+    places: dict[int, Path],
+    texts: Sequence[Text],
+    settings: MomentSettings,
+    checkpoint: Path,
+    progress: Progress,
+    *,
+    keep: bool,
+) -> dict[int, Moment]:
+    """The moments of layers from one pass over the text, kept at their places."""
+    found, source = {}, source_of(texts)
+    whole = batches(model, texts, settings, progress)
+    sums = accumulate(model, list(places), whole, settings, checkpoint if keep else None, progress)
+    if not sums.keys:
+        raise MomentError(
+            f"{described(texts)} is shorter than one window of {settings.context} tokens; add text or lower the context."
+            if settings.parts == 1
+            else f"{described(texts)} has fewer than {settings.parts} batches of {BATCH_TOKENS} tokens; take fewer parts."
+        )
+    for layer, total in sums.totals.items():
+        C = total / sums.keys
+        if not bool(C.isfinite().all()):
+            raise MomentError(
+                f"keys of block {layer} hold NaN or infinity: in float16, load the model in float32; else its weights are damaged."
+            )
+        if settings.parts == 1 and sums.keys <= len(C):
+            raise MomentError(
+                f"C needs more keys than d_mlp = {len(C)} to be invertible; {described(texts)} gave {sums.keys}. Add text, or leave "
+                "it out to sample from the model."
+            )
+        found[layer] = Moment.of(model, layer, C, sums.keys, source, settings)
+        if keep:
+            with suppress(rank_one.RankOneError):  # an edit will say so
+                _ = found[layer].factor  # made once, and kept with C
+            found[layer].save(places[layer])
+    checkpoint.unlink(missing_ok=True)
+    return found
 
 
 def _resolved(model: HookedModel, layers: Sequence[int], settings: MomentSettings) -> MomentSettings:

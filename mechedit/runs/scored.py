@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import nan
 from pathlib import Path
 from typing import Any
 
 from mechedit import applying, cache, generation, prompts, writing
 from mechedit.benchmarks import metrics, texts
-from mechedit.benchmarks.benchmark import Benchmark
+from mechedit.benchmarks.benchmark import Benchmark, Detailed, Said
 from mechedit.benchmarks.health import Unedited, health
 from mechedit.benchmarks.texts import References
 from mechedit.edits import Edit
@@ -27,16 +27,27 @@ __all__ = ["Measuring", "Scored", "measure", "record_unit", "rows", "score_store
 
 @dataclass(frozen=True)
 class Scored:
-    """The numbers of a record, or why there are none."""
+    """The numbers of a record, or why there are none; what each prompt's targets had (`Said`), and generated texts, each behind its
+    prompt."""
 
     scores: dict[str, float]
     reason: str = ""
+    said: tuple[Said, ...] = ()
+    texts: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> Scored:
         """As it was, from JSON, which has null for nan."""
         scores = {name: nan if value is None else value for name, value in record["scores"].items()}
-        return cls(**(record | {"scores": scores}))
+        return cls(scores, record["reason"], tuple(Said(*each) for each in record.get("said", ())), tuple(map(tuple, record.get("texts", ()))))  # fmt: skip
+
+
+@dataclass
+class Details:
+    """What the numbers of a record are made of, as it comes."""
+
+    said: list[Said] = field(default_factory=list)
+    texts: list[tuple[str, str]] = field(default_factory=list)
 
 
 def measure(
@@ -48,16 +59,28 @@ def measure(
     before: Unedited | None = None,
     references: References | None = None,
     prepend_bos: bool | None = None,
+    details: Details | None = None,
 ) -> dict[str, float]:
-    """Every number of one record on the model as it is now; `before` is the unedited model, for its health."""
-    (found,) = benchmark.scores(model, [record], prepend_bos=prepend_bos)
+    """Every number of one record on the model as it is now; `before` is the unedited model, for its health. What they are made of
+    is added to `details`."""
+    details = details if details is not None else Details()
+    if isinstance(benchmark, Detailed):
+        ((found, said),) = benchmark.measured(model, [record], prepend_bos=prepend_bos)
+        details.said += said
+    else:
+        (found,) = benchmark.scores(model, [record], prepend_bos=prepend_bos)
     if settings.generate:
-        found |= _generated(model, benchmark.fact(record), settings, references, prepend_bos)
+        found |= _generated(model, benchmark.fact(record), settings, references, prepend_bos, details)
     return found | (health(model, before) if settings.health and before else {})
 
 
 def _generated(
-    model: HookedModel, fact: Fact, settings: EvaluateSettings, references: References | None, bos: bool | None
+    model: HookedModel,
+    fact: Fact,
+    settings: EvaluateSettings,
+    references: References | None,
+    bos: bool | None,
+    details: Details,
 ) -> dict[str, float]:
     """GE and RS of sampled texts, essence of texts about the subject, and whether greedy text goes on with the new target."""
     target = str(fact.target_new)
@@ -67,6 +90,7 @@ def _generated(
     written = generation.continuations(
         model, fact.generations, settings.tokens, top_k=settings.top_k, seed=settings.seed, prepend_bos=bos
     )
+    details.texts += [(fact.prompt, said), *zip(fact.generations, written, strict=True)]
     found["GE"] = metrics.fluency([texts.words(each) for each in written])
     if references is not None:
         about = references.about(fact.relation, fact.target_new_id or target)
@@ -96,8 +120,10 @@ class Measuring:
     def now(self, model: HookedModel, record: Any) -> Scored:
         """Of a record, on the model as it is."""
         beside: dict[str, Any] = {"before": self.before, "references": self.references, "prepend_bos": self.bos}
+        details = Details()
         try:
-            return Scored(measure(model, record, self.benchmark, self.settings, **beside))
+            scores = measure(model, record, self.benchmark, self.settings, **beside, details=details)
+            return Scored(scores, "", tuple(details.said), tuple(details.texts))
         except FactError as error:  # a paraphrase that does not fit the context, say
             return Scored({}, str(error))
 
@@ -116,7 +142,8 @@ def _read(blob: Blob) -> Scored:
 
 
 def _write(scored: Scored, blob: Blob) -> None:
-    blob.data = json.dumps(cache.plain(asdict(scored)), separators=(",", ":")).encode()
+    record = cache.plain({name: value for name, value in vars(scored).items() if value or name in ("scores", "reason")})
+    blob.data = json.dumps(record, separators=(",", ":")).encode()
 
 
 def rows(scored: Sequence[Scored]) -> list[dict[str, float]]:
