@@ -96,5 +96,6 @@ def about(fact: Fact, index: int, reason: str) -> dict[str, Any]:
         "prompt": fact.prompt,
         "target_true": fact.target_true,
         "target_new": fact.target_new,
+        "relation": fact.relation,
         "reason": reason,
     }

@@ -7,9 +7,11 @@ each other, are computed here.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from mechedit.runs.checks import about, announce, check_generation, check_record
 from mechedit.runs.editing import Made, attempt, edit_facts, edit_store, making
 from mechedit.runs.engines import Done, Engine, Local, told
 from mechedit.runs.results import Evaluation
-from mechedit.runs.scored import Measuring, Scored, record_unit, rows, score_store
+from mechedit.runs.scored import Measuring, Scored, lines, record_unit, rows, score_store
 from mechedit.runs.store import Store, check_plain, claim, plan
 from mechedit.settings import EvaluateSettings
 
@@ -166,16 +168,16 @@ class _Run:
         """The model as it is now, where its health is measured."""
         return unedited(self.model, prepend_bos=self.bos) if self.settings.health else None
 
-    def before(self) -> list[Scored]:
+    def before(self) -> Sequence[Scored]:
         """Of the unedited model, from the cache where they are there."""
         what = self.kept_under | {"measured": self.measured}
         place = cache.root() / "before" / cache.content_key(what)
         plan(self.folder / "before", place, list(self.by_unit))
         task = self.measuring(None, settings=replace(self.settings, health=False))
         store = score_store(place, what, "records before", waits=True)
-        return list(store.run(list(self.by_unit), task, self.engine, self.progress, failed=_unscored))
+        return store.run(list(self.by_unit), task, self.engine, self.progress, failed=_unscored)
 
-    def independent(self, way: _Way) -> tuple[list[Made], dict[str, list[Scored]]]:
+    def independent(self, way: _Way) -> tuple[list[Made], dict[str, Sequence[Scored]]]:
         """Each record's edit, found on the unedited model, and its scores on the model with that edit."""
         edited = edit_facts(self.model, self.facts, self.edits_in, way.editor, way.settings, way.prepared, engine=self.engine, progress=self.progress)  # fmt: skip
         made = [Made(**note) for note in edited.notes]
@@ -187,9 +189,9 @@ class _Run:
 
         task = self.measuring(self.healthy(), by_unit=dict(zip(units, self.records, strict=True)))
         store = score_store(self.folder / "scores", self.described, "records after")
-        return made, {"after": list(store.run(units, task, self.engine, self.progress, own=own, failed=_unscored))}
+        return made, {"after": store.run(units, task, self.engine, self.progress, own=own, failed=_unscored)}
 
-    def batch(self, way: _Way) -> tuple[list[Made], dict[str, list[Scored]]]:
+    def batch(self, way: _Way) -> tuple[list[Made], dict[str, Sequence[Scored]]]:
         """One edit for all records that can be edited, and every record on the model with it."""
         reasons = [_refusal(self.model, fact, way) for fact in self.facts]
         chosen = [fact for fact, reason in zip(self.facts, reasons, strict=True) if not reason]
@@ -210,7 +212,7 @@ class _Run:
         refused = [Made.of(editing.refused(self.model, [fact], way.editor, way.settings, reason)) if reason else made[0] for fact, reason in zip(self.facts, reasons, strict=True)]  # fmt: skip
         return refused, {"after": after}
 
-    def sequential(self, way: _Way) -> tuple[list[Made], dict[str, list[Scored]]]:
+    def sequential(self, way: _Way) -> tuple[list[Made], dict[str, Sequence[Scored]]]:
         """Each record's edit, found on the model with those before it, scored right after it; and all records at the end."""
         order = [f"{index:07d}-{unit}" for index, unit in enumerate(self.by_unit)]
         what = self.described | way.described | {"order": cache.content_key(order)}
@@ -227,15 +229,20 @@ class _Run:
 
     def here(
         self, what: dict[str, Any], before: Unedited | None, edited: Callable[[], AbstractContextManager[object]]
-    ) -> list[Scored]:
+    ) -> Sequence[Scored]:
         """Every record on the edited model, in this process; where all are kept, nothing is written into the model."""
         store, units = score_store(self.folder / "scores", what, "records after"), list(self.by_unit)
         with edited() if store.finished(units) < len(units) else nullcontext():
-            return list(store.run(units, self.measuring(before), Local(self.model), self.progress, failed=_unscored))
+            return store.run(units, self.measuring(before), Local(self.model), self.progress, failed=_unscored)
 
-    def result(self, scored: Mapping[str, list[Scored]], made: Sequence[Made], made_with: dict[str, Any]) -> Evaluation:
+    def result(
+        self, scored: Mapping[str, Sequence[Scored]], made: Sequence[Made], made_with: dict[str, Any]
+    ) -> Evaluation:
         """The table, with a note on each record that has one."""
-        numbers = {stage: rows(each) for stage, each in scored.items()}
+        numbers, said = {}, []
+        for stage, each in scored.items():
+            numbers[stage], reasons_here = rows(each)
+            said.append([(reason,) for reason in reasons_here])
         what = self.described | made_with
         if made:
             numbers["after"] = [row | edit.row for row, edit in zip(numbers["after"], made, strict=True)]
@@ -245,15 +252,16 @@ class _Run:
             [doubts(self.model, fact, self.bos) for fact in self.facts],
             [(*edit.reasons, *(edit.notes if edit.edited else ())) for edit in made] or [()] * len(self.records),
             contradictions(self.facts) if made and self.settings.mode == "sequential" else [()] * len(self.records),
-            *([(each.reason,) for each in of] for of in scored.values()),
+            *said,
         ]
         reasons = [
             "; ".join(dict.fromkeys(reason.removesuffix(".") for own in each for reason in own if reason))
             for each in zip(*notes, strict=True)
         ]
         facts = tuple(about(fact, index, reason) for index, (fact, reason) in enumerate(zip(self.facts, reasons, strict=True)))  # fmt: skip
-        versions = {"benchmark": self.benchmark.name, "versions": provenance.versions()}
-        return Evaluation(facts, numbers, what | versions, self.settings.seed)
+        versions = {"benchmark": self.benchmark.name, "records": cache.content_key(list(self.by_unit)), "versions": provenance.versions()}  # fmt: skip
+        what = json.loads(json.dumps(cache.plain(what | versions)))  # as it will be read again
+        return Evaluation(facts, numbers, what, self.settings.seed, partial(lines, scored))
 
 
 class _Sequence:

@@ -1,7 +1,14 @@
-"""The result of an evaluation.
+"""The result of an evaluation, and its files, which `Evaluation.load` reads again. Nothing in them depends on how long it took or on
+how often the run was stopped.
 
-A number of each fact at each stage, as Parquet; means with intervals, as JSON, CSV, Markdown, LaTeX. Nothing that is written
-depends on how long it took or on how often the run was stopped.
+results.parquet   a line for each record at each stage: `stage`; `id`, `subject`, `prompt`, `target_true`, `target_new`, `relation` and
+                  `reason` as text; and every number, null where the stage has none and nan where the record has none. The settings
+                  are in its metadata, under `mechedit`, as JSON.
+prompts.parquet   a line for each prompt and target: `stage`, `record` (its place among the stage's lines), `kind` (prompt, paraphrase,
+                  neighbour, unrelated), `prompt`, `target`, and for each of the target's tokens `log_p` (natural logarithm) and
+                  `first`, whether it is the most probable one there.
+texts.parquet     generated texts: `stage`, `record`, `prompt`, `text` (with its prompt, where that was sampled from).
+summary.*         means with intervals, as JSON, CSV, Markdown and LaTeX.
 """
 
 from __future__ import annotations
@@ -11,19 +18,21 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mechedit.benchmarks import metrics
 from mechedit.cache import atomic_write, plain
 from mechedit.facts import Fact
+from mechedit.runs.parquet import RESULTS, Details, read_details, read_results, write_details, write_results
 from mechedit.runs.store import RunError
 from mechedit.statistics import Mean
 
 __all__ = ["Evaluation", "check_kept"]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Evaluation:
     """Scores of each fact at each stage: "before", "after" (each edit, or all), and "at the end" of sequential edits.
 
@@ -35,10 +44,32 @@ class Evaluation:
     rows: dict[str, list[dict[str, float]]]
     what: dict[str, Any]  # settings, model, versions, benchmark; from the command line, the source of the facts
     seed: int = 0
+    details: Details = field(default=lambda name: iter(()), repr=False)
+    """The lines of `prompts` and of `texts`, read as they are asked for; none where they were not kept."""
     _tables: dict[str, dict[str, Mean]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __repr__(self) -> str:
         return f"Evaluation({self.caption})"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all is the same but `details`; nan is nan."""
+        return self._said == other._said if isinstance(other, Evaluation) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def _said(self) -> str:
+        return json.dumps(plain([self.facts, self.rows, self.what, self.seed]), sort_keys=True)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Evaluation:
+        """The evaluation that `save` wrote into a folder, those of version 0.1.0 and 0.2.0 too.
+
+        Raises:
+            RunError: there is none, or its files are damaged.
+        """
+        facts, rows, what, seed = read_results(Path(folder))
+        return cls(facts, rows, what, seed, partial(read_details, Path(folder)))
 
     def table(self, stage: str) -> dict[str, Mean]:
         """Mean and interval of each number at a stage, and S.
@@ -90,7 +121,7 @@ class Evaluation:
         return [f"{len(self.facts)} records", *self.names], rows
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write results.parquet and summary.{json,csv,md,tex}; the files.
+        """Write the files above, those of details where there are any; the files.
 
         Raises:
             WriteError: the folder cannot be written.
@@ -104,12 +135,13 @@ class Evaluation:
             "summary.md": f"{_markdown(header, rows)}\n{self.caption}\n\n{legend}",
             "summary.tex": f"% {self.caption}\n{_latex(header, rows)}",
         }
-        with atomic_write(folder / "results.parquet") as temporary:
-            self._parquet(temporary)
+        names = [name for name in self.names if name != "S"]
+        written = [write_results(folder, self.facts, self.rows, names, self.what, self.seed)]
+        written += write_details(folder, self.details)
         for name, text in texts.items():
             with atomic_write(folder / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-        return [folder / name for name in ("results.parquet", *texts)]
+                temporary.write_text(text.encode("utf-8", "backslashreplace").decode(), encoding="utf-8")
+        return written + [folder / name for name in texts]
 
     def _csv(self) -> str:
         out = io.StringIO()
@@ -121,21 +153,6 @@ class Evaluation:
                     writer.writerow([stage, name, each.mean, each.low, each.high, each.n])
         return out.getvalue()
 
-    def _parquet(self, path: Path) -> None:
-        import pyarrow
-        from pyarrow import parquet
-
-        names = [name for name in self.names if name != "S"]
-        lines = [
-            {"stage": stage} | fact | {name: row.get(name) for name in names}
-            for stage, rows in self.rows.items()
-            for fact, row in zip(self.facts, rows, strict=True)
-        ]
-        types = {name: pyarrow.float64() for name in names}
-        columns = ["stage", *self.facts[0], *names]
-        schema = pyarrow.schema([(name, types.get(name, pyarrow.string())) for name in columns])
-        parquet.write_table(pyarrow.Table.from_pylist(lines, schema), path)
-
 
 def check_kept(folder: Path, facts: Sequence[Fact]) -> None:
     """Raise where the table of these would take the place of one of other records.
@@ -143,7 +160,7 @@ def check_kept(folder: Path, facts: Sequence[Fact]) -> None:
     Raises:
         RunError: `folder` has results of records that are not among these.
     """
-    path = folder / "results.parquet"
+    path = folder / RESULTS
     if not path.is_file():
         return
     from pyarrow import ArrowException, parquet

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from math import nan
 from pathlib import Path
@@ -22,7 +22,7 @@ from mechedit.runs.store import Store
 from mechedit.scoring import log_p
 from mechedit.settings import EvaluateSettings
 
-__all__ = ["Measuring", "Scored", "measure", "record_unit", "rows", "score_store"]
+__all__ = ["Measuring", "Scored", "lines", "measure", "record_unit", "rows", "score_store"]
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,22 @@ def _write(scored: Scored, blob: Blob) -> None:
     blob.data = json.dumps(record, separators=(",", ":")).encode()
 
 
-def rows(scored: Sequence[Scored]) -> list[dict[str, float]]:
-    """The numbers of each record; nan where a record could not be scored, so that rows are alike."""
-    names = list(dict.fromkeys(name for each in scored for name in each.scores))
-    return [{name: each.scores.get(name, nan) for name in names} for each in scored]
+def rows(scored: Iterable[Scored]) -> tuple[list[dict[str, float]], list[str]]:
+    """The numbers of each record, nan where a record could not be scored, so that rows are alike; and the reasons."""
+    found = [(each.scores, each.reason) for each in scored]
+    names = list(dict.fromkeys(name for scores, _ in found for name in scores))
+    return [{name: scores.get(name, nan) for name in names} for scores, _ in found], [reason for _, reason in found]
+
+
+def lines(scored: Mapping[str, Iterable[Scored]], name: str) -> Iterator[dict[str, Any]]:
+    """The lines of `prompts` or of `texts` (`runs.results`) of all stages."""
+    for stage, own in scored.items():
+        for index, each in enumerate(own):
+            place = {"stage": stage, "record": index}
+            if name == "prompts":
+                yield from (place | said._asdict() for said in each.said)
+            else:
+                yield from (place | {"prompt": prompt, "text": text} for prompt, text in each.texts)
 
 
 def record_unit(record: Any, benchmark: Benchmark) -> str:
