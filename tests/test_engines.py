@@ -134,7 +134,7 @@ def test_a_node_that_is_killed_costs_nothing_but_time(cluster, engine, tmp_path)
 
 
 def test_what_cannot_work_is_said_at_once(cluster, engine, folder):
-    with pytest.raises(EngineError, match="has another model under the name"):
+    with pytest.raises(EngineError, match="no worker is left: .* has another model under the name"):
         list(replace(engine, identity="0" * 32).map(plain, ["a"]))
     with pytest.raises(EngineError, match="no room for one"):
         list(replace(engine, cpus=64.0).map(plain, ["a"]))
@@ -184,3 +184,68 @@ def test_every_kind_of_editor_travels_to_workers(name, engine, model, tmp_path, 
     for mine, theirs in zip(here, there, strict=True):
         for a, b in zip(mine.changes, theirs.changes, strict=True):
             torch.testing.assert_close(b.dense(), a.dense(), atol=1e-6, rtol=1e-4)
+
+
+@dataclass(frozen=True)
+class Here:
+    """Says which node it ran on, and how many threads it has; fails on one of the nodes."""
+
+    bad: str = ""
+
+    def __call__(self, model, unit, own=""):
+        node = str(ray.get_runtime_context().get_node_id())
+        if node == self.bad:
+            raise RuntimeError("this node is bad")
+        return {"text": f"{unit}{own} {torch.get_num_threads()}"}
+
+
+def test_a_unit_that_fails_on_one_node_is_done_on_another(cluster, engine):
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    with engine.open():
+        while len(set(engine.started)) < 2:  # both have loaded
+            assert all(not done.error for done in engine.map(slow, list("abcd")))
+        found = list(engine.map(Here(nodes[0]), [f"{index}" for index in range(12)]))
+    assert [done.error for done in found] == [""] * 12
+
+
+def test_a_worker_that_cannot_load_is_let_go_and_the_others_go_on(engine, folder, tmp_path, monkeypatch):
+    """The first worker to load finds the model gone; it is told in a note."""
+    import shutil
+
+    copy = tmp_path / "model"
+    shutil.copytree(folder("gpt2"), copy)
+    flag = tmp_path / "once"
+    monkeypatch.setattr("mechedit.runs.engines._Worker", _Failing.of(flag))
+    own = replace(engine, model=str(copy))
+    found = list(own.map(slow, list("abcd")))
+    assert sorted(done.unit for done in found) == list("abcd")
+    assert all(not done.error for done in found)
+    assert len(own.notes) == 1
+    assert "cannot load" in own.notes[0]
+
+
+class _Failing:
+    """A worker's class, of which the first to load fails."""
+
+    @staticmethod
+    def of(flag):
+        from mechedit.runs.engines import _Worker
+
+        class Failing(_Worker):
+            def ready(self):
+                try:
+                    flag.touch(exist_ok=False)
+                except FileExistsError:
+                    return super().ready()
+                return "", "node", "OSError: no such model"
+
+        return Failing
+
+
+def test_workers_have_the_threads_of_their_cpus_and_what_a_unit_needs_travels_with_it(cluster, engine):
+    (one,) = engine.map(Here(), ["a"], lambda unit: unit * 2)
+    assert one.result == {"text": "aaa 1"}
+    node = cluster.add_node(num_cpus=3)
+    (three,) = replace(engine, cpus=3.0).map(Here(), ["a"])
+    cluster.remove_node(node)
+    assert three.result == {"text": "a 3"}

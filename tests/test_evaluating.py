@@ -158,7 +158,8 @@ def test_a_stopped_evaluation_ends_in_the_same_bytes(model, ready, tmp_path, mod
             evaluate(model, FACTS, tmp_path / f"cut{stop}{noun}", settings, "rome", QUICK, ready, progress=interrupt)
         assert_same_state(model, before)
     whole = results(tmp_path / "whole")
-    assert set(whole) == {"results.parquet", "summary.json", "summary.csv", "summary.md", "summary.tex"}
+    tables = {"results.parquet", "prompts.parquet", "summary.json", "summary.csv", "summary.md", "summary.tex"}
+    assert set(whole) == tables
     for noun, stop in stops:
         assert results(tmp_path / f"cut{stop}{noun}") == whole
 
@@ -356,3 +357,88 @@ def test_the_prefixes_of_a_sequence_are_those_of_the_model_before_any_edit(model
     evaluate(model, FACTS, tmp_path, replace(PLAIN, mode="sequential"), "rome", QUICK, ready)
     used = {tuple(edits.load(path).details["prefixes"]) for path in (tmp_path / "edits" / "units").iterdir()}
     assert used == {ready.prefixes}
+
+
+@pytest.mark.parametrize("mode", ["independent", "batch", "sequential"])
+def test_a_finished_evaluation_is_put_together_again_without_reading_an_edit(model, ready, tmp_path, mode, monkeypatch):
+    settings = replace(PLAIN, mode=mode)
+    first = evaluate(model, FACTS, tmp_path, settings, "rome", QUICK, ready)
+    for name in ("edits.load", "scored.measure", "applying.write", "applying.Applied.add"):
+        monkeypatch.setattr(f"mechedit.runs.{name}" if name.startswith("scored") else f"mechedit.{name}", lambda *args, **named: pytest.fail("read, or computed again"), raising=False)  # fmt: skip
+    assert evaluate(model, FACTS, tmp_path, settings, "rome", QUICK, ready) == first
+
+
+class Odd(Exception):
+    """Nothing that anyone foresaw."""
+
+
+@pytest.mark.parametrize("mode", ["independent", "batch", "sequential"])
+@pytest.mark.parametrize("where", ["find", "measure", "check"])
+def test_whatever_one_record_raises_the_table_has_all_of_them(model, ready, tmp_path, monkeypatch, mode, where):
+    """In the editor, in scoring, in what is looked at before: the others' rows are as without it, and it has its reason."""
+    if (mode, where) == ("batch", "find"):
+        pytest.skip("a batch is one edit: what it raises is every record's reason")
+    others = evaluate(model, FACTS[::2], tmp_path / "others", replace(PLAIN, mode=mode), "rome", QUICK, ready)
+    real_find, real_measure, real_check = rome.Rome.find, scored.measure, rome.Rome.check
+    bad = FACTS[1].subject
+
+    def find(self, model, facts, *rest, **named):
+        if any(fact.subject == bad for fact in facts):
+            raise Odd("in find")
+        return real_find(self, model, facts, *rest, **named)
+
+    def measure(model, record, *rest, **named):
+        if record.subject == bad:
+            raise Odd("in measure")
+        return real_measure(model, record, *rest, **named)
+
+    def check(self, model, facts, *rest, **named):
+        if len(facts) == 1 and facts[0].subject == bad:
+            raise Odd("in check")
+        return real_check(self, model, facts, *rest, **named)
+
+    target, name, own = {"find": (rome.Rome, "find", find), "measure": (scored, "measure", measure), "check": (rome.Rome, "check", check)}[where]  # fmt: skip
+    monkeypatch.setattr(target, name, own)
+    found = evaluate(model, FACTS, tmp_path / "run", replace(PLAIN, mode=mode), "rome", QUICK, ready)
+    assert f"Odd: in {where}" in found.facts[1]["reason"]
+    assert not any("Odd" in each["reason"] for each in found.facts[::2])
+    if where != "measure" or mode == "independent":
+        same(found.rows["after"][::2], others.rows["after"])
+    if where == "measure":
+        assert math.isnan(found.rows["before"][1]["ES"])
+    else:
+        assert found.rows["after"][1]["edited"] == 0.0
+        assert not math.isnan(found.rows["after"][1]["ES"])
+
+
+def test_a_learning_rate_that_no_weight_survives_is_every_records_reason(model, tmp_path):
+    wild = FineTuningSettings(layer=1, steps=2, learning_rate=1e300)
+    found = evaluate(model, FACTS, tmp_path, PLAIN, "ft", wild)
+    assert all(each["reason"] for each in found.facts)
+    assert found.nothing.startswith("no record of 3 was edited: ")
+
+
+def test_the_unedited_scores_of_one_model_are_not_anothers(load, tmp_path):
+    found = [evaluate(load(name), FACTS, tmp_path / name, PLAIN, None).rows["before"] for name in ("gpt2", "llama")]
+    same(found[1], counterfact.scores(load("llama"), FACTS))
+    assert found[0] != found[1]
+
+
+def test_a_C_that_does_not_belong_to_the_layer_is_refused_in_a_sequence_too(model, ready, tmp_path):
+    for mode in ("independent", "batch", "sequential"):
+        with pytest.raises(edits.EditError, match="layer"):
+            evaluate(model, FACTS, tmp_path / mode, replace(PLAIN, mode=mode), "rome", replace(QUICK, layer=2), ready)
+
+
+def test_scores_in_a_batch_are_those_of_its_own_edit(model, ready, tmp_path):
+    """Two batches of other settings, whose edits are in the same folder's place, one after the other."""
+    import shutil
+
+    batch = replace(PLAIN, mode="batch")
+    evaluate(model, FACTS, tmp_path / "a", batch, "rome", QUICK, ready)
+    weak = replace(QUICK, clamp=0.01)
+    evaluate(model, FACTS, tmp_path / "b", batch, "rome", weak, ready)
+    shutil.rmtree(tmp_path / "b" / "scores")
+    shutil.copytree(tmp_path / "a" / "scores", tmp_path / "b" / "scores")
+    with pytest.raises(RunError, match="edits"):
+        evaluate(model, FACTS, tmp_path / "b", batch, "rome", weak, ready)

@@ -5,15 +5,16 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
-from mechedit import moments
+from mechedit import generation, moments, prompts
 from mechedit.benchmarks import metrics
 from mechedit.runs import shards
 from mechedit.runs.evaluating import evaluate
 from mechedit.runs.results import Evaluation
 from mechedit.runs.status import status
 from mechedit.runs.store import RunError
-from mechedit.settings import MomentSettings
+from mechedit.settings import EvaluateSettings, MomentSettings
 from tests.conftest import kept_units, widen_bands
 from tests.three_facts import FACTS, PLAIN, QUICK, made_ready
 
@@ -159,3 +160,90 @@ def test_damage_a_full_disk_and_a_second_run_are_noticed_and_nothing_finished_is
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, FACTS, tmp_path / "two", PLAIN, "rome", QUICK, ready, progress=again)
+
+
+def test_an_evaluation_is_the_same_when_it_is_read_again(model, ready, tmp_path):
+    unknown = replace(FACTS[2], paraphrases=("a city and " * 60 + "Rome is",))  # does not fit: nan, and a reason
+    for mode in ("independent", "sequential"):
+        settings = EvaluateSettings(mode=mode, generate=True, tokens=20)
+        found = evaluate(model, [*FACTS[:2], unknown], tmp_path / mode, settings, "rome", QUICK, ready)
+        found.save(tmp_path / mode)
+        read = Evaluation.load(tmp_path / mode)
+        assert read == found
+        assert read.to_json() == found.to_json()
+        assert (read.cells(), read.caption, read.facts[0]["relation"]) == (found.cells(), found.caption, "city")
+        assert all(list(read.details(name)) == list(found.details(name)) for name in ("prompts", "texts"))
+        assert read != replace(found, seed=1)
+        other = replace(found, rows=found.rows | {"after": found.rows["before"]})
+        assert read != other
+        assert other.table("after")["ES"] == found.table("before")["ES"], "a changed result has means of its own"
+
+
+def test_every_prompts_log_probabilities_and_every_text_are_kept(model, tmp_path):
+    """Against a plain softmax of the model's logits, and against what the generator says."""
+    settings = replace(PLAIN, generate=True, tokens=20, top_k=3, seed=5)
+    found = evaluate(model, FACTS, tmp_path, settings, None)
+    found.save(tmp_path)
+    lines = list(Evaluation.load(tmp_path).details("prompts"))
+    fact = FACTS[0]
+    own = [line for line in lines if line["record"] == 0]
+    asked = [("prompt", fact.prompt), *(("paraphrase", each) for each in fact.paraphrases), *(("neighbour", each) for each in fact.neighbours)]  # fmt: skip
+    assert [(line["kind"], line["prompt"]) for line in own[::2]] == asked
+    assert [line["target"] for line in own[:2]] == [fact.target_new, fact.target_true]
+    for line in own:
+        ids, tail = (
+            prompts.encode(model, line["prompt"])[0],
+            prompts.continuation(model, line["prompt"], line["target"]),
+        )
+        log_p = model(torch.tensor([[*ids, *tail]]))[0].log_softmax(-1)[len(ids) - 1 : -1]
+        assert line["log_p"] == pytest.approx(log_p.gather(1, torch.tensor(tail)[:, None])[:, 0].tolist(), abs=1e-4)
+        assert line["first"] == (log_p.argmax(-1) == torch.tensor(tail)).tolist()
+    texts = [(line["prompt"], line["text"]) for line in found.details("texts") if line["record"] == 0]
+    written = generation.continuations(model, fact.generations, 20, top_k=3, seed=5)
+    assert texts[1:] == list(zip(fact.generations, written, strict=True))
+    assert texts[0][0] == fact.prompt
+
+
+@pytest.mark.parametrize("option", [{"seed": 6}, {"top_k": 1}, {"tokens": 12}])
+def test_options_of_sampled_text_change_what_is_sampled(model, tmp_path, option):
+    settings = replace(PLAIN, generate=True, tokens=30, top_k=50, seed=5)
+
+    def sampled(wanted, name):
+        found = evaluate(model, FACTS[:1], tmp_path / name, wanted, None)
+        return [line["text"] for line in found.details("texts")][1:]
+
+    first = sampled(settings, "a")
+    assert first == sampled(settings, "again")
+    assert sampled(replace(settings, **option), "b") != first
+
+
+def test_results_of_earlier_versions_are_read_without_what_they_lack(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    lines = [{"stage": stage, "id": "1", "subject": "A", "prompt": "A is", "target_true": "B", "target_new": "C", "reason": "", "ES": 1.0, "PS": math.nan, "NS": 0.5} for stage in ("before", "after")]  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist(lines), tmp_path / "results.parquet")
+    what = {"editor": "rome", "settings": {"mode": "independent", "seed": 3}, "model": {"name": "M"}, "benchmark": "counterfact"}  # fmt: skip
+    (tmp_path / "summary.json").write_text(json.dumps(what | {"facts": 1, "stages": {}}))
+    found = Evaluation.load(tmp_path)
+    assert (found.seed, found.what, list(found.rows)) == (3, what, ["before", "after"])
+    assert found.table("after")["ES"].mean == 1.0
+    assert list(found.details("prompts")) == []
+    found.save(tmp_path / "again")
+    assert Evaluation.load(tmp_path / "again") == found
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1", None])
+def test_what_is_no_evaluation_is_told_in_a_line(damage, tmp_path):
+    if damage is not None:
+        (tmp_path / "results.parquet").write_bytes(damage)
+    with pytest.raises(RunError, match="is damaged|holds no finished evaluation"):
+        Evaluation.load(tmp_path)
+
+
+def test_half_characters_and_other_numbers_are_written(tmp_path):
+    rows = [{"ES": 1.0, "PS": 1.0, "NS": 1.0}]
+    what = {"editor": "none", "settings": {"mode": "independent"}, "model": {"name": "M"}, "benchmark": "counterfact"}
+    found = Evaluation(({"id": "\ud800", "subject": "A\udfff", "prompt": "A is", "target_true": "B", "target_new": "C", "relation": None, "reason": ""},), {"before": rows}, what)  # fmt: skip
+    found.save(tmp_path)
+    assert Evaluation.load(tmp_path).facts[0]["subject"] == "A\\udfff"

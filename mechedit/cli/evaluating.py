@@ -1,4 +1,4 @@
-"""The commands evaluate, sweep and status."""
+"""The commands evaluate and sweep."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mechedit.cli.options import (
     an_integer,
     given_settings,
 )
+from mechedit.cli.results import show_evaluation
 from mechedit.cli.terminal import (
     UsageError,
     check_files,
@@ -33,31 +34,22 @@ from mechedit.cli.terminal import (
 from mechedit.settings import EvaluateSettings, SweepSettings
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from mechedit.benchmarks.benchmark import Benchmark
     from mechedit.benchmarks.texts import References
     from mechedit.models import HookedModel
     from mechedit.runs.engines import Engine
-    from mechedit.runs.results import Evaluation
 
 __all__ = ["add_evaluating"]
 
 FEW = 10  # facts, of which a bootstrap interval says little
-MANY_RUNS = 12  # of which `status` shows each stage's sum
 
 ENGINES = ("local", "ray")
 
 
 def add_evaluating(commands: Any, editor: str) -> None:
-    """evaluate, sweep, status"""
+    """evaluate, sweep"""
     _add_evaluate(commands, editor)
     _add_sweep(commands, editor)
-    status = add_command(
-        commands, "status", _status, "show how far the runs in a folder are; of a sweep, each stage over all cells"
-    )
-    status.add_argument("folder", type=a_path, metavar="DIR")
-    add_json(status)
 
 
 def _add_evaluate(commands: Any, editor: str) -> None:
@@ -140,9 +132,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     from mechedit.benchmarks import benchmark as benchmarks
     from mechedit.edits import EditError
+    from mechedit.runs.engines import Cluster
     from mechedit.runs.estimating import estimate
     from mechedit.runs.evaluating import evaluate
     from mechedit.runs.results import check_kept
+    from mechedit.runs.store import RunError
 
     settings = EvaluateSettings(**given_settings(arguments, EvaluateSettings))
     given = given_edit_settings(arguments)  # mistakes are reported before the model is loaded
@@ -173,6 +167,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         console.print(str(found))
         write_json(arguments.json, vars(found) | {"total": found.total})
         return
+    engine = _engine(arguments, model)
     with keeping(f"what is finished is kept in {arguments.out}"), progress_bars() as progress:
         result = evaluate(
             model,
@@ -183,14 +178,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             edit_settings,
             benchmark=benchmark,
             references=references,
-            engine=_engine(arguments, model),
+            engine=engine,
             progress=progress,
         )
     source = {"facts": arguments.facts, "begin": arguments.begin}
     result = replace(result, what=result.what | {"source": source})
     written = [*result.save(arguments.out), *write_json(arguments.json, result.to_json())]
-    _show(console, result)
+    show_evaluation(console, result)
+    for note in engine.notes if isinstance(engine, Cluster) else ():
+        console.print(f"note: {note}")
     show_files(console, written)
+    if result.nothing:
+        raise RunError(f"{result.nothing} The table is in {arguments.out} all the same.")
     if editor and not any(row["edited"] for row in result.rows["after"]):
         raise EditError(f"none of the {len(chosen)} records was edited; why is said above.")
 
@@ -272,24 +271,6 @@ def _engine(arguments: argparse.Namespace, model: HookedModel) -> Engine:
     )
 
 
-def _show(console: Console, result: Evaluation) -> None:
-    """A row for each number, a column for each stage: tables of many numbers are too wide for a terminal."""
-    from mechedit.benchmarks.metrics import metric
-
-    header, rows = result.cells()
-    labels = [metric(name).label for name in header[1:]]
-    turned = [list(column) for column in zip(*rows, strict=True)]
-    show_table(
-        console,
-        (header[0], *turned[0]),
-        list(zip(labels, *zip(*turned[1:], strict=True), strict=True)),
-    )
-    without = [fact for fact in result.facts if fact["reason"]]
-    if without:
-        have = "record has" if len(without) == 1 else "records have"
-        console.print(f"{len(without)} {have} a note; the first is about {without[0]['subject']}: {without[0]['reason']}")  # fmt: skip
-
-
 def _sweep(arguments: argparse.Namespace) -> None:
     from mechedit import figures
     from mechedit.benchmarks.counterfact import COUNTERFACT
@@ -319,26 +300,3 @@ def _sweep(arguments: argparse.Namespace) -> None:
         f"rank correlation of S with the trace's indirect effect, over layers and tokens: {found.correlation('S')} ({len(chosen)} facts{few})",
     )
     show_files(console, written)
-
-
-def _status(arguments: argparse.Namespace) -> None:
-    from mechedit.runs.status import by_stage, status
-
-    whole = status(arguments.folder)
-    found = by_stage(whole) if len(whole) > MANY_RUNS else whole
-    rows = [
-        (each.folder, f"{each.finished} of {each.units}", *map(_number, (each.seconds, each.left / 60)))
-        for each in found
-    ]
-    if len(found) > 1:
-        finished, units = (sum(getattr(each, name) for each in found) for name in ("finished", "units"))
-        known = sum(each.left for each in found if each.left == each.left)
-        more = "more than " * any(each.left != each.left for each in found)  # a stage of which no unit is finished
-        rows.append(("all of these", f"{finished} of {units}", "", more + _number(known / 60)))
-    show_table(console_of(arguments), ("run", "finished", "s a unit", "minutes left, one by one"), rows)
-    write_json(arguments.json, [vars(each) for each in whole])
-
-
-def _number(value: float) -> str:
-    """Nothing where it is not known yet."""
-    return f"{value:.2f}" if value == value else ""

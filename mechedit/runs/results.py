@@ -101,6 +101,17 @@ class Evaluation:
         }
 
     @property
+    def nothing(self) -> str:
+        """Why the table tells nothing: no record was edited, or none could be scored. Empty where one was."""
+        reason = next((fact["reason"] for fact in self.facts if fact.get("reason")), "")
+        first = f": {reason.rstrip('.')}." if reason else "."
+        if not any(value == value for rows in self.rows.values() for row in rows for value in row.values()):
+            return f"no record of {len(self.facts)} could be scored{first}"
+        if "after" in self.rows and not any(row.get("edited") for row in self.rows["after"]):
+            return f"no record of {len(self.facts)} was edited{first}"
+        return ""
+
+    @property
     def caption(self) -> str:
         """What the table is of, in a sentence."""
         editor, mode = self.what["editor"], self.what["settings"]["mode"]

@@ -17,8 +17,9 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from mechedit.cache import WriteError
 
@@ -93,7 +94,7 @@ class Shards:
     def read(self, names: Iterable[str]) -> Iterator[bytes | None]:
         """The bytes of each, as `get` gives them."""
         with ExitStack() as stack:
-            shards: dict[str, BinaryIO] = {}
+            shards: dict[str, FileIO] = {}
             for name in names:
                 if name not in self._lines:
                     yield None
@@ -101,13 +102,11 @@ class Shards:
                 entry = self._entry(name)
                 if entry.shard not in shards:
                     try:
-                        shards[entry.shard] = stack.enter_context((self.folder / entry.shard).open("rb"))
+                        shards[entry.shard] = stack.enter_context((self.folder / entry.shard).open("rb", buffering=0))
                     except OSError:
                         yield None
                         continue
-                file = shards[entry.shard]
-                file.seek(entry.at)
-                data = file.read(entry.size)
+                data = os.pread(shards[entry.shard].fileno(), entry.size, entry.at)
                 yield data if hashlib.sha256(data).hexdigest() == entry.sha256 else None
 
     @contextmanager

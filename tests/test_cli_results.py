@@ -1,0 +1,161 @@
+"""The commands show, compare and status, on results that the other commands wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from mechedit import edits, models
+from tests.command_line import QUICK, TRACE, command_line
+from tests.test_cli_evaluating import RECORDS
+
+
+@pytest.fixture
+def run(folder, capsys, monkeypatch):
+    return command_line(folder, capsys, monkeypatch)
+
+
+@pytest.fixture
+def two(run, tmp_path):
+    """Folders of an evaluation without an editor and of one with, of three records and of two of them."""
+    path = tmp_path / "records.json"
+    third = RECORDS[0] | {"subject": "Berlin", "prompt": "Berlin is located in the city of", "id": "Berlin"}
+    path.write_text(json.dumps([*RECORDS, third]))
+    out = [tmp_path / "none", tmp_path / "rome"]
+    assert run("evaluate", "--facts", str(path), "--editor", "none", "--out", str(out[0]))[0] == 0
+    assert run("evaluate", "--facts", str(path), "--limit", "2", "--out", str(out[1]), *QUICK)[0] == 0
+    return out
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Nothing may load a model from here on."""
+
+    def forbid():
+        monkeypatch.setattr(models, "load", lambda *args, **named: pytest.fail("loaded"))
+        monkeypatch.setenv("COLUMNS", "80")
+
+    return forbid
+
+
+def test_an_evaluation_is_shown_as_it_was_when_it_ended_and_fits_80_columns(run, two, alone, tmp_path):
+    alone()
+    for place in (two[1], two[1] / "results.parquet", two[1] / "summary.json"):
+        status, said, err = run("show", str(place), "--json", str(tmp_path / "shown.json"), model=False)
+        assert (status, err) == (0, "")
+        for words in ("2 records", "before", "after", "ES, %", "relative_norm"):
+            assert words in said
+        assert max(map(len, said.splitlines())) <= 80
+    assert json.loads((tmp_path / "shown.json").read_text()) == json.loads((two[1] / "summary.json").read_text())
+
+
+def test_the_units_of_a_run_are_listed_shown_and_written_as_files(run, two, alone, tmp_path):
+    alone()
+    status, said, _ = run("show", str(two[1] / "edits"), model=False)
+    assert status == 0
+    assert "2 of 2" in said
+    assert "edit: Rome is located in the city of -> London" in " ".join(re.sub("[│┃]", " ", said).split())
+    status, said, _ = run("show", str(two[1] / "edits"), "--unit", "1", model=False)
+    assert (status, "P(London)" in said) == (0, True)
+    status, said, _ = run("show", str(two[1] / "edits"), "--export", str(tmp_path / "files"), model=False)
+    assert status == 0
+    (first, second) = sorted((tmp_path / "files").iterdir())
+    assert {edits.load(path).fact["subject"] for path in (first, second)} == {"Rome", "The Eiffel Tower"}
+    status, said, _ = run("show", str(first), model=False)
+    assert (status, "before" in said) == (0, True)
+    status, said, _ = run("show", str(two[1] / "scores"), "--unit", "0", model=False)
+    assert (status, "scores" in said) == (0, True)
+    status, _, err = run("show", str(two[1] / "edits"), "--unit", "9", model=False)
+    assert (status, err.count("\n"), "has 2 units" in err) == (2, 1, True)
+
+
+def test_a_trace_is_shown_as_it_was_traced(run, alone, tmp_path):
+    status, _, _ = run(*TRACE, "--out", str(tmp_path / "t"))
+    assert status == 0
+    alone()
+    status, said, err = run("show", str(tmp_path / "t" / "trace.safetensors"), model=False)
+    assert (status, err) == (0, "")
+    assert "early site" in said
+    assert "by token and layer" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "[1]", "is no result that can be shown"),
+        ("b.json", "{", "is no result that can be shown"),
+        ("c.json", '{"correlation_with_effect": 5}', "is no result that can be shown"),
+        ("d.safetensors", "x", "is truncated or no safetensors file"),
+        ("e.parquet", "x", "holds no finished evaluation"),
+        ("results.parquet", "x", "is damaged"),
+    ],
+)
+def test_what_cannot_be_shown_is_told_in_a_line(name, content, message, run, tmp_path):
+    (tmp_path / name).write_text(content)
+    status, out, err = run("show", str(tmp_path / name), model=False)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    status, _, err = run("show", str(tmp_path / "nothing"), model=False)
+    assert (status, "does not exist" in err) == (2, True)
+
+
+def test_a_folder_of_nothing_is_told_in_a_line(run, tmp_path):
+    status, _, err = run("show", str(tmp_path), model=False)
+    assert (status, err.count("\n"), "is nothing that can be shown" in err) == (2, 1, True)
+
+
+def test_a_sweep_and_settings_that_were_tuned_are_shown(run, tmp_path):
+    sweep = {"layers": [3, 4], "tokens": ["last"], "mean": {"S": [[0.5], [None]]}, "n": 7, "correlation_with_effect": {"S": {"mean": 0.25}}}  # fmt: skip
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    status, said, _ = run("show", str(tmp_path), model=False)
+    assert (status, "S by layer" in said, "0.25 (7 facts)" in said) == (0, True, True)
+    row = {"layer": 3, "tried": {"clamp": 2.0}, "ES": 90.0, "PS": 80.0, "NS": 70.0, "S": 79.0, "within": 1.0, "n": 5}
+    tuned = {"editor": "rome", "settings": {"layer": 3, "clamp": 2.0}, "site": {}, "rows": [row]}
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tuned.json").write_text(json.dumps(tuned))
+    status, said, _ = run("show", str(tmp_path / "t"), model=False)
+    assert (status, "proposed: layer 3, clamp 2.0" in said) == (0, True)
+
+
+def test_evaluations_are_compared_on_their_common_records(run, two, alone, tmp_path):
+    alone()
+    command = ("compare", *map(str, two))
+    status, said, err = run(*command, "--json", str(tmp_path / "compared.json"), model=False)
+    assert (status, err) == (0, "")
+    assert "2 records of counterfact are common to all (of 3, 2)" in " ".join(said.split())
+    assert max(map(len, said.splitlines())) <= 80 + len(str(tmp_path))
+    record = json.loads((tmp_path / "compared.json").read_text())
+    (ES,) = [each for each in record["overall"] if each["name"] == "ES"]
+    _, after = (json.loads((path / "summary.json").read_text())["stages"] for path in two)
+    assert ES["second"] == after["after"]["ES"]["mean"]
+    assert ES["first"] == after["before"]["ES"]["mean"], "of the two records that both have"
+    assert record["stages"] == ["before", "after"]
+    status, _, err = run("compare", str(two[0]), model=False)
+    assert (status, "takes two folders or more" in err) == (2, True)
+    status, _, err = run(*command, "--stage", "at the end", model=False)
+    assert (status, "has no stage 'at the end'" in err) == (2, True)
+
+
+def test_an_evaluation_in_which_nothing_was_edited_is_written_and_does_not_end_well(run, tmp_path):
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(RECORDS))
+    for mode in ("independent", "batch", "sequential"):
+        out = tmp_path / mode
+        status, said, err = run("evaluate", "--facts", str(path), "--editor", "ft", "--mode", mode, "--layer", "1", "--steps", "2", "--learning-rate", "1e300", "--out", str(out))  # fmt: skip
+        assert status == 2
+        assert "2 records have a note" in said
+        assert re.fullmatch(r"mechedit: no record of 2 was edited: .* The table is in .* all the same\.\n", err)
+        assert (out / "results.parquet").is_file()
+
+
+def test_notes_of_an_evaluation_are_shown(run, tmp_path):
+    path = tmp_path / "records.json"
+    odd = RECORDS[1] | {"paraphrases": ["a city and " * 60 + "Rome is"]}
+    path.write_text(json.dumps([RECORDS[0], odd]))
+    status, said, _ = run("evaluate", "--facts", str(path), "--editor", "none", "--out", str(tmp_path / "run"))
+    assert status == 0
+    said = " ".join(said.split())
+    assert "1 record has a note; the first is about Rome:" in said
+    assert "must fit the context" in said
