@@ -106,7 +106,7 @@ class Shards:
                     except OSError:
                         yield None
                         continue
-                data = os.pread(shards[entry.shard].fileno(), entry.size, entry.at)
+                data = _bytes(shards[entry.shard], entry)
                 yield data if hashlib.sha256(data).hexdigest() == entry.sha256 else None
 
     @contextmanager
@@ -203,6 +203,14 @@ class Writer:
 def _line(name: str, entry: _Entry) -> bytes:
     rest = " ".join([name, *map(str, entry)]).encode()
     return b"%08x %s\n" % (zlib.crc32(rest), rest)
+
+
+def _bytes(file: FileIO, entry: _Entry) -> bytes:
+    file.seek(entry.at)
+    data: bytes = file.read(entry.size) or b""
+    while len(data) < entry.size and (more := file.read(entry.size - len(data))):  # a system reads 2 GB at a time
+        data += more
+    return data
 
 
 def _append(file: Any, data: bytes) -> None:
