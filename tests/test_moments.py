@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -612,3 +613,33 @@ def test_a_file_that_is_no_published_one_is_refused(model, tmp_path):
         moments.read_published(path, model, 1)
     with pytest.raises(MomentError, match="no .npz"):
         moments.read_published(tmp_path / "none.npz", model, 1)
+
+
+def test_of_two_processes_that_need_the_same_C_one_computes_it(model, monkeypatch):
+    """The lock is held while C is computed, and what another process made meanwhile is taken."""
+    import filelock
+
+    settings, real, tried = MomentSettings(tokens=600, context=32), estimating.accumulate, []
+
+    def accumulate(*args, **named):
+        (lock,) = (cache.root() / "moments").glob("*.lock")
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(lock).acquire(timeout=0)
+        tried.append(lock)
+        return real(*args, **named)
+
+    monkeypatch.setattr(estimating, "accumulate", accumulate)
+    first = moments.estimate(model, 1, settings=settings)
+    assert len(tried) == 1
+    (path,) = (path for path in (cache.root() / "moments").glob("*.safetensors") if ".part." not in path.name)
+    made = path.read_bytes()
+    path.unlink()
+
+    @contextmanager
+    def after_another(lock):
+        path.write_bytes(made)
+        yield
+
+    monkeypatch.setattr(cache, "alone", after_another)
+    assert torch.equal(moments.estimate(model, 1, settings=settings).C, first.C)
+    assert len(tried) == 1, "the other's is taken"

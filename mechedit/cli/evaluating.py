@@ -131,7 +131,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from mechedit.benchmarks import benchmark as benchmarks
-    from mechedit.edits import EditError
     from mechedit.runs.engines import Cluster
     from mechedit.runs.estimating import estimate
     from mechedit.runs.evaluating import evaluate
@@ -190,8 +189,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     show_files(console, written)
     if result.nothing:
         raise RunError(f"{result.nothing} The table is in {arguments.out} all the same.")
-    if editor and not any(row["edited"] for row in result.rows["after"]):
-        raise EditError(f"none of the {len(chosen)} records was edited; why is said above.")
 
 
 def _check(arguments: argparse.Namespace, settings: EvaluateSettings) -> None:
