@@ -64,7 +64,7 @@ def measure(
     """Every number of one record on the model as it is now; `before` is the unedited model, for its health. What they are made of
     is added to `details`."""
     details = details if details is not None else Details()
-    if isinstance(benchmark, Detailed):
+    if isinstance(benchmark, Detailed) and _tells(benchmark):
         ((found, said),) = benchmark.measured(model, [record], prepend_bos=prepend_bos)
         details.said += said
     else:
@@ -72,6 +72,14 @@ def measure(
     if settings.generate:
         found |= _generated(model, benchmark.fact(record), settings, references, prepend_bos, details)
     return found | (health(model, before) if settings.health and before else {})
+
+
+def _tells(benchmark: Any) -> bool:
+    """Whether what it measures is what it scores: a class may have scores of its own, and the rest from another."""
+    scores, measured = (
+        next((own for own in type(benchmark).__mro__ if name in vars(own)), object) for name in ("scores", "measured")
+    )
+    return issubclass(measured, scores)
 
 
 def _generated(
