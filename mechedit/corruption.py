@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.errors import MecheditError
+from mechedit.errors import MecheditError, check_list
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel, device_of, embed, embedding_std
 from mechedit.prompts import Prompt, encode, prepare
@@ -159,6 +159,7 @@ def statistics(model: HookedModel, texts: Iterable[str] | None = None, source: s
     Raises:
         CorruptionError: fewer than two tokens.
     """
+    check_list("texts", texts)
     if texts is None:
         ids, source = torch.arange(int(model.cfg.d_vocab)), source or "vocabulary"
     else:

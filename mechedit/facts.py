@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mechedit import records, writing
-from mechedit.errors import FactError
+from mechedit.errors import FactError, check_list
 from mechedit.records import Part
 
 __all__ = [
@@ -204,6 +204,7 @@ def read(path: str | Path, need: Sequence[str] = ()) -> tuple[Fact, ...]:
     Raises:
         FactError: the file is missing, no list of records, or records have mistakes; all of them are named.
     """
+    check_list("need", need)
     found = records.load(path)
     return records.make(found, _form(found, path), path, f"A record has one of these forms: {FORMS}.", need)
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechedit.corruption import generator
-from mechedit.errors import FactError
+from mechedit.errors import check_list
 from mechedit.models import HookedModel, Stepper, device_of
 from mechedit.progress import Progress, silent
 from mechedit.prompts import check_length, decoded, encode, resolve_bos
@@ -112,8 +112,7 @@ def continuations(
     Raises:
         FactError: `tokens` do not fit the context.
     """
-    if isinstance(prompts, str):
-        raise FactError(f"prompts must be a list of texts; found {prompts!r}. Give [{prompts!r}].")
+    check_list("prompts", prompts)
     bos = resolve_bos(model, prepend_bos)
     encoded = [encode(model, prompt, prepend_bos=bos)[0] for prompt in prompts]
     check_length(model, tokens + int(bos) - 1)  # the last is not read

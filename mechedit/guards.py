@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.errors import check_list
 from mechedit.models import Blocks, HookedModel, identity, remembered
 from mechedit.prompts import check_length, encode, pad, resolve_bos
 from mechedit.scoring import mean_log_p
@@ -51,6 +52,7 @@ class Health:
 
 def of_unedited(model: HookedModel, subjects: Sequence[str], *, prepend_bos: bool | None = None) -> Health:
     """`measure` of the model as it is, before an edit; kept with it, so that the next edit need not measure it again."""
+    check_list("subjects", subjects)
     bos, now = resolve_bos(model, prepend_bos), identity(model).whole
     text = remembered(model, ("held-out text", now, bos), lambda: _text(model, bos))
     some = dict.fromkeys(subjects[:SUBJECTS])
@@ -63,6 +65,7 @@ def of_unedited(model: HookedModel, subjects: Sequence[str], *, prepend_bos: boo
 
 def measure(model: HookedModel, subjects: Sequence[str], *, prepend_bos: bool | None = None) -> Health:
     """The model's health as it is now: for a subject or several, of which the first 16 are looked at."""
+    check_list("subjects", subjects)
     bos = resolve_bos(model, prepend_bos)
     essence = {subject: _essence(model, subject, bos) for subject in dict.fromkeys(subjects[:SUBJECTS])}
     return Health(essence, _text(model, bos))

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit import writing
+from mechedit.errors import check_list
 from mechedit.models import Blocks, HookedModel
 from mechedit.prompts import check_length, continuation, decoded, encode, pad, resolve_bos
 
@@ -47,6 +48,7 @@ def score(model: HookedModel, pairs: Sequence[tuple[str, ...]], *, prepend_bos: 
     Raises:
         FactError: an empty target, or a text that does not fit the context.
     """
+    check_list("pairs", pairs)
     bos = resolve_bos(model, prepend_bos)
     pairs_of_ids: list[tuple[list[int], list[int]]] = []
     for prompt, answer, *how in pairs:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mechedit.cache import content_key
-from mechedit.errors import MecheditError
+from mechedit.errors import MecheditError, check_list
 from mechedit.parsing import ParseError, from_file
 
 __all__ = ["References", "TextError", "Tfidf", "consistency", "words"]
@@ -49,6 +49,7 @@ class Tfidf:
         Raises:
             TextError: they hold no word, or scikit-learn is missing.
         """
+        check_list("texts", texts)
         vectoriser = _vectoriser()
         try:
             return cls(vectoriser.fit(texts))
@@ -150,6 +151,8 @@ class References:
 
 def consistency(tfidf: Tfidf, generated: Sequence[str], references: Sequence[str]) -> float:
     """RS, over 100: the cosine of all generated texts, joined, with all reference texts, joined; nan where there are none."""
+    check_list("generated", generated)
+    check_list("references", references)
     if not generated or not references:
         return float("nan")
     return tfidf.cosine(" ".join(generated), " ".join(references))

@@ -29,6 +29,7 @@ from mechedit import editing, guards, keys, models, moments, prompts, rank_one, 
 from mechedit.cache import content_key
 from mechedit.editing import Editor, Found, State
 from mechedit.edits import Edit, EditError
+from mechedit.errors import check_list
 from mechedit.facts import Fact
 from mechedit.guards import Band
 from mechedit.models import HookedModel
@@ -86,6 +87,7 @@ def prepare(
     Raises:
         EditError: C does not belong to the model, layer or settings, or the prefixes lack the bare prompt's.
     """
+    check_list("prefixes", prefixes)
     if moment is not None:
         check_moment(model, moment, settings)
     windows = MomentSettings(prepend_bos=settings.prepend_bos)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from mechedit.settings import MomentSettings
 __all__ = ["BATCH_TOKENS", "PURPOSE", "Corpus", "Text", "batches", "described", "source_of"]
 
 BATCH_TOKENS = 4096
+PIECE = 1 << 16  # characters of text that are tokenized at once
 PURPOSE = "moment text"  # what sampled text is for, a part of its seed
 
 
@@ -138,15 +140,41 @@ def _sampled(
 
 
 def _encoded(model: HookedModel, text: Text) -> Iterator[list[int]]:
-    """The tokens of a text, in pieces that end with a line, or of a dataset, row by row."""
+    """The tokens of a text, piece by piece, or of a dataset, row by row, and pieces of rows that are longer than one."""
     if isinstance(text, Corpus):
         for row in _dataset(text):
-            if row[text.column]:
-                yield encode(model, str(row[text.column]), prepend_bos=False)[0]
+            for piece in _pieces(io.StringIO(str(row[text.column] or ""), newline="\n")):
+                yield encode(model, piece, prepend_bos=False)[0]
         return
     try:
         with Path(text).open(encoding="utf-8") as file:
-            while lines := file.readlines(1 << 16):
-                yield encode(model, "".join(lines), prepend_bos=False)[0]
+            for piece in _pieces(file):
+                yield encode(model, piece, prepend_bos=False)[0]
     except UnicodeDecodeError as error:
         raise MomentError(f"{text} is no UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
+def _pieces(file: io.TextIOBase) -> Iterator[str]:
+    """Lines, as many as have more than 65,536 characters together. A line that is longer itself is cut, before one of its spaces,
+    so that words and their tokens stay whole; in the middle where it has none in so many characters."""
+    held, size, rest = list[str](), 0, ""
+    while chunk := file.readline(PIECE):
+        chunk, rest = rest + chunk, ""
+        if len(chunk) >= PIECE and not chunk.endswith("\n"):
+            gap = _last_gap(chunk)
+            chunk, rest = chunk[:gap], chunk[gap:]
+        held.append(chunk)
+        size += len(chunk)
+        if size > PIECE or rest:
+            yield "".join(held)
+            held, size = [], 0
+    if held or rest:
+        yield "".join([*held, rest])
+
+
+def _last_gap(text: str) -> int:
+    """Where the last space that stands alone between words begins; the end, where there is none."""
+    at = text.rfind(" ", 0, len(text) - 1)
+    while at > 0 and (text[at - 1].isspace() or text[at + 1].isspace()):
+        at = text.rfind(" ", 0, at)
+    return at if at > 0 else len(text)

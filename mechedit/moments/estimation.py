@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechedit import cache, files, rank_one
+from mechedit.errors import check_list
 from mechedit.interventions import intervened, read
 from mechedit.models import HookedModel, W_out, device_of, hooked, identity
 from mechedit.moments.corpus import BATCH_TOKENS, Text, batches, described, source_of
@@ -54,6 +55,7 @@ def estimate_layers(
     progress: Progress = silent,
 ) -> dict[int, Moment]:
     """C of several blocks from one pass over the text; errors as in `estimate`."""
+    check_list("texts", texts)
     settings = _resolved(model, layers, settings or MomentSettings())
     source = source_of(texts)
     now, keep = identity(model), not hooked(model)  # with hooks on it, the model's keys are not those of its parameters
