@@ -34,10 +34,10 @@ __all__ = [
     "content_key",
     "file_hash",
     "keep",
+    "keeping",
     "once",
     "plain",
     "root",
-    "warn_unkept",
 ]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -208,18 +208,20 @@ def _refused(path: Path, error: OSError | ValueError) -> WriteError:
     return WriteError(f"{path} cannot be written: {why}. Name a folder that you may write to.")
 
 
-def keep(path: Path, content: str) -> None:
-    """Write what another run would have to make again; where the cache cannot be written, say so and go on."""
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Let the body write what another run would have to make again; where the cache cannot be written, say so and go on."""
     try:
-        with atomic_write(path) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        yield
     except WriteError as error:
-        warn_unkept(error)
+        said = f"the cache cannot be written, so that work will be done again: {error}"
+        warnings.warn(said, CacheWarning, stacklevel=3)
 
 
-def warn_unkept(error: WriteError) -> None:
-    """Say that something is not kept in the cache, and will be made again."""
-    warnings.warn(f"the cache cannot be written, so that work will be done again: {error}", CacheWarning, stacklevel=3)
+def keep(path: Path, content: str) -> None:
+    """Write a text that another run would have to make again, as `keeping` does."""
+    with keeping(), atomic_write(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
 
 
 @contextmanager
@@ -246,7 +248,10 @@ def once(folder: Path, build: Callable[[Path], None], is_whole: Callable[[Path],
 
     if is_whole(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _refused(folder, error) from error
     with filelock.FileLock(folder.with_name(folder.name + ".lock")):
         if is_whole(folder):
             return folder

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,20 @@ def test_json_can_be_read_whatever_is_in_it(tmp_path, capsys):
         terminal.write_json(path, record)
         text = path.read_text(encoding="utf-8") if path.parent == tmp_path else capsys.readouterr().out
         assert json.loads(text) == {"text": "é \ud800 \x1b", "p": None}
+
+
+def test_an_edit_needs_no_cache_that_can_be_written_and_says_so_once(run, monkeypatch, tmp_path):
+    """A file stands where the cache's folder would be, so that nothing can be written below it."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MECHEDIT_CACHE", str(tmp_path / "file"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as for users, whom a warning does not stop
+        status, _, err = run(*EDIT, "--out", str(tmp_path / "e.safetensors"))
+    assert status == 0, err
+    assert next(line for line in err.splitlines() if "cache" in line).startswith("note: the cache cannot be written")
+    assert len([line for line in err.splitlines() if "cache" in line]) == 1
+    assert load(tmp_path / "e.safetensors").changes
+    assert (tmp_path / "file").read_text() == ""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/fd")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mechedit import __version__
+from mechedit.cache import CacheWarning
 from mechedit.cli.applying import add_applying
 from mechedit.cli.choosing import named_in
 from mechedit.cli.editing import add_editing
@@ -86,7 +87,12 @@ def _say(*lines: str) -> None:
 def _notes() -> Iterator[None]:
     """Tell our own warnings in a line, without the place in the code."""
 
+    told: set[type[Warning]] = set()
+
     def show(message: Any, kind: type[Warning], *place: Any, **named: Any) -> None:
+        if kind in told and kind is CacheWarning:  # which is told once
+            return
+        told.add(kind)
         if kind.__module__.startswith("mechedit"):
             sys.stderr.write(f"note: {visible(message)}\n")
         else:

@@ -135,7 +135,8 @@ def _sampled(
     with suppress(files.FileError):
         return files.read(path, "moment-text")[0]["tokens"]
     tokens = sample(model, rows, length, generator(*seed), progress=progress)
-    files.write(path, "moment-text", {"tokens": tokens}, {"rows": rows, "seed": seed})
+    with cache.keeping():
+        files.write(path, "moment-text", {"tokens": tokens}, {"rows": rows, "seed": seed})
     return tokens
 
 

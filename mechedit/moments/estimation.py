@@ -116,8 +116,10 @@ def _made(
         if keep:
             with suppress(rank_one.RankOneError):  # an edit will say so
                 _ = found[layer].factor  # made once, and kept with C
-            found[layer].save(places[layer])
-    checkpoint.unlink(missing_ok=True)
+            with cache.keeping():
+                found[layer].save(places[layer])
+    with suppress(OSError):  # of a cache that cannot be written
+        checkpoint.unlink()
     return found
 
 
@@ -140,7 +142,8 @@ def _cached(path: Path) -> Moment | None:
     if path.is_file():
         with suppress(files.FileError):
             return Moment.load(path)
-        path.unlink()
+        with suppress(OSError):
+            path.unlink()
     return None
 
 
@@ -207,13 +210,15 @@ def accumulate(
                 sums.add_(grams, take, index + 1)
                 progress("second moment", min(position, settings.tokens), settings.tokens)
                 if checkpoint and time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    sums.save(checkpoint)
+                    with cache.keeping():
+                        sums.save(checkpoint)
                     saved = time.monotonic()
             if position >= settings.tokens:
                 break
     except BaseException:  # Ctrl-C too: what is done stays done
         if checkpoint and sums.batches and sums.is_whole:  # else the checkpoint before it stays
-            sums.save(checkpoint)
+            with cache.keeping():
+                sums.save(checkpoint)
         raise
     progress("second moment", settings.tokens, settings.tokens)
     return sums
