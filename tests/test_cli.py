@@ -163,7 +163,7 @@ def test_doctor_reports(run, tmp_path):
         ((*TRACE, "--facts", "built-in", "--out", "x"), "not both"),
         (("trace", "--facts", "/no/file", "--out", "x"), "/no/file"),
         ((*TRACE, "--sigma-from", "/no/file"), "no such file"),
-        ((*TRACE, "--corruption", "tokens"), "--corruption tokens and --other SUBJECT belong together"),
+        ((*TRACE[:-2], "--corruption", "tokens"), "--corruption tokens and --other SUBJECT belong together"),
         ((*TRACE, "--other", "The Louvre"), "--corruption tokens and --other SUBJECT belong together"),
         (("sever", *TRACE[1:], "--other", "The Louvre"), "--corruption tokens and --other SUBJECT belong together"),
         ((*TRACE, "--limit", "3"), "--limit and --unknown choose among --facts"),
@@ -185,6 +185,11 @@ def test_doctor_reports(run, tmp_path):
         ((*EDIT, "--out", "/dev/null/x.safetensors"), "cannot be written"),
         ((*EDIT, "--out", "/tmp"), "is a folder"),  # noqa: S108
         (("moments", "--layer", "1", "--tokens", "5"), "more keys than d_mlp"),
+        (("moments", "--layer", "1", "--split", "test"), "--split is of a dataset: give --dataset too"),
+        ((*EDIT, "--limit", "3"), "--limit chooses among --facts"),
+        (("trace", "--facts", "built-in", "--out", "x", "--subject", "Rome"), "--subject is one prompt's"),
+        (("trace", "--facts", "built-in", "--out", "x", "--answer", "Rome"), "--answer is one prompt's"),
+        (("evaluate", "--estimate", "--cpus", "2"), "--cpus is of --engine ray"),
         (("moments", "--layer", "-2"), "--layer must be blocks from 0, or -1"),
         (("moments", "--layer", "1", "--text", "/tmp"), "/tmp cannot be read: it is a folder"),  # noqa: S108
         ((*EDIT, "--layer", "-2"), "layer must be a block, from 0, or -1"),

@@ -69,6 +69,8 @@ def _edit(arguments: argparse.Namespace) -> None:
         chosen = _facts_to_edit(arguments)
     elif None in (arguments.prompt, arguments.subject, arguments.target):
         raise UsageError("edit needs PROMPT, --subject and --target, or --facts FILE and --out DIR.")
+    elif arguments.limit is not None:
+        raise UsageError("--limit chooses among --facts; leave it out.")
     else:
         chosen = [_fact_to_edit(arguments)]
         check_places(arguments.json, arguments.out)

@@ -196,8 +196,8 @@ def _check(arguments: argparse.Namespace, settings: EvaluateSettings) -> None:
     if arguments.out is None and not arguments.estimate:
         raise UsageError("evaluate needs --out DIR, where everything finished is kept.")
     rays = [name for name in ("address", "workers", "cpus", "gpus") if getattr(arguments, name) is not None]
-    if arguments.engine == "local" and rays and not arguments.estimate:
-        raise UsageError(f"--{rays[0]} is of --engine ray.")
+    if arguments.engine == "local" and (idle := [name for name in rays if name != "workers" or not arguments.estimate]):
+        raise UsageError(f"--{idle[0]} is of --engine ray.")
     if (
         (arguments.workers or 0) < 0
         or (arguments.gpus or 0) < 0

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_moments"]
 
+OF_A_DATASET: dict[str, str | None] = {"config": None, "split": "train", "column": "text", "revision": None}
+
 
 def add_moments(commands: Any) -> None:
     """moments, merge"""
@@ -43,8 +45,8 @@ def add_moments(commands: Any) -> None:
     moments.add_argument(
         "--dataset", metavar="NAME", help="a dataset of the Hugging Face hub, or a folder of one, instead"
     )
-    for name, default in (("config", None), ("split", "train"), ("column", "text"), ("revision", None)):
-        moments.add_argument(f"--{name}", default=default, help=f"of the dataset (default: {default or 'its own'})")
+    for name, default in OF_A_DATASET.items():
+        moments.add_argument(f"--{name}", help=f"of the dataset (default: {default or 'its own'})")
     add_settings(moments, MomentSettings)
     moments.add_argument("--out", type=a_path, metavar="FILE", help="also write it there (.safetensors); of one layer")
     add_json(moments)
@@ -68,13 +70,14 @@ def _moments(arguments: argparse.Namespace) -> None:
         raise UsageError("--out is a file for one layer; several layers are kept in the cache.")
     if arguments.dataset and arguments.text:
         raise UsageError("C comes from --text or from --dataset, not from both.")
+    given = {name: value for name in OF_A_DATASET if (value := getattr(arguments, name)) is not None}
+    if given and not arguments.dataset:
+        raise UsageError(f"--{min(given)} is of a dataset: give --dataset too.")
     check_places(arguments.json, arguments.out)
     check_files(*arguments.text)
     texts: list[str | Path | Corpus] = list(arguments.text)
     if arguments.dataset:
-        texts = [
-            moments.Corpus(arguments.dataset, arguments.config, arguments.split, arguments.column, arguments.revision)
-        ]
+        texts = [moments.Corpus(arguments.dataset, **(OF_A_DATASET | given))]
     model = load_model(arguments)
     layers = [rome.resolve(model, RomeSettings(layer=layer)).layer for layer in arguments.layer]
     kept = keeping("what is summed so far is kept in the cache")

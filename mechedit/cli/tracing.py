@@ -252,6 +252,8 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
         raise UsageError("a run over facts is kept in a folder: give --out DIR.")
     if arguments.prompt is not None:
         raise UsageError("give PROMPT or --facts, not both.")
+    if alone := [name for name in ("subject", "answer", "occurrence") if getattr(arguments, name) is not None]:
+        raise UsageError(f"--{alone[0]} is one prompt's; --facts takes its facts from the file.")
     if arguments.join:
         raise UsageError("--join is one prompt's; with --facts each record says it (`join`).")
     if arguments.other:
