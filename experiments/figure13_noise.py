@@ -1,8 +1,8 @@
 """Does it matter how the subject is corrupted, and how wide the window is? (figures 13 to 15).  python -m experiments.figure13_noise
 
 The same facts, traced at the subject's last token and the prompt's last, under several corruptions and window widths. Each
-condition's average indirect effects have intervals, and its early and late sites are compared with those of the default, pair
-by pair. Every condition is a run of its own in out/, and resumes.
+condition's average indirect effects have intervals, and are compared with the default's at the default's own early and late sites,
+pair by pair: a layer chosen for each condition would favour it. Every condition is a run of its own in out/, and resumes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(settings: NoiseAndWindows) -> None:
     model = models.load(settings.model)
     chosen = known_facts(model, settings.facts, settings.seed)
     found: dict[str, list[Trace]] = {}
-    result = {}
+    result, chosen_once = {}, None
     for number, (name, wanted) in enumerate(conditions(settings).items()):
         say(name)
         folder = runs(model, f"noise{number:02d}")
@@ -67,6 +67,7 @@ def main(settings: NoiseAndWindows) -> None:
             result[name] = {"settings": asdict(wanted), "error": str(error)}
             continue
         early, late = sites.early(mean), sites.late(mean)
+        chosen_once = chosen_once or (early, late)
         result[name] = {
             "settings": asdict(wanted),
             "n": mean.n,
@@ -75,7 +76,7 @@ def main(settings: NoiseAndWindows) -> None:
             "total_effect": mean.total.to_json(),
             "early_site": vars(early) | {"effect": mean.at(early.kind, early.layer, "subject_last").to_json()},
             "late_site": vars(late) | {"effect": mean.at(late.kind, late.layer, "last").to_json()},
-            "against_default": _paired(found, name, early, late, settings.seed),
+            "against_default": _paired(found, name, chosen_once, settings.seed),
         }
         figures.write(figures.role_lines(mean, ROLES), FIGURES / short_name(model) / "figure13_noise" / f"{number:02d}")
         say(f"  n {mean.n}, total effect {mean.total}; {early}; {late}")
@@ -83,14 +84,15 @@ def main(settings: NoiseAndWindows) -> None:
 
 
 def _paired(
-    found: dict[str, list[Trace]], name: str, early: sites.Site, late: sites.Site, seed: int
+    found: dict[str, list[Trace]], name: str, chosen: tuple[sites.Site, sites.Site], seed: int
 ) -> dict[str, object]:
-    """This condition's effects at its sites less the default's there, over the facts that both have."""
+    """This condition's effects at the default's sites less the default's own, over the facts that both have."""
     theirs = {each.prompt: each for each in found["gaussian, 3 sigma"]}
     mine = found[name]
     base = [theirs[each.prompt] for each in mine]
     return {
-        site.role: compare(base, mine, site.kind, site.layer, site.role, seed=seed).to_json() for site in (early, late)
+        site.role: {"layer": site.layer} | compare(base, mine, site.kind, site.layer, site.role, seed=seed).to_json()
+        for site in chosen
     }
 
 

@@ -1,6 +1,6 @@
 """Average indirect effects by layer and token role (figures 2 and 7).  python -m experiments.figure2_average_effects
 
-Traces facts that the model knows, all layers and tokens, three kinds, exactly, and averages them with bootstrap intervals over
+Traces facts that the model knows, all layers and tokens, three kinds, exactly, and averages them with intervals over
 facts. Writes figures/MODEL/figure2_average_effects.json and pictures; each fact's trace is kept in out/, so that a killed run
 goes on and `figure7_lines` needs no model.
 """
@@ -23,7 +23,7 @@ class AverageEffects:
     """Settings of the experiment."""
 
     model: str = "gemma-3-270m"
-    facts: int = 200  # the paper has 1,000; intervals are about 2 points wide with 200
+    facts: int = 200  # the paper has 1,000; intervals are 6 to 7 points wide with 200
     draws: int = 10
     seed: int = 0
     threads: int = 2

@@ -1,7 +1,7 @@
 """Which modules carry the restored state on? (figure 3).  python -m experiments.figure3_severed
 
 Restores the state at the subject's last token, layer by layer, with nothing, all MLPs or all attention held at that token at
-their corrupted values, over facts the model knows, and averages the three curves with bootstrap intervals over facts.
+their corrupted values, over facts the model knows, and averages the three curves with intervals over facts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from experiments.common import FIGURES, known_facts, parse, progress, runs, say,
 from mechedit import figures, models
 from mechedit.runs import tracing
 from mechedit.settings import TraceSettings
-from mechedit.statistics import interval
+from mechedit.statistics import UNBOUNDED, interval
 from mechedit.tracing.severing import CURVES
 
 
@@ -42,10 +42,10 @@ def main(settings: SeveredEffects) -> None:
     }
     result = {"n": len(found)}
     for name, effects in curves.items():
-        low, high = interval(effects, settings.seed)
+        low, high = interval(effects, settings.seed, UNBOUNDED)
         result[name] = {"mean": effects.mean(0).tolist(), "low": low.tolist(), "high": high.tolist()}
     for name in ("mlp", "attn"):
-        low, high = interval(curves["ordinary"] - curves[name], settings.seed)
+        low, high = interval(curves["ordinary"] - curves[name], settings.seed, UNBOUNDED)
         lost = (curves["ordinary"] - curves[name]).mean(0)
         result[f"lost_without_{name}"] = {"mean": lost.tolist(), "low": low.tolist(), "high": high.tolist()}
         layer = int(lost.argmax())

@@ -125,7 +125,7 @@ def severed_lines(curves: Sequence[Severed]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    from mechedit.statistics import interval
+    from mechedit.statistics import UNBOUNDED, interval
 
     figure = Figure(figsize=(4.6, 3.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -134,7 +134,7 @@ def severed_lines(curves: Sequence[Severed]) -> Figure:
         layers = range(effects.shape[1])
         axes.plot(layers, effects.mean(0), color=colour, label=SEVERED_TITLES[name], linewidth=1.4)
         if len(curves) > 1:
-            axes.fill_between(layers, *interval(effects), color=colour, alpha=0.2, linewidth=0)
+            axes.fill_between(layers, *interval(effects, support=UNBOUNDED), color=colour, alpha=0.2, linewidth=0)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(f"layer of the restored state, {ROLE_TITLES[curves[0].role]}", fontsize=9)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import (
     benchmark_editing,
@@ -33,7 +35,8 @@ from mechedit.benchmarks.zsre import Question
 from mechedit.facts import Fact
 from mechedit.models import loading
 from mechedit.organism.world import make
-from mechedit.settings import CONSTANTS, PREFIXES, PRESETS, RomeSettings, SweepSettings
+from mechedit.settings import CONSTANTS, PREFIXES, PRESETS, RomeSettings, SweepSettings, TraceSettings
+from mechedit.tracing import trace
 from tests.conftest import widen_bands
 
 MADE_UP = [
@@ -69,8 +72,32 @@ def test_the_tracing_benchmark_runs_and_its_sweep_equals_its_loops(tiny, tmp_pat
     if record["transformerlens_patching"]:
         rows += record["transformerlens_patching"]["grids"].values()
     assert max(row["largest_difference"] for row in rows) < 1e-5
+    assert max(row["largest_difference_of_log_p"] for row in rows) < 1e-3
+    assert max(row["largest_effect_on_log_p"] for row in rows) > 0.1, "there was something to get wrong"
     assert record["loop_over_sweep"] > 1
-    assert record["floor_seconds"] > 0
+    assert record["floor_seconds"] > record["floor_of_what_is_read_seconds"] > 0
+
+
+def test_a_wrong_cell_among_probabilities_of_random_weights_is_seen():
+    ours = torch.tensor([7.5e-6, 6.8e-6, 6.8e-6])
+    wrong = benchmark_tracing.compared(ours.flip(0), ours, 6.8e-6)
+    assert wrong["largest_difference"] < 1e-5, "which says nothing"
+    assert wrong["largest_difference_of_log_p"] == pytest.approx(math.log(7.5 / 6.8), rel=1e-4)
+    assert wrong["largest_effect_on_log_p"] == pytest.approx(math.log(7.5 / 6.8), rel=1e-4)
+
+
+def test_floors_count_by_hand(tiny):
+    """One cell of a two-token rest: all products of both tokens in all blocks above, or in the last block those that are read."""
+    model = models.load(tiny, device="cpu")
+    found = trace(model, Fact("Paris", "{} in", "Apple"), TraceSettings(kinds=("resid",), draws=1, prepend_bos=False))
+    layers, width, inner = int(model.cfg.n_layers), int(model.cfg.d_model), int(model.cfg.d_mlp)
+    block, tokens = 4 * width * width + 2 * width * inner, len(found.tokens)
+    cells = [(layer, tokens - position) for layer in range(layers) for position in range(found.subject_range[0], tokens)]
+    unembedding = len(cells) * width * int(model.cfg.d_vocab)
+    whole = sum(rest * (layers - layer - 1) * block for layer, rest in cells)
+    unread = sum((rest - 1) * (block - 2 * width * width) for layer, rest in cells if layer < layers - 1)
+    assert benchmark_tracing.floor_operations(model, found) == pytest.approx(2 * (whole + unembedding), rel=0.02)
+    assert benchmark_tracing.floor_of_what_is_read(model, found) == pytest.approx(2 * (whole - unread + unembedding), rel=0.02)
 
 
 def test_the_scaling_benchmark_measures_every_size(few, tmp_path, monkeypatch):
@@ -145,8 +172,12 @@ def test_every_noise_is_compared_with_the_default(few, tmp_path):
     conditions = read(tmp_path, "figure13_noise")["conditions"]
     assert len(conditions) == 12
     same = conditions["gaussian, 3 sigma"]["against_default"]["subject_last"]
-    assert (same["mean"], same["low"], same["high"]) == (0, 0, 0)
+    assert (same["mean"], same["low"], same["high"]) == (0, None, None), "four facts are too few for an interval"
     assert conditions["window 3"]["against_default"]["subject_last"]["mean"] != 0
+    for site in ("early", "late"):  # a layer chosen for each condition would favour it
+        role = conditions["gaussian, 3 sigma"][f"{site}_site"]["role"]
+        layers = {each["against_default"][role]["layer"] for each in conditions.values() if "against_default" in each}
+        assert layers == {conditions["gaussian, 3 sigma"][f"{site}_site"]["layer"]}
     assert conditions["other tokens"]["n"] == 3, "one name has a length of its own, so nothing can take its place"
 
 

@@ -253,7 +253,7 @@ for given in {given}:
         "noise must be of type float; found '3'.",
         "kinds must be of type tuple; found 'mlp'.",
         "replace must be of type True, False or None; found 1.",
-        "3",
+        "3.0",
         "",
     ]
 
