@@ -213,7 +213,9 @@ def main(settings: BenchmarkTracing) -> None:
     loops = {kind: run_loop(model, prepared, found, kind, settings.loop_cells, device) for kind in KINDS}
     for kind, each in loops.items():
         wrong, there = each["largest_difference_of_log_p"], each["largest_effect_on_log_p"]
-        say(f"loop, {kind}: {each['seconds_for_all']:.0f} s; log P differs by {wrong:.1e} at most, effects reach {there:.1e}")
+        say(
+            f"loop, {kind}: {each['seconds_for_all']:.0f} s; log P differs by {wrong:.1e} at most, effects reach {there:.1e}"
+        )
     patching = run_patching(model, prepared, found, settings.plain_cells, device)
     with torch.no_grad():
         for weight in model.parameters():

@@ -30,7 +30,9 @@ class Attribution:
     model: str = "gemma-3-270m"
     facts: int = 60
     draws: int = 10
-    gradient_draws: int = 3  # of both estimates alike; a draw of integrated gradients costs about as much as a whole exact trace
+    gradient_draws: int = (
+        3  # of both estimates alike; a draw of integrated gradients costs about as much as a whole exact trace
+    )
     steps: int = 50
     seed: int = 0
     threads: int = 2

@@ -92,12 +92,16 @@ def test_floors_count_by_hand(tiny):
     found = trace(model, Fact("Paris", "{} in", "Apple"), TraceSettings(kinds=("resid",), draws=1, prepend_bos=False))
     layers, width, inner = int(model.cfg.n_layers), int(model.cfg.d_model), int(model.cfg.d_mlp)
     block, tokens = 4 * width * width + 2 * width * inner, len(found.tokens)
-    cells = [(layer, tokens - position) for layer in range(layers) for position in range(found.subject_range[0], tokens)]
+    cells = [
+        (layer, tokens - position) for layer in range(layers) for position in range(found.subject_range[0], tokens)
+    ]
     unembedding = len(cells) * width * int(model.cfg.d_vocab)
     whole = sum(rest * (layers - layer - 1) * block for layer, rest in cells)
     unread = sum((rest - 1) * (block - 2 * width * width) for layer, rest in cells if layer < layers - 1)
     assert benchmark_tracing.floor_operations(model, found) == pytest.approx(2 * (whole + unembedding), rel=0.02)
-    assert benchmark_tracing.floor_of_what_is_read(model, found) == pytest.approx(2 * (whole - unread + unembedding), rel=0.02)
+    assert benchmark_tracing.floor_of_what_is_read(model, found) == pytest.approx(
+        2 * (whole - unread + unembedding), rel=0.02
+    )
 
 
 def test_the_scaling_benchmark_measures_every_size(few, tmp_path, monkeypatch):
