@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,22 @@ if TYPE_CHECKING:
     from mechedit.tracing.averages import Average
     from mechedit.tracing.severing import Severed
 
-__all__ = ["average_map", "heat_map", "role_lines", "save", "save_average", "save_severed", "severed_lines", "write"]
+__all__ = [
+    "FigureWarning",
+    "average_map",
+    "heat_map",
+    "role_lines",
+    "save",
+    "save_average",
+    "save_severed",
+    "severed_lines",
+    "write",
+]
+
+
+class FigureWarning(UserWarning):
+    """A picture that cannot show what it is of."""
+
 
 COLOURS = {"resid": "Purples", "mlp": "Greens", "attn": "Reds"}
 TITLES = {
@@ -65,11 +82,12 @@ def heat_map(trace: Trace, kind: str) -> Figure:
         aspect="auto",
         interpolation="nearest",
     )
-    axes.set_yticks(range(len(labels)), [_plain(label) for label in labels], fontsize=9)
+    (*labels, label), fonts = _shown([*labels, trace.label])
+    axes.set_yticks(range(len(labels)), labels, fontsize=9, fontfamily=fonts)
     axes.set_xticks(range(0, grid.shape[1], 1 if grid.shape[1] <= 12 else 5 if grid.shape[1] > 24 else 2))
     axes.set_xlabel(AXES.get(kind, f"layer at the centre of the restored {kind}") + "   (* subject)", fontsize=9)
     axes.set_title(_title(kind, trace.settings.window), fontsize=10)
-    figure.colorbar(image, ax=axes).set_label(_plain(trace.label), fontsize=9)
+    figure.colorbar(image, ax=axes).set_label(label, fontsize=9, fontfamily=fonts)
     return figure
 
 
@@ -141,7 +159,8 @@ def severed_lines(curves: Sequence[Severed]) -> Figure:
     axes.set_ylabel("indirect effect" + (f", {len(curves)} facts" if len(curves) > 1 else ""), fontsize=9)
     axes.legend(fontsize=8)
     if len(curves) == 1:
-        axes.set_title(_plain(f"{curves[0].prompt} …{curves[0].answer}"), fontsize=8)
+        (title,), fonts = _shown([f"{curves[0].prompt} …{curves[0].answer}"])
+        axes.set_title(title, fontsize=8, fontfamily=fonts)
     return figure
 
 
@@ -188,3 +207,32 @@ def _title(kind: str, window: int) -> str:
 def _plain(text: str) -> str:
     """Text that matplotlib shows as it is, dollar signs included."""
     return text.replace("$", r"\$")
+
+
+def _shown(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Texts as matplotlib can show them, and the fonts that have their letters: the usual ones first, then such as are installed.
+    Letters that no font has are written as their codes, and a warning says so."""
+    import matplotlib as mpl
+    from matplotlib.font_manager import FontProperties, findfont, fontManager
+    from matplotlib.ft2font import FT2Font
+
+    fonts, usual = list(mpl.rcParams["font.family"]), FT2Font(findfont(FontProperties()))
+    lacking = {letter for text in texts for letter in text if not usual.get_char_index(ord(letter))}
+    upright = [each for each in fontManager.ttflist if each.style == "normal" and str(each.weight) in ("400", "normal")]
+    for entry in sorted(upright, key=lambda each: each.name) if lacking else ():
+        if entry.name.startswith("Last Resort"):  # draws boxes for all
+            continue
+        with suppress(OSError, RuntimeError):  # of a font that is gone, or damaged
+            font = FT2Font(entry.fname)
+            if has := {letter for letter in lacking if font.get_char_index(ord(letter))}:
+                fonts.append(entry.name)
+                lacking -= has
+    if lacking:
+        warnings.warn(
+            f"no installed font has {len(lacking)} of a picture's characters, which are shown as their codes; install one of "
+            "their script (Noto Sans CJK has Chinese, Japanese and Korean).",
+            FigureWarning,
+            stacklevel=3,
+        )
+    codes = str.maketrans({letter: letter.encode("unicode_escape").decode() for letter in lacking})
+    return [_plain(text.translate(codes)) for text in texts], fonts

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.font_manager import FontProperties, findfont, fontManager
+from matplotlib.ft2font import FT2Font
 
 from mechedit import figures
 from mechedit.settings import TraceSettings
@@ -29,3 +32,39 @@ def test_dollar_signs_in_tokens_do_not_break_a_picture(load, tmp_path):
     found = trace(load("gpt2"), FACT, TraceSettings(draws=1, kinds=("mlp",)))
     odd = replace(found, tokens=("$x_1$", "\n", *found.tokens[2:]), answer="$")
     assert all(path.stat().st_size for path in figures.save(odd, tmp_path))
+
+
+def test_letters_of_other_scripts_are_shown_by_a_font_that_has_them_or_as_codes(load, tmp_path):
+    found = trace(load("gpt2"), FACT, TraceSettings(draws=1, kinds=("mlp",)))
+    chinese = replace(found, tokens=("法国的", "\ud7c8", *found.tokens[2:]), answer="巴黎", prompt="法国的首都是")
+    has = {"法", "国", "的", "巴", "黎", "\ud7c8"}.issubset(
+        {chr(code) for each in fontManager.ttflist if "Last Resort" not in each.name for code in FT2Font(each.fname).get_charmap()}
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        paths = figures.save(chinese, tmp_path)
+    assert all(path.stat().st_size for path in paths)
+    assert [each.category for each in told] == ([] if has else [figures.FigureWarning]), (
+        "one line, and none of matplotlib's"
+    )
+    labels = [label.get_text() for label in _map(chinese).axes[0].get_yticklabels()]
+    assert labels[0].strip("*") == ("法国的" if has else r"\u6cd5\u56fd\u7684")
+
+
+def test_a_letter_is_drawn_by_the_installed_font_that_has_it():
+    usual = FT2Font(findfont(FontProperties()))
+    stix = FT2Font(findfont("STIXGeneral"))
+    letter = chr(next(code for code in sorted(stix.get_charmap()) if code > 0x2000 and not usual.get_char_index(code)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (text,), fonts = figures._shown([f"a {letter}"])
+    assert text == f"a {letter}"
+    drawn = [FT2Font(findfont(name)).get_char_index(ord(letter)) for name in fonts[1:]]
+    assert any(drawn)
+    assert figures._shown(["Paris"])[1] == fonts[:1]
+
+
+def _map(found):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", figures.FigureWarning)
+        return figures.heat_map(found, "mlp")
