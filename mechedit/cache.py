@@ -41,7 +41,6 @@ __all__ = [
 ]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LONGEST = 255  # bytes of a name
 
 
 class CacheWarning(UserWarning):
@@ -147,8 +146,10 @@ def _target(path: Path) -> Path:
     """What a chain of links ends in; the path itself where it is no link."""
     try:
         return path.resolve() if path.is_symlink() else path
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle are a RuntimeError before Python 3.13
-        raise WriteError(f"{path} cannot be written: its links lead nowhere.") from error
+    except RuntimeError as error:  # of Python before 3.13
+        raise WriteError(f"{path} cannot be written: its links go in a circle.") from error
+    except (OSError, ValueError) as error:  # too long, with a NUL in it
+        raise _refused(path, error) from error
 
 
 def _mode(target: Path) -> int:
@@ -180,10 +181,6 @@ def check_writable(path: Path) -> None:
         if isinstance(error, WriteError):
             raise
         raise _refused(path, error) from error
-    if len(os.fsencode(target.name)) > LONGEST:
-        raise WriteError(
-            f"{path} cannot be written: its name is longer than the {LONGEST} bytes that file systems take."
-        )
     try:
         _empty(target, path).unlink()
     finally:

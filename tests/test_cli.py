@@ -215,9 +215,9 @@ def test_a_device_that_is_not_here_or_has_no_numbers_is_refused(device, run):
     ("arguments", "message"),
     [
         ((*EDIT, "--prefixes", "100x3"), "prefixes must fit the context of 64 tokens"),
-        ((*EDIT, "--prefixes", "60x1"), "a prompt must fit the context of 64 tokens"),
+        ((*EDIT, "--prefixes", "63x1"), "a prompt must fit the context of 64 tokens"),
         ((*TRACE, "--json", "/tmp"), "is a folder"),  # noqa: S108
-        ((*TRACE, "--json", "x" * 300), "longer than the 255 bytes"),
+        ((*TRACE, "--json", "x" * 300), "File name too long"),
         ((*TRACE, "--out", "x" * 300), "File name too long"),
         (("inspect", "x" * 300), "File name too long"),
     ],
