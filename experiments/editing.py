@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments.common import FIGURES, runs, short_name
 from mechedit import applying, cache, models, organism, provenance, sources, statistics
-from mechedit.benchmarks import counterfact
+from mechedit.benchmarks import counterfact, metrics
 from mechedit.edits import Edit
 from mechedit.facts import Fact
 from mechedit.runs.results import Evaluation
 from mechedit.settings import CONSTANTS, POLICIES, PREFIXES, RomeSettings
-from mechedit.statistics import Mean
+from mechedit.statistics import Mean, Paired
 
 NUMBERS = ("relative_norm", "divisor_share", "essence_kl", "perplexity_ratio")
+LESS = "less the unedited model"
 
 
 def data(name: str) -> Path:
@@ -54,32 +53,91 @@ def folder(model: models.HookedModel, table: str, begin: int, row: str) -> Path:
     return runs(model, f"{table}-from{begin}") / row.replace(" ", "-")
 
 
-def compared(first: Evaluation, second: Evaluation, names: Sequence[str]) -> dict[str, Any]:
-    """Second less first over the facts that both have, with the permutation test's p."""
+def compared(first: Evaluation, second: Evaluation, names: Sequence[str]) -> dict[str, Paired]:
+    """Second less first after their edits, over the facts that both have."""
     own = {fact["id"]: row for fact, row in zip(first.facts, first.rows["after"], strict=True)}
     pairs = [(own[fact["id"]], row) for fact, row in zip(second.facts, second.rows["after"], strict=True) if fact["id"] in own]  # fmt: skip
-    found = {}
-    for name in names:
-        a, b = (np.array([row[name] for row in side], float) for side in zip(*pairs, strict=True))
-        there = ~(np.isnan(a) | np.isnan(b))
-        found[name] = asdict(statistics.paired(a[there], b[there]))
+    return _of(names, metrics.differences(*zip(*pairs, strict=True)))
+
+
+def gained(found: Evaluation, names: Sequence[str]) -> dict[str, Paired]:
+    """What edits change: each record after its edit less the same record before it."""
+    return _of(names, metrics.differences(found.rows["before"], found.rows["after"]))
+
+
+def _of(names: Sequence[str], found: dict[str, Paired]) -> dict[str, Paired]:
+    return {name: found[name] for name in names if name in found and found[name].difference.n}
+
+
+def corrected(comparisons: dict[str, dict[str, dict[str, Paired]]]) -> dict[str, Any]:
+    """Comparisons as JSON: of each [kind][row][number] the difference, p, and p corrected for the number of them all (Holm)."""
+    every = [(kind, row, name, each) for kind, rows in comparisons.items() for row, own in rows.items() for name, each in own.items()]  # fmt: skip
+    found: dict[str, Any] = {"comparisons": len(every)}
+    for (kind, row, name, each), p in zip(every, statistics.holm([each.p for *_, each in every]), strict=True):
+        own = found.setdefault(kind, {}).setdefault(row, {})
+        own[name] = {"difference": each.difference.to_json(), "p": each.p, "p_corrected": p}
     return found
 
 
-def write_table(model: models.HookedModel, name: str, names: Sequence[str], rows: dict[str, dict[str, Mean]], below: Sequence[Sequence[str]]) -> Path:  # fmt: skip
-    """The table as Markdown beside its JSON: percent with intervals, then the lines `below`, as they are."""
+def paired_of(record: dict[str, Any]) -> dict[str, Paired]:
+    """Of a row what `corrected` made JSON of."""
+    return {name: Paired(Mean(**_nans(each["difference"])), each["p"]) for name, each in record.items()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: a method's scores, and those of the unedited model on the same records (none where nothing is edited)."""
+
+    scores: dict[str, Mean]
+    unedited: dict[str, Mean]
+
+    @classmethod
+    def of(cls, found: Evaluation) -> Row:
+        """The last stage of an evaluation, and the first where that is another."""
+        stages = list(found.rows)
+        return cls(found.table(stages[-1]), found.table(stages[0]) if len(stages) > 1 else {})
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, what no fact has left out."""
+        return {"scores": plain(self.scores), "unedited": plain(self.unedited)}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Row:
+        """What `to_json` gave."""
+        return cls(*({name: Mean(**_nans(each)) for name, each in record[part].items()} for part in ("scores", "unedited")))  # fmt: skip
+
+
+def _nans(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: float("nan") if value is None else value for name, value in record.items()}
+
+
+def write_table(model: models.HookedModel, name: str, names: Sequence[str], rows: dict[str, Row], differences: dict[str, Any], below: Sequence[Sequence[str]]) -> Path:  # fmt: skip
+    """The table as Markdown beside its JSON, in percent with intervals: under each method the unedited model on the same records, and
+    the paired difference; then the lines `below`, as they are. `differences` is what `corrected` gave."""
     lines = [["", "n", *names], ["---"] * (len(names) + 2)]
     for row, found in rows.items():
-        shown = [found.get(each) for each in names]
-        lines.append([row, str(max(each.n for each in found.values())), *(f"{100 * each.mean:.1f} [{100 * each.low:.1f}, {100 * each.high:.1f}]" if each else "" for each in shown)])  # fmt: skip
+        parts = [(row, found.scores), ("unedited, same records", found.unedited)]
+        own = {each: Mean(**_nans(value["difference"])) for each, value in differences.get(LESS, {}).get(row, {}).items()}  # fmt: skip
+        for title, means in [*parts, ("difference", own)]:
+            if means:
+                cells = [metrics.metric(each).shown(means[each]) if each in means else "" for each in names]
+                lines.append([title, str(max(each.n for each in means.values())), *cells])
+    text = "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *map(list, below)])
+    said = {
+        f"{row}: {each}" for row, own in differences.get(LESS, {}).items() for each, value in own.items() if value["p_corrected"] > 0.05
+    }  # fmt: skip
+    note = (
+        f"In percent, with 95 % intervals over facts. Differences are paired, record by record; of the table's {differences.get('comparisons', 0)} "
+        f"comparisons, corrected for their number (Holm), those with p > 0.05 to the unedited model: {', '.join(sorted(said)) or 'none'}."
+    )
     path = FIGURES / short_name(model) / f"{name}.md"
     with cache.atomic_write(path) as temporary:
-        temporary.write_text("\n".join("| " + " | ".join(line) + " |" for line in [*lines, *map(list, below)]) + "\n")
+        temporary.write_text(f"{text}\n\n{note}\n")
     return path
 
 
-def kept_rows(model: models.HookedModel, name: str, settings: Any) -> dict[str, dict[str, Mean]]:
-    """Rows of the table that is in figures/, where all but `rows` and `threads` is as it was; else none."""
+def kept_rows(model: models.HookedModel, name: str, settings: Any) -> dict[str, Any]:
+    """The table that is in figures/, where all but `rows` and `threads` is as it was; else nothing."""
     path = FIGURES / short_name(model) / f"{name}.json"
     if not path.is_file():
         return {}
@@ -87,11 +145,9 @@ def kept_rows(model: models.HookedModel, name: str, settings: Any) -> dict[str, 
     now = {"settings": asdict(settings), "origin": provenance.origin(model), "versions": provenance.versions()}
     for each in (record["settings"], now["settings"]):
         del each["rows"], each["threads"]
-    if any(record[part] != now[part] for part in now):
-        return {}
-    return {row: {key: Mean(**each) for key, each in table.items()} for row, table in record["rows"].items()}
+    return {} if any(record[part] != now[part] for part in now) else dict(record)
 
 
 def plain(table: dict[str, Mean]) -> dict[str, Any]:
     """A table as JSON values, what no fact has left out."""
-    return json.loads(json.dumps({name: asdict(each) for name, each in table.items() if each.n}))
+    return {name: each.to_json() for name, each in table.items() if each.n}

@@ -1,8 +1,8 @@
 """zsRE, one edit at a time.  python -m experiments.table1_zsre
 
 Rows: no edit, the default, the published policy and constants, and the controls C = identity and another layer for each
-question; efficacy, paraphrase and specificity are shares of the answer's tokens that the model puts first, with 95 % bootstrap
-intervals over questions. On the organism the questions are of its own world. A killed run goes on, and `--rows` adds rows to the
+question; efficacy, paraphrase and specificity are shares of the answer's tokens that the model puts first, with 95 %
+intervals over questions; under each row the unedited model on the same questions, and the paired difference. On the organism the questions are of its own world. A killed run goes on, and `--rows` adds rows to the
 table that is there.
 Rows of GPT-2 XL are the paper's own (Meng et al. 2022, Table 1), another model on 10,000 records.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from experiments.common import parse, progress, say, write
-from experiments.editing import data, folder, kept_rows, plain, published, write_table
+from experiments.editing import LESS, Row, corrected, data, folder, gained, kept_rows, paired_of, published, write_table
 from mechedit import models, organism, sources
 from mechedit.benchmarks.zsre import Question
 from mechedit.editors import rome
@@ -63,18 +63,24 @@ def main(settings: Table1) -> None:
         "random layer": (settings.control_facts, "rome-random-layer", replace(default, seed=settings.seed)),
     }
     file = "table1_zsre" if settings.begin == 0 else f"table1_zsre_from{settings.begin}"
-    tables = kept_rows(model, file, settings)
+    kept = kept_rows(model, file, settings)
+    rows = {name: Row.from_json(each) for name, each in kept.get("rows", {}).items()}
+    gains = {name: paired_of(own) for name, own in kept.get("paired", {}).get(LESS, {}).items()}
     for name in settings.rows:
         n, editor, edit = wanted[name]
         run = EvaluateSettings(health=False, seed=settings.seed)
         place = folder(model, "table1", settings.begin, name)
         found = evaluate(model, chosen[:n], place, run, editor, edit, progress=progress(10))
-        tables[name] = found.table("after" if editor else "before")
-        say(f"{name}, {len(chosen[:n])} questions: {', '.join(f'{key} {tables[name][key]}' for key in COLUMNS)}")
-        tables = {row: tables[row] for row in ROWS if row in tables}
-        result = {"rows": {row: plain(each) for row, each in tables.items()}}
-        say(f"wrote {write(file, model, replace(settings, rows=tuple(tables)), result)}")
-        say(f"wrote {write_table(model, file, COLUMNS, tables, PAPER)}")
+        rows[name] = Row.of(found)
+        if editor:
+            gains[name] = gained(found, COLUMNS)
+        shown = rows[name].scores
+        say(f"{name}, {len(chosen[:n])} questions: {', '.join(f'{key} {shown[key]}' for key in COLUMNS)}")
+        rows, gains = ({row: each[row] for row in ROWS if row in each} for each in (rows, gains))
+        differences = corrected({LESS: gains})
+        result = {"rows": {row: each.to_json() for row, each in rows.items()}, "paired": differences}
+        say(f"wrote {write(file, model, replace(settings, rows=tuple(rows)), result)}")
+        say(f"wrote {write_table(model, file, COLUMNS, rows, differences, PAPER)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """COUNTERFACT, one edit at a time, beside its controls.  python -m experiments.table4_counterfact
 
-Rows, each with ES, PS, NS, S and their magnitudes, and 95 % bootstrap intervals over facts:
+Rows, each with ES, PS, NS, S and their magnitudes, and 95 % intervals over facts; under each the unedited model on the same
+records, and the paired difference, with p corrected for the number of comparisons:
 - no edit; the default; the published policy and constants;
 - controls: C = identity, another layer for each fact, a random key in place of k*;
 - the default at the layers around the causal trace's peak;
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from experiments.common import parse, progress, say, write
-from experiments.editing import benchmark_facts, compared, folder, plain, published, write_table
+from experiments.editing import LESS, Row, benchmark_facts, compared, corrected, folder, gained, published, write_table
 from mechedit import models, moments
 from mechedit.benchmarks.metrics import SUCCESSES
 from mechedit.editors import rome
@@ -101,14 +102,17 @@ def main(settings: Table4) -> None:
     }
     for name in settings.rows:
         every[name]()
-    tables = {name: each.table("before" if name == "no edit" else "after") for name, each in found.items()}
-    result: dict[str, Any] = {"rows": {name: plain(table) for name, table in tables.items()}, "edit": vars(default)}
+    rows = {name: Row.of(each) for name, each in found.items()}
+    edited = {name: each for name, each in found.items() if name != "no edit"}
+    comparisons = {LESS: {name: gained(each, COLUMNS) for name, each in edited.items()}}
     if "default" in found:
-        others = {name: each for name, each in found.items() if name not in ("no edit", "default")}
-        result["less the default"] = {name: compared(found["default"], each, SUCCESSES) for name, each in others.items()}  # fmt: skip
+        others = {name: each for name, each in edited.items() if name != "default"}
+        comparisons["less the default"] = {name: compared(found["default"], each, (*SUCCESSES, "S")) for name, each in others.items()}  # fmt: skip
+    differences = corrected(comparisons)
+    result: dict[str, Any] = {"rows": {name: each.to_json() for name, each in rows.items()}, "paired": differences, "edit": vars(default)}  # fmt: skip
     file = "table4_counterfact" if settings.begin == 0 else f"table4_counterfact_from{settings.begin}"
     say(f"wrote {write(file, model, settings, result)}")
-    say(f"wrote {write_table(model, file, COLUMNS, tables, PAPER)}")
+    say(f"wrote {write_table(model, file, COLUMNS, rows, differences, PAPER)}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ __all__ = [
     "Paired",
     "Support",
     "compared",
+    "compared_statistic",
     "holm",
     "interval",
     "paired",
@@ -160,6 +161,34 @@ def compared(first: np.ndarray, second: np.ndarray, supports: Sequence[Support |
     return list(map(Paired, means, p))
 
 
+def compared_statistic(
+    first: np.ndarray,
+    second: np.ndarray,
+    of_means: Callable[..., float | np.ndarray],
+    seed: int = 0,
+    support: Support = (0.0, 1.0),
+) -> Paired:
+    """A rising function of the means of the columns of `second` [fact, column] less that of `first`, over the facts that have all
+    numbers in both; p is of a permutation test that exchanges the two conditions of a fact."""
+    there = ~(np.isnan(first) | np.isnan(second)).any(1)
+    a, b, columns = first[there], second[there], first.shape[1]
+
+    def gain(*means: float | np.ndarray) -> float | np.ndarray:
+        return of_means(*means[:columns]) - of_means(*means[columns:])
+
+    both = np.concatenate([b, a], 1)
+    if not len(both):
+        return Paired(Mean(math.nan, math.nan, math.nan, 0), math.nan)
+    difference = statistic(both, gain, seed, support, falling=range(columns, 2 * columns))
+    sums, exact = a.sum(0), len(a) <= EXACT
+    hits = 0 if exact else 1
+    for signs in [_all_signs(len(a))] if exact else _signs(len(a), seed):
+        moved = signs @ (b - a)
+        found = gain(*(np.concatenate([sums + moved, b.sum(0) - moved], 1) / len(a)).T)
+        hits += int((np.abs(found) >= abs(difference.mean) - 1e-9).sum())
+    return Paired(difference, hits / (2 ** len(a) if exact else DRAWS))
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """p-values corrected for their number (Holm 1979); nan stays nan, and is not counted."""
     found = np.array(p, float)
@@ -238,11 +267,15 @@ def _sign_test(differences: np.ndarray, seed: int) -> np.ndarray:
     total, n = values.sum(0), len(values)
     least = np.abs(total) - 1e-9 * np.abs(values).sum(0)
     if n <= EXACT:
-        signs = np.indices((2,) * n).reshape(n, -1).T if n else np.zeros((1, 0))
-        p = (np.abs(2 * signs @ values - total) >= least).mean(0)
+        p = (np.abs(2 * _all_signs(n) @ values - total) >= least).mean(0)
     else:
         p = (1 + sum((np.abs(2 * signs @ values - total) >= least).sum(0) for signs in _signs(n, seed))) / DRAWS
     return np.where(np.isnan(differences).all(0), np.nan, p)
+
+
+def _all_signs(n: int) -> np.ndarray:
+    """Zeros and ones [choice, fact], every choice."""
+    return np.indices((2,) * n).reshape(n, -1).T if n else np.zeros((1, 0))
 
 
 def _signs(n: int, seed: int) -> Iterator[np.ndarray]:

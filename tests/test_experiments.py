@@ -267,20 +267,34 @@ def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path
     rows = record["rows"]
     assert set(rows) == {"no edit", "default", "published", "identity", "random layer", "random key", "layer 0", "layer 1", "layer 2", "C of the text"}  # fmt: skip
     for name, row in rows.items():
-        assert row["S"]["low"] <= row["S"]["mean"] <= row["S"]["high"]
-        assert row["ES"]["n"] == (4 if name in ("no edit", "default", "published") else 2)
-    assert rows["default"]["p_new"]["mean"] > rows["no edit"]["p_new"]["mean"]
-    assert rows["random key"]["p_new"]["mean"] < rows["default"]["p_new"]["mean"]
+        own = row["scores"]
+        assert own["S"]["low"] <= own["S"]["mean"] <= own["S"]["high"]
+        assert own["ES"]["n"] == (4 if name in ("no edit", "default", "published") else 2)
+        assert own["S"]["high"] - own["S"]["low"] > 0.1, "few facts"
+        assert (row["unedited"] == {}) == (name == "no edit")
+    assert rows["default"]["scores"]["p_new"]["mean"] > rows["no edit"]["scores"]["p_new"]["mean"]
+    assert rows["random key"]["scores"]["p_new"]["mean"] < rows["default"]["scores"]["p_new"]["mean"]
+    assert rows["default"]["unedited"] == rows["no edit"]["scores"], "of the same four records"
+    assert rows["identity"]["unedited"]["ES"]["n"] == 2
     kept = {path.parts[-3]: json.loads(path.read_text()) for path in tmp_path.rglob("edits/run.json")}
     assert kept["C-of-the-text"]["prepared"] != kept["default"]["prepared"]
     with pytest.raises(SystemExit, match="the row text needs --text FILE"):
         table4_counterfact.main(table4_counterfact.Table4(rows=("text",)))
-    less = record["less the default"]
-    assert less["layer 1"]["ES"]["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 2}
+    paired = record["paired"]
+    less, gains = paired["less the default"], paired["less the unedited model"]
+    assert less["layer 1"]["ES"]["difference"]["mean"] == 0.0
+    assert less["layer 1"]["ES"]["difference"]["low"] < -0.5, "of two facts"
+    assert less["layer 1"]["ES"]["p"] == less["layer 1"]["ES"]["p_corrected"] == 1.0
     assert set(less) == set(rows) - {"no edit", "default"}
+    assert set(gains) == set(rows) - {"no edit"}
+    gain = rows["default"]["scores"]["EM"]["mean"] - rows["default"]["unedited"]["EM"]["mean"]
+    assert gains["default"]["EM"]["difference"]["mean"] == pytest.approx(gain)
+    assert paired["comparisons"] == 9 * 7 + 8 * 4
     lines = next(tmp_path.rglob("table4_counterfact.md")).read_text().splitlines()
     assert lines[0] == "|  | n | S | ES | EM | PS | PM | NS | NM |"
-    assert "| 89.2 | 100.0 |" in lines[-1]
+    assert [line.split(" | ")[0] for line in lines[2:6]] == ["| no edit", "| default", "| unedited, same records", "| difference"]  # fmt: skip
+    assert "| 89.2 | 100.0 |" in lines[-3]
+    assert "of the table's 95 comparisons" in lines[-1]
     monkeypatch.setattr("mechedit.editing.edit", lambda *args, **kwargs: pytest.fail("an edit was found again"))
     table4_counterfact.main(common.parse(table4_counterfact.Table4, arguments))
     assert read(tmp_path, "table4_counterfact")["rows"] == rows
@@ -295,8 +309,10 @@ def test_the_table_of_zsre_has_every_row(to_edit, tmp_path, monkeypatch):
     record = read(tmp_path, "table1_zsre")
     rows = record["rows"]
     assert tuple(rows) == tuple(record["settings"]["rows"]) == table1_zsre.ROWS
-    assert (rows["no edit"]["efficacy"]["n"], rows["published"]["efficacy"]["n"], rows["identity"]["efficacy"]["n"]) == (4, 3, 2)  # fmt: skip
-    assert rows["default"]["p_new"]["mean"] > rows["no edit"]["p_new"]["mean"]
+    assert [rows[name]["scores"]["efficacy"]["n"] for name in ("no edit", "published", "identity")] == [4, 3, 2]
+    assert [rows[name]["unedited"]["efficacy"]["n"] for name in ("published", "identity")] == [3, 2]
+    assert rows["default"]["scores"]["p_new"]["mean"] > rows["no edit"]["scores"]["p_new"]["mean"]
+    assert record["paired"]["comparisons"] == 4 * 3
     table1_zsre.main(common.parse(table1_zsre.Table1, [*arguments, "--rows", "no edit"]))
     assert read(tmp_path, "table1_zsre") == record, "the other rows are kept"
     table1_zsre.main(common.parse(table1_zsre.Table1, [*arguments, "--control-facts", "1", "--rows", "no edit"]))

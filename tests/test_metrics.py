@@ -268,6 +268,36 @@ def test_a_target_may_end_one_token_behind_the_context(model):
     assert len(model.to_tokens(generation.complete(model, prompt, 5), prepend_bos=False)[0]) <= 2
 
 
+def test_differences_are_of_the_same_facts_and_have_s_too():
+    before = [{"ES": 0.0, "PS": 0.0, "NS": 1.0, "x": 1.0}] * 5 + [{"ES": 1.0, "PS": 1.0, "NS": 1.0, "x": 1.0}]
+    after = [{"ES": 1.0, "PS": 0.5, "NS": 0.8, "y": 1.0}] * 5 + [{"ES": 1.0, "PS": 1.0, "NS": math.nan, "y": 1.0}]
+    found = metrics.differences(before, after)
+    assert set(found) == {"ES", "PS", "NS", "S"}
+    assert found["ES"].difference.mean == pytest.approx(5 / 6)
+    assert found["ES"].p == 2 / 2**5, "five of six differ"
+    assert (found["NS"].difference.mean, found["NS"].difference.n) == (pytest.approx(-0.2), 5)
+    assert found["S"].difference.mean == pytest.approx(3 / (1 + 2 + 1 / 0.8)), "over five, where the unedited S is 0"
+    assert found["S"].difference.n == 5
+    assert found["S"].p == 2 / 2**5
+    assert found["S"].difference.low < found["S"].difference.mean < found["S"].difference.high < 1
+    with pytest.raises(ValueError, match="found 6 and 5"):
+        metrics.differences(before, after[:5])
+
+
+def test_the_difference_of_s_is_tested_by_exchanging_conditions_fact_by_fact():
+    random = np.random.default_rng(0)
+    rows = [[dict(zip(metrics.SUCCESSES, map(float, random.binomial(10, p, 3) / 10), strict=True)) for _ in range(30)] for p in (0.6, 0.7)]  # fmt: skip
+    found = metrics.differences(*rows)["S"]
+    a, b = (np.array([list(row.values()) for row in each]) for each in rows)
+    hits = 0
+    for _ in range(2000):
+        swap = random.random(30) < 0.5
+        one, two = np.where(swap[:, None], b, a).mean(0), np.where(swap[:, None], a, b).mean(0)
+        hits += abs(metrics.harmonic(*two) - metrics.harmonic(*one)) >= abs(found.difference.mean) - 1e-12
+    assert found.p == pytest.approx(hits / 2000, abs=0.02)
+    assert found.difference.mean == pytest.approx(3 / (1 / b.mean(0)).sum() - 3 / (1 / a.mean(0)).sum())
+
+
 def test_every_number_of_a_table_is_described_and_percent_means_shares(model):
     from mechedit.benchmarks.health import health, unedited
     from mechedit.runs.scored import EDIT_NUMBERS

@@ -134,6 +134,30 @@ def test_health_sees_damage_and_nothing_where_nothing_was_done(model):
     assert well["perplexity"] == pytest.approx(float((-log_p.detach()).exp()), rel=1e-5)
 
 
+def test_what_the_model_says_itself_is_an_exact_match_and_nothing_else_is(model, tmp_path):
+    said = complete(model, FACTS[0].prompt, 6).split()
+    own = replace(FACTS[0], target_new=said[0])
+    rows = evaluate(model, [own, FACTS[1]], tmp_path, replace(PLAIN, generate=True, tokens=24), None).rows["before"]
+    assert [row["exact_match"] for row in rows] == [1.0, 0.0]
+
+
+def test_damage_is_the_divergence_of_the_edited_from_the_unedited_and_the_norm_that_changed_most(model):
+    before = unedited(model)
+    places = torch.linspace(1, before.row.shape[1] - 1, min(32, before.row.shape[1] - 1)).long()
+    with torch.no_grad():
+        was = model(before.row)[0, places].double().log_softmax(-1)
+    with weights.restored(model, Weight(1, "mlp.W_out"), Weight(2, "mlp.W_out")), torch.no_grad():
+        models.W_out(model, 1).mul_(4.0)
+        models.W_out(model, 2).mul_(0.1)
+        ill = health(model, before)
+        now = model(before.row)[0, places].double().log_softmax(-1)
+    forward, backward = ((p.exp() * (p - q)).sum(-1).mean().item() for p, q in ((now, was), (was, now)))
+    assert abs(forward - backward) > 0.02 * forward, "the two differ"
+    assert ill["next_token_kl"] == pytest.approx(forward, rel=1e-3)
+    assert ill["next_token_same"] == pytest.approx(float((now.argmax(-1) == was.argmax(-1)).float().mean()))
+    assert ill["weight_norm_ratio"] == pytest.approx(0.1), "a tenth is a greater change than four times"
+
+
 def test_an_estimate_counts_workers(model, moment, monkeypatch):
     one = estimating.estimate(model, FACTS, PLAIN, None, load=2.0)
     assert one.edit == 0.0

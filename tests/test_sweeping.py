@@ -139,7 +139,12 @@ def test_the_correlation_is_spearmans_over_cells():
     means = scores["PS"].mean(0)[:, :2].ravel(), effects[:, :, :2].mean(0).ravel()
     correlation = found.correlation("PS")
     assert correlation.mean == pytest.approx(spearmanr(*means).statistic)
-    assert correlation.low <= correlation.mean <= correlation.high
+    drawn = [random.integers(20, size=20) for _ in range(1000)]
+    again = [spearmanr(*(each[rows][:, :, :2].mean(0).ravel() for each in (scores["PS"], effects))).statistic for rows in drawn]  # fmt: skip
+    assert (correlation.low, correlation.high) == pytest.approx(tuple(np.percentile(again, [2.5, 97.5])), abs=0.12)
+    assert correlation.high - correlation.low > 0.2
+    few = replace(found, scores={name: each[:19] for name, each in scores.items()}, effects=effects[:19])
+    assert np.isnan(few.correlation("PS").low), "no interval of few facts"
     s = [3 / sum(1 / scores[name].mean(0)[1, 2] for name in scores)]
     assert found.mean("S")[1, 2] == pytest.approx(s[0])
     flat = replace(found, scores={name: np.ones((20, 4, 3)) for name in scores})

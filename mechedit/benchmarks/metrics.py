@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mechedit.statistics import Mean, Support, statistic, summaries
+from mechedit.statistics import Mean, Paired, Support, compared, compared_statistic, statistic, summaries
 from mechedit.writing import folded, is_spaceless
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Pair",
     "accuracy",
     "described",
+    "differences",
     "entropy",
     "essence",
     "exact_match",
@@ -209,6 +210,28 @@ def table(rows: Sequence[dict[str, float]], seed: int = 0) -> dict[str, Mean]:
     found = dict(zip(names, summaries(values, [metric(name).support for name in names], seed), strict=True))
     if all(name in found and found[name].n for name in SUCCESSES):
         found["S"] = statistic(values[:, [names.index(name) for name in SUCCESSES]], harmonic, seed)
+    return found
+
+
+def differences(
+    first: Sequence[dict[str, float]], second: Sequence[dict[str, float]], seed: int = 0
+) -> dict[str, Paired]:
+    """Second less first of every number that both have, and of S, over the same facts in the same order; facts that lack a number in
+    one of the two are left out of it. With several comparisons, correct their p (`statistics.holm`).
+
+    Raises:
+        ValueError: there are no rows, or not as many of the one as of the other.
+    """
+    if not first or len(first) != len(second):
+        raise ValueError(f"pairs need one or more rows of each; found {len(first)} and {len(second)}.")
+    names = [name for name in second[0] if name in first[0]]
+    a, b = (np.array([[row[name] for name in names] for row in rows], float) for rows in (first, second))
+    for values in (a, b):
+        values[~np.isfinite(values)] = np.nan
+    found = dict(zip(names, compared(a, b, [metric(name).support for name in names], seed), strict=True))
+    if all(name in found and found[name].difference.n for name in SUCCESSES):
+        own = [names.index(name) for name in SUCCESSES]
+        found["S"] = compared_statistic(a[:, own], b[:, own], harmonic, seed)
     return found
 
 
