@@ -1,6 +1,6 @@
 """Average indirect effects by layer and token role (figures 2 and 7).  python -m experiments.figure2_average_effects
 
-Traces facts that the model knows, all layers and tokens, three kinds, exactly, and averages them with intervals over
+Traces facts that the model knows, all layers and tokens, three kinds, exactly, and averages them with 95 % intervals over
 facts. Writes figures/MODEL/figure2_average_effects.json and pictures; each fact's trace is kept in out/, so that a killed run
 goes on and `figure7_lines` needs no model.
 """

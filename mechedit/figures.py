@@ -113,7 +113,8 @@ def average_map(mean: Average, kind: str) -> Figure:
 
 
 def role_lines(mean: Average, roles: Sequence[str] = ("subject_first", "subject_middle", "subject_last", "after_first", "last")) -> Figure:  # fmt: skip
-    """The average indirect effect by layer, a panel a kind, a line a token role, with 95 % intervals over facts."""
+    """The average indirect effect by layer, a panel a kind, a line a token role, with 95 % intervals over facts; none
+    are drawn of few facts, and the label says so."""
     from matplotlib.figure import Figure
 
     kinds = list(mean.indirect)
@@ -132,13 +133,14 @@ def role_lines(mean: Average, roles: Sequence[str] = ("subject_first", "subject_
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set_title(_title(kind, mean.settings.window), fontsize=8)
         axes.set_xlabel("layer", fontsize=9)
-    panels[0].set_ylabel(f"average indirect effect, {mean.n} facts", fontsize=9)
+    panels[0].set_ylabel(f"average indirect effect, {_of(mean.n)}", fontsize=9)
     panels[0].legend(fontsize=7)
     return figure
 
 
 def severed_lines(curves: Sequence[Severed]) -> Figure:
-    """The effect of restoring one state, with nothing, the MLPs and attention held, by layer; intervals over facts."""
+    """The effect of restoring one state, with nothing, the MLPs and attention held, by layer; intervals over facts,
+    where there are enough of them."""
     import numpy as np
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -156,7 +158,7 @@ def severed_lines(curves: Sequence[Severed]) -> Figure:
     axes.axhline(0, color="black", linewidth=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(f"layer of the restored state, {ROLE_TITLES[curves[0].role]}", fontsize=9)
-    axes.set_ylabel("indirect effect" + (f", {len(curves)} facts" if len(curves) > 1 else ""), fontsize=9)
+    axes.set_ylabel("indirect effect" + (f", {_of(len(curves))}" if len(curves) > 1 else ""), fontsize=9)
     axes.legend(fontsize=8)
     if len(curves) == 1:
         (title,), fonts = _shown([f"{curves[0].prompt} …{curves[0].answer}"])
@@ -202,6 +204,13 @@ def _title(kind: str, window: int) -> str:
     return TITLES.get(kind, f"Restoring {kind} in a window of {{window}}").format(
         window=f"{window} layer{'s' if window > 1 else ''}"
     )
+
+
+def _of(n: int) -> str:
+    """How many facts, and whether these are too few for intervals."""
+    from mechedit.statistics import FEWEST
+
+    return f"{n} facts" + (" (too few for intervals)" if n < FEWEST else "")
 
 
 def _plain(text: str) -> str:

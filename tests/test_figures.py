@@ -11,6 +11,7 @@ from matplotlib.ft2font import FT2Font
 from mechedit import figures
 from mechedit.settings import TraceSettings
 from mechedit.tracing import trace
+from mechedit.tracing.averages import average
 from tests.conftest import FACT
 
 
@@ -68,3 +69,17 @@ def _map(found):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", figures.FigureWarning)
         return figures.heat_map(found, "mlp")
+
+
+def test_of_few_facts_no_band_is_drawn_and_the_label_says_so():
+    from tests.test_averages import made
+
+    def lines(n):
+        facts = [made([[[0.1 * k, 0.2]] * 2, [[0.1, 0.1 + 0.01 * k]] * 2], subject=(0, 1), prompt=str(k)) for k in range(n)]  # fmt: skip
+        return figures.role_lines(average(facts)).axes[0]
+
+    few, many = lines(4), lines(24)
+    assert few.get_ylabel() == "average indirect effect, 4 facts (too few for intervals)"
+    assert many.get_ylabel() == "average indirect effect, 24 facts"
+    drawn = [sum(len(path.vertices) for each in axes.collections for path in each.get_paths()) for axes in (few, many)]
+    assert drawn[0] == 0 < drawn[1]

@@ -6,6 +6,7 @@ import json
 import math
 import unicodedata
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -311,6 +312,8 @@ def test_every_number_of_a_table_is_described_and_percent_means_shares(model):
     assert {name for name, each in metrics.METRICS.items() if each.unit == "%"} == shares
     assert {"ES", "EM", "PM", "NM", "rewrite_acc", "rephrase_acc", "exact_match"} <= shares
     assert {each.better for each in metrics.METRICS.values()} == {"higher", "lower", "near 1"}
+    page = Path(__file__).parents[1] / "docs" / "measuring.md"
+    assert metrics.described() in page.read_text(), "the page's table is this one"
 
 
 @pytest.mark.parametrize(
