@@ -43,6 +43,7 @@ UNBOUNDED: Support = (-math.inf, math.inf)
 DRAWS = 10_000
 FEWEST = 20  # facts, without bounds
 PART = 1 << 21  # random numbers at a time
+COLUMNS = 500  # at a time
 EXACT = 12  # differences up to which all signs are tried
 
 
@@ -114,9 +115,10 @@ def summaries(values: np.ndarray, supports: Sequence[Support | None], seed: int 
             bounds[:, column] = _exact(int((own == support[1]).sum()), len(own), support)
         else:
             drawn.append(column)
-    if drawn:
-        lower, upper = _weighed(values[:, drawn], [known[column] for column in drawn], seed)
-        bounds[:, drawn] = np.quantile(lower, 0.025, axis=0), np.quantile(upper, 0.975, axis=0)
+    for begin in range(0, len(drawn), COLUMNS):
+        part = drawn[begin : begin + COLUMNS]
+        lower, upper = _weighed(values[:, part], [known[column] for column in part], seed)
+        bounds[:, part] = np.quantile(lower, 0.025, axis=0), np.quantile(upper, 0.975, axis=0)
     low, high = bounds.tolist()
     return list(map(Mean, means.tolist(), low, high, n.tolist()))
 
