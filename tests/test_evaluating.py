@@ -52,6 +52,7 @@ def test_independent_edits_are_scored_one_by_one(model, moment, ready, tmp_path)
         assert {name: row[name] for name in well} == pytest.approx(well, rel=1e-5)
         assert row["edited"] == 1.0
     table = found.table("after")
+    assert found.what["prepared"] == ready.key, "a digest of C and of the prefixes"
     assert table["ES"].mean == pytest.approx(np.mean([row["ES"] for row in found.rows["after"]]))
     assert table["S"].mean == pytest.approx(metrics.harmonic(*(table[name].mean for name in metrics.SUCCESSES)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -160,3 +161,25 @@ def test_intervals_of_shares_cover_the_truth_as_often_as_they_say(n, p, monkeypa
     one = random.binomial(1, p, size=(n, 400)).astype(float)
     low, high = statistics.interval(one)
     assert ((low <= p) & (p <= high)).mean() >= 0.93
+
+
+def test_the_experiments_on_intervals_run(tmp_path, monkeypatch):
+    from experiments import benchmark_statistics, coverage
+
+    for module in (benchmark_statistics, coverage):
+        monkeypatch.setattr(module, "FIGURES", tmp_path)
+    monkeypatch.setattr(statistics, "DRAWS", 1000)
+    coverage.main(coverage.Coverage(n=(20,), largest=30, samples=100, samples_of_s=4, p=(0.9,)))
+    record = json.loads((tmp_path / "coverage.json").read_text())
+    kinds = {each["number"]: each for each in record["kinds"]}
+    assert {
+        "successes, p = 0.9",
+        "normal",
+        "S of (0.9, 0.8, 0.75)",
+        "difference of successes, 0.1 to 0.98",
+    } <= kinds.keys()
+    assert record["lowest"] == min(each["coverage"] for each in record["kinds"])
+    assert min(each["coverage"] for each in record["kinds"] if each["of"] == 100) >= 0.85, "93 % less the noise of 100"
+    benchmark_statistics.main(benchmark_statistics.BenchmarkStatistics(records=50))
+    found = json.loads((tmp_path / "benchmark_statistics.json").read_text())["found"]
+    assert found["numbers"] == 31

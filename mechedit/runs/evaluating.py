@@ -87,6 +87,7 @@ def evaluate(
         scored, made = {"before": run.before()}, list[Made]()
         if way:
             way = way.ready(model, progress)
+            made_with = way.described  # with a digest of C and the prefixes
             stages = {"independent": run.independent, "batch": run.batch, "sequential": run.sequential}
             made, after = stages[settings.mode](way)
             scored |= after
