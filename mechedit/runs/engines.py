@@ -226,7 +226,7 @@ class _Crew:
                     self.free.remove(hand)
                     self.busy[hand.worker.run.remote(unit, *_carried(own, unit))] = (unit, hand)
             if not (self.busy or self.coming):
-                raise EngineError(f"no worker is left: {self.cluster.notes[-1]}")
+                raise EngineError(f"no worker is left: {'; '.join(dict.fromkeys(self.cluster.notes[-3:]))}")
             news, _ = self.ray.wait([*self.busy, *self.coming], num_returns=1, timeout=PATIENCE)
             if not news:
                 self.room()  # nodes may have been lost, and workers may be waiting for one in vain
