@@ -6,7 +6,9 @@
     keeping.py    what is kept with a model, and what shows that it changed
     identities.py which model this is: digests of parameters, configuration, tokenizer
     blocks.py     single blocks on rows of residual states, and generation that remembers keys and values
+    conversion.py a HookedTransformer (3.9) of Hugging Face's model: configuration, angles, weights
     wrap.py       the hooked model around Hugging Face's: HookedTransformer (3.9) or TransformerBridge (4.x)
+    checking.py   whether a hooked model computes what Hugging Face's does
     gemma.py      the packaged Gemma 3 270M, converted once
     resolve.py    from a name to a folder, the names that are known, and their presets
     loading.py    `load`, and the check of its logits against Hugging Face's
@@ -19,7 +21,8 @@ from mechedit.models.blocks import Blocks, KeyValues, Stepper
 from mechedit.models.gemma import GEMMA
 from mechedit.models.identities import Identity, digest_of, identity, weight_hash
 from mechedit.models.keeping import as_they_were, check_plain, forget, hooked, kept, remembered
-from mechedit.models.loading import PARITY, hugging_face, load, parity
+from mechedit.models.checking import PARITY
+from mechedit.models.loading import hugging_face, load, parity
 from mechedit.models.locks import alone
 from mechedit.models.names import AS_MATRIX, NAMES, find_weight, stored_axes
 from mechedit.models.resolve import Listed, listing, preset

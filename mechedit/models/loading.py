@@ -8,17 +8,15 @@ from typing import Any
 
 import torch
 
+from mechedit.models import checking
 from mechedit.models.gemma import GEMMA
 from mechedit.models.identities import note_loaded
+from mechedit.models.checking import PARITY
 from mechedit.models.resolve import preset, resolve
 from mechedit.models.surface import HookedModel, ModelError
 from mechedit.models.wrap import quiet, settle_vector_math, wrap
 
 __all__ = ["PARITY", "hugging_face", "load", "parity"]
-
-PARITY = 1e-4
-"""How far logits may differ from Hugging Face's, in float32."""
-
 
 def load(name: str = GEMMA, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> HookedModel:
     """The hooked model called `name`, with unprocessed weights, in evaluation mode.
@@ -26,22 +24,43 @@ def load(name: str = GEMMA, *, device: str | None = None, dtype: torch.dtype = t
     `name` is tried as a local folder in Hugging Face's format, then as a packaged model (`gemma-3-270m`, `organism`), then
     as a repository on the Hugging Face hub. `device` is CUDA where there is one, else the CPU.
 
+    Its logits are compared with those of Hugging Face's model on some token ids, once for a configuration, number format and
+    set of versions (`mechedit.models.checking` says what that vouches for).
+
     Raises:
-        ModelError: nothing by that name, an architecture TransformerLens does not know, a hub that cannot be reached.
+        ModelError: nothing by that name, an architecture TransformerLens does not know, a hub that cannot be reached; a model that
+            is not computed as Hugging Face computes it, or whose logits are not finite in `dtype`.
     """
     name = str(name)
     device = _device(device)
     folder = resolve(name)
     with quiet():
         hf_model, tokenizer = _hugging_face(folder, name, dtype)
-        config = hf_model.config
-        model = wrap(hf_model, tokenizer, folder, device, dtype)
+        config, key = hf_model.config, checking.key(hf_model, dtype)
+        theirs = None if checking.is_kept(key) else checking.expected(hf_model.to(device))
+        model = wrap(hf_model, tokenizer, folder, device, dtype).eval()
+        del hf_model  # its weights are the hooked model's now
+        if theirs is not None:
+            checking.keep(key, checking.check(model, config, theirs, name))
+        model.cfg.n_ctx = steady_context(config, int(model.cfg.n_ctx))
     model.cfg.model_name = Path(name).name if Path(name).is_dir() else name
     if (own := preset(model)) is not None:
         model.cfg.default_prepend_bos = own.prepend_bos
     files = [path for path in sorted(folder.glob("*token*")) if path.suffix in (".json", ".model", ".txt")]
     note_loaded(model, config, b"".join(path.read_bytes() for path in files))
-    return model.eval()
+    return model
+
+
+def steady_context(config: Any, n_ctx: int) -> int:
+    """The context within which a token's numbers do not depend on how many follow: Hugging Face turns every position by other
+    angles in a longer prompt where the rotary embedding is scaled as `dynamic` or `longrope`."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if each.get("rope_type") == "dynamic":
+            n_ctx = min(n_ctx, int(config.max_position_embeddings))
+        if each.get("rope_type") == "longrope":
+            n_ctx = min(n_ctx, int(each.get("original_max_position_embeddings", config.max_position_embeddings)))
+    return n_ctx
 
 
 def hugging_face(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

@@ -39,6 +39,10 @@ else:
     HookedModel = torch.nn.Module
 
 
+TABLES = ("rotary_sin", "rotary_cos")
+"""The tables of angles in a HookedTransformer's blocks, which are in the model's number format."""
+
+
 class ModelError(MecheditError, ValueError):
     """A model that cannot be loaded, or that lacks what was asked of it."""
 
@@ -141,19 +145,29 @@ def frozen(model: HookedModel) -> Iterator[None]:
 
 @contextmanager
 def cast(model: HookedModel, dtype: torch.dtype) -> Iterator[None]:
-    """Within the block the model computes in `dtype`; afterwards it has its own weights again, bit for bit."""
+    """Within the block the model computes in `dtype`; afterwards it has its own weights and tables again, bit for bit.
+
+    Tables of rotary angles are rounded where TransformerLens keeps them in the model's number format. Hugging Face's frequencies,
+    which a model that was loaded in `dtype` would have in float32 too, stay as they are.
+    """
     with alone(model):
-        tensors = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
-        originals = [(tensor, tensor.data) for tensor in tensors]
+        parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
+        originals = [(parameter, parameter.data) for parameter in parameters]
+        buffers = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
         configured = model.cfg.dtype
         try:
-            for tensor, data in originals:
-                tensor.data = data.to(dtype)  # layout is kept, so transposed weights stay so
+            for parameter, data in originals:
+                parameter.data = data.to(dtype)  # layout is kept, so transposed weights stay so
+            for now, then in buffers:
+                now.update({name: then[name].to(dtype) for name in TABLES if then.get(name) is not None})
             model.cfg.dtype = dtype
             yield
         finally:
-            for tensor, data in originals:
-                tensor.data = data
+            for parameter, data in originals:
+                parameter.data = data
+            for now, then in buffers:  # a longer prompt may have put a longer table in one's place
+                now.clear()
+                now.update(then)
             model.cfg.dtype = configured
 
 
