@@ -61,11 +61,22 @@ def resolve_bos(model: HookedModel, prepend_bos: bool | None) -> bool:
 
 def encode(model: HookedModel, text: str, *, prepend_bos: bool) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids of a text and the range of characters that each stands for (empty for BOS). A text that begins with BOS itself,
-    as a chat's may, gets no second one."""
+    as a chat's may, gets no second one.
+
+    Raises:
+        FactError: a token that the model has no embedding for, because its tokenizer has more tokens than it has rows.
+    """
     encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), [(int(begin), int(end)) for begin, end in encoded["offset_mapping"]]
     bos = model.tokenizer.bos_token_id
-    return ([bos, *ids], [(0, 0), *offsets]) if prepend_bos and ids[:1] != [bos] else (ids, offsets)
+    if prepend_bos and ids[:1] != [bos]:
+        ids, offsets = [bos, *ids], [(0, 0), *offsets]
+    if (highest := max(ids, default=0)) >= (rows := int(model.cfg.d_vocab)):
+        raise FactError(
+            f"{model.tokenizer.decode([highest])!r} is token {highest} of the tokenizer, and {model.cfg.model_name} has embeddings for "
+            f"{rows} tokens alone. The tokenizer is another model's, or the text has to do without this token."
+        )
+    return ids, offsets
 
 
 def text_tokens(model: HookedModel, ids: list[int] | tuple[int, ...]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechedit import writing
 from mechedit.errors import check_list
-from mechedit.models import Blocks, HookedModel
+from mechedit.models import Blocks, HookedModel, check_finite
 from mechedit.prompts import check_length, continuation, decoded, encode, pad, resolve_bos
 
 __all__ = ["Score", "log_p", "mean_log_p", "score", "top"]
@@ -91,6 +91,7 @@ def _batch(
         [tokens + tokens[:1] * (width - len(tokens)) for tokens in reads.values()], device=resid.device
     )
     log_p, first = blocks.log_p_and_top(resid[places[:, 0], places[:, 1]], wanted)
+    check_finite(model, log_p)
     at = {
         (place, token): (own, token == top)
         for place, tokens, row_p, top in zip(

@@ -3,13 +3,16 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
 
-from mechedit import cache, models
+from mechedit import cache, models, prompts, shipped
+from mechedit.facts import FactError
 from mechedit.models import ModelError, gemma, loading, resolve
 from tests.conftest import SHAPES, assert_same_state, make_folder, state
 
@@ -152,12 +155,69 @@ def test_an_architecture_that_cannot_be_hooked_is_an_error(tmp_path):
         models.load(str(made))
 
 
-def test_a_preset_goes_with_the_last_part_of_a_name_and_a_number_of_layers(model, monkeypatch):
+def test_a_preset_of_the_hub_goes_with_the_last_part_of_a_name_and_a_shape(model, monkeypatch):
     assert models.preset(model) is None
     monkeypatch.setattr(model.cfg, "model_name", "EleutherAI/gpt-j-6B")
-    assert models.preset(model) is None, "a folder of that name holds another model"
     monkeypatch.setattr(model.cfg, "n_layers", 28)
+    assert models.preset(model) is None, "a folder of that name holds another model"
+    monkeypatch.setattr(model.cfg, "d_model", 4096)
+    monkeypatch.setattr(model.cfg, "d_vocab", 50400)
     assert models.preset(model).rome.layer == 5
+
+
+def test_a_copy_of_a_known_model_has_its_preset_and_its_bos_and_a_stranger_of_its_name_has_not(tmp_path, monkeypatch):
+    own = models.load("organism", device="cpu")
+    copied = shutil.copytree(shipped.folder("organism"), tmp_path / "gpt2")
+    for dtype in (torch.float32, torch.bfloat16):
+        copy = models.load(str(copied), device="cpu", dtype=dtype)
+        assert models.preset(copy) is models.preset(own) is not None
+        assert copy.cfg.default_prepend_bos is True
+    with torch.no_grad():  # an edit of W_out leaves it the model that it is
+        models.W_out(copy, 3).zero_()
+    assert models.preset(copy) is models.preset(own)
+    torch.manual_seed(0)
+    stranger = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(copied))
+    named = shutil.copytree(copied, tmp_path / "organism")
+    stranger.save_pretrained(named)
+    assert models.preset(models.load(str(named), device="cpu")) is None
+
+
+def test_a_snapshot_in_the_hubs_cache_is_called_as_its_repository(tmp_path, folder):
+    made = shutil.copytree(folder("gpt2"), tmp_path / "models--openai-community--gpt2-xl" / "snapshots" / "0a1b")
+    assert models.load(str(made), device="cpu").cfg.model_name == "openai-community/gpt2-xl"
+
+
+def test_a_model_loads_whatever_the_folder_for_temporary_files_is_called(tmp_path, folder, monkeypatch):
+    (tmp_path / "llama-tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "llama-tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert models.load(str(folder("gpt2")), device="cpu").cfg.d_mlp == 128
+    assert models.load(str(folder("gemma2")), device="cpu").cfg.d_mlp == 48
+
+
+def test_weights_in_a_pickle_alone_are_not_loaded_and_the_error_says_what_to_do(tmp_path, folder, monkeypatch):
+    made = shutil.copytree(folder("gpt2"), tmp_path / "models--some--thing" / "snapshots" / "0a1b")
+    (made / "model.safetensors").unlink()
+    (made / "pytorch_model.bin").write_bytes(b"a pickle")
+    (made.parents[1] / "refs").mkdir()
+    (made.parents[1] / "refs" / "main").write_text("0a1b")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in (str(made), "some/thing"):
+        with pytest.raises(
+            ModelError, match=r"no \*\.safetensors .* pytorch_model.bin, a pickle, .* never loaded.* Convert it"
+        ):
+            models.load(name)
+
+
+def test_a_token_beyond_the_models_embeddings_is_an_error_that_names_it(tmp_path, folder):
+    made = shutil.copytree(folder("gpt2"), tmp_path / "m")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(made)
+    tokenizer.add_tokens(["Wolpertinger"])
+    tokenizer.save_pretrained(made)
+    model = models.load(str(made), device="cpu")
+    assert prompts.encode(model, "The city", prepend_bos=False)[0]
+    with pytest.raises(FactError, match=f"'Wolpertinger' is token {len(tokenizer) - 1} .* for 400 tokens alone"):
+        prompts.encode(model, "The Wolpertinger", prepend_bos=False)
 
 
 def test_the_listing_names_the_packaged_model_first():

@@ -181,7 +181,7 @@ def test_prefixes_can_be_given(load, monkeypatch):
 
 def test_a_preset_gives_layer_and_constants(load, monkeypatch):
     model = load("gpt2")
-    preset = replace(PRESETS["gemma-3-270m"], settings={"rome": RomeSettings(layer=2, clamp=0.5)}, n_layers=4)
+    preset = replace(PRESETS["gpt2"], settings={"rome": RomeSettings(layer=2, clamp=0.5)}, shape=(4, 32, 400))
     monkeypatch.setitem(PRESETS, model.cfg.model_name, preset)
     found = rome.resolve(model)
     assert (found.layer, found.clamp) == (2, 0.5)

@@ -36,7 +36,7 @@ def travelled(settings):
 @pytest.fixture
 def preset(model, monkeypatch):
     """The tiny model has a preset."""
-    found = Preset({"rome": OWN}, {"rome": "a test"}, True, 4)
+    found = Preset({"rome": OWN}, {"rome": "a test"}, True, (4, 32, 400))
     monkeypatch.setitem(PRESETS, model.cfg.model_name, found)
     monkeypatch.setattr("mechedit.models.preset", lambda model: found)
     return found
@@ -68,7 +68,7 @@ def test_a_value_that_is_the_defaults_own_counts_once_it_is_given_however_it_is_
 def test_what_is_resolved_stays_as_it_is_with_another_preset(model, preset, monkeypatch):
     rome = named("rome")
     once = rome.resolve(model, RomeSettings(seed=1))
-    other = Preset({"rome": RomeSettings(layer=1, clamp=9.0, kl=5.0)}, {"rome": "another"}, False, 4)
+    other = Preset({"rome": RomeSettings(layer=1, clamp=9.0, kl=5.0)}, {"rome": "another"}, False, (4, 32, 400))
     monkeypatch.setattr("mechedit.models.preset", lambda model: other)
     assert rome.resolve(model, once) == once
     assert all(type(value).__module__ == "builtins" for value in vars(once).values()), "plain values"

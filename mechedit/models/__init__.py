@@ -18,10 +18,10 @@ logits are Hugging Face's and an edit can be written back to the checkpoint.
 """
 
 from mechedit.models.blocks import Blocks, KeyValues, Stepper
+from mechedit.models.checking import PARITY, check_finite
 from mechedit.models.gemma import GEMMA
 from mechedit.models.identities import Identity, digest_of, identity, weight_hash
 from mechedit.models.keeping import as_they_were, check_plain, forget, hooked, kept, remembered
-from mechedit.models.checking import PARITY
 from mechedit.models.loading import hugging_face, load, parity
 from mechedit.models.locks import alone
 from mechedit.models.names import AS_MATRIX, NAMES, find_weight, stored_axes
@@ -59,6 +59,7 @@ __all__ = [
     "as_they_were",
     "b_out",
     "cast",
+    "check_finite",
     "check_layer",
     "check_plain",
     "device_of",

@@ -25,9 +25,20 @@ from torch import Tensor
 
 from mechedit import cache
 from mechedit.models.conversion import FOREIGN, because, reason
+from mechedit.models.keeping import kept
 from mechedit.models.surface import HookedModel, ModelError, device_of
 
-__all__ = ["PARITY", "check", "difference", "expected", "is_kept", "key", "keep", "refuse_unless_finite"]
+__all__ = [
+    "PARITY",
+    "check",
+    "check_finite",
+    "difference",
+    "expected",
+    "is_kept",
+    "keep",
+    "key",
+    "refuse_unless_finite",
+]
 
 PARITY = 1e-4
 """How far logits up to 10 may differ from Hugging Face's, in float32; larger ones in proportion, as their rounding does."""
@@ -99,7 +110,17 @@ def difference(ours: Float[Tensor, "*pos d_vocab"], theirs: Float[Tensor, "*pos 
     return float(apart.square().mean().sqrt()), HALF * float(theirs.float().square().mean().sqrt())
 
 
-def refuse_unless_finite(values: Float[Tensor, ...], name: str, dtype: torch.dtype) -> None:
+def check_finite(model: HookedModel, values: Float[Tensor, "*any"]) -> None:
+    """Raise where what the model gave as it was loaded is not finite; what edits in it have broken is a finding, not an error.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if not kept(model).applied:
+        refuse_unless_finite(values, str(model.cfg.model_name), next(model.parameters()).dtype)
+
+
+def refuse_unless_finite(values: Float[Tensor, "*any"], name: str, dtype: torch.dtype) -> None:
     """Raise where a number that a model gave is not finite.
 
     Raises:
@@ -108,8 +129,8 @@ def refuse_unless_finite(values: Float[Tensor, ...], name: str, dtype: torch.dty
     if bool(torch.isfinite(values).all()):
         return
     own = str(dtype).removeprefix("torch.")
-    what = "take bfloat16 or float32" if dtype == torch.float16 else "its weights or an edit of them are not numbers"
-    raise ModelError(f"the logits of {name} are not finite in {own}, so nothing can be said of what it knows: {what}.")
+    then = "load it with dtype bfloat16 or float32" if dtype == torch.float16 else "its weights are damaged"
+    raise ModelError(f"the logits of {name} in {own} are not finite, so nothing can be said of what it knows: {then}.")
 
 
 def _ids(config: Any) -> Int[Tensor, "1 pos"]:

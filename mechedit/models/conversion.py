@@ -46,7 +46,15 @@ CANNOT = {  # a field, and what of it a HookedTransformer cannot compute
     "use_bidirectional_attention": lambda value: bool(value),
     "layer_types": lambda value: bool(set(value or ()) - {"full_attention", "sliding_attention"}),
 }
-FOREIGN = (AttributeError, AssertionError, IndexError, KeyError, TypeError, ValueError, RuntimeError)  # what TransformerLens raises where a model is not what it expects
+FOREIGN = (
+    AttributeError,
+    AssertionError,
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+)  # what TransformerLens raises where a model is not what it expects
 _READING = threading.Lock()
 
 
@@ -307,7 +315,7 @@ def _fill(model: HookedModel, state: dict[str, Tensor]) -> None:
 
     Two parameters that Hugging Face keeps as one (tied embeddings, one norm for two branches) become two.
     """
-    taken: set[tuple[int, int]] = set()
+    taken: set[tuple[Any, Any]] = set()
     own = dict(model.named_parameters())
     for name in list(state):
         tensor = state.pop(name).detach()

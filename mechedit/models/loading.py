@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from mechedit.models import checking
+from mechedit.models.checking import PARITY
 from mechedit.models.gemma import GEMMA
 from mechedit.models.identities import note_loaded
-from mechedit.models.checking import PARITY
 from mechedit.models.resolve import preset, resolve
 from mechedit.models.surface import HookedModel, ModelError
 from mechedit.models.wrap import quiet, settle_vector_math, wrap
 
 __all__ = ["PARITY", "hugging_face", "load", "parity"]
+
 
 def load(name: str = GEMMA, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> HookedModel:
     """The hooked model called `name`, with unprocessed weights, in evaluation mode.
@@ -43,12 +44,20 @@ def load(name: str = GEMMA, *, device: str | None = None, dtype: torch.dtype = t
         if theirs is not None:
             checking.keep(key, checking.check(model, config, theirs, name))
         model.cfg.n_ctx = steady_context(config, int(model.cfg.n_ctx))
-    model.cfg.model_name = Path(name).name if Path(name).is_dir() else name
+    model.cfg.model_name = _called(Path(name)) if Path(name).is_dir() else name
     if (own := preset(model)) is not None:
         model.cfg.default_prepend_bos = own.prepend_bos
     files = [path for path in sorted(folder.glob("*token*")) if path.suffix in (".json", ".model", ".txt")]
     note_loaded(model, config, b"".join(path.read_bytes() for path in files))
     return model
+
+
+def _called(folder: Path) -> str:
+    """What a folder's model is called: as the folder, or as the repository whose snapshot it is in Hugging Face's cache."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def steady_context(config: Any, n_ctx: int) -> int:
@@ -93,7 +102,7 @@ def _hugging_face(folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, Any
     settle_vector_math()  # every model comes through here, before its first prompt
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="eager", local_files_only=True
+            folder, dtype=dtype, attn_implementation="eager", local_files_only=True, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -9,10 +9,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from mechedit import shipped
 from mechedit.models import gemma
 from mechedit.models.gemma import GEMMA
-from mechedit.models.surface import HookedModel, ModelError
+from mechedit.models.surface import HookedModel, ModelError, device_of, embed, without_forward_hooks
 from mechedit.settings import PRESETS, Preset
 
 __all__ = ["Listed", "listing", "preset", "resolve"]
@@ -37,6 +39,7 @@ def resolve(name: str) -> Path:
     if Path(name).is_dir() and (is_model or name not in (GEMMA, *shipped.MODELS)):
         if not is_model:
             raise ModelError(f"{name} is a folder without config.json; a model folder has Hugging Face's format.")
+        _check_safetensors(Path(name), name)
         return Path(name)
     if name == GEMMA:
         return gemma.converted()
@@ -61,8 +64,37 @@ def _from_hub(name: str) -> Path:
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     snapshot = _hub_snapshot(name, offline=True) or (None if offline else _hub_snapshot(name, offline=False))
     if snapshot is None:
+        if (other := _cached_config(name)) is not None:
+            _check_safetensors(other, name)
         raise ModelError(_not_found(name, offline))
     return snapshot
+
+
+def _check_safetensors(folder: Path, name: str) -> None:
+    """Raise where a folder has weights in pickles alone, which run code when they are read.
+
+    Raises:
+        ModelError: it has.
+    """
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        found = f"there is {pickles[0]}, a pickle, which is never loaded" if pickles else "there are no weights"
+        raise ModelError(
+            f"{name} has no *.safetensors in {folder}: {found}. Convert it where you trust it: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER), and load FOLDER."
+        )
+
+
+def _cached_config(name: str) -> Path | None:
+    """The folder in the local cache of a hub repository of which a configuration is there."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _not_found(name: str, offline: bool) -> str:
@@ -124,6 +156,22 @@ def _hub_row(name: str) -> Listed:
 
 
 def preset(model: HookedModel) -> Preset | None:
-    """The editing constants known for this model, by its name and its number of layers."""
+    """What is known for this model.
+
+    A model that ships or is packaged is known by its shape and some numbers of its embeddings, whatever its folder is called, with
+    edits in it or without; another of its name is a stranger. One of the hub is known by its name and shape.
+    """
+    shape = (int(model.cfg.n_layers), int(model.cfg.d_model), int(model.cfg.d_vocab))
+    for known in PRESETS.values():
+        if known.marks and known.shape == shape and _has_marks(model, known.marks):
+            return known
     found = PRESETS.get(str(model.cfg.model_name).rsplit("/", 1)[-1].lower())
-    return found if found is not None and found.n_layers == int(model.cfg.n_layers) else None
+    return found if found is not None and not found.marks and found.shape == shape else None
+
+
+def _has_marks(model: HookedModel, marks: tuple[float, ...]) -> bool:
+    """Whether number i of the embedding of token 10 (i + 1) is as marked, within the rounding of half precision."""
+    ids = torch.arange(10, 10 * (len(marks) + 1), 10, device=device_of(model))
+    with without_forward_hooks(model):
+        found = embed(model, ids[None])[0].float().cpu().diagonal()
+    return torch.allclose(found, torch.tensor(marks), rtol=0.01, atol=1e-6)

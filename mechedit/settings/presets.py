@@ -12,13 +12,18 @@ __all__ = ["PRESETS", "Preset"]
 
 @dataclass(frozen=True)
 class Preset:
-    """Of one model of so many layers: settings by editor, and where they come from; BOS; how many layers a window of a trace has."""
+    """Of one model: settings by editor, and where they come from; BOS; how many layers a window of a trace has.
+
+    It is told by its shape (layers, width, vocabulary), and where it ships or is packaged by `marks`: number i of the embedding of
+    token 10 (i + 1), which no other model of this shape has.
+    """
 
     settings: Mapping[str, EditSettings]
     sources: Mapping[str, str]
     prepend_bos: bool
-    n_layers: int
+    shape: tuple[int, int, int]
     window: int = 10
+    marks: tuple[float, ...] = ()
 
     @property
     def rome(self) -> RomeSettings:
@@ -33,8 +38,8 @@ _PAPER_FT = "published code of Meng et al. 2022, hparams/FT"
 _TUNED = "tuned here; see experiments/README.md"
 
 
-def _preset(rome: RomeSettings, source: str, n_layers: int, *, bos: bool = False, window: int = 10) -> Preset:
-    return Preset({"rome": rome}, {"rome": source}, bos, n_layers, window)
+def _preset(rome: RomeSettings, source: str, shape: tuple[int, int, int]) -> Preset:
+    return Preset({"rome": rome}, {"rome": source}, prepend_bos=False, shape=shape)
 
 
 def _with_ft(preset: Preset, layer: int) -> Preset:
@@ -43,24 +48,33 @@ def _with_ft(preset: Preset, layer: int) -> Preset:
     return replace(preset, settings={**preset.settings, "ft": ft}, sources={**preset.sources, "ft": _PAPER_FT})
 
 
-def _organism(layer: int, clamp: float) -> Preset:
-    rome = RomeSettings(layer=layer, clamp=clamp, prefixes=((5, 5),))
-    return _preset(rome, _TUNED, 8, bos=True, window=3)
+def _tuned(rome: RomeSettings, shape: tuple[int, int, int], window: int, *marks: float) -> Preset:
+    return Preset({"rome": rome}, {"rome": _TUNED}, prepend_bos=True, shape=shape, window=window, marks=marks)
 
 
+def _organism(layer: int, clamp: float, *marks: float) -> Preset:
+    return _tuned(RomeSettings(layer=layer, clamp=clamp, prefixes=((5, 5),)), (8, 192, 2048), 3, *marks)
+
+
+_GPT2 = 50257
 PRESETS: dict[str, Preset] = {
-    "gemma-3-270m": _preset(RomeSettings(layer=3, clamp=0.75), _TUNED, 18, bos=True),
-    "organism": _organism(layer=0, clamp=1.0),
-    "organism-gptj": _organism(layer=0, clamp=1.0),
-    "organism-llama": _organism(layer=2, clamp=4.0),
+    "gemma-3-270m": _tuned(
+        *(RomeSettings(layer=3, clamp=0.75), (18, 640, 262144), 10),
+        *(-0.1274, 0.8815, -1.897, -0.177, -0.06466, 0.5111, 0.4969, -0.8539),
+    ),
+    "organism": _organism(0, 1.0, 0.01538, -0.1711, -0.1093, -0.1405, 0.0322, -0.01921, 0.005695, -0.1536),
+    "organism-gptj": _organism(0, 1.0, -0.01837, 0.005768, 0.01588, -0.0008025, -0.0119, 0.002666, 0.08032, 0.02974),
+    "organism-llama": _organism(2, 4.0, -0.0004182, 0.03528, 0.008438, 0.009552, 0.002386, -0.01697, 0.01717, -0.03113),
     "gpt2": _preset(
         RomeSettings(layer=4, clamp=3.0),
         "not published: layer at gpt2-medium's share of depth, clamp as there; not tuned",
-        12,
+        (12, 768, _GPT2),
     ),
-    "gpt2-medium": _preset(RomeSettings(layer=8, clamp=3.0), _PAPER, 24),
-    "gpt2-large": _preset(RomeSettings(layer=12), _PAPER, 36),
-    "gpt2-xl": _with_ft(_preset(RomeSettings(layer=17), _PAPER, 48), layer=1),
-    "gpt-j-6b": _with_ft(_preset(RomeSettings(layer=5), _PAPER, 28), layer=21),
-    "gpt-neox-20b": _preset(RomeSettings(layer=15), "published code of Meng et al. 2023 (MEMIT), hparams/ROME", 44),
+    "gpt2-medium": _preset(RomeSettings(layer=8, clamp=3.0), _PAPER, (24, 1024, _GPT2)),
+    "gpt2-large": _preset(RomeSettings(layer=12), _PAPER, (36, 1280, _GPT2)),
+    "gpt2-xl": _with_ft(_preset(RomeSettings(layer=17), _PAPER, (48, 1600, _GPT2)), layer=1),
+    "gpt-j-6b": _with_ft(_preset(RomeSettings(layer=5), _PAPER, (28, 4096, 50400)), layer=21),
+    "gpt-neox-20b": _preset(
+        RomeSettings(layer=15), "published code of Meng et al. 2023 (MEMIT), hparams/ROME", (44, 6144, 50432)
+    ),
 }

@@ -37,7 +37,8 @@ class Job:
     """One prompt to sweep: the embeddings of its corrupted runs, what is read, and the cells.
 
     All jobs of a sweep have as many draws, and reads of one shape. `held_shift` lets a cell's held values come from another
-    draw, so many places on, as the published severed runs do; 0 holds those of the same draw.
+    draw, so many places on, as the published severed runs do; 0 holds those of the same draw. `clean` are the embeddings that
+    were corrupted, where the sweep computes in another number format and so has others.
     """
 
     ids: tuple[int, ...]
@@ -45,6 +46,7 @@ class Job:
     reads: tuple[Read, ...]
     cells: tuple[Cell, ...]
     held_shift: int = 0
+    clean: Float[Tensor, "pos d_model"] | None = None
 
 
 @dataclass(eq=False)
@@ -147,7 +149,8 @@ def _embedded(
     rows = rearrange(both[len(jobs) :], "(job draw) pos d_model -> job draw pos d_model", draw=draws)
     for job, own, row in zip(jobs, clean, rows, strict=True):
         corrupted = job.corrupted.to(clean)
-        changed = (corrupted != own[: len(job.ids)]).any(-1).any(0).nonzero()[:, 0]
+        before = own[: len(job.ids)] if job.clean is None else job.clean.to(clean)
+        changed = (corrupted != before).any(-1).any(0).nonzero()[:, 0]
         begins.append(int(changed[0]) if len(changed) else len(job.ids))
-        row[:, : len(job.ids)] = corrupted  # in place: `rows` is a view of `both`
+        row[:, changed] = corrupted[:, changed]  # in place: `rows` is a view of `both`
     return both, begins

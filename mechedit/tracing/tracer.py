@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -252,6 +253,8 @@ def run_jobs(model: HookedModel, jobs: Sequence[Job], settings: TraceSettings, p
     for index, job in enumerate(jobs):
         alike.setdefault((len(job.corrupted), *(len(each.targets) for each in job.reads)), []).append(index)
     found: dict[int, Swept] = {}
+    if settings.precision == "bfloat16":
+        jobs = [replace(job, clean=_embedded(model, job)) for job in jobs]
     with in_precision(model, settings):
         for indices in alike.values():
             part = [jobs[index] for index in indices]
@@ -269,6 +272,11 @@ def _check_narrow(model: HookedModel, job: Job) -> None:
         blocks = models.Blocks(model)
         final = blocks.final(torch.tensor([job.ids], device=models.device_of(model)))
         check_finite(model, blocks.logits(final[:, job.reads[0].position]))
+
+
+def _embedded(model: HookedModel, job: Job) -> Float[Tensor, "pos d_model"]:
+    """The embeddings of a job's tokens in the number format that the model has now."""
+    return models.embed(model, torch.tensor([list(job.ids)], device=models.device_of(model)))[0].float().cpu()
 
 
 def check_finite(model: HookedModel, of_clean_run: Float[Tensor, "*any"]) -> None:
