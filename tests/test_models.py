@@ -212,7 +212,7 @@ def test_weights_in_a_pickle_alone_are_not_loaded_and_the_error_says_what_to_do(
 def test_a_token_beyond_the_models_embeddings_is_an_error_that_names_it(tmp_path, folder):
     made = shutil.copytree(folder("gpt2"), tmp_path / "m")
     tokenizer = transformers.AutoTokenizer.from_pretrained(made)
-    tokenizer.add_tokens(["Wolpertinger"])
+    tokenizer.add_tokens([*(f"filler{number}" for number in range(400)), "Wolpertinger"])
     tokenizer.save_pretrained(made)
     model = models.load(str(made), device="cpu")
     assert prompts.encode(model, "The city", prepend_bos=False)[0]

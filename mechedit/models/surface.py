@@ -39,10 +39,6 @@ else:
     HookedModel = torch.nn.Module
 
 
-TABLES = ("rotary_sin", "rotary_cos")
-"""The tables of angles in a HookedTransformer's blocks, which are in the model's number format."""
-
-
 class ModelError(MecheditError, ValueError):
     """A model that cannot be loaded, or that lacks what was asked of it."""
 
@@ -147,8 +143,7 @@ def frozen(model: HookedModel) -> Iterator[None]:
 def cast(model: HookedModel, dtype: torch.dtype) -> Iterator[None]:
     """Within the block the model computes in `dtype`; afterwards it has its own weights and tables again, bit for bit.
 
-    Tables of rotary angles are rounded where TransformerLens keeps them in the model's number format. Hugging Face's frequencies,
-    which a model that was loaded in `dtype` would have in float32 too, stay as they are.
+    Hugging Face's rotary frequencies, which a model that was loaded in `dtype` would have in float32 too, stay as they are.
     """
     with alone(model):
         parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
@@ -159,7 +154,7 @@ def cast(model: HookedModel, dtype: torch.dtype) -> Iterator[None]:
             for parameter, data in originals:
                 parameter.data = data.to(dtype)  # layout is kept, so transposed weights stay so
             for now, then in buffers:
-                now.update({name: then[name].to(dtype) for name in TABLES if then.get(name) is not None})
+                now.update({name: buffer.to(dtype) for name, buffer in then.items() if _is_rounded(name, buffer)})
             model.cfg.dtype = dtype
             yield
         finally:
@@ -169,6 +164,10 @@ def cast(model: HookedModel, dtype: torch.dtype) -> Iterator[None]:
                 now.clear()
                 now.update(then)
             model.cfg.dtype = configured
+
+
+def _is_rounded(name: str, buffer: Tensor | None) -> bool:
+    return buffer is not None and buffer.is_floating_point() and not name.endswith("inv_freq")
 
 
 @contextmanager
