@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mechedit.models import Blocks, Stepper
+from mechedit.models import Blocks, Sharing, Stepper, is_bridge, parts
+from mechedit.models import blocks as blocks_module
 from tests.conftest import SHAPES, assert_same_state, state
 
 SHAPE = pytest.mark.parametrize("shape", SHAPES)
@@ -38,6 +39,77 @@ def test_blocks_with_the_past_given_equal_blocks_on_everything(shape, position, 
             part, _ = blocks.run(layer, resid[rows][:, position:], present.before(position).rows(rows))
             torch.testing.assert_close(part, after[rows][:, position:], atol=1e-4, rtol=1e-4)
             resid = after
+
+
+@SHAPE
+@pytest.mark.parametrize("position", [0, 1, 5])
+@pytest.mark.parametrize("begin", [0, 1, 2])
+def test_rows_that_share_what_lies_before_equal_the_forward_pass(shape, position, begin, load):
+    """Two copies of rows 0 and 1, the second of which go on as each other do: each is compared with a pass of its own."""
+    model = load(shape)
+    n_layers = model.cfg.n_layers
+    mixed = torch.cat([TOKENS, TOKENS.flip(0)])
+    mixed[:, :position] = TOKENS[[0, 1, 0, 1]][:, :position]
+    with torch.no_grad():
+        blocks = Blocks(model)
+        assert blocks.by_parts == [not is_bridge(model)] * n_layers
+        whole, resid = blocks.embed(mixed), blocks.embed(TOKENS)
+        for layer in range(n_layers):
+            after, _ = blocks.run(layer, whole)
+            following, past = blocks.run(layer, resid)
+            sharing = [Sharing(slice(None), 0, 2)]
+            found = blocks.run_sharing(layer, whole[:, position:], past.before(position), sharing, begin)
+            torch.testing.assert_close(found, after[:, position + begin :], atol=1e-4, rtol=1e-4)
+            rows = [Sharing(torch.tensor([0, 2]), 0, 1), Sharing(torch.tensor([1, 3]), 1, 2)]
+            found = blocks.run_sharing(layer, whole[:, position:], past.before(position), rows, begin)
+            torch.testing.assert_close(found, after[:, position + begin :], atol=1e-4, rtol=1e-4)
+            blocks.compare_parts(layer, resid, past, following)
+            whole, resid = after, following
+        assert blocks.by_parts == [not is_bridge(model)] * n_layers
+
+
+def test_a_block_whose_parts_do_not_give_what_it_gives_is_run_whole(load, monkeypatch):
+    model = load("llama")
+    if is_bridge(model):
+        pytest.skip("a bridge's blocks are run whole")
+    blocks, run = Blocks(model), parts.run
+    monkeypatch.setattr(
+        parts, "run", lambda block, *rest: run(block, *rest) * (1.01 if block is model.blocks[1] else 1)
+    )
+    with torch.no_grad():
+        resid = blocks.embed(TOKENS)
+        for layer in range(2):
+            after, past = blocks.run(layer, resid)
+            blocks.compare_parts(layer, resid, past, after)
+            resid = after
+    assert blocks.by_parts == [True, False, True, True]
+
+
+@SHAPE
+def test_logits_of_some_tokens_are_the_models(shape, load):
+    model = load(shape)
+    targets = torch.tensor([[5, 399, 5], [7, 0, 300]])
+    with torch.no_grad():
+        blocks, expected = Blocks(model), model(TOKENS)[:, -1]
+        found = blocks.logits_of(blocks.final(TOKENS)[:, -1], targets)
+    torch.testing.assert_close(found, expected.gather(1, targets), atol=1e-4, rtol=1e-4)
+
+
+def test_log_p_holds_however_high_a_later_part_of_the_vocabulary_is(load, monkeypatch):
+    """The first part's highest logit is what exponentials are taken relative to; others may lie far above it."""
+    model = load("gpt2")
+    if is_bridge(model):
+        pytest.skip("a bridge's unembedding is its own")
+    monkeypatch.setattr(blocks_module, "VOCABULARY_PART", 100)
+    targets = torch.tensor([[5, 399], [7, 250]])
+    with torch.no_grad():
+        resid = Blocks(model).final(TOKENS)[:, -1]
+        for scale in (1.0, 1e4):
+            model.unembed.b_U[150] += scale
+            expected = model.unembed(model.ln_final(resid)[:, None])[:, 0].double().log_softmax(-1).gather(1, targets)
+            found = Blocks(model).log_p(resid, targets)
+            model.unembed.b_U[150] -= scale
+            torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)
 
 
 @SHAPE

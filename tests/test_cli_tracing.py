@@ -131,6 +131,26 @@ def test_a_run_over_facts_is_kept_resumed_and_averaged(run, known_file, tmp_path
     assert "holds a run of other settings (settings.seed: 0 there, 1 now)" in err
 
 
+def test_facts_share_sweeps_and_average_alike(run, known_file, tmp_path, monkeypatch):
+    from mechedit.runs import tracing as runs
+
+    real, batches = runs.trace_facts, []
+    monkeypatch.setattr(
+        runs, "trace_facts", lambda *rest, **named: batches.append(named["batch"]) or real(*rest, **named)
+    )
+    means = []
+    for number, options in enumerate(((), ("--batch", "3"))):
+        folder = tmp_path / str(number)
+        command = ("trace", "--facts", str(known_file), "--unknown", "--draws", "2", "--window", "2", *options)
+        assert run(*command, "--out", str(folder))[0] == 0
+        means.append(read(folder / "average.json")["indirect_effect"]["mlp"])
+    assert batches == [1, 3]
+    pairs = [(a, b) for one, other in zip(*means, strict=True) for a, b in zip(one, other, strict=True)]
+    assert all(a == b if a is None else abs(a - b) < 1e-6 for a, b in pairs)
+    status, _, err = run("trace", "--facts", str(known_file), "--batch", "0", "--out", str(tmp_path / "no"))
+    assert (status, err.strip()) == (2, "mechedit: --batch must be at least 1 fact; found 0.")
+
+
 def test_an_interrupted_run_says_what_is_kept_and_how_to_go_on(run, known_file, tmp_path, monkeypatch):
     from mechedit.runs import tracing as runs
 

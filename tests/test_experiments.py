@@ -410,3 +410,22 @@ def test_the_moments_benchmark_counts_keys_a_second(to_edit, tmp_path):
     found = read(tmp_path, "benchmark_moments")
     assert len(found["keys_a_second"]["bare"]) == len(found["keys_a_second"]["moments"]) == 2
     assert 0 < found["moments_over_bare"] < 2
+
+
+def test_speed_is_compared_with_a_checkout_alone(tmp_path):
+    from experiments import benchmark_versions
+
+    with pytest.raises(SystemExit, match="--old must be a checkout of another version"):
+        benchmark_versions.main(benchmark_versions.BenchmarkVersions(old=tmp_path))
+
+
+def test_versions_take_turns_and_the_best_of_each_counts(tmp_path, monkeypatch):
+    from experiments import benchmark_versions
+
+    (tmp_path / "mechedit").mkdir()
+    took = iter([4.0, 3.0, 2.0, 5.0])  # old, new, old, new
+    monkeypatch.setattr(benchmark_versions, "times", lambda *args: {"trace": next(took)})
+    monkeypatch.setattr(benchmark_versions, "FIGURES", tmp_path)
+    benchmark_versions.main(benchmark_versions.BenchmarkVersions(old=tmp_path, models=("organism",)))
+    (found,) = json.loads((tmp_path / "benchmark_versions.json").read_text())["models"].values()
+    assert found == {"old": {"trace": 2.0}, "new": {"trace": 3.0}, "new over old": {"trace": 1.5}}

@@ -21,7 +21,7 @@ from mechedit.runs import units
 from mechedit.runs.store import RunError, Store
 from mechedit.runs.tracing import known, sever_facts, trace_facts, traceable, unit
 from mechedit.settings import TraceSettings
-from mechedit.tracing import Trace, trace
+from mechedit.tracing import Trace, trace, trace_all
 from tests.conftest import kept_units
 
 SMALL = TraceSettings(draws=2, window=2)
@@ -44,6 +44,34 @@ def test_a_run_gives_each_facts_own_trace(model, tmp_path):
     assert set(kept_units(tmp_path)) == {unit(fact) for fact in FACTS}
     twice = trace_facts(model, [FACTS[0], FACTS[1], FACTS[0]], tmp_path, SMALL)
     assert [each.prompt for each in twice] == [FACTS[0].prompt, FACTS[1].prompt, FACTS[0].prompt]
+
+
+def test_facts_that_share_a_sweep_give_what_each_gives_alone(model, tmp_path, monkeypatch):
+    sizes = []
+    real = trace_all
+    monkeypatch.setattr(
+        "mechedit.runs.tracing.trace_all",
+        lambda model, facts, *rest, **named: sizes.append(len(facts)) or real(model, facts, *rest, **named),
+    )
+    alone, together = (trace_facts(model, FACTS, tmp_path / str(batch), SMALL, batch=batch) for batch in (1, 4))
+    assert sizes == [4, 2]
+    for one, other in zip(alone, together, strict=True):
+        assert one.prompt == other.prompt
+        assert all(torch.allclose(one.draws[kind], other.draws[kind], atol=1e-6, rtol=1e-4) for kind in SMALL.kinds)
+    trace_facts(model, FACTS, tmp_path / "4", SMALL, batch=1)  # the same run: nothing is left to do
+
+
+def test_one_fact_that_fails_does_not_take_its_batch_with_it(model, tmp_path, monkeypatch):
+    def failing(model, fact, *rest, **named):
+        if fact is FACTS[1]:
+            raise ValueError("this one")
+        return trace(model, fact, *rest, **named)
+
+    monkeypatch.setattr("mechedit.runs.tracing.trace", failing)
+    monkeypatch.setattr("mechedit.runs.tracing.trace_all", lambda *args, **named: failing(model, FACTS[1]))
+    with pytest.raises(RunError, match="this one"):
+        trace_facts(model, FACTS[:3], tmp_path, SMALL, batch=3)
+    assert set(kept_units(tmp_path)) == {unit(FACTS[0]), unit(FACTS[2])}
 
 
 def test_a_run_that_was_cut_off_goes_on_with_what_is_missing(model, tmp_path, monkeypatch):

@@ -100,7 +100,7 @@ def test_severed_curves_survive_their_file(model, fact, tmp_path):
     path = found.save(tmp_path / "severed.safetensors")
     loaded = Severed.load(path)
     assert all(torch.equal(loaded.curves[name], curve) for name, curve in found.curves.items())
-    assert replace(loaded, curves={}) == replace(found, curves={})
+    assert loaded.to_json() == found.to_json()
     first = path.read_bytes()
     assert loaded.save(path).read_bytes() == first
     path.write_bytes(first[:-3])

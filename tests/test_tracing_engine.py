@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mechedit import models, prompts
-from mechedit.settings import TraceSettings
-from mechedit.tracing import baseline, engine, prepare, restore, trace
+from mechedit.settings import SettingsError, TraceSettings
+from mechedit.tracing import baseline, engine, passes, prepare, restore, trace
 from mechedit.tracing.baseline import Job, Read
 from mechedit.tracing.cells import (
     ATTN_OUT,
@@ -107,7 +110,7 @@ def test_any_cells_equal_one_forward_pass_each(shape, cells, begin, span, draws,
     ]
     corrupted = corrupted_embeddings(model, IDS, begin, span, draws)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "ROW_TOKENS", row_tokens)
+        patch.setattr(passes, "ROW_TOKENS", row_tokens)
         (fast,) = engine.sweep(model, [Job(IDS, corrupted, (Read(6, (33,)),), tuple(cells), held_shift)])
     if cells:
         slow = loop(model, IDS, corrupted, 33, cells, held_shift)
@@ -149,19 +152,115 @@ def test_cells_that_name_what_is_not_there_are_errors_before_the_model_runs(mode
 
 def test_a_small_budget_gives_the_same_numbers(model, fact, monkeypatch):
     whole = trace(model, fact, SMALL)
-    passes = []
-    original = engine._Pass.log_p
-    monkeypatch.setattr(engine._Pass, "log_p", lambda self: passes.append(self.row_tokens) or original(self))
+    tokens = []
+    original = passes.Pass.found
+    monkeypatch.setattr(passes.Pass, "found", lambda self: tokens.append(self.row_tokens) or original(self))
     tight = trace(model, fact, replace(SMALL, memory=2e-4))
-    assert len(passes) > len(whole.tokens)
-    assert min(passes) < engine.ROW_TOKENS
+    assert len(tokens) > len(whole.tokens)
+    assert min(tokens) < passes.ROW_TOKENS
     for kind in SMALL.kinds:
         torch.testing.assert_close(whole.draws[kind], tight.draws[kind], atol=1e-6, rtol=1e-4)
 
 
+class Allocated(TorchDispatchMode):
+    """The most bytes that tensors made inside the block held at one time."""
+
+    def __enter__(self):
+        self.now, self.most = 0, 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        old = {each.untyped_storage()._cdata for each in tree_leaves(args) if isinstance(each, torch.Tensor)}
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor) and each.untyped_storage()._cdata not in old:
+                size = each.untyped_storage().nbytes()
+                self.now += size
+                weakref.finalize(each.untyped_storage(), self.freed, size)
+        self.most = max(self.most, self.now)
+        return out
+
+    def freed(self, size):
+        self.now -= size
+
+
+def test_the_budget_bounds_draws(model):
+    """What 100 draws keep is several times the budget, so they are swept some at a time, to the same numbers."""
+    corrupted = corrupted_embeddings(model, IDS, 1, 3, 100)
+    cells = [single(component, [1], position) for component in (RESID_POST, MLP_OUT) for position in (2, 5)]
+    cells.append(Cell((Patch(RESID_POST, 1, 2),), (Patch(MLP_OUT, 2, 2),)))
+    job = Job(IDS, corrupted, (Read(6, (33,)),), tuple(cells), held_shift=1)
+    with Allocated() as used:
+        (whole,) = engine.sweep(model, [job])
+    assert used.most > 1_500_000, "the budget must matter for this to say anything"
+    with Allocated() as used:
+        (parts,) = engine.sweep(model, [job], memory=400_000)
+    assert 100_000 < used.most < 800_000
+    torch.testing.assert_close(parts.cells, whole.cells, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(parts.corrupted, whole.corrupted, atol=1e-6, rtol=1e-4)
+    assert torch.equal(parts.clean, whole.clean)
+
+
+def test_a_budget_too_small_for_one_draw_says_what_is_needed(model, fact):
+    with pytest.raises(
+        SettingsError, match=r"memory must be at least .* gigabytes for a prompt of \d+ tokens"
+    ) as error:
+        trace(model, fact, replace(SMALL, memory=1e-6))
+    needed = float(str(error.value).split("at least ")[1].split(" ")[0])
+    trace(model, fact, replace(SMALL, memory=1.1 * needed, kinds=("mlp",)))
+
+
+def test_jobs_that_do_not_fit_together_are_swept_in_turn(model):
+    jobs = [
+        Job(IDS[:length], corrupted_embeddings(model, IDS[:length], 1, 2, 2), (Read(length - 1, (33,)),),
+            tuple(single(MLP_OUT, [layer], 2) for layer in range(4)))
+        for length in (5, 7, 6)
+    ]  # fmt: skip
+    whole, parts = (engine.sweep(model, jobs, memory=memory) for memory in (1 << 30, 60_000))
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one.cells, other.cells, atol=1e-6, rtol=1e-4)
+
+
+def test_nothing_is_computed_that_nobody_reads(load, monkeypatch):
+    """Earlier keys and values are not copied, and the last block gives the positions that are read alone."""
+    model = load("gemma3")
+    if models.is_bridge(model):
+        pytest.skip("a bridge's blocks are run whole")
+    widths: dict[int, set[int]] = {}
+    run = models.parts.run
+
+    def counted(block, resid, earlier, begin):
+        out = run(block, resid, earlier, begin)
+        widths.setdefault(list(model.blocks).index(block), set()).add(out.shape[1])
+        return out
+
+    prepared = prepare(model, FACT, SMALL)
+    slow = {kind: loop(model, prepared.ids, prepared.corrupted, prepared.answer_ids[0], grid(model, kind))
+            for kind in ("resid", "mlp", "attn")}  # fmt: skip
+    monkeypatch.setattr(models.parts, "run", counted)
+    monkeypatch.setattr(models.KeyValues, "rows", lambda *args: pytest.fail("a past was copied"))
+    found = trace(model, FACT, SMALL)
+    for kind, expected in slow.items():
+        torch.testing.assert_close(found.draws[kind].flatten(0, 1), expected, atol=1e-5, rtol=1e-3)
+    whole = len(prepared.ids) - len(prepared.ids) // 2  # where parts are compared, once
+    assert widths[3] <= {1, len(prepared.ids) // 2}
+    assert max(widths[2]) > whole
+
+
+def test_a_logit_difference_needs_no_other_logits(model, fact, monkeypatch):
+    settings_ = replace(SMALL, measure="logit_difference")
+    prepared = prepare(model, fact, settings_)
+    (read,) = prepared.reads
+    cells = grid(model, "mlp")
+    log_p = [loop(model, prepared.ids, prepared.corrupted, token, cells).log() for token in read.targets]
+    monkeypatch.setattr(models.Blocks, "log_p", lambda *args: pytest.fail("a normaliser was computed"))
+    found, _, _ = restore(model, fact, cells, settings_)
+    torch.testing.assert_close(found, log_p[0] - log_p[1], atol=1e-4, rtol=1e-3)
+
+
 def test_small_batches_give_the_same_numbers(model, fact, monkeypatch):
     whole = trace(model, fact, SMALL)
-    monkeypatch.setattr(engine, "ROW_TOKENS", 20)
+    monkeypatch.setattr(passes, "ROW_TOKENS", 20)
     monkeypatch.setattr(baseline, "UNEMBED_ROWS", 2)
     parts = trace(model, fact, SMALL)
     for kind in SMALL.kinds:

@@ -55,6 +55,12 @@ def add_tracing(commands: Any) -> None:
     )
     trace.add_argument("--limit", type=an_integer, metavar="N", help="with --facts: the first N that remain")
     trace.add_argument(
+        "--batch",
+        type=an_integer,
+        metavar="N",
+        help="with --facts: how many share a sweep (default 1; a GPU wants more)",
+    )
+    trace.add_argument(
         "--unknown", action="store_true", help="with --facts: keep facts whose answer the model does not put first"
     )
     trace.add_argument(
@@ -151,8 +157,8 @@ def _trace(arguments: argparse.Namespace) -> None:
         return _trace_facts(arguments, settings)
     if arguments.prompt is None or arguments.subject is None:
         raise UsageError("trace needs PROMPT and --subject, or --facts FILE and --out DIR.")
-    if arguments.limit is not None or arguments.unknown:
-        raise UsageError("--limit and --unknown choose among --facts; leave them out.")
+    if arguments.limit is not None or arguments.unknown or arguments.batch is not None:
+        raise UsageError("--limit, --unknown and --batch are for --facts; leave them out.")
     _check_idle(arguments, settings)
     _check_answers(arguments, settings)
     fact = _fact(arguments)
@@ -264,6 +270,8 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
     _check_idle(arguments, settings)
     if arguments.limit is not None and arguments.limit < 2:
         raise UsageError(f"--limit must be at least 2 facts, which are averaged; found {arguments.limit}.")
+    if arguments.batch is not None and arguments.batch < 1:
+        raise UsageError(f"--batch must be at least 1 fact; found {arguments.batch}.")
     chosen = list(sources.named(arguments.facts))
     check_places(arguments.json, arguments.out / "average.json")
     model = load_model(arguments)
@@ -290,7 +298,15 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
         if there:
             console.print(f"{there} of {len(chosen)} facts are in {arguments.out} already")
         try:
-            traces = runs.trace_facts(model, chosen, arguments.out, settings, statistics=statistics, progress=progress)
+            traces = runs.trace_facts(
+                model,
+                chosen,
+                arguments.out,
+                settings,
+                statistics=statistics,
+                batch=arguments.batch or 1,
+                progress=progress,
+            )
         except KeyboardInterrupt:
             there = runs.finished(pairs, arguments.out)
             raise KeyboardInterrupt(

@@ -17,7 +17,7 @@ This package alone knows which TransformerLens is installed. Weights are never p
 logits are Hugging Face's and an edit can be written back to the checkpoint.
 """
 
-from mechedit.models.blocks import Blocks, KeyValues, Stepper
+from mechedit.models.blocks import Blocks, KeyValues, Sharing, Stepper
 from mechedit.models.checking import PARITY, check_finite
 from mechedit.models.gemma import GEMMA
 from mechedit.models.identities import Identity, digest_of, identity, weight_hash
@@ -53,6 +53,7 @@ __all__ = [
     "KeyValues",
     "Listed",
     "ModelError",
+    "Sharing",
     "Stepper",
     "W_out",
     "alone",

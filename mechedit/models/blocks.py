@@ -18,13 +18,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechedit.models import parts
 from mechedit.models.locks import alone
 from mechedit.models.surface import HookedModel, device_of, is_bridge, without_forward_hooks
 
-__all__ = ["Blocks", "KeyValues", "Stepper"]
+__all__ = ["Blocks", "KeyValues", "Sharing", "Stepper"]
 
 UNEMBED_ROWS = 128  # rows of logits held at once, where they are held
-VOCABULARY_PART = 8192  # columns of the unembedding multiplied at once
+VOCABULARY_PART = 1024  # columns of the unembedding multiplied at once: what is done to their logits stays in the cache
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -53,6 +54,19 @@ class KeyValues:
     def rows(self, index: Int[Tensor, " rows"]) -> KeyValues:
         """Those of the given rows, in that order, repeats allowed."""
         return KeyValues(self.keys[index], self.values[index], self.axis)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which rows of a batch share which past: `rows`, c times n of them, each n in turn that of `first` to `end`-1."""
+
+    rows: slice | Tensor
+    first: int
+    end: int
+
+    def of(self, past: KeyValues) -> tuple[Tensor, Tensor]:
+        """Their keys and values, as views."""
+        return past.keys[self.first : self.end], past.values[self.first : self.end]
 
 
 class Blocks:
@@ -85,6 +99,73 @@ class Blocks:
         """The residual stream after block `layer`, and its keys and values so far (those of `past` included)."""
         return self._run_bridge(layer, resid, past) if self._is_bridge else self._run_hooked(layer, resid, past)
 
+    def run_sharing(
+        self,
+        layer: int,
+        resid: Float[Tensor, "rows pos d_model"],
+        past: KeyValues,
+        sharing: list[Sharing],
+        begin: int = 0,
+        *,
+        whole: bool = False,
+    ) -> Float[Tensor, "rows late d_model"]:
+        """The residual stream after block `layer`, at positions from `begin` on of those given, of rows that share `past`.
+
+        Where the block's parts can be run one by one (and `whole` does not forbid it), nothing of the past is copied, and
+        positions before `begin` give keys and values alone.
+        """
+        if self.by_parts[layer] and not whole:
+            earlier = [(each.rows, parts.Earlier(*each.of(past))) for each in sharing]
+            return parts.run(self.model.blocks[layer], resid, earlier, begin)
+        if not past.length:
+            return self.run(layer, resid)[0][:, begin:]
+        source = torch.empty(len(resid), dtype=torch.long, device=resid.device)
+        for each in sharing:
+            n = each.end - each.first
+            here = torch.arange(each.first, each.end, device=resid.device)
+            source[each.rows] = here.repeat(len(source[each.rows]) // n)
+        return self.run(layer, resid, past.rows(source))[0][:, begin:]
+
+    @cached_property
+    def by_parts(self) -> list[bool]:
+        """Which blocks' parts are run one by one: those of a kind that is known; `compare_parts` looks whether it is so."""
+        return [not self._is_bridge and parts.fits(block) for block in self.model.blocks]
+
+    @torch.no_grad()
+    def compare_parts(
+        self,
+        layer: int,
+        resid: Float[Tensor, "rows pos d_model"],
+        past: KeyValues,
+        after: Float[Tensor, "rows pos d_model"],
+    ) -> None:
+        """Run a block by parts on the last positions of some rows whose `after` is known; let it be whole if that differs."""
+        at, begin = resid.shape[1] // 2, resid.shape[1] - resid.shape[1] // 2
+        if not self.by_parts[layer] or not at:
+            return
+        found = self.run_sharing(
+            layer, resid[:, at:], past.before(at), [Sharing(slice(None), 0, len(resid))], begin - at
+        )
+        expected = after[:, begin:].float()
+        close = 1e-4 if resid.dtype == torch.float32 else 0.05
+        self.by_parts[layer] = bool((found.float() - expected).abs().max() <= close * expected.abs().max())
+
+    @torch.no_grad()
+    def logits_of(
+        self, resid: Float[Tensor, "rows d_model"], targets: Int[Tensor, "rows targets"]
+    ) -> Float[Tensor, "rows targets"]:
+        """The logits of each row's targets alone, in float32, from final residual states."""
+        if not self._streams:
+            return torch.cat(
+                [
+                    self.logits(part).float().gather(1, wanted)
+                    for part, wanted in zip(resid.split(UNEMBED_ROWS), targets.split(UNEMBED_ROWS), strict=True)
+                ]
+            )
+        W_U, b_U = self.model.unembed.W_U.detach(), self.model.unembed.b_U.detach()
+        ids, place = targets.unique(return_inverse=True)
+        return self._capped(torch.addmm(b_U[ids], self._normed(resid), W_U[:, ids])).float().gather(1, place)
+
     def logits(self, resid: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_vocab"]:
         """Next-token logits from final residual states, one unembedding row each."""
         if not self._is_bridge:
@@ -100,11 +181,14 @@ class Blocks:
         with self.model.hooks(fwd_hooks=[(last, lambda activation, hook: resid[:, None])]):
             return self.model(token)[:, 0]
 
+    @torch.no_grad()
     def log_p(
         self, resid: Float[Tensor, "rows d_model"], targets: Int[Tensor, "rows targets"]
     ) -> Float[Tensor, "rows targets"]:
         """log P of each row's targets from final residual states, in float32, without ever holding a row of logits whole."""
-        return self.log_p_and_top(resid, targets)[0]
+        if not self._streams:
+            return self._log_p_by_rows(resid, targets)[0]
+        return self._log_p_by_parts(resid, targets, tops=False)[0]
 
     @torch.no_grad()
     def log_p_and_top(
@@ -130,7 +214,7 @@ class Blocks:
         return torch.cat([log_p for log_p, _ in rows]), torch.cat([top for _, top in rows])
 
     def _log_p_by_parts(
-        self, resid: Float[Tensor, "rows d_model"], targets: Int[Tensor, "rows targets"]
+        self, resid: Float[Tensor, "rows d_model"], targets: Int[Tensor, "rows targets"], *, tops: bool = True
     ) -> tuple[Float[Tensor, "rows targets"], Int[Tensor, " rows"]]:
         """By parts of the vocabulary: the highest logit so far, its token, and a sum of exponentials relative to it."""
         normed = self._normed(resid)
@@ -139,18 +223,27 @@ class Blocks:
         highest = torch.full((len(resid),), -torch.inf, device=resid.device)
         top = torch.full((len(resid),), -1, device=resid.device)
         total, found = torch.zeros_like(highest), torch.empty(targets.shape, device=resid.device)
-        for begin in range(0, W_U.shape[1], VOCABULARY_PART):
+        order = targets.flatten().argsort()
+        bounds = torch.arange(0, W_U.shape[1] + VOCABULARY_PART, VOCABULARY_PART, device=resid.device)
+        cuts = torch.searchsorted(targets.flatten()[order], bounds).tolist()
+        for number, begin in enumerate(range(0, W_U.shape[1], VOCABULARY_PART)):
             part = slice(begin, min(begin + VOCABULARY_PART, W_U.shape[1]))
             logits = torch.addmm(b_U[part], normed, W_U[:, part], out=buffer[:, : part.stop - begin])
             logits = self._capped(logits).float()
-            row, column = ((targets >= begin) & (targets < part.stop)).nonzero(as_tuple=True)
-            found[row, column] = logits[row, targets[row, column] - begin]
-            higher = torch.maximum(highest, logits.amax(-1))
-            risen = (higher > highest).nonzero()[:, 0]
-            top[risen] = begin + logits[risen].argmax(-1)
+            if cuts[number + 1] > cuts[number]:
+                here = order[cuts[number] : cuts[number + 1]]
+                row, column = here // targets.shape[1], here % targets.shape[1]
+                found[row, column] = logits[row, targets[row, column] - begin]
+            # without tops the first part's highest will do, unless another lies so far above it that sums run over
+            higher = torch.maximum(highest, logits.amax(-1)) if tops or not begin else highest
+            if tops:
+                risen = (higher > highest).nonzero()[:, 0]
+                top[risen] = begin + logits[risen].argmax(-1)
             # exp(-80) adds nothing to a sum above 1, and what lies below would be denormal numbers, which are slow
             total = total * (highest - higher).exp() + logits.sub_(higher[:, None]).clamp_(min=-80.0).exp_().sum(-1)
             highest = higher
+        if not tops and not bool((total < 1e30).all()):
+            return self._log_p_by_parts(resid, targets)
         normaliser = highest + total.log()
         return found - normaliser[:, None], top.masked_fill(highest.isnan(), -1)
 
@@ -248,7 +341,9 @@ class Stepper:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
         self._past = self._past or TransformerLensKeyValueCache.init_cache(self.model.cfg, tokens.device, len(tokens))
-        return self.model(tokens, past_kv_cache=self._past, attention_mask=torch.ones_like(tokens))[:, -1]
+        mask, top = torch.ones_like(tokens), int(self.model.cfg.n_layers)
+        resid = self.model(tokens, past_kv_cache=self._past, attention_mask=mask, stop_at_layer=top)
+        return Blocks(self.model).logits(resid[:, -1])  # of the last position alone
 
 
 @contextmanager

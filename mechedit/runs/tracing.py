@@ -20,7 +20,7 @@ from mechedit.runs.engines import Engine, Local
 from mechedit.runs.shards import Shards
 from mechedit.runs.store import Store, check_plain, units_of
 from mechedit.settings import SettingsError, TraceSettings
-from mechedit.tracing import Trace, trace
+from mechedit.tracing import Trace, trace, trace_all
 from mechedit.tracing.cells import resolve
 from mechedit.tracing.preparation import check
 from mechedit.tracing.severing import Severed, severed
@@ -42,10 +42,13 @@ def trace_facts(
     settings: TraceSettings | None = None,
     *,
     statistics: Statistics | None = None,
+    batch: int = 1,
     engine: Engine | None = None,
     progress: Progress = silent,
 ) -> list[Trace]:
     """The trace of each fact, from `folder` where it is there, computed (by `engine`, here by default) and saved otherwise.
+
+    `batch` facts share a sweep here, which changes numbers by rounding only; a cluster's workers take one at a time.
 
     With `settings.corruption` "tokens" each subject gives way to one of the same relation and length; a fact without such a
     partner is left out.
@@ -60,7 +63,7 @@ def trace_facts(
     by_unit = {unit(fact, other): (fact, other) for fact, other in others}
     store: Store[Trace] = Store(folder, what, Trace.load, Trace.save)
 
-    task = _Tracing(by_unit, settings, statistics)
+    task = _Tracing(by_unit, settings, statistics, batch)
     return list(
         store.run([unit(*each) for each in others], task, engine or Local(model), progress, called=_called(by_unit))
     )
@@ -78,10 +81,18 @@ class _Tracing:
     by_unit: dict[str, tuple[Fact, str | None]]
     settings: TraceSettings
     statistics: Statistics
+    batch: int
 
     def __call__(self, model: HookedModel, name: str) -> Trace:
         fact, other = self.by_unit[name]
         return trace(model, fact, self.settings, statistics=self.statistics, other=other)
+
+    def many(self, model: HookedModel, names: Sequence[str]) -> list[Trace]:
+        """The traces of several units, in one sweep."""
+        facts, others = zip(*(self.by_unit[name] for name in names), strict=True)
+        asked = list(others) if self.settings.corruption == "tokens" else None
+        found = trace_all(model, facts, self.settings, statistics=self.statistics, others=asked, batch=len(facts))
+        return list(found)
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,19 @@ from mechedit.interventions import Change, intervened, read
 from mechedit.models import Blocks, HookedModel, KeyValues, device_of, embed
 from mechedit.tracing.cells import Cell, Component
 
-__all__ = ["Job", "Read", "Runs"]
+__all__ = ["Job", "Read", "Runs", "bytes_a_token", "bytes_kept"]
 
 UNEMBED_ROWS = 1024  # final states unembedded together
+ROW_TOKENS = 4096  # rows times positions run together
 
 
 @dataclass(frozen=True)
 class Read:
-    """log P of each target as the next token after `position`."""
+    """log P of each target as the next token after `position`, or its logit, which needs no other token's (`logits`)."""
 
     position: int
     targets: tuple[int, ...]
+    logits: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,59 +65,102 @@ class Runs:
     clean_states: list[Tensor]  # [job, pos, d_model]
     states: list[Tensor]  # [(job draw), pos, d_model]
     past: list[KeyValues]
-    clean_log_p: Tensor  # [job, target]
-    corrupted_log_p: Tensor  # [job, draw, target]
+    clean_read: Tensor  # [job, target]
+    corrupted_read: Tensor  # [job, draw, target]
 
     @classmethod
-    def of(cls, model: HookedModel, jobs: Sequence[Job]) -> Runs:
-        """Run all jobs, filled on the right to one length."""
+    def of(cls, model: HookedModel, jobs: Sequence[Job], memory: int = 1 << 31) -> Runs:
+        """Run all jobs, filled on the right to one length, some rows at a time as the memory allows."""
         draws = len(jobs[0].corrupted)
         tokens = _padded(jobs).to(device_of(model))
         embeddings, begins = _embedded(jobs, embed(model, tokens))
         runs = cls(model, Blocks(model), jobs, draws, begins, {}, {}, [], [], [], torch.empty(0), torch.empty(0))
-        runs._go(torch.cat([tokens, repeat(tokens, "job pos -> (job draw) pos", draw=draws)]), embeddings)
+        rows = torch.cat([tokens, repeat(tokens, "job pos -> (job draw) pos", draw=draws)])
+        step = max(1, memory // 8 // bytes_a_token(model) // rows.shape[1])
+        for part in torch.arange(len(rows)).split(min(step, max(1, ROW_TOKENS // rows.shape[1]))):
+            runs._go(slice(int(part[0]), int(part[-1]) + 1), rows, embeddings)
+        runs._compare()
         runs._read()
         return runs
 
-    def _go(self, tokens: Tensor, embeddings: Tensor) -> None:
-        n_jobs = len(self.jobs)
-        corrupted = torch.arange(n_jobs, len(tokens), device=tokens.device)
-        changes = [Change("hook_embed", lambda activation: embeddings.to(activation)), *self._keeping()]
+    def _go(self, part: slice, tokens: Tensor, embeddings: Tensor) -> None:
+        """Run some of the rows: the clean ones come first."""
+        rows = tokens[part]
+        changes = [Change("hook_embed", lambda activation: embeddings[part].to(activation)), *self._keeping(part)]
         with intervened(self.model, *changes):
-            resid = self.blocks.embed(tokens)
-            for layer in range(int(self.model.cfg.n_layers)):
-                self.clean_states.append(resid[:n_jobs])
-                self.states.append(resid[n_jobs:])
-                resid, present = self.blocks.run(layer, resid)
-                self.past.append(present.rows(corrupted))
-        self.clean_states.append(resid[:n_jobs])
-        self.states.append(resid[n_jobs:])
+            resid = self.blocks.embed(rows)
+            for layer in range(int(self.model.cfg.n_layers) + 1):
+                self._keep(self.clean_states, self.states, layer, part, resid)
+                if layer < int(self.model.cfg.n_layers):
+                    resid, present = self.blocks.run(layer, resid)
+                    self._keep_past(layer, part, present)
 
-    def _keeping(self) -> list[Change]:
+    def _rows(self, part: slice) -> tuple[slice, slice, slice, slice]:
+        """Of some rows: where the clean ones are among them and go, where the corrupted ones are and go."""
+        n = len(self.jobs)
+        clean = slice(part.start, min(part.stop, n)) if part.start < n else slice(0, 0)
+        first = max(part.start, n)
+        corrupted = slice(first - n, part.stop - n) if part.stop > n else slice(0, 0)
+        return slice(0, clean.stop - clean.start), clean, slice(first - part.start, max(part.stop, first) - part.start), corrupted  # fmt: skip
+
+    def _keep(self, clean: list[Tensor], corrupted: list[Tensor], layer: int, part: slice, resid: Tensor) -> None:
+        """Put rows where they belong, in tensors made for all of them."""
+        if layer == len(clean):
+            clean.append(resid.new_empty(len(self.jobs), *resid.shape[1:]))
+            corrupted.append(resid.new_empty(len(self.jobs) * self.draws, *resid.shape[1:]))
+        mine, into, theirs, there = self._rows(part)
+        clean[layer][into], corrupted[layer][there] = resid[mine], resid[theirs]
+
+    def _keep_past(self, layer: int, part: slice, present: KeyValues) -> None:
+        if layer == len(self.past):
+            n = len(self.jobs) * self.draws
+            keys, values = (each.new_empty(n, *each.shape[1:]) for each in (present.keys, present.values))
+            self.past.append(KeyValues(keys, values, present.axis))
+        _, _, theirs, there = self._rows(part)
+        self.past[layer].keys[there] = present.keys[theirs]
+        self.past[layer].values[there] = present.values[theirs]
+
+    def _compare(self) -> None:
+        """Look, on one row, whether blocks run by their parts give what they give whole."""
+        for layer, (resid, after) in enumerate(zip(self.states, self.states[1:], strict=False)):
+            past = self.past[layer]
+            first = KeyValues(past.keys[:1], past.values[:1], past.axis)
+            self.blocks.compare_parts(layer, resid[:1], first, after[:1])
+
+    @property
+    def bytes(self) -> int:
+        """What is kept takes so many."""
+        kept = [*self.states, *self.clean_states, *self.clean.values(), *self.corrupted.values()]
+        kept += [each for past in self.past for each in (past.keys, past.values)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+    def _keeping(self, part: slice) -> list[Change]:
         """Reads of every activation inside a block that some cell restores or holds."""
-        n_jobs, cells = len(self.jobs), [cell for job in self.jobs for cell in job.cells]
-        restored = {(patch.component, patch.layer) for cell in cells for patch in cell.restored}
-        held = {(patch.component, patch.layer) for cell in cells for patch in cell.held}
+        restored, held = _inside(self.jobs)
+        mine, into, theirs, there = self._rows(part)
 
         def keep(key: tuple[Component, int]) -> Callable[[Tensor], None]:
-            def into(activation: Tensor) -> None:
-                if key in restored:
-                    self.clean[key] = activation[:n_jobs].clone()
-                if key in held:
-                    self.corrupted[key] = activation[n_jobs:].clone()
+            def store(activation: Tensor) -> None:
+                for kept, rows, where, n in (
+                    (self.clean if key in restored else None, mine, into, len(self.jobs)),
+                    (self.corrupted if key in held else None, theirs, there, len(self.jobs) * self.draws),
+                ):
+                    if kept is not None:
+                        if key not in kept:
+                            kept[key] = activation.new_empty(n, *activation.shape[1:])
+                        kept[key][where] = activation[rows]
 
-            return into
+            return store
 
-        inside = [each for each in sorted(restored | held, key=str) if each[0].enters is None]
-        return [read(component.at(layer), keep((component, layer))) for component, layer in inside]
+        return [read(key[0].at(key[1]), keep(key)) for key in sorted(restored | held, key=str)]
 
     def _read(self) -> None:
         jobs = torch.arange(len(self.jobs))
-        self.clean_log_p = self.log_p(self.clean_states[-1], jobs, 0).cpu()
-        found = self.log_p(self.states[-1], repeat(jobs, "job -> (job draw)", draw=self.draws), 0)
-        self.corrupted_log_p = rearrange(found, "(job draw) target -> job draw target", draw=self.draws).cpu()
+        self.clean_read = self.read(self.clean_states[-1], jobs, 0).cpu()
+        found = self.read(self.states[-1], repeat(jobs, "job -> (job draw)", draw=self.draws), 0)
+        self.corrupted_read = rearrange(found, "(job draw) target -> job draw target", draw=self.draws).cpu()
 
-    def log_p(
+    def read(
         self, states: Float[Tensor, "rows pos d_model"], jobs: Int[Tensor, " rows"], position: int
     ) -> Float[Tensor, "rows targets"]:
         """What the jobs read, from final states of positions from `position` on; `jobs` says which job a row is of."""
@@ -127,9 +172,39 @@ class Runs:
             rows = torch.arange(len(states), device=states.device)
             # a position that was not computed again is the corrupted run's, which the caller has
             finals = states[rows, (at - position).clamp(min=0)]
+            what = self.blocks.logits_of if reads[0][number].logits else self.blocks.log_p
             parts = zip(finals.split(UNEMBED_ROWS), targets.split(UNEMBED_ROWS), strict=True)
-            columns.append(torch.cat([self.blocks.log_p(*part) for part in parts]))
+            columns.append(torch.cat([what(*part) for part in parts]))
         return torch.cat(columns, 1)
+
+
+def _inside(jobs: Sequence[Job]) -> tuple[set[tuple[Component, int]], set[tuple[Component, int]]]:
+    """Every activation inside a block that some cell restores, and that some cell holds."""
+    cells = [cell for job in jobs for cell in job.cells]
+    restored = {(patch.component, patch.layer) for cell in cells for patch in cell.restored}
+    held = {(patch.component, patch.layer) for cell in cells for patch in cell.held}
+    inside, also = ({each for each in of if each[0].enters is None} for of in (restored, held))
+    return inside, also
+
+
+def bytes_kept(model: HookedModel, jobs: Sequence[Job], length: int) -> tuple[int, int]:
+    """What is kept of a clean run, and of a corrupted one, of so many tokens."""
+    cfg = model.cfg
+    kv = int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads) * int(cfg.d_head)
+    states = (int(cfg.n_layers) + 1) * int(cfg.d_model)
+    restored, held = (
+        sum(int(cfg.d_mlp or 0) if "mlp." in each.hook else max(int(cfg.d_model), int(cfg.n_heads) * int(cfg.d_head)) for each, _ in of)
+        for of in _inside(jobs)
+    )  # fmt: skip
+    size = length * next(model.parameters()).element_size()
+    return (states + restored) * size, (states + held + 2 * int(cfg.n_layers) * kv) * size
+
+
+def bytes_a_token(model: HookedModel) -> int:
+    """Memory that a block needs for one token while it runs, measured: about six rows of each of its widths."""
+    cfg = model.cfg
+    size = next(model.parameters()).element_size()
+    return 6 * size * (int(cfg.d_model) + int(cfg.d_mlp or 0) + int(cfg.n_heads) * int(cfg.d_head))
 
 
 def _padded(jobs: Sequence[Job]) -> Int[Tensor, "job pos"]:

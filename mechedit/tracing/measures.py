@@ -1,10 +1,10 @@
 """What of the answer a trace measures: which tokens are read in a run, and the number made of them.
 
-A run is read as log P of next tokens. With the answer's tokens a1, a2, … and the other answer's first token b1:
+A run is read as log P of next tokens (or logits, for their difference). With the answer's tokens a1, a2, … and the other answer's first token b1:
     p                 P(a1)
     p_answer          P(a1) P(a2 | a1) …, each token after the answer's own tokens before it
     log_p             log P(a1), the natural logarithm
-    logit_difference  log P(a1) - log P(b1), which is logit(a1) - logit(b1): the normaliser is the same in both
+    logit_difference  logit(a1) - logit(b1), which is log P(a1) - log P(b1): the normaliser is the same in both, and not computed
 
 Some tokenizers (Gemma's, before a number) put the space that joins an answer to its prompt into a token of its own, whose
 probability is alike for every year. Measures of the first token pass over such blank ones: they stand after the prompt in every
@@ -55,7 +55,7 @@ class Measure:
         if self.whole:
             return tuple(Read(last + step, (token,)) for step, token in enumerate(answer))
         first = answer[blanks]
-        return (Read(last + blanks, (first, other[0]) if self.against else (first,)),)
+        return (Read(last + blanks, (first, other[0]) if self.against else (first,), logits=self.against),)
 
 
 def _first(log_p: Float[Tensor, "*runs targets"]) -> Float[Tensor, "*runs"]:

@@ -141,4 +141,5 @@ def _followed(
 def _top(model: HookedModel, ids: tuple[int, ...]) -> int:
     """The token the model finds most probable next."""
     tokens: Int[Tensor, "1 pos"] = torch.tensor([list(ids)], device=device_of(model))
-    return int(model(tokens)[0, -1].argmax())
+    blocks = models.Blocks(model)
+    return int(blocks.logits(blocks.final(tokens)[:, -1])[0].argmax())
