@@ -76,7 +76,7 @@ class Runs:
         embeddings, begins = _embedded(jobs, embed(model, tokens))
         runs = cls(model, Blocks(model), jobs, draws, begins, {}, {}, [], [], [], torch.empty(0), torch.empty(0))
         rows = torch.cat([tokens, repeat(tokens, "job pos -> (job draw) pos", draw=draws)])
-        step = max(1, memory // 8 // bytes_a_token(model) // rows.shape[1])
+        step = max(1, max(64, memory // 8 // bytes_a_token(model)) // rows.shape[1])
         for part in torch.arange(len(rows)).split(min(step, max(1, ROW_TOKENS // rows.shape[1]))):
             runs._go(slice(int(part[0]), int(part[-1]) + 1), rows, embeddings)
         runs._compare()
