@@ -192,7 +192,7 @@ def test_every_prompts_log_probabilities_and_every_text_are_kept(model, tmp_path
     assert [line["target"] for line in own[:2]] == [fact.target_new, fact.target_true]
     for line in own:
         ids, tail = (
-            prompts.encode(model, line["prompt"])[0],
+            prompts.encode(model, line["prompt"], prepend_bos=prompts.resolve_bos(model, None))[0],
             prompts.continuation(model, line["prompt"], line["target"]),
         )
         log_p = model(torch.tensor([[*ids, *tail]]))[0].log_softmax(-1)[len(ids) - 1 : -1]
