@@ -115,7 +115,12 @@ def _code(node: ast.AST) -> Iterator[ast.AST]:
             continue
         if isinstance(node, ast.ClassDef) and name in ("bases", "keywords"):
             continue
-        if isinstance(node, ast.AnnAssign) and name == "value" and value and ast.unparse(value).startswith(("field(", "knob(")):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and name == "value"
+            and value
+            and ast.unparse(value).startswith(("field(", "knob("))
+        ):
             continue
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, ast.AST):

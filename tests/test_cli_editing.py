@@ -280,7 +280,7 @@ def test_fine_tuning_has_its_own_options_and_obeys_them(run, tmp_path):
     status, out, _ = run("edit", "--facts", str(facts), "--editor", "ft", *own, "--out", str(folder))
     assert (status, "1 of 1 facts edited" in out) == (0, True)
     (listed,) = json.loads((folder / "edits.json").read_text())
-    assert edits.load(folder / listed["file"]).digest == edit.digest, "a run of many finds what one edit is"
+    assert edits.load(units.read(folder, listed["unit"])).digest == edit.digest, "a run of many finds what one edit is"
 
 
 @pytest.mark.parametrize(

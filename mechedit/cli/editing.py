@@ -129,7 +129,7 @@ def _facts_to_edit(arguments: argparse.Namespace) -> list[Fact]:
     if not any(fact.target_new for fact in chosen):
         raise UsageError(f"no fact of {arguments.facts} has a new target; COUNTERFACT and zsRE files have.")
     if arguments.out.is_file():
-        raise UsageError(f"--out {arguments.out} is a file; with --facts it is a folder, with a file for each fact.")
+        raise UsageError(f"--out {arguments.out} is a file; with --facts it is a folder, of all edits.")
     check_places(arguments.json, arguments.out / "edits.json")
     return chosen
 
@@ -193,7 +193,9 @@ def _edit_facts(
         for word in edit.reasons or edit.notes:
             console.print(f"{edit.fact['prompt']}: {word}")
     done = sum(bool(edit.changes) for edit in found)
-    console.print(f"{done} of {len(found)} facts edited, each alone; they are in {arguments.out}")
+    console.print(
+        f"{done} of {len(found)} facts edited, each alone; `mechedit show {arguments.out} --export DIR` writes a file each"
+    )
     show_files(console, written)
     if not done:
         raise edits.EditError(f"none of the {len(found)} facts was edited; why is said above.")
