@@ -67,7 +67,7 @@ def test_the_units_of_a_run_are_listed_shown_and_written_as_files(run, two, alon
     assert (status, "before" in said) == (0, True)
     status, said, _ = run("show", str(two[1] / "scores"), "--unit", "0", model=False)
     assert (status, "scores" in said) == (0, True)
-    status, _, err = run("show", str(two[1] / "edits"), "--unit", "9", model=False)
+    status, _, err = run("show", str(two[1] / "edits"), "--unit", "none", model=False)
     assert (status, err.count("\n"), "has 2 units" in err) == (2, 1, True)
 
 

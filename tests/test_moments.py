@@ -631,7 +631,7 @@ def test_of_two_processes_that_need_the_same_C_one_computes_it(model, monkeypatc
     monkeypatch.setattr(estimating, "accumulate", accumulate)
     first = moments.estimate(model, 1, settings=settings)
     assert len(tried) == 1
-    (path,) = (path for path in (cache.root() / "moments").glob("*.safetensors") if ".part." not in path.name)
+    (path,) = (path for path in (cache.root() / "moments").glob("*.safetensors") if files.kind(path) == "moment")
     made = path.read_bytes()
     path.unlink()
 

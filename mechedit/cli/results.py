@@ -40,7 +40,7 @@ def add_results(commands: Any) -> None:
     """show, compare, status"""
     show = add_command(commands, "show", _show, "show a result, a file or a folder; no model is loaded")
     show.add_argument("result", type=a_path, metavar="RESULT", help=SHOWN)
-    show.add_argument("--unit", metavar="NAME", help="of a folder of a run: one unit, by its name, the beginning of it, or its number")  # fmt: skip
+    show.add_argument("--unit", metavar="NAME", help="of a folder of a run: one unit, by its name, its number, or the beginning of its name")  # fmt: skip
     show.add_argument("--export", type=a_path, metavar="DIR", help="of a folder of a run: write its units (or --unit) there, a file each")  # fmt: skip
     add_json(show)
 

@@ -23,7 +23,7 @@ def names(folder: str | Path) -> list[str]:
 
 
 def read(folder: str | Path, unit: str) -> Blob:
-    """A unit, which `Trace.load` or `edits.load` reads as it reads a file; by its name, the beginning of it, or its number.
+    """A unit, which `Trace.load` or `edits.load` reads as it reads a file; by its name, its number, or the beginning of its name.
 
     Raises:
         RunError: no such unit, or a damaged one.
@@ -64,11 +64,11 @@ def _opened(folder: Path) -> Shards:
 
 def _found(folder: Path, every: Sequence[str], unit: str) -> str:
     """The name of the unit that is meant."""
+    if unit not in every and unit.isdecimal() and int(unit) < len(every):
+        return every[int(unit)]
     meant = [name for name in every if name == unit] or [name for name in every if name.startswith(unit)]
     if len(meant) == 1:
         return meant[0]
-    if unit.isdecimal() and int(unit) < len(every):
-        return every[int(unit)]
     raise RunError(
         f"{folder} has {len(every)} units, and {len(meant) or 'none'} of them {'begin' if len(meant) > 1 else 'begins'} with {unit!r}; "
         f"give more of a name, or a number from 0 to {len(every) - 1}."
