@@ -208,40 +208,6 @@ def test_a_unit_that_fails_on_one_node_is_done_on_another(cluster, engine):
     assert [done.error for done in found] == [""] * 12
 
 
-def test_a_worker_that_cannot_load_is_let_go_and_the_others_go_on(engine, folder, tmp_path, monkeypatch):
-    """The first worker to load finds the model gone; it is told in a note."""
-    import shutil
-
-    copy = tmp_path / "model"
-    shutil.copytree(folder("gpt2"), copy)
-    flag = tmp_path / "once"
-    monkeypatch.setattr("mechedit.runs.engines._Worker", _Failing.of(flag))
-    own = replace(engine, model=str(copy))
-    found = list(own.map(slow, list("abcd")))
-    assert sorted(done.unit for done in found) == list("abcd")
-    assert all(not done.error for done in found)
-    assert len(own.notes) == 1
-    assert "cannot load" in own.notes[0]
-
-
-class _Failing:
-    """A worker's class, of which the first to load fails."""
-
-    @staticmethod
-    def of(flag):
-        from mechedit.runs.engines import _Worker
-
-        class Failing(_Worker):
-            def ready(self):
-                try:
-                    flag.touch(exist_ok=False)
-                except FileExistsError:
-                    return super().ready()
-                return "", "node", "OSError: no such model"
-
-        return Failing
-
-
 def test_workers_have_the_threads_of_their_cpus_and_what_a_unit_needs_travels_with_it(cluster, engine):
     (one,) = engine.map(Here(), ["a"], lambda unit: unit * 2)
     assert one.result == {"text": "aaa 1"}
