@@ -30,8 +30,9 @@ class Coverage:
 
     n: tuple[int, ...] = (10, 20, 60, 150, 1000)
     largest: int = 21_919  # all of COUNTERFACT
-    samples: int = 1000  # fewer of many facts
-    samples_of_s: int = 200
+    samples: int = 3000  # fewer of many facts
+    samples_of_s: int = 1000
+    draws: int = 2000  # of weights, in each sample; tables have 10,000
     p: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
     seed: int = 0
 
@@ -105,12 +106,12 @@ def of_means(settings: Coverage, n: int, samples: int, every: bool) -> Iterator[
     random = np.random.default_rng([settings.seed, n])
     for number in numbers(settings) if every else list(numbers(settings))[1::7]:
         values = number.draw(random, (n, samples))
-        yield counted(number.name, n, number.truth, statistics.summaries(values, [number.support] * samples, settings.seed))  # fmt: skip
+        yield counted(number.name, n, number.truth, statistics.summaries(values, [number.support] * samples, settings.seed, settings.draws))  # fmt: skip
     for first, second in pairs(settings) if every else list(pairs(settings))[:3]:
         same = random.random((n, samples)) < 0.7  # facts that do not change where the two are alike
         before, after = first.draw(random, (n, samples)), second.draw(random, (n, samples))
         after = np.where(same & (first.truth == second.truth), before, after)
-        found = statistics.summaries(after - before, [DIFFERENCE] * samples, settings.seed)
+        found = statistics.summaries(after - before, [DIFFERENCE] * samples, settings.seed, settings.draws)
         yield counted(f"difference of {first.name}", n, second.truth - first.truth, found)
 
 
@@ -122,8 +123,12 @@ def of_harmonic_means(settings: Coverage, n: int, samples: int) -> Iterator[dict
         s, more = [], []
         for _ in range(samples):
             after, was = (np.concatenate([success(p[0])(random, (n, 1)), share(p[1], 2, 0.3)(random, (n, 1)), share(p[2], 10, 0.3)(random, (n, 1))], 1) for p in (edited, before))  # fmt: skip
-            s.append(statistics.statistic(after, harmonic, settings.seed))
-            more.append(statistics.statistic(np.concatenate([after, was], 1), gain, settings.seed, falling=(3, 4, 5)))
+            s.append(statistics.statistic(after, harmonic, settings.seed, draws=settings.draws))
+            more.append(
+                statistics.statistic(
+                    np.concatenate([after, was], 1), gain, settings.seed, falling=(3, 4, 5), draws=settings.draws
+                )
+            )
         yield counted(f"S of {edited}", n, harmonic(*edited), s)
         yield counted(f"S of {edited} less S of {before}", n, harmonic(*edited) - harmonic(*before), more)
 
@@ -136,11 +141,11 @@ def gain(*means: Any) -> Any:
 def main(settings: Coverage) -> None:
     found: list[dict[str, Any]] = []
     for n in settings.n:
-        found += of_means(settings, n, settings.samples if n < 1000 else settings.samples // 4, every=True)
-        found += of_harmonic_means(settings, n, settings.samples_of_s if n < 1000 else settings.samples_of_s // 2)
+        found += of_means(settings, n, settings.samples if n < 1000 else settings.samples // 2, every=True)
+        found += of_harmonic_means(settings, n, settings.samples_of_s if n < 1000 else settings.samples_of_s // 4)
         say(f"n = {n}: {len(found)} kinds, lowest coverage {lowest(found)}")
     if settings.largest:
-        found += of_means(settings, settings.largest, settings.samples // 5, every=False)
+        found += of_means(settings, settings.largest, settings.samples // 3, every=False)
     record = {"settings": asdict(settings), "versions": provenance.versions(), "lowest": lowest(found), "kinds": found}
     path = FIGURES / "coverage.json"
     with cache.atomic_write(path) as temporary:

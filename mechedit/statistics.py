@@ -9,8 +9,8 @@ bounded numbers     shares, probabilities and their differences: facts are weigh
                     bound and the upper end for the upper (Gaffke 2005; Learned-Miller and Thomas 2020). Of successes it is Clopper
                     and Pearson's; it never has zero width; of many facts it is the bootstrap's.
 functions of means  S, say: the same weights for all means, taken through the function.
-unbounded numbers   the outer bounds of Student's t and of Hall's t, which undoes the skewness (Hall 1992); none below 20 facts, or
-                    where all facts have one value.
+unbounded numbers   the outer bounds of Student's t and of Hall's t, which undoes the skewness (Hall 1992), a little wider for few facts;
+                    none below 20 facts, or where all facts have one value.
 
 With one fact there is no interval: the bounds are nan.
 """
@@ -42,6 +42,7 @@ Support = tuple[float, float]
 UNBOUNDED: Support = (-math.inf, math.inf)
 DRAWS = 10_000
 FEWEST = 20  # facts, without bounds
+SMALL = 5  # of n facts each tail has 1 - 5 / n of its 2.5 %, or skewed numbers of few facts are missed too often
 PART = 1 << 21  # random numbers at a time
 COLUMNS = 500  # at a time
 EXACT = 12  # differences up to which all signs are tried
@@ -79,14 +80,16 @@ class Paired:
     p: float
 
 
-def interval(values: np.ndarray, seed: int = 0, support: Support | None = None) -> tuple[np.ndarray, np.ndarray]:
+def interval(
+    values: np.ndarray, seed: int = 0, support: Support | None = None, draws: int = DRAWS
+) -> tuple[np.ndarray, np.ndarray]:
     """Bounds of the mean over the first axis, nans left out; nan where there is no interval.
 
     `support` is the least and the greatest value there can be. Without it, values that are all from 0 to 1 are taken for shares,
     and others for unbounded.
     """
     flat = np.asarray(values, float).reshape(len(values), -1)
-    means = summaries(flat, [support or _guess(flat)] * flat.shape[1], seed)
+    means = summaries(flat, [support or _guess(flat)] * flat.shape[1], seed, draws)
     bounds = np.array([[each.low for each in means], [each.high for each in means]])
     low, high = bounds.reshape(2, *np.shape(values)[1:])
     return low, high
@@ -98,7 +101,7 @@ def summary(values: np.ndarray, seed: int = 0, support: Support | None = None) -
     return summaries(flat, [support], seed)[0]
 
 
-def summaries(values: np.ndarray, supports: Sequence[Support | None], seed: int = 0) -> list[Mean]:
+def summaries(values: np.ndarray, supports: Sequence[Support | None], seed: int = 0, draws: int = DRAWS) -> list[Mean]:
     """The mean of each column of `values` [fact, column] with its interval, as fits the column's support, or what it looks like."""
     known = [each or _guess(values[:, column]) for column, each in enumerate(supports)]
     n = (~np.isnan(values)).sum(0)
@@ -117,7 +120,7 @@ def summaries(values: np.ndarray, supports: Sequence[Support | None], seed: int 
             drawn.append(column)
     for begin in range(0, len(drawn), COLUMNS):
         part = drawn[begin : begin + COLUMNS]
-        lower, upper = _weighed(values[:, part], [known[column] for column in part], seed)
+        lower, upper = _weighed(values[:, part], [known[column] for column in part], seed, draws)
         bounds[:, part] = np.quantile(lower, 0.025, axis=0), np.quantile(upper, 0.975, axis=0)
     low, high = bounds.tolist()
     return list(map(Mean, means.tolist(), low, high, n.tolist()))
@@ -129,6 +132,7 @@ def statistic(
     seed: int = 0,
     support: Support = (0.0, 1.0),
     falling: Sequence[int] = (),
+    draws: int = DRAWS,
 ) -> Mean:
     """A function of the means of the columns of `values` [fact, column], with its interval; n is of the column with the fewest.
 
@@ -138,7 +142,7 @@ def statistic(
     value = float(of_means(*_means(values)))
     if n < 2:
         return Mean(value, math.nan, math.nan, n)
-    lower, upper = _weighed(values, [support] * values.shape[1], seed)
+    lower, upper = _weighed(values, [support] * values.shape[1], seed, draws)
     for column in falling:
         lower[:, column], upper[:, column] = upper[:, column].copy(), lower[:, column].copy()
     low, high = (np.quantile(of_means(*each.T), share) for each, share in ((lower, 0.025), (upper, 0.975)))
@@ -222,14 +226,14 @@ def _exact(successes: int, n: int, support: Support) -> tuple[float, float]:
     return support[0] + width * float(low), support[0] + width * float(high)
 
 
-def _weighed(values: np.ndarray, supports: Sequence[Support], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _weighed(values: np.ndarray, supports: Sequence[Support], seed: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
     """[draw, column], twice: means under random weights, with one more observation at the lower and at the upper end."""
     present = ~np.isnan(values)
     patterns, pattern = np.unique(present, axis=1, return_inverse=True)
     columns = np.concatenate([np.where(present, values, 0.0), patterns], 1)
     low, high = np.array(supports, float).T
     parts = []
-    for weights, one_more in _weights(len(values), seed):
+    for weights, one_more in _weights(len(values), seed, draws):
         sums = weights @ columns
         total = sums[:, values.shape[1] :][:, pattern.ravel()] + one_more
         parts.append([(sums[:, : values.shape[1]] + one_more * end) / total for end in (low, high)])
@@ -237,23 +241,23 @@ def _weighed(values: np.ndarray, supports: Sequence[Support], seed: int) -> tupl
     return lower, upper
 
 
-def _weights(n: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _weights(n: int, seed: int, draws: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Exponential weights [draw, fact] and [draw, 1], in parts that fit memory."""
     random = np.random.default_rng(seed)
     part = max(1, PART // n)
-    for start in range(0, DRAWS, part):
-        draws = min(part, DRAWS - start)
-        yield random.standard_exponential((draws, n)), random.standard_exponential((draws, 1))
+    for start in range(0, draws, part):
+        here = min(part, draws - start)
+        yield random.standard_exponential((here, n)), random.standard_exponential((here, 1))
 
 
 def _unbounded(values: np.ndarray) -> tuple[float, float]:
-    """The outer bounds of Student's and Hall's t; nan for few facts, or all alike."""
+    """The outer bounds of Student's and Hall's t, a little wider for few facts; nan for few facts, or all alike."""
     from scipy import stats
 
     n, mean, spread = len(values), values.mean(), values.std(ddof=1)
     if n < FEWEST or not np.isfinite(values).all() or np.ptp(values) <= 1e-12 * np.abs(values).max():
         return math.nan, math.nan
-    student = float(stats.t.ppf(0.975, n - 1))
+    student = float(stats.t.ppf(1 - 0.025 * (1 - SMALL / n), n - 1))
     skew = float(stats.skew(values)) / math.sqrt(n)
     hall = [student, -student]
     if abs(skew) > 1e-6:

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from mechedit import models, scoring, sources
+from mechedit import models, scoring, sources, weights
 from mechedit.benchmarks import counterfact, metrics, zsre
 from mechedit.benchmarks.metrics import Pair
 from mechedit.facts import Fact, FactError
 from mechedit.records import RecordWarning
 from mechedit.statistics import Mean
+from mechedit.weights import Weight
 from tests.conftest import FACT
 
 HALF, FIFTH, TENTH = math.log(0.5), math.log(0.2), math.log(0.1)
@@ -234,12 +235,16 @@ def test_of_equally_probable_tokens_the_one_of_greedy_decoding_counts_as_first(m
 
 def test_a_broken_model_gives_every_target_the_probability_0_and_fails_by_one_rule(model):
     fact = replace(FACT, paraphrases=("The Space Needle is in",), neighbours=("Rome is",))
-    weight = models.W_out(model, 0)
-    before = weight.detach().clone()
-    with torch.no_grad():
-        weight.fill_(math.nan)
-        (found,) = counterfact.scores(model, [fact])
-        weight.copy_(before)
+    W_out = Weight(2, "mlp.W_out")
+    models.kept(model).applied.append(
+        object()
+    )  # an edit stands in the model, so that it is no model that was loaded broken
+    try:
+        with weights.restored(model, W_out), torch.no_grad():
+            models.W_out(model, 2).fill_(math.nan)
+            (found,) = counterfact.scores(model, [fact])
+    finally:
+        models.kept(model).applied.clear()
     assert found == dict.fromkeys(found, 0.0)
     sound = {"ES": 1.0, "EM": 0.8, "PS": 1.0, "PM": 0.5, "NS": 1.0, "NM": 0.1, "rewrite_acc": 1.0, "rephrase_acc": 1.0}
     table = metrics.table([found, sound | {"p_new": 0.5}])
@@ -301,7 +306,7 @@ def test_the_difference_of_s_is_tested_by_exchanging_conditions_fact_by_fact():
 
 def test_every_number_of_a_table_is_described_and_percent_means_shares(model):
     from mechedit.benchmarks.health import health, unedited
-    from mechedit.runs.scored import EDIT_NUMBERS
+    from mechedit.runs.editing import EDIT_NUMBERS
 
     fact = replace(FACT, paraphrases=("The Space Needle is in",), neighbours=("Rome is",))
     (scores,) = counterfact.scores(model, [fact])

@@ -14,7 +14,7 @@ from mechedit.editors import rome
 from mechedit.editors.fine_tuning import FineTuning
 from mechedit.facts import FactError
 from mechedit.runs import sweeping
-from mechedit.runs.store import by_stage, status
+from mechedit.runs.status import by_stage, status
 from mechedit.runs.sweeping import Sweep, sweep, sweep_maps
 from mechedit.settings import (
     FACT_TOKENS,
