@@ -29,6 +29,7 @@ functions whose names end in `_`.
 | applying.edited    | no      | no       | and puts them back| no    | no                    |
 | applying.compose   | no      | no       | no                | no    | no                    |
 | tuning.tune        | yes     | yes      | and puts them back| folder, cache | own generator |
+| calibration.calibrate | yes  | yes      | and puts them back| folder, cache | own generator |
 | export.checkpoint  | no      | no       | and puts them back| folder| no                    |
 | scoring.score      | yes     | no       | no                | no    | no                    |
 | counterfact.scores | yes     | no       | no                | no    | no                    |
@@ -46,6 +47,7 @@ __version__ = "0.2.0"
 _MODULES = (
     "applying",
     "benchmarks",
+    "calibration",
     "changes",
     "corruption",
     "editing",

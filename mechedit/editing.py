@@ -31,7 +31,7 @@ from mechedit.facts import Fact, FactError
 from mechedit.guards import Band
 from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
-from mechedit.settings import EditSettings, SettingsError, filled
+from mechedit.settings import Bands, EditSettings, SettingsError, filled, given, shipped_bands
 
 __all__ = [
     "EditWarning",
@@ -84,13 +84,15 @@ class Editor:
     """What every editor is. Derive from it and write `find`; the rest has defaults.
 
     `settings` is the frozen dataclass of its options, each a `settings.knob`; `bands` says where the numbers of a sound edit lie;
-    `grid` is what `tune` tries where nothing else is said.
+    `grid` is what `tune` tries where nothing else is said; `strength` names the option that says how hard it may push, if one does,
+    which suits one layer and not another.
     """
 
     name: str
     settings: ClassVar[type[EditSettings]] = EditSettings
     bands: ClassVar[Mapping[str, Band]] = guards.BANDS
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {}
+    strength: ClassVar[str] = ""
 
     @property
     def of(self) -> str:
@@ -129,7 +131,18 @@ class Editor:
                 )
         if getattr(chosen, "layer", None) is not None:
             models.check_layer(model, chosen.layer)
-        return replace(chosen, prepend_bos=prompts.resolve_bos(model, chosen.prepend_bos))
+        bands = given(settings).get("bands", self._calibrated(model))
+        guards.limits(self.bands, bands)
+        return replace(chosen, bands=bands, prepend_bos=prompts.resolve_bos(model, chosen.prepend_bos))
+
+    def _calibrated(self, model: HookedModel) -> Bands:
+        """The bands that ship for the model."""
+        name = str(model.cfg.model_name).rsplit("/", 1)[-1].lower()
+        return shipped_bands(name, self.of) if models.preset(model) else ()
+
+    def harmful(self, settings: Any) -> Mapping[str, tuple[str, Any]]:
+        """Ways to edit that are expected to break a model, for calibration: by a name, an editor's name and its settings."""
+        return {}
 
     def prepare(self, model: HookedModel, settings: Any, *, progress: Progress = silent) -> Prepared | None:
         """What all facts share, made from the model; None where there is nothing."""
@@ -195,7 +208,7 @@ def edit(
             report |= guards.drift(
                 healthy, guards.measure(model, list(healthy.essence), prepend_bos=settings.prepend_bos)
             )
-    reasons = guards.reasons(report, editor.bands)
+    reasons = guards.reasons(report, guards.limits(editor.bands, settings.bands))
     _obey(editor, settings, reasons)
     rolled_back = bool(reasons) and settings.guard == "rollback"
     return Edit(

@@ -23,8 +23,9 @@ from mechedit.errors import check_list
 from mechedit.models import Blocks, HookedModel, identity, remembered
 from mechedit.prompts import check_length, encode, pad, resolve_bos
 from mechedit.scoring import mean_log_p
+from mechedit.settings import Bands, SettingsError
 
-__all__ = ["BANDS", "Band", "Health", "drift", "held_out_text", "measure", "of_unedited", "reasons"]
+__all__ = ["BANDS", "Band", "Health", "drift", "held_out_text", "limits", "measure", "of_unedited", "reasons"]
 
 Band = tuple[float, float, str]
 """From, to, and what to do about a number that is outside."""
@@ -101,6 +102,17 @@ def _kl(log_p: Float[Tensor, " d_vocab"], log_q: Float[Tensor, " d_vocab"]) -> f
     """KL(p || q) in nats, not below zero."""
     found = float((log_p.exp() * (log_p - log_q)).sum())
     return max(found, 0.0) if found == found else found
+
+
+def limits(bands: Mapping[str, Band], own: Bands) -> dict[str, Band]:
+    """The editor's bands, with the model's or the user's own edges in place of theirs.
+
+    Raises:
+        SettingsError: a band of a number that the editor does not have.
+    """
+    if unknown := [name for name, _, _ in own if name not in bands]:
+        raise SettingsError(f"the editor has no number {unknown[0]!r} to hold in a band; it has {', '.join(bands)}.")
+    return dict(bands) | {name: (low, high, bands[name][2]) for name, low, high in own}
 
 
 def reasons(report: Mapping[str, float], bands: Mapping[str, Band] = BANDS) -> list[str]:

@@ -5,7 +5,8 @@
 2. Facts with new targets, apart from those that will be reported on, are edited at every candidate with every combination of the
    options that are tried, each alone; what is out of its bands is kept, so that the whole picture is seen.
 3. The combination with the best S (harmonic mean of efficacy, paraphrase and neighbourhood success) is proposed, of those whose
-   edits are within the bands of `mechedit.guards`, where there are any. Ties go to the smaller change.
+   edits are within their bands, where there are any. Ties go to the smaller change. Nothing is proposed where even that
+   combination does not reach half of the efficacy that the unedited model leaves to be won, or has no better S than it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from mechedit.tracing.averages import average
 __all__ = ["Row", "Tuned", "tune"]
 
 SET = ("layer", "guard")  # options that tuning chooses itself
+WON = 0.5  # share of the efficacy that the unedited model leaves to be won
 MOSTLY = 0.9  # share of edits within the bands that makes a combination one to propose
 
 
@@ -58,24 +60,28 @@ class Row:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The settings that are proposed, the site they come from, and every combination that was tried."""
+    """The best settings that were tried, a proposal only where they `worked`; the site they come from; the unedited model on the same
+    facts; and every combination that was tried."""
 
     editor: str
     settings: Any
     site: Site
+    unedited: Row
     rows: tuple[Row, ...]
+    best: Row
     traced: int
     origin: dict[str, Any]
     versions: dict[str, str]
 
     @property
     def worked(self) -> bool:
-        """Whether any edit that was tried succeeded; if none did, the proposal is worth nothing."""
-        return any(row.ES for row in self.rows)
+        """Whether the best combination reaches half of the efficacy that the unedited model leaves to be won, and a better S."""
+        first, best = self.unedited, self.best
+        return best.S > first.S and best.ES - first.ES >= WON * (100 - first.ES)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON values."""
-        return asdict(self)
+        """Everything, as JSON values; no settings where nothing worked."""
+        return asdict(self) | ({} if self.worked else {"settings": None})
 
 
 def tune(
@@ -116,11 +122,14 @@ def tune(
             chosen = way.resolve(model, replace(given, **there, **tried, guard="warn"))
             name = "-".join([*(f"{key}{value}" for key, value in there.items()), *(f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}" for key, value in tried.items())])  # fmt: skip
             found = edit_facts(model, scored, folder / name.replace("/", "_"), way, chosen, progress=progress)
-            rows.append(_row(model, scored, found, chosen, tried))
+            rows.append(replace(_row(model, scored, found, bos, tried), layer=layer))
+    unedited = replace(
+        _row(model, scored, [None] * len(scored), bos, {}), relative_norm=0.0, perplexity_ratio=1.0, within=1.0
+    )
     best = max(rows, key=lambda row: (row.within >= MOSTLY, round(row.S, 6), -row.relative_norm))
     proposed = way.resolve(model, replace(given, **best.tried, **({"layer": best.layer} if best.layer != -1 else {})))
     origin, versions = provenance.origin(model), provenance.versions()
-    return Tuned(way.name, proposed, site, tuple(rows), len(known), origin, versions)
+    return Tuned(way.name, proposed, site, unedited, tuple(rows), best, len(known), origin, versions)
 
 
 def _combinations(editor: Editor, given: Any, settings: TuneSettings) -> list[dict[str, Any]]:
@@ -165,20 +174,23 @@ def _first_known(model: HookedModel, facts: Sequence[Fact], n: int, bos: bool, p
     return found[:n]
 
 
-def _row(model: HookedModel, facts: Sequence[Fact], found: Sequence[Edit], settings: Any, tried: dict[str, Any]) -> Row:
+def _row(
+    model: HookedModel, facts: Sequence[Fact], found: Sequence[Edit | None], bos: bool, tried: dict[str, Any]
+) -> Row:
+    """Of facts, each on the model with its edit, or on the model as it is."""
     scores = []
     for fact, edit in zip(facts, found, strict=True):
-        with applying.edited(model, edit):
-            scores += counterfact.scores(model, [fact], prepend_bos=settings.prepend_bos)
+        with applying.edited(model, *([edit] if edit else [])):
+            scores += counterfact.scores(model, [fact], prepend_bos=bos)
     means = {name: 100 * float(np.mean([score[name] for score in scores])) for name in ("ES", "PS", "NS")}
-    done = [edit.report for edit in found if edit.changes]
+    done = [edit.report for edit in found if edit and edit.changes]
     return Row(
-        getattr(settings, "layer", -1),
+        -1,
         tried,
         **means,
         S=harmonic(*means.values()),
         relative_norm=float(np.mean([report["relative_norm"] for report in done])) if done else float("nan"),
         perplexity_ratio=float(np.mean([report["perplexity_ratio"] for report in done])) if done else float("nan"),
-        within=float(np.mean([bool(edit.changes) and not edit.reasons for edit in found])),
+        within=float(np.mean([bool(edit and edit.changes and not edit.reasons) for edit in found])),
         n=len(scores),
     )

@@ -208,9 +208,14 @@ def test_tuning_proposes_settings_and_keeps_its_runs(run, tmp_path, monkeypatch)
     status, out, _ = run(*command, "--try", "clamp=1,3", "--draws", "1", "--out", str(tmp_path / "tune"))
     assert status == 0
     assert re.search(r"proposed: --layer \d --clamp [13]\n", out)
+    assert re.search(r"none\W", out), "the unedited model"
     monkeypatch.setattr("mechedit.tuning.Tuned.worked", False)
-    out = run(*command, "--try", "clamp=1,3", "--draws", "1", "--out", str(tmp_path / "tune"))[1]
-    assert "no edit succeeded, so nothing is proposed" in out
+    status, out, err = run(*command, "--try", "clamp=1,3", "--draws", "1", "--out", str(tmp_path / "tune"))
+    assert status == 2
+    assert re.search(
+        r"nothing is proposed: the best edits that were tried have ES .* and S .*, the model as it is", err
+    )
+    assert "proposed:" not in out
     record = json.loads((tmp_path / "tune" / "tuned.json").read_text())
     assert [row["tried"]["clamp"] for row in record["rows"]] == [1.0, 3.0]
     kept = [Trace.load(unit) for unit in units.read_all(tmp_path / "tune" / "traces")]

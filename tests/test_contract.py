@@ -184,7 +184,7 @@ def test_it_is_tuned_and_swept(model, way, tmp_path, monkeypatch):
     tuned = tuning.tune(model, facts, tmp_path / "tune", wanted, editor, settings)
     assert [row.tried[name] for row in tuned.rows] == list(values[:2])
     assert type(tuned.settings) is editor.settings
-    swept = sweep(model, FACTS, tmp_path / "sweep", SweepSettings(layers=(0, 2), tokens=("subject_last", "last"), window=2, draws=2), editor, settings)  # fmt: skip
+    swept = sweep(model, FACTS, tmp_path / "sweep", SweepSettings(layers=(0, 2), tokens=("subject_last", "last"), window=2, draws=2, tuned=0), editor, settings)  # fmt: skip
     expected = edit_facts(model, FACTS[:1], tmp_path / "one", editor, replace(settings, layer=2, guard="warn"))
     with applying.edited(model, *expected):
         (alone,) = counterfact.scores(model, FACTS[:1])

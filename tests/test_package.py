@@ -16,6 +16,7 @@ import mechedit
 from mechedit import (
     applying,
     cache,
+    calibration,
     changes,
     editing,
     export,
@@ -40,6 +41,7 @@ from mechedit.runs.editing import edit_facts
 from mechedit.runs.evaluating import evaluate
 from mechedit.runs.sweeping import sweep
 from mechedit.settings import (
+    CalibrateSettings,
     EvaluateSettings,
     FineTuningSettings,
     MomentSettings,
@@ -88,6 +90,12 @@ def steps(model, folder, tmp_path, monkeypatch):
         with block:
             pass
 
+    def few():
+        facts = [replace(FACT, target_new=new) for new in ("Paris", "Rome", "London", "Berlin")]
+        wanted = CalibrateSettings(facts=4, strengths=(1.0,), times=(2.0,))
+        with pytest.raises(calibration.CalibrationError):  # four edits are too few
+            calibration.calibrate(model, facts, tmp_path / "bands", wanted, "rome", replace(SETTINGS, seed=6))
+
     return {
         "models.load": lambda: models.load(str(folder("gpt2")), device="cpu"),
         "prompts.audit": lambda: prompts.audit(model, FACT),
@@ -120,6 +128,7 @@ def steps(model, folder, tmp_path, monkeypatch):
             "rome",
             SETTINGS,
         ),
+        "calibration.calibrate": few,
         "export.checkpoint": lambda: export.checkpoint(model, str(folder("gpt2")), [edit], tmp_path / "edited"),
         "applying.apply": lambda: applying.apply(model, edit),
         "applying.edited": lambda: within(applying.edited(model, edit)),
@@ -219,6 +228,7 @@ ORDER = [
     "editors",
     "runs",
     "tuning",
+    "calibration",
     "cli",
 ]
 """Each imports only from those before it, in its functions too; packages among them are one step."""

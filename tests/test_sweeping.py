@@ -13,7 +13,7 @@ from mechedit.editing import Editor
 from mechedit.editors import rome
 from mechedit.editors.fine_tuning import FineTuning
 from mechedit.facts import FactError
-from mechedit.runs import sweeping
+from mechedit.runs import suiting, sweeping
 from mechedit.runs.status import by_stage, status
 from mechedit.runs.sweeping import Sweep, sweep, sweep_maps
 from mechedit.settings import (
@@ -32,7 +32,9 @@ from tests.conftest import assert_same_state, state, widen_bands
 from tests.three_facts import FACTS
 
 QUICK = RomeSettings(layer=1, steps=2, prefixes=())
-SMALL = SweepSettings(layers=(0, 2), tokens=("subject_last", "after_first", "subject_first"), window=2, draws=2)
+SMALL = SweepSettings(
+    layers=(0, 2), tokens=("subject_last", "after_first", "subject_first"), window=2, draws=2, tuned=0
+)
 
 
 @pytest.fixture
@@ -180,3 +182,52 @@ def test_mistakes_are_said_first(model, tmp_path):
     for wrong in ({"tokens": ()}, {"tokens": ("middle",)}, {"draws": 0}, {"window": -1}):
         with pytest.raises(SettingsError):
             SweepSettings(**wrong)
+
+
+def test_every_second_fact_is_scored_with_the_strength_that_suits_the_others():
+    """A place where four times the clamp is needed by the even facts, and twice by the odd ones."""
+    asked: list[tuple[float, tuple[int, ...]]] = []
+
+    def score(value, own):
+        asked.append((value, tuple(own)))
+        needs = {fact: 4.0 if fact % 2 == 0 else 2.0 for fact in own}
+        return {
+            fact: {"ES": float(value >= needs[fact]), "PS": 1.0, "NS": 1.0 if value <= needs[fact] else 0.5}
+            for fact in own
+        }
+
+    rows, best = suiting.suited([0, 1, 2, 3, 5, 7], 2, (1.0, 2.0, 4.0), score)
+    assert suiting.tried([0, 1, 2, 3, 5, 7], 2) == ([1, 3], [0, 2])
+    assert {fact: best[fact] for fact in (0, 2, 5)} == dict.fromkeys((0, 2, 5), 2.0), "chosen on 1 and 3"
+    assert {fact: best[fact] for fact in (1, 3, 7)} == dict.fromkeys((1, 3, 7), 4.0), "chosen on 0 and 2"
+    assert rows[0] == {"ES": 0.0, "PS": 1.0, "NS": 1.0}
+    assert rows[7]["NS"] == 0.5
+    assert asked[:3] == [(value, (0, 1, 2, 3)) for value in (1.0, 2.0, 4.0)]
+
+
+def test_ties_go_to_the_gentler_edit_and_a_fact_alone_is_its_own_judge():
+    score = lambda value, own: {fact: {"ES": 1.0, "PS": 1.0, "NS": 1.0} for fact in own}  # noqa: E731
+    assert suiting.suited([4], 3, (4.0, 0.5, 1.0), score)[1] == {4: 0.5}
+
+
+def test_a_sweep_gives_each_place_the_clamp_that_suits_it(model, few_keys, tmp_path):
+    """As found by hand: each fact with each clamp, then the choice."""
+    settings = replace(SMALL, layers=(1,), tokens=("subject_last",), tuned=2, strengths=(1.0, 3.0))
+    found = sweep(model, FACTS, tmp_path, settings, "rome", QUICK)
+    C = moments.estimate_layers(model, [1])[1]
+    by_hand = {}
+    for clamp in (QUICK.clamp, 3 * QUICK.clamp):
+        for index, fact in enumerate(FACTS):
+            with applying.edited(model, rome.edit(model, fact, replace(QUICK, clamp=clamp, guard="warn"), C)):
+                (by_hand[clamp, index],) = counterfact.scores(model, [fact])
+    assert found.strengths is not None
+    for index in range(3):
+        own = found.strengths[index, 0, 0]
+        assert [found.scores[name][index, 0, 0] for name in ("ES", "PS", "NS")] == [by_hand[own, index][name] for name in ("ES", "PS", "NS")]  # fmt: skip
+    others = [index for index in range(3) if index % 2]
+    worth = {
+        clamp: np.mean([by_hand[clamp, index]["ES"] for index in others]) for clamp in (QUICK.clamp, 3 * QUICK.clamp)
+    }
+    if worth[QUICK.clamp] != worth[3 * QUICK.clamp]:
+        assert (found.strengths[0::2, 0, 0] == max(worth, key=worth.get)).all()
+    assert found.to_json()["strengths"] == [[pytest.approx(found.strengths[:, 0, 0].mean())]]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mechedit import editing, tuning
+from mechedit import applying, editing, tuning
 from mechedit.benchmarks.metrics import harmonic
 from mechedit.editors.fine_tuning import FineTuning
 from mechedit.facts import FactError
@@ -54,10 +54,30 @@ def test_the_facts_that_are_edited_are_not_those_that_are_traced_and_rates_are_t
     assert not edited & {*units.names(tmp_path / "traces")}
 
 
-@pytest.mark.parametrize("success", [0.0, 1.0])
-def test_it_is_known_whether_anything_worked(success, model, known, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning.counterfact, "scores", lambda *args, **named: [{"ES": success, "PS": 0.0, "NS": 1.0}])
-    assert tuning.tune(model, known, tmp_path, SMALL, "rome", BASE).worked == bool(success)
+@pytest.mark.parametrize(
+    ("unedited", "edited", "worked"),
+    [
+        ((0.0, 0.2, 1.0), (1.0, 0.5, 1.0), True),
+        ((0.5, 0.5, 0.9), (0.5, 0.6, 0.9), False),  # as many succeed as did before
+        ((0.0, 0.2, 1.0), (0.0, 0.2, 1.0), False),
+        ((0.0, 0.2, 1.0), (1.0, 0.5, 0.0), False),  # and no neighbour is left
+        ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), False),  # there was nothing to win
+    ],
+)
+def test_nothing_is_proposed_where_edits_win_nothing_over_the_unedited_model(
+    unedited, edited, worked, model, known, tmp_path, monkeypatch
+):
+    def scores(model, facts, **named):
+        now = edited if any(each.sums for each in applying.kept(model).applied) else unedited
+        return [dict(zip(("ES", "PS", "NS"), now, strict=True))]
+
+    monkeypatch.setattr(tuning.counterfact, "scores", scores)
+    found = tuning.tune(model, known, tmp_path, SMALL, "rome", BASE)
+    first = found.unedited
+    assert pytest.approx([100 * each for each in unedited]) == [first.ES, first.PS, first.NS]
+    assert (first.relative_norm, first.perplexity_ratio, first.n) == (0.0, 1.0, 2)
+    assert found.worked == worked
+    assert (found.to_json()["settings"] is not None) == worked
 
 
 def test_what_was_tuned_is_kept(model, known, tmp_path, monkeypatch):

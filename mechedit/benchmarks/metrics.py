@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -159,6 +159,12 @@ def harmonic(*values: Any) -> Any:
     with np.errstate(divide="ignore"):
         found = np.where(each.min(0) > 0, len(each) / (1 / each).sum(0), 0.0)
     return found if found.ndim else float(found)
+
+
+def worth(rows: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """S of the means of some facts' scores, and their efficacy, which tells edits apart where S is 0: to choose the best by."""
+    means = {name: float(np.mean([row[name] for row in rows])) for name in SUCCESSES}
+    return round(float(harmonic(*means.values())), 6), round(means["ES"], 6)
 
 
 def entropy(words: Sequence[str], n: int) -> float:

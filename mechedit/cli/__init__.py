@@ -18,6 +18,7 @@ from typing import Any
 from mechedit import __version__
 from mechedit.cache import CacheWarning
 from mechedit.cli.applying import add_applying
+from mechedit.cli.calibrating import add_calibrating
 from mechedit.cli.choosing import named_in
 from mechedit.cli.editing import add_editing
 from mechedit.cli.evaluating import add_evaluating
@@ -125,6 +126,7 @@ def _parser(editor: str) -> argparse.ArgumentParser:
     add_editing(commands, editor)
     add_applying(commands)
     add_tuning(commands, editor)
+    add_calibrating(commands, editor)
     add_moments(commands)
     add_evaluating(commands, editor)
     add_results(commands)

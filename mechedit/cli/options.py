@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mechedit.settings import PREFIXES, knobs
+from mechedit.settings import PREFIXES, knobs, read_bands
 from mechedit.wording import meant, visible
 from mechedit.writing import JOINS
 
@@ -171,7 +171,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, without: Seque
             parser.add_argument(
                 flag,
                 type=_PARTS.get(str(each.type), _names),
-                metavar=_shown(default) or "NAME,…",
+                metavar=_shown(default) or ("FILE" if each.name == "bands" else "NAME,…"),
                 help=text + (f"; of {', '.join(choices)}" if choices else "") + (shown if default else ""),
             )
         else:
@@ -229,6 +229,7 @@ def _pairs(text: str) -> tuple[tuple[int, int], ...]:
 
 _PARTS: dict[str, Callable[[str], Any]] = {
     "tuple[tuple[int, int], ...]": _pairs,
+    "tuple[tuple[str, float, float], ...]": read_bands,
     "tuple[float, ...]": _numbers,
     "tuple[int, ...]": _integers,
 }

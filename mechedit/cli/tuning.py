@@ -47,6 +47,7 @@ def add_tuning(commands: Any, editor: str) -> None:
 
 def _tune(arguments: argparse.Namespace) -> None:
     from mechedit import sources, tuning
+    from mechedit.edits import EditError
 
     given = given_settings(arguments, TuneSettings)
     settings = TuneSettings(**given, grid=_grid(arguments))
@@ -69,15 +70,18 @@ def _tune(arguments: argparse.Namespace) -> None:
         (str(row.layer), *(_said(row.tried[name]) for name in tried), *(f"{getattr(row, name):.3g}" for name in names))
         for row in found.rows
     ]
+    rows.insert(0, ("none", *("" for _ in tried), *(f"{getattr(found.unedited, name):.3g}" for name in names)))
     show_table(console, ("layer", *(name.replace("_", " ") for name in (*tried, *names))), rows)
     options = ["layer"] * hasattr(found.settings, "layer") + tried
-    console.print(
-        "proposed: "
-        + " ".join(f"--{name.replace('_', '-')} {_said(getattr(found.settings, name))}" for name in options)
-        if found.worked
-        else "no edit succeeded, so nothing is proposed; try other values (--try), or more layers (--around)",
-    )
+    if found.worked:
+        options_of = (f"--{name.replace('_', '-')} {_said(getattr(found.settings, name))}" for name in options)
+        console.print(f"proposed: {' '.join(options_of)}")
     show_files(console, written)
+    if not found.worked:
+        raise EditError(
+            f"nothing is proposed: the best edits that were tried have ES {found.best.ES:.3g} and S {found.best.S:.3g}, the model as it is "
+            f"{found.unedited.ES:.3g} and {found.unedited.S:.3g}. Try other values (--try), or more layers (--around)."
+        )
 
 
 def _said(value: Any) -> str:

@@ -1,29 +1,40 @@
 """Controls: ROME with one of its parts taken out, to see what that part is worth. Each is an editor.
 
 rome-identity       C = 1, as if every direction of keys were as common
-rome-random-layer   another layer for each subject, drawn by the settings' seed
+rome-random-layer   another layer for each subject, drawn by the settings' seed, with the clamp that suits that layer
 rome-random-key     v* written at a random key of the length of k*
 """
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 
 import torch
 
-from mechedit import applying, keys, models, moments
+from mechedit import applying, cache, editing, keys, models, moments, shipped, sources
+from mechedit.benchmarks import counterfact
+from mechedit.benchmarks.metrics import worth
 from mechedit.cache import content_key
 from mechedit.corruption import generator
 from mechedit.editing import Found, State
 from mechedit.editors.rome import Aim, Prepared, Rome
-from mechedit.facts import Fact
-from mechedit.models import HookedModel
+from mechedit.edits import EditError
+from mechedit.facts import Fact, FactError
+from mechedit.models import HookedModel, hooked, identity
 from mechedit.moments import Moment
 from mechedit.progress import Progress, silent
-from mechedit.settings import MomentSettings, RomeSettings
+from mechedit.settings import FACT_TOKENS, MomentSettings, RomeSettings
 
 __all__ = ["Identity", "RandomKey", "RandomLayer", "random_layer"]
+
+CLAMPS = (0.5, 1.0, 2.0, 4.0)  # times the settings'
+TRIALS = 3  # facts on which a layer's clamp is chosen
+RULE = "clamps of layers, best S of three facts"
 
 
 class Identity(Rome):
@@ -63,19 +74,24 @@ class RandomKey(Rome):
 
 @dataclass(frozen=True)
 class EveryLayer:
-    """The digest of each other layer's C, which is kept in the cache, and the prefixes."""
+    """The digest of each other layer's C, which is kept in the cache, the prefixes, and each layer's clamp."""
 
     hashes: tuple[tuple[int, str], ...]
     prefixes: tuple[str, ...]
+    clamps: tuple[tuple[int, float], ...]
 
     @property
     def key(self) -> str:
-        """A digest of both."""
-        return content_key(self.hashes, self.prefixes)
+        """A digest of all."""
+        return content_key(self.hashes, self.prefixes, self.clamps)
 
 
 class RandomLayer(Rome):
-    """ROME at a layer other than the one of the settings, drawn for the first fact of each edit."""
+    """ROME at a layer other than the one of the settings, drawn for the first fact of each edit.
+
+    The settings' clamp, in lengths of a layer's own value, suits the settings' layer. Each other layer has of 0.5, 1, 2 and 4 times that
+    clamp the one whose edits of three facts have the best S; it is kept in the cache.
+    """
 
     name = "rome-random-layer"
 
@@ -83,7 +99,14 @@ class RandomLayer(Rome):
         others = [layer for layer in range(int(model.cfg.n_layers)) if layer != settings.layer]
         windows = MomentSettings(prepend_bos=settings.prepend_bos)
         Cs = moments.estimate_layers(model, others, settings=windows, progress=progress)
-        return EveryLayer(tuple((layer, Cs[layer].hash) for layer in others), keys.prefixes(model, settings))
+        hashes, before = tuple((layer, Cs[layer].hash) for layer in others), keys.prefixes(model, settings)
+        trial = replace(settings, guard="warn", bands=(), strengthen=False, fact_token=FACT_TOKENS[0])
+        found = []
+        for done, layer in enumerate(others):
+            progress("clamps of layers", done, len(others))
+            found.append((layer, _clamp(model, replace(trial, layer=layer), Prepared(Cs[layer], before, Cs[layer]))))
+        progress("clamps of layers", len(others), len(others))
+        return EveryLayer(hashes, before, tuple(found))
 
     def check(  # type: ignore[override]
         self, model: HookedModel, facts: Sequence[Fact], settings: RomeSettings, prepared: EveryLayer | None
@@ -104,7 +127,7 @@ class RandomLayer(Rome):
         windows = MomentSettings(prepend_bos=settings.prepend_bos)
         with applying.underneath(model):  # C is that of `prepare`, whatever edits stand in the model
             moment = moments.estimate(model, layer, settings=windows, progress=progress)
-        there = replace(settings, layer=layer)
+        there = replace(settings, layer=layer, clamp=dict(prepared.clamps)[layer])
         return super().find(model, facts, there, Prepared(moment, prepared.prefixes, moment), state, progress=progress)
 
 
@@ -113,3 +136,41 @@ def random_layer(model: HookedModel, fact: Fact, layer: int, seed: int) -> int:
     stream = generator(seed, "random layer", fact.prompt)
     drawn = int(torch.randint(int(model.cfg.n_layers) - 1, (1,), generator=stream))
     return drawn + (drawn >= layer)
+
+
+def _clamp(model: HookedModel, settings: RomeSettings, prepared: Prepared) -> float:
+    """The clamp that suits a layer, from the cache where it is there."""
+    key = cache.content_key(RULE, identity(model).whole, asdict(settings), prepared.key)
+    path = cache.root() / "clamps" / f"{key}.json"
+    if path.is_file() and not hooked(model):
+        with suppress(ValueError):  # damaged: found again below
+            return float(json.loads(path.read_text(encoding="utf-8")))
+    rows: dict[float, list[dict[str, float]]] = {times * settings.clamp: [] for times in CLAMPS}
+    for fact in _facts(model, settings):
+        for clamp, own in rows.items():
+            own += _scored(model, fact, replace(settings, clamp=clamp), prepared)
+    best = max(sorted(rows), key=lambda clamp: worth(rows[clamp])) if all(rows.values()) else settings.clamp
+    if not hooked(model):
+        with cache.atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(best), encoding="utf-8")
+    return best
+
+
+def _facts(model: HookedModel, settings: RomeSettings) -> list[Fact]:
+    """The last facts of the organism's world, or of the built-in ones, that can be edited: evaluations mostly take the first."""
+    known = sources.named("organism" if str(model.cfg.model_name) in shipped.MODELS else "built-in")
+    whole = [fact for fact in reversed(known) if fact.target_new and fact.paraphrases and fact.neighbours]
+    fit = (fact for fact in whole[: 4 * TRIALS] if not editing.refusal(model, fact, Rome(), settings))
+    return list(islice(fit, TRIALS))
+
+
+def _scored(model: HookedModel, fact: Fact, settings: RomeSettings, prepared: Prepared) -> list[dict[str, float]]:
+    """The fact's scores with an edit; none where it cannot be edited."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", editing.EditWarning)
+        try:
+            edit = editing.edit(model, fact, Rome(), settings, prepared=prepared)
+            with applying.edited(model, edit):
+                return counterfact.scores(model, [fact], prepend_bos=settings.prepend_bos)
+        except (EditError, FactError):
+            return []

@@ -36,6 +36,7 @@ class FineTuning(Editor):
 
     name = "ft"
     settings: ClassVar[type[FineTuningSettings]] = FineTuningSettings
+    strength = "learning_rate"
     grid: ClassVar[dict[str, tuple[float, ...]]] = {"learning_rate": (1e-4, 5e-4, 2e-3), "norm_bound": (0.0,)}
 
     def find(

@@ -120,6 +120,13 @@ class Rome(Editor):
     bands: ClassVar[ChainMap[str, Band]] = ChainMap(BANDS, guards.BANDS)
     grid: ClassVar[dict[str, tuple[float, ...]]] = {"clamp": (0.5, 0.75, 1.0, 2.0, 4.0), "learning_rate": (0.5,)}
 
+    strength = "clamp"
+
+    def harmful(self, settings: RomeSettings) -> dict[str, tuple[str, RomeSettings]]:
+        hard = replace(settings, clamp=8 * settings.clamp)
+        mixed = replace(hard, direction="averaged", inserted="prompt", shares="whole", stop="published")
+        return {"mixture of two keys": ("rome", mixed), "C = 1": ("rome-identity", hard)}
+
     @property
     def of(self) -> str:
         return "rome"  # of which the controls are variants

@@ -1,12 +1,15 @@
 """An editor at every layer and token (Meng et al. 2022, figure 5), and whether the causal trace foretells where it works.
 
-For each layer and each choice of token, every fact is edited there, alone, and scored. The traces of the same facts give the
+For each layer and each choice of token, every fact is edited there, alone, and scored, with the strength that suits the place
+(`runs.suiting`): what suits one layer starves another, and a comparison with one strength for all measures that. The traces of the same facts give the
 average indirect effect of MLP windows at the same layers and tokens. (An editor that has no choice of token has the same scores for each.) The rank correlation of the two over cells says whether
 localisation predicts where an edit succeeds; its interval draws facts again, because cells of one fact are not independent.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +31,7 @@ from mechedit.records import listed
 from mechedit.runs.checks import announce, check_records
 from mechedit.runs.engines import Engine, Local
 from mechedit.runs.evaluating import evaluate
+from mechedit.runs.suiting import suited, tried
 from mechedit.runs.tracing import trace_facts
 from mechedit.settings import (
     ROLE_TITLES,
@@ -60,6 +64,8 @@ class Sweep:
     seed: int
     origin: dict[str, Any]
     settings: dict[str, Any]
+    strengths: np.ndarray | None = None
+    """[fact, layer, token]: the editor's strength that was chosen there, nan where there is none; None where one was for all."""
 
     def __repr__(self) -> str:
         return f"Sweep({len(self.effects)} facts: layers {', '.join(map(str, self.layers))}; tokens {', '.join(self.tokens)})"
@@ -92,6 +98,7 @@ class Sweep:
             "mean": means,
             "correlation_with_effect": found,
             "origin": self.origin,
+            "strengths": None if self.strengths is None else _nulls(_mean({}, self.strengths, "effect")),
             "settings": self.settings,
             "versions": provenance.versions(),
         }
@@ -159,7 +166,7 @@ def sweep(
     engine = engine or Local(model)
     shape = (len(facts), len(layers), len(settings.tokens))
     scores = {name: np.full(shape, np.nan) for name in SUCCESSES}
-    effects = np.full(shape, np.nan)
+    effects, strengths = np.full(shape, np.nan), np.full(shape, np.nan)
     plain = EvaluateSettings(health=False)
     with engine.open():
         traces = trace_facts(model, facts, folder / "traces", wanted, engine=engine, progress=progress)
@@ -169,22 +176,42 @@ def sweep(
                     mean = trace.effects["mlp"][:, at].mean(1)
                     effects[index, :, column] = mean[layers].numpy() - trace.p_corrupted
         cells = _cells(folder, facts, traces, layers, settings.tokens, hasattr(base, "fact_token"))
+        values = settings.strengths if settings.tuned and way.strength else (1.0,)
         for cell in cells:
-            announce([facts[index] for index in cell.facts], COUNTERFACT, cell.place / "edits", cell.place / "scores")
+            first = (
+                sorted({*functools.reduce(operator.iadd, tried(cell.facts, settings.tuned), [])})
+                if len(values) > 1
+                else cell.facts
+            )
+            for value in values:
+                place = cell.at(value)
+                announce([facts[index] for index in first], COUNTERFACT, place / "edits", place / "scores")
         for done, cell in enumerate(cells):
             progress("layers and tokens", done, len(cells))
-            here, own = [facts[index] for index in cell.facts], {"layer": layers[cell.row]}
-            chosen = replace(base, **own, **({"fact_token": cell.token} if cell.token else {}))
-            found = evaluate(model, here, cell.place, plain, way, chosen, engine=engine, progress=progress)
-            for index, each in zip(cell.facts, found.rows["after"], strict=True):
+            there = replace(base, layer=layers[cell.row], **({"fact_token": cell.token} if cell.token else {}))
+
+            def score(
+                value: float, own: Sequence[int], cell: _Cell = cell, there: Any = there
+            ) -> dict[int, dict[str, float]]:
+                pushed = {way.strength: value * getattr(there, way.strength)} if way.strength else {}
+                some = [facts[index] for index in own]
+                found = evaluate(model, some, cell.at(value), plain, way, replace(there, **pushed), engine=engine, progress=progress)  # fmt: skip
+                return dict(zip(own, found.rows["after"], strict=True))
+
+            if len(values) > 1:
+                rows, best = suited(cell.facts, settings.tuned, values, score)
+            else:
+                rows, best = dict(score(values[0], cell.facts)), dict.fromkeys(cell.facts, values[0])
+            for index, each in rows.items():
+                known = ~np.isnan(effects[index, cell.row])
+                columns = [settings.tokens.index(cell.token)] if cell.token else list(known.nonzero()[0])
+                strengths[index, cell.row, columns] = best[index] * getattr(base, way.strength, 1.0)
                 for name in SUCCESSES:
-                    there = ~np.isnan(effects[index, cell.row])
-                    columns = [settings.tokens.index(cell.token)] if cell.token else list(there.nonzero()[0])
                     scores[name][index, cell.row, columns] = each[name]
         progress("layers and tokens", len(cells), len(cells))
     origin = provenance.origin(model)
     record = {"sweep": asdict(settings), "editor": way.name, "edit": {name: each for name, each in asdict(base).items() if name not in ("layer", "fact_token")}}  # fmt: skip
-    return Sweep(tuple(layers), settings.tokens, scores, effects, settings.seed, origin, record)
+    return Sweep(tuple(layers), settings.tokens, scores, effects, settings.seed, origin, record, strengths if len(values) > 1 else None)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -195,6 +222,10 @@ class _Cell:
     token: str
     facts: tuple[int, ...]
     place: Path
+
+    def at(self, strength: float) -> Path:
+        """Where edits with that many times the strength of the settings are kept."""
+        return self.place if strength == 1 else self.place.with_name(f"{self.place.name}-times{strength:g}")
 
 
 def _cells(

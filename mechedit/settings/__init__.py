@@ -1,6 +1,7 @@
 """Every knob of the method, with its default and the reason for it.
 
     base.py         knobs and their checks
+    bands.py        where the numbers of sound edits lie: files of `mechedit calibrate`
     tracing.py      TraceSettings
     moments.py      MomentSettings
     editors.py      EditSettings, of which every editor's derive; RomeSettings, FineTuningSettings
@@ -11,6 +12,7 @@ Python, the command line and the experiments share these frozen dataclasses; a r
 is imported here, so that `mechedit --help` answers at once.
 """
 
+from mechedit.settings.bands import NO_EDGE, Bands, read_bands, shipped_bands
 from mechedit.settings.base import Settings, SettingsError, check_each, filled, from_json, given, knob, knobs, require
 from mechedit.settings.editors import (
     CONSTANTS,
@@ -25,7 +27,7 @@ from mechedit.settings.editors import (
     FineTuningSettings,
     RomeSettings,
 )
-from mechedit.settings.evaluating import MODES, EvaluateSettings, SweepSettings, TuneSettings
+from mechedit.settings.evaluating import MODES, CalibrateSettings, EvaluateSettings, SweepSettings, TuneSettings
 from mechedit.settings.moments import MomentSettings
 from mechedit.settings.presets import PRESETS, Preset
 from mechedit.settings.tracing import (
@@ -55,6 +57,7 @@ __all__ = [
     "KNOWN_KINDS",
     "MEASURES",
     "MODES",
+    "NO_EDGE",
     "POLICIES",
     "PRECISIONS",
     "PREFIXES",
@@ -67,6 +70,8 @@ __all__ = [
     "STATE_KINDS",
     "STOPS",
     "WHOSE_KEY",
+    "Bands",
+    "CalibrateSettings",
     "EditSettings",
     "EvaluateSettings",
     "FineTuningSettings",
@@ -84,5 +89,7 @@ __all__ = [
     "given",
     "knob",
     "knobs",
+    "read_bands",
     "require",
+    "shipped_bands",
 ]

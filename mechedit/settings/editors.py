@@ -54,6 +54,10 @@ class EditSettings(Settings):
         "an edit out of its bands is an error (refuse), a warning (warn), or empty, with the reason (rollback)",
         GUARDS,
     )
+    bands: tuple[tuple[str, float, float], ...] = knob(
+        (),
+        "where the numbers of a sound edit lie, from a file of `mechedit calibrate` (default: the model's own, else the editor's)",
+    )
     strengthen: bool = knob(
         False, "also edit a fact whose new target the model says already, so that it is surer of it"
     )
@@ -67,6 +71,9 @@ class EditSettings(Settings):
 
     def __post_init__(self) -> None:
         check_each(self)
+        for each in self.bands:
+            holds = len(each) == 3 and isinstance(each[0], str) and all(type(edge) in (int, float) for edge in each[1:])
+            require(holds and each[1] < each[2], f"bands must be (name, from, to), from below to; found {each!r}.")
         if hasattr(self, "layer"):
             require(self.layer >= -1, f"layer must be a block, from 0, or -1 for the preset's; found {self.layer}.")
         for name in ("clamp", "learning_rate"):

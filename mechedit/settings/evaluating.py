@@ -8,7 +8,7 @@ from typing import Any
 from mechedit.settings.base import Settings, check_each, knob, require
 from mechedit.settings.tracing import FACT_TOKENS
 
-__all__ = ["MODES", "EvaluateSettings", "SweepSettings", "TuneSettings"]
+__all__ = ["MODES", "CalibrateSettings", "EvaluateSettings", "SweepSettings", "TuneSettings"]
 
 MODES = ("independent", "batch", "sequential")
 
@@ -38,17 +38,52 @@ class TuneSettings(Settings):
 
 
 @dataclass(frozen=True)
+class CalibrateSettings(Settings):
+    """Which edits `mechedit calibrate` makes of a model."""
+
+    facts: int = knob(20, "facts that are edited, each in every way")
+    layers: tuple[int, ...] = knob((), "layers that are edited; empty means the editor's own")
+    strengths: tuple[float, ...] = knob(
+        (1.0, 2.0, 4.0),
+        "by how much the editor's own measure of strength (ROME's clamp) is multiplied, in edits that may be sound",
+    )
+    times: tuple[float, ...] = knob((2.0, 5.0, 20.0), "by how much finished edits are multiplied, to break the model")
+    seed: int = knob(0, "seed of random changes and of intervals")
+
+    def __post_init__(self) -> None:
+        check_each(self)
+        require(
+            self.facts >= 4,
+            f"facts must be at least 4, so that each half can judge the other's bands; found {self.facts}.",
+        )
+        for name in ("strengths", "times"):
+            for each in getattr(self, name):
+                require(each > 0, f"{name} must be positive; found {each}.")
+        require(bool(self.strengths), "strengths must have a number; it is empty.")
+
+
+@dataclass(frozen=True)
 class SweepSettings(Settings):
     """Where `mechedit sweep` edits, and how it traces."""
 
     layers: tuple[int, ...] = knob((), "layers that are edited; empty means every layer")
     tokens: tuple[str, ...] = knob(FACT_TOKENS, "tokens whose key is edited", FACT_TOKENS)
     window: int = knob(0, "layers in a window of mlp outputs of the traces; 0: the model's preset, else ten")
+    tuned: int = knob(
+        4,
+        "facts on which the editor's strength (ROME's clamp) is chosen at each layer and token, for the other half of the facts; "
+        "0: one strength for all, which compares layers by what suits one of them",
+    )
+    strengths: tuple[float, ...] = knob((0.5, 1.0, 2.0, 4.0), "strengths that are tried, in those of the settings")
     draws: int = knob(4, "noise draws of each trace")
     seed: int = knob(0, "seed of the noise and of the interval")
 
     def __post_init__(self) -> None:
         check_each(self)
+        require(self.tuned >= 0, f"tuned must be 0 or more facts; found {self.tuned}.")
+        require(
+            bool(self.strengths) and min(self.strengths) > 0, f"strengths must be positive; found {self.strengths}."
+        )
         require(bool(self.tokens), f"tokens must name at least one of {', '.join(FACT_TOKENS)}; it is empty.")
         require(self.window >= 0, f"window must be 0 (the preset's) or more layers; found {self.window}.")
         require(self.draws >= 1, f"draws must be at least 1; found {self.draws}.")

@@ -1,0 +1,99 @@
+"""The command calibrate."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mechedit.cli.choosing import add_editor, chosen_editor, given_edit_settings, resolved
+from mechedit.cli.options import PRESET, a_path, add_command, add_json, add_settings, an_integer, given_settings
+from mechedit.cli.terminal import (
+    UsageError,
+    check_places,
+    console_of,
+    keeping,
+    load_model,
+    progress_bars,
+    show_files,
+    show_table,
+    write_json,
+)
+from mechedit.settings import NO_EDGE, CalibrateSettings
+
+__all__ = ["add_calibrating"]
+
+
+def add_calibrating(commands: Any, editor: str) -> None:
+    """calibrate"""
+    calibrate = add_command(
+        commands,
+        "calibrate",
+        _calibrate,
+        "measure what sound and broken edits of a model look like, and set the bands of an editor",
+        model=True,
+        note=PRESET.format("layer and constants"),
+    )
+    calibrate.add_argument("--facts", metavar="FILE", default="built-in", help="facts with new targets, paraphrases and neighbours (default: built-in)")  # fmt: skip
+    calibrate.add_argument(
+        "--begin", type=an_integer, default=0, metavar="N", help="leave the first N out, to report on"
+    )
+    add_settings(calibrate, CalibrateSettings, without=("facts", "seed"))
+    calibrate.add_argument("--limit", type=an_integer, default=CalibrateSettings().facts, metavar="N", help="facts that are edited, each in every way (default: 20)")  # fmt: skip
+    add_editor(calibrate, editor, without=("layer", "guard", "bands"))  # its seed is the calibration's
+    calibrate.add_argument("--out", type=a_path, required=True, metavar="DIR", help="every number is kept there, and bands.json, for --bands")  # fmt: skip
+    add_json(calibrate)
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from mechedit import calibration, sources
+
+    settings = CalibrateSettings(
+        facts=arguments.limit, **given_settings(arguments, CalibrateSettings) | _seed(arguments)
+    )
+    given = given_edit_settings(arguments)
+    editor = chosen_editor(arguments)
+    chosen = sources.named(arguments.facts)
+    if not 0 <= arguments.begin < len(chosen):
+        raise UsageError(
+            f"--begin must leave some of the {len(chosen)} facts in {arguments.facts}; found {arguments.begin}."
+        )
+    check_places(arguments.json, arguments.out / "bands.json")
+    model = load_model(arguments)
+    if settings.layers and hasattr(editor.settings, "layer"):
+        given["layer"] = settings.layers[0]
+    with keeping(f"finished edits are kept in {arguments.out}"), progress_bars() as progress:
+        found = calibration.calibrate(
+            model,
+            chosen[arguments.begin :],
+            arguments.out,
+            settings,
+            editor,
+            resolved(model, editor, given),
+            progress=progress,
+        )
+    written = [found.save(arguments.out / "bands.json"), *write_json(arguments.json, found.to_json())]
+    console = console_of(arguments)
+    rows = [
+        (
+            each.name,
+            _edge(each.low),
+            _edge(each.high),
+            f"{each.sound:.3g}",
+            f"{each.broken:.3g}",
+            str(each.false_alarms),
+            str(each.misses),
+        )
+        for each in found.found
+    ]
+    rows.append(("all together", "", "", "", "", str(found.false_alarms), str(found.misses)))
+    show_table(console, ("number", "from", "to", "sound, 99 %", "broken beyond, 10 %", "false alarms", "misses"), rows)
+    console.print(", ".join(f"{n} {verdict}" for verdict, n in found.judged.items()) + " edits")
+    show_files(console, written)
+
+
+def _seed(arguments: argparse.Namespace) -> dict[str, int]:
+    return {} if arguments.seed is None else {"seed": arguments.seed}
+
+
+def _edge(value: float) -> str:
+    return "" if value >= NO_EDGE else f"{value:.3g}"

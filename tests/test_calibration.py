@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from mechedit import calibration, editing, guards, models, sources
+from mechedit.calibration import CalibrationError, calibrate, edges, judged
+from mechedit.editors import named, rome
+from mechedit.edits import EditError
+from mechedit.facts import FactError
+from mechedit.settings import NO_EDGE, CalibrateSettings, RomeSettings, SettingsError, read_bands, shipped_bands
+
+UPPER, LOWER = (0.0, 1.0, "less"), (0.05, math.inf, "more")
+FEW = CalibrateSettings(facts=4, strengths=(1.0, 2.0), times=(20.0,))
+
+
+@pytest.fixture(scope="module")
+def organism():
+    return models.load("organism", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def world():
+    return list(sources.named("organism"))
+
+
+def rows(name, sound, broken, neither=()):
+    kinds = (("sound", sound), ("broken", broken), ("neither", neither))
+    return [{name: value, "verdict": verdict} for verdict, values in kinds for value in values]
+
+
+def test_an_edge_is_halfway_in_logarithms_between_sound_edits_and_a_tenth_of_the_broken_ones_beyond_them():
+    low, high, sound, broken = edges("n", UPPER, rows("n", [1.0] * 50, [0.5, 2.0, *[100.0] * 9, 400.0], [7.0]))
+    assert (low, high, sound, broken) == (0.0, pytest.approx(10.0), 1.0, pytest.approx(100.0)), (
+        "one of eleven is below it"
+    )
+    low, high, sound, broken = edges("n", LOWER, rows("n", [1.0] * 50, [2.0, *[0.01] * 5]))
+    assert (low, high, sound, broken) == (pytest.approx(0.1), NO_EDGE, 1.0, pytest.approx(0.01))
+
+
+def test_one_sound_edit_in_a_hundred_may_be_beyond_the_edge():
+    found = edges("n", UPPER, rows("n", [1.0] * 990 + [50.0] * 5, [9.0]))
+    assert found[1] == pytest.approx(3.0)
+
+
+def test_a_number_that_finds_fewer_than_half_of_the_broken_edits_has_no_edge():
+    few, half = ([0.5] * n + [100.0] * 3 for n in (4, 3))
+    assert edges("n", UPPER, rows("n", [1.0] * 9, few))[1] == NO_EDGE
+    assert edges("n", UPPER, rows("n", [1.0] * 9, half))[1] == pytest.approx(10.0)
+
+
+def test_a_number_by_which_no_edit_is_broken_has_no_edge():
+    low, high, _, broken = edges("n", UPPER, rows("n", [1.0] * 9, [0.5]))
+    assert (low, high, math.isnan(broken)) == (0.0, NO_EDGE, True)
+    assert edges("n", LOWER, rows("n", [1.0] * 9, [1.0]))[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("takes", "lost", "text", "verdict"),
+    [
+        (1.0, 0.0, 1.0, "sound"),
+        (1.0, 0.1, 1.1, "sound"),
+        (0.0, 0.0, 1.0, "neither"),
+        (1.0, 0.2, 1.0, "neither"),
+        (1.0, 0.0, 1.2, "neither"),
+        (1.0, 0.5, 1.0, "broken"),
+        (0.0, 0.0, 1.5, "broken"),
+        (1.0, 0.0, math.nan, "broken"),
+        (1.0, math.nan, 1.0, "neither"),
+    ],
+)
+def test_an_edit_is_judged_by_what_no_guard_reads(takes, lost, text, verdict):
+    numbers = {"takes": takes, "neighbours_lost": lost, "text": text}
+    assert judged(numbers) == verdict
+    assert judged(numbers, harmful=True) == ("neither" if verdict == "sound" else verdict)
+
+
+def test_the_organisms_bands_let_sound_edits_through_and_hold_broken_ones(organism, world, tmp_path):
+    found = calibrate(organism, world[6000:], tmp_path, FEW)
+    assert found.judged["sound"] >= 8
+    assert found.judged["broken"] >= 4
+    assert found.false_alarms.mean <= 0.25
+    assert found.misses.mean <= 0.25
+    assert {name for name, _, _ in found.bands} == {"relative_norm", "essence_kl", "perplexity_ratio"}, (
+        "the rest is alike"
+    )
+    sound = [row["perplexity_ratio"] for row in found.edits if row["verdict"] == "sound"]
+    (ratio,) = (each for each in found.found if each.name == "perplexity_ratio")
+    assert sorted(sound)[-2] < ratio.high < ratio.broken
+    again = calibrate(organism, world[6000:], tmp_path, FEW)
+    assert again.to_json() == found.to_json(), "from what is kept"
+    path = found.save(tmp_path / "bands.json")
+    assert read_bands(path) == found.bands
+    assert json.loads(path.read_text())["rule"].startswith("Facts are edited in ways that may be sound")
+
+
+def test_too_few_facts_and_too_few_sound_edits_are_an_error(organism, world, tmp_path):
+    with pytest.raises(FactError, match="of these 3 there are 3"):
+        calibrate(organism, world[6000:6003], tmp_path, FEW)
+    origin = {"name": "a model"}
+    with pytest.raises(CalibrationError, match="5 sound and 5 broken edits; found 4 and 9"):
+        calibration._set("rome", {"n": UPPER}, rows("n", [1.0] * 4, [2.0] * 9), 0, origin, {}, {})
+
+
+# --- bands as settings ------------------------------------------------------------------------------------------------
+
+
+def test_sound_edits_of_the_organism_are_accepted_with_the_bands_that_ship(organism, world):
+    for layer, clamp in ((0, 1.0), (2, 4.0)):
+        for fact in world[7000:7003]:
+            edit = rome.edit(organism, fact, RomeSettings(layer=layer, clamp=clamp))
+            assert edit.changes
+            assert edit.after["p_new"] > 0.5
+
+
+def test_bands_are_settings_and_the_result_has_them(organism, world, tmp_path):
+    path = tmp_path / "bands.json"
+    path.write_text(json.dumps({"bands": [{"name": "relative_norm", "low": 0.0, "high": 1e-3}]}))
+    narrow = RomeSettings(bands=read_bands(path))
+    with pytest.raises(EditError, match=r"relative_norm = .* is above 0.001"):
+        rome.edit(organism, world[7000], narrow)
+    kept = rome.edit(organism, world[7000], replace(narrow, guard="rollback"))
+    assert kept.settings["bands"] == [["relative_norm", 0.0, 1e-3]]
+    assert not kept.changes
+    shipped = rome.edit(organism, world[7000], replace(narrow, bands=shipped_bands("organism", "rome")))
+    assert shipped.changes
+    assert shipped.settings["bands"] == rome.edit(organism, world[7000]).settings["bands"] != []
+
+
+def test_a_band_that_an_editor_does_not_have_is_refused(organism):
+    with pytest.raises(SettingsError, match="no number 'norm' to hold in a band; it has"):
+        named("rome").resolve(organism, RomeSettings(bands=(("norm", 0.0, 1.0),)))
+    with pytest.raises(SettingsError, match="from below to"):
+        RomeSettings(bands=(("essence_kl", 2.0, 1.0),))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"bands": [{"name": "a"}]}', '{"bands": 3}', "\udcff"])
+def test_a_file_that_is_no_calibration_is_refused(text, tmp_path):
+    path = tmp_path / "bands.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(SettingsError, match="is no file of `mechedit calibrate`"):
+        read_bands(path)
+    with pytest.raises(SettingsError, match="cannot be read"):
+        read_bands(tmp_path / "none")
+
+
+def test_every_model_that_ships_has_bands_which_its_own_evidence_gives():
+    places = list(guards.resources.files("mechedit").joinpath("data", "bands").iterdir())
+    assert places
+    for place in places:
+        record = json.loads(place.read_text())
+        for each in record["bands"]:
+            band = rome.Rome.bands[each["name"]]
+            found = edges(each["name"], band, record["edits"])
+            assert (found[0], found[1]) == (pytest.approx(each["low"], rel=1e-3), pytest.approx(each["high"], rel=1e-3))
+            outside = [row for row in record["edits"] if each["name"] in row and row["verdict"] == "sound" and not found[0] <= row[each["name"]] <= found[1]]  # fmt: skip
+            assert len(outside) <= 0.02 * record["judged"]["sound"], "the 99th percentile is within"
+
+
+def test_the_harness_asks_the_editors_bands_where_none_are_given(model, fact):
+    assert editing.Editor().resolve(model).bands == ()
