@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mechedit import calibration, editing, guards, models, sources
+from mechedit import calibration, cli, editing, edits, guards, models, prompts, scoring, sources
 from mechedit.calibration import CalibrationError, calibrate, edges, judged
 from mechedit.editors import named, rome
 from mechedit.edits import EditError
@@ -162,3 +162,49 @@ def test_every_model_that_ships_has_bands_which_its_own_evidence_gives():
 
 def test_the_harness_asks_the_editors_bands_where_none_are_given(model, fact):
     assert editing.Editor().resolve(model).bands == ()
+
+
+def test_the_command_writes_bands_that_edits_take(tmp_path, capsys):
+    command = [
+        "calibrate",
+        "--model",
+        "organism",
+        "--facts",
+        "organism",
+        "--begin",
+        "6000",
+        "--limit",
+        "4",
+        "--out",
+        str(tmp_path),
+    ]
+    assert cli.main([*command, "--strengths", "1,2", "--times", "20", "--layers", "0", "--seed", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "perplexity_ratio" in out
+    assert "8 sound" in out
+    record = json.loads((tmp_path / "bands.json").read_text())
+    assert record["settings"]["calibrate"] == {
+        "facts": 4,
+        "layers": [0],
+        "strengths": [1.0, 2.0],
+        "times": [20.0],
+        "seed": 3,
+    }
+    fact = sources.named("organism")[7000]
+    edit = ["edit", fact.prompt, "--subject", fact.subject, "--target", fact.target_new, "--model", "organism"]
+    assert cli.main([*edit, "--bands", str(tmp_path / "bands.json"), "--out", str(tmp_path / "edit.safetensors")]) == 0
+    kept = edits.load(tmp_path / "edit.safetensors").settings["bands"]
+    assert kept == [[each["name"], each["low"], each["high"]] for each in record["bands"]]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*edit, "--bands", str(tmp_path / "none.json")])
+    assert "none.json cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_a_target_of_several_tokens_that_the_organism_says_is_refused_like_one_of_one(organism, world):
+    several = [fact for fact in world if len(prompts.continuation(organism, fact.prompt, fact.target_true)) > 1]
+    said = next(fact for fact in several if all(scoring.score(organism, [(fact.prompt, fact.target_true)])[0].first))
+    said = replace(said, target_new=said.target_true, target_true=said.target_new)
+    with pytest.raises(EditError, match="already says .* strengthen=True"):
+        rome.edit(organism, said)
+    with pytest.raises(EditError, match="Lower stop_at to strengthen it further"):
+        rome.edit(organism, said, RomeSettings(strengthen=True, stop_at=5.0))

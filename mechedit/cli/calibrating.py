@@ -47,9 +47,8 @@ def add_calibrating(commands: Any, editor: str) -> None:
 def _calibrate(arguments: argparse.Namespace) -> None:
     from mechedit import calibration, sources
 
-    settings = CalibrateSettings(
-        facts=arguments.limit, **given_settings(arguments, CalibrateSettings) | _seed(arguments)
-    )
+    own = {name: each for name, each in given_settings(arguments, CalibrateSettings).items() if name != "facts"}
+    settings = CalibrateSettings(facts=arguments.limit, **own)
     given = given_edit_settings(arguments)
     editor = chosen_editor(arguments)
     chosen = sources.named(arguments.facts)
@@ -89,10 +88,6 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     show_table(console, ("number", "from", "to", "sound, 99 %", "broken beyond, 10 %", "false alarms", "misses"), rows)
     console.print(", ".join(f"{n} {verdict}" for verdict, n in found.judged.items()) + " edits")
     show_files(console, written)
-
-
-def _seed(arguments: argparse.Namespace) -> dict[str, int]:
-    return {} if arguments.seed is None else {"seed": arguments.seed}
 
 
 def _edge(value: float) -> str:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mechedit.settings import PREFIXES, knobs, read_bands
+from mechedit.settings import PREFIXES, Bands, SettingsError, knobs, read_bands
 from mechedit.wording import meant, visible
 from mechedit.writing import JOINS
 
@@ -227,9 +227,16 @@ def _pairs(text: str) -> tuple[tuple[int, int], ...]:
         ) from error
 
 
+def _calibrated(text: str) -> Bands:
+    try:
+        return read_bands(text)
+    except SettingsError as error:
+        raise argparse.ArgumentTypeError(str(error).removesuffix(".")) from error
+
+
 _PARTS: dict[str, Callable[[str], Any]] = {
     "tuple[tuple[int, int], ...]": _pairs,
-    "tuple[tuple[str, float, float], ...]": read_bands,
+    "tuple[tuple[str, float, float], ...]": _calibrated,
     "tuple[float, ...]": _numbers,
     "tuple[int, ...]": _integers,
 }

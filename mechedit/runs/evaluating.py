@@ -172,7 +172,7 @@ class _Run:
     def before(self) -> Sequence[Scored]:
         """Of the unedited model, from the cache where they are there."""
         what = self.kept_under | {"measured": self.measured}
-        place = cache.root() / "before" / cache.content_key(what)
+        place = cache.root() / "unedited" / cache.content_key(what)  # 0.1.0 kept a file a record under "before"
         plan(self.folder / "before", place, list(self.by_unit))
         task = self.measuring(None, settings=replace(self.settings, health=False))
         store = score_store(place, what, "records before", waits=True)
