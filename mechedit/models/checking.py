@@ -1,4 +1,4 @@
-"""Whether a hooked model computes what Hugging Face's does: its logits on some token ids, before anything else is done with it.
+"""Whether a hooked model computes what Hugging Face's does: its logits after some token ids, before anything else is done with it.
 
 The check runs where a model is loaded, since Hugging Face's is in memory there: `expected` before the hooked model takes the
 weights, `check` after. What is windowed is windowed to a few positions for the check, so that the windows show in a short
@@ -12,6 +12,7 @@ checked (a cap that nothing reached, a clamp that nothing touched) is not seen w
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ HALF = 0.1
 """How far logits may differ in half precision: the root mean square of the difference, in those of the logits. Rounding makes
 0.01 to 0.03 of it in bfloat16; an option that is left out, 0.3 and more."""
 IDS = 64
+READ = 16  # positions, the last ones, whose logits are compared: a large vocabulary costs more than the blocks
 WINDOW = 24  # positions that a window has in the check, where it has more
 RULE = 1
 
@@ -77,7 +79,8 @@ def keep(key: str, largest: float) -> None:
 def expected(hf_model: Any) -> Float[Tensor, "1 pos d_vocab"]:
     """Hugging Face's logits on the ids of the check."""
     with _short_windows(hf_model.config):
-        return hf_model(_ids(hf_model.config).to(hf_model.device), use_cache=False).logits
+        ids = _ids(hf_model.config).to(hf_model.device)
+        return hf_model(ids, use_cache=False, **_read_of(hf_model)).logits[:, -READ:]
 
 
 @torch.no_grad()
@@ -90,7 +93,9 @@ def check(model: HookedModel, config: Any, theirs: Float[Tensor, "1 pos d_vocab"
     refuse_unless_finite(theirs, name, theirs.dtype)
     try:
         with _short_windows(config, model):
-            ours = model(_ids(config).to(device_of(model)))
+            ours = model(_ids(config).to(device_of(model)), **_read_of(getattr(model, "original_model", None)))[
+                :, -READ:
+            ]
     except FOREIGN as error:
         raise ModelError(f"the hooked model of {name} cannot be run{because(config)} ({reason(error)}).") from error
     found, bound = difference(ours, theirs)
@@ -131,6 +136,12 @@ def refuse_unless_finite(values: Float[Tensor, "*any"], name: str, dtype: torch.
     own = str(dtype).removeprefix("torch.")
     then = "load it with dtype bfloat16 or float32" if dtype == torch.float16 else "its weights are damaged"
     raise ModelError(f"the logits of {name} in {own} are not finite, so nothing can be said of what it knows: {then}.")
+
+
+def _read_of(hf_model: Any) -> dict[str, int]:
+    """What tells Hugging Face's model which logits are read, where it can be told."""
+    forward = getattr(hf_model, "forward", None)
+    return {"logits_to_keep": READ} if forward and "logits_to_keep" in inspect.signature(forward).parameters else {}
 
 
 def _ids(config: Any) -> Int[Tensor, "1 pos"]:
