@@ -11,6 +11,7 @@ figures/organism/localisation.json and .md, and a picture of each model's effect
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -97,7 +98,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     """One column a model."""
 
     def shown(values: dict[str, Any]) -> str:
-        each = Mean(**values)
+        each = Mean(**{name: math.nan if value is None else value for name, value in values.items()})
         return f"{100 * each.mean:.1f} [{100 * each.low:.1f}, {100 * each.high:.1f}]"
 
     rows = {

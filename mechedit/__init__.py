@@ -6,7 +6,7 @@ functions whose names end in `_`.
 
 | step               | forward | backward | weights           | disk  | randomness            |
 |--------------------|---------|----------|-------------------|-------|-----------------------|
-| models.load        | no      | no       | makes them        | cache | no                    |
+| models.load        | yes     | no       | makes them        | cache | no                    |
 | models.identity    | no      | no       | no                | no    | no                    |
 | weights.restored   | no      | no       | and puts them back| no    | no                    |
 | prompts.audit      | no      | no       | no                | no    | no                    |

@@ -357,7 +357,7 @@ def test_records_that_contradict_each_other_are_named(mode, model, ready, tmp_pa
 def test_the_prefixes_of_a_sequence_are_those_of_the_model_before_any_edit(model, ready, tmp_path, monkeypatch):
     monkeypatch.setattr("mechedit.keys.sample", lambda *args, **named: pytest.fail("sampled from an edited model"))
     evaluate(model, FACTS, tmp_path, replace(PLAIN, mode="sequential"), "rome", QUICK, ready)
-    used = {tuple(edits.load(path).details["prefixes"]) for path in (tmp_path / "edits" / "units").iterdir()}
+    used = {tuple(edits.load(blob).details["prefixes"]) for blob in units.read_all(tmp_path / "edits")}
     assert used == {ready.prefixes}
 
 

@@ -147,12 +147,12 @@ def test_a_new_rule_makes_new_entries(load, monkeypatch):
     entries = set((cache.root() / "moments").iterdir())
     monkeypatch.setattr(sys.modules["mechedit.moments.estimation"], "RULE", "another rule")
     moments.estimate(model, 1, settings=FEW)
-    assert len(set((cache.root() / "moments").iterdir()) - entries) == 1
+    assert len(set((cache.root() / "moments").glob("*.safetensors")) - entries) == 1
     kept = keys.prefixes(model, RomeSettings(prefixes=((3, 1),)))
     before = set((cache.root() / "prefixes").iterdir())
     monkeypatch.setattr(keys, "RULE", "another rule")
     assert keys.prefixes(model, RomeSettings(prefixes=((3, 1),))) == kept
-    assert len(set((cache.root() / "prefixes").iterdir()) - before) == 1
+    assert len(set((cache.root() / "prefixes").glob("*.json")) - before) == 1
 
 
 def test_keys_depend_on_what_lies_below_and_on_nothing_else(model):

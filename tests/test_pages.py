@@ -34,7 +34,7 @@ def test_the_ten_lines_of_the_front_page_move_the_space_needle(tmp_path, monkeyp
     said = capsys.readouterr().out
     assert "mlp at layer" in said
     assert "Paris" in said
-    assert Path("paris.safetensors").stat().st_size < 30_000
+    assert Path("paris.safetensors").stat().st_size < 40_000
 
 
 @pytest.mark.anywhere

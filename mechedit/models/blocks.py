@@ -56,7 +56,7 @@ class KeyValues:
         return KeyValues(self.keys[index], self.values[index], self.axis)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sharing:
     """Which rows of a batch share which past: `rows`, c times n of them, each n in turn that of `first` to `end`-1."""
 
