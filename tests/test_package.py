@@ -167,7 +167,8 @@ def test_every_step_touches_what_the_table_says_and_no_more(model, steps, monkey
             result = step()
         assert bool(forward) == (row["forward"] == "yes"), name
         assert bool(backward) == (row["backward"] == "yes"), name
-        assert (set(_files(cache.root())) != files) == ("cache" in row["disk"] and name != "models.load"), name
+        if name != "models.load":  # which keeps its verdict on a configuration once
+            assert (set(_files(cache.root())) != files) == ("cache" in row["disk"]), name
         assert torch.equal(torch.get_rng_state(), stream), f"{name} touched the global random stream"
         after = state(model)
         changed = [weight for weight in before[0] if not torch.equal(before[0][weight], after[0][weight])]

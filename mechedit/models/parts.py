@@ -27,7 +27,7 @@ HOOKS = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.h
 SWITCHES = "use_attn_in use_split_qkv_input use_attn_result use_hook_mlp_in attn_only load_in_4bit use_attention_sinks use_logn_attn clip_qkv use_dynamic_ntk_rope"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Earlier:
     """Keys and values [n, earlier, heads, d_head] of the positions before, shared by the rows c n of a batch, c of each."""
 

@@ -238,8 +238,21 @@ class _Encoding(Generic[Result]):
     write: Callable[[Result, Any], Any]
     note: Callable[[Result], Any] | None
 
+    @property
+    def batch(self) -> int:
+        """Units that the task takes together."""
+        return int(getattr(self.task, "batch", 1))
+
     def __call__(self, model: HookedModel, unit: str, *own: Any) -> tuple[bytes, Any]:
-        result, blob = self.task(model, unit, *own), Blob(unit)
+        return self._encoded(unit, self.task(model, unit, *own))
+
+    def many(self, model: HookedModel, units: Sequence[str]) -> list[tuple[bytes, Any]]:
+        """Of units that the task takes together."""
+        task: Any = self.task
+        return [self._encoded(unit, each) for unit, each in zip(units, task.many(model, units), strict=True)]
+
+    def _encoded(self, unit: str, result: Result) -> tuple[bytes, Any]:
+        blob = Blob(unit)
         self.write(result, blob)
         return blob.data, self.note(result) if self.note else None
 
