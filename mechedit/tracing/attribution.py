@@ -70,7 +70,7 @@ def attribution_patching(
     return grids
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slopes:
     """The corrupted runs, and what the measure does to first order as activations leave them for their clean values."""
 
