@@ -320,6 +320,7 @@ class _Worker:
     """Loads the model once, then computes units."""
 
     def __init__(self, model: str, dtype: torch.dtype, threads: int, device: str) -> None:
+        self.threads = threads
         torch.set_num_threads(threads)
         self.load = partial(models.load, model, device=device, dtype=dtype)
 
@@ -335,6 +336,7 @@ class _Worker:
     def take(self, task: Task[Any]) -> None:
         """What units are for from now on; it may be large, so it comes once."""
         self.task = task
+        torch.set_num_threads(self.threads)  # whatever the task's own modules set when they were imported
 
     def run(self, unit: str, *own: Any) -> Done[Any]:
         """What a unit gives."""
