@@ -30,6 +30,7 @@ import torch
 
 from experiments.common import parse, say, write
 from mechedit import facts, models
+from mechedit.models.names import NAMES, find_weight
 from mechedit.settings import KINDS, TraceSettings
 from mechedit.tracing import Cell, Prepared, Trace, prepare, trace
 from mechedit.tracing import grid as cells_of
@@ -85,7 +86,9 @@ def floor_of_what_is_read(model: models.HookedModel, found: Trace) -> float:
 def _operations(model: models.HookedModel, found: Trace, *, whole_last_block: bool) -> float:
     cfg = model.cfg
     keys_and_values = 2 * int(cfg.d_model) * int(cfg.n_key_value_heads or cfg.n_heads) * int(cfg.d_head)
-    matrices = sum(weight.numel() for weight in model.blocks[0].parameters() if weight.ndim >= 2)
+    # by name, for a bridge has some of them twice among its parameters
+    there = [find_weight(model, 0, name) for name in NAMES if ".W_" in name]
+    matrices = sum(weight.numel() for weight in there if weight is not None)
     n_layers, n_positions, begin = int(cfg.n_layers), len(found.tokens), found.subject_range[0]
     total = 0.0
     for kind in found.settings.kinds:
