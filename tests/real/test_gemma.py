@@ -288,4 +288,6 @@ def test_the_text_that_ships_for_C_is_what_the_model_samples(gemma):
     shipped = packaged.read(gemma, 64, 63, seed)
     assert shipped is not None
     sampled = generation.sample(gemma, 64, 3, corruption.generator(*seed))
-    assert (shipped[:, :3] == sampled).float().mean() > 0.9, "rounding differs between model classes and moves a draw now and then"
+    assert (shipped[:, :3] == sampled).float().mean() > 0.9, (
+        "rounding differs between model classes and moves a draw now and then"
+    )
