@@ -218,10 +218,10 @@ def _means(values: np.ndarray) -> np.ndarray:
 
 def _exact(successes: int, n: int, support: Support) -> tuple[float, float]:
     """Clopper and Pearson's bounds, on the scale of the support."""
-    from scipy.stats import beta
+    from scipy.special import betaincinv  # scipy.stats takes a third of a second to import
 
-    low = beta.ppf(0.025, successes, n - successes + 1) if successes else 0.0
-    high = beta.ppf(0.975, successes + 1, n - successes) if successes < n else 1.0
+    low = betaincinv(successes, n - successes + 1, 0.025) if successes else 0.0
+    high = betaincinv(successes + 1, n - successes, 0.975) if successes < n else 1.0
     width = support[1] - support[0]
     return support[0] + width * float(low), support[0] + width * float(high)
 
@@ -252,13 +252,13 @@ def _weights(n: int, seed: int, draws: int) -> Iterator[tuple[np.ndarray, np.nda
 
 def _unbounded(values: np.ndarray) -> tuple[float, float]:
     """The outer bounds of Student's and Hall's t, a little wider for few facts; nan for few facts, or all alike."""
-    from scipy import stats
+    from scipy.special import stdtrit
 
     n, mean, spread = len(values), values.mean(), values.std(ddof=1)
     if n < FEWEST or not np.isfinite(values).all() or np.ptp(values) <= 1e-12 * np.abs(values).max():
         return math.nan, math.nan
-    student = float(stats.t.ppf(1 - 0.025 * (1 - SMALL / n), n - 1))
-    skew = float(stats.skew(values)) / math.sqrt(n)
+    student = float(stdtrit(n - 1, 1 - 0.025 * (1 - SMALL / n)))
+    skew = float(((values - mean) ** 3).mean() / values.std() ** 3) / math.sqrt(n)
     hall = [student, -student]
     if abs(skew) > 1e-6:
         hall = [3 / skew * (float(np.cbrt(1 + skew * (q - skew / 6))) - 1) for q in hall]
