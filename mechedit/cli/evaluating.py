@@ -151,34 +151,17 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     load = time.perf_counter() - began
     edit_settings = resolved(model, editor, given) if editor else arguments.edit_settings(**given)
     console = console_of(arguments)
+    beside: dict[str, Any] = {"benchmark": benchmark, "references": references}
     if arguments.estimate:
-        found = estimate(
-            model,
-            chosen,
-            settings,
-            editor,
-            edit_settings,
-            benchmark=benchmark,
-            workers=max(1, arguments.workers or 1),
-            load=load,
-            references=references,
-        )
+        workers = max(1, arguments.workers or 1)
+        found = estimate(model, chosen, settings, editor, edit_settings, workers=workers, load=load, **beside)
         console.print(str(found))
         write_json(arguments.json, vars(found) | {"total": found.total})
         return
     engine = _engine(arguments, model)
     with keeping(f"what is finished is kept in {arguments.out}"), progress_bars() as progress:
         result = evaluate(
-            model,
-            chosen,
-            arguments.out,
-            settings,
-            editor,
-            edit_settings,
-            benchmark=benchmark,
-            references=references,
-            engine=engine,
-            progress=progress,
+            model, chosen, arguments.out, settings, editor, edit_settings, engine=engine, progress=progress, **beside
         )
     source = {"facts": arguments.facts, "begin": arguments.begin}
     result = replace(result, what=result.what | {"source": source})

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from mechedit.corruption import Statistics
     from mechedit.facts import Fact
     from mechedit.models import HookedModel
+    from mechedit.progress import Progress
+    from mechedit.tracing import Trace
 
 __all__ = ["add_tracing"]
 
@@ -254,64 +256,17 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
     from mechedit.tracing import accuracy
     from mechedit.tracing.averages import average
 
-    if arguments.out is None:
-        raise UsageError("a run over facts is kept in a folder: give --out DIR.")
-    if arguments.prompt is not None:
-        raise UsageError("give PROMPT or --facts, not both.")
-    if alone := [name for name in ("subject", "answer", "occurrence") if getattr(arguments, name) is not None]:
-        raise UsageError(f"--{alone[0]} is one prompt's; --facts takes its facts from the file.")
-    if arguments.join:
-        raise UsageError("--join is one prompt's; with --facts each record says it (`join`).")
-    if arguments.other:
-        raise UsageError("--other is one prompt's; with --facts each subject gives way to one of its relation.")
-    for name in ("subject", "occurrence", "answer", "against"):
-        if getattr(arguments, name) is not None:
-            raise UsageError(f"--{name} is one prompt's; with --facts each fact has its own. Leave it out.")
-    _check_idle(arguments, settings)
-    if arguments.limit is not None and arguments.limit < 2:
-        raise UsageError(f"--limit must be at least 2 facts, which are averaged; found {arguments.limit}.")
-    if arguments.batch is not None and arguments.batch < 1:
-        raise UsageError(f"--batch must be at least 1 fact; found {arguments.batch}.")
-    chosen = list(sources.named(arguments.facts))
+    _check_facts(arguments, settings)
+    read = list(sources.named(arguments.facts))
     check_places(arguments.json, arguments.out / "average.json")
     model = load_model(arguments)
     console = console_of(arguments)
     if not arguments.sigma_from:
         runs.check_run(model, arguments.out, settings)  # before every fact is asked
     with progress_bars() as progress:
-        fit, others = runs.traceable(model, chosen, settings)
-        if others:
-            console.print(
-                f"{len(others)} of {len(chosen)} facts cannot be traced and are left out. The first: {others[0][1]}"
-            )
-        chosen = fit
-        if not arguments.unknown:
-            kept = runs.known(model, chosen, prepend_bos=settings.prepend_bos, progress=progress)
-            console.print(f"the model knows {len(kept)} of {len(chosen)} facts")
-            chosen = kept
-        chosen = chosen[: arguments.limit]
-        if len(chosen) < 2:
-            raise UsageError(f"an average needs at least 2 facts; {len(chosen)} of {arguments.facts} can be traced.")
+        chosen = _chosen(arguments, model, read, settings, progress)
         statistics = _statistics(arguments, model, chosen)
-        pairs = runs.partners(model, chosen, settings)
-        there = runs.finished(pairs, arguments.out)
-        if there:
-            console.print(f"{there} of {len(chosen)} facts are in {arguments.out} already")
-        try:
-            traces = runs.trace_facts(
-                model,
-                chosen,
-                arguments.out,
-                settings,
-                statistics=statistics,
-                batch=arguments.batch or 1,
-                progress=progress,
-            )
-        except KeyboardInterrupt:
-            there = runs.finished(pairs, arguments.out)
-            raise KeyboardInterrupt(
-                f"{there} of {len(chosen)} facts are kept in {arguments.out}; the same command goes on from there"
-            ) from None
+        traces = _traces(arguments, model, chosen, settings, statistics, progress)
     mean = average(traces, seed=settings.seed)
     written = write_json(arguments.out / "average.json", mean.to_json()) + write_json(arguments.json, mean.to_json())
     written += figures.save_average(mean, arguments.out)
@@ -328,6 +283,73 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
     show_average(console, mean)
     show_sites(console, mean)
     show_files(console, written)
+
+
+def _check_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None:
+    """Raise for options that do not go with --facts, before anything is loaded."""
+    if arguments.out is None:
+        raise UsageError("a run over facts is kept in a folder: give --out DIR.")
+    if arguments.prompt is not None:
+        raise UsageError("give PROMPT or --facts, not both.")
+    if arguments.join:
+        raise UsageError("--join is one prompt's; with --facts each record says it (`join`).")
+    if arguments.other:
+        raise UsageError("--other is one prompt's; with --facts each subject gives way to one of its relation.")
+    for name in ("subject", "occurrence", "answer", "against"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--{name} is one prompt's; with --facts each fact has its own. Leave it out.")
+    _check_idle(arguments, settings)
+    if arguments.limit is not None and arguments.limit < 2:
+        raise UsageError(f"--limit must be at least 2 facts, which are averaged; found {arguments.limit}.")
+    if arguments.batch is not None and arguments.batch < 1:
+        raise UsageError(f"--batch must be at least 1 fact; found {arguments.batch}.")
+
+
+def _chosen(
+    arguments: argparse.Namespace, model: HookedModel, read: list[Fact], settings: TraceSettings, progress: Progress
+) -> list[Fact]:
+    """Of the facts in the file those that are traced; which are left out is said."""
+    from mechedit.runs import tracing as runs
+
+    console = console_of(arguments)
+    chosen, others = runs.traceable(model, read, settings)
+    if others:
+        console.print(
+            f"{len(others)} of {len(read)} facts cannot be traced and are left out. The first: {others[0][1]}"
+        )
+    if not arguments.unknown:
+        kept = runs.known(model, chosen, prepend_bos=settings.prepend_bos, progress=progress)
+        console.print(f"the model knows {len(kept)} of {len(chosen)} facts")
+        chosen = kept
+    chosen = chosen[: arguments.limit]
+    if len(chosen) < 2:
+        raise UsageError(f"an average needs at least 2 facts; {len(chosen)} of {arguments.facts} can be traced.")
+    return chosen
+
+
+def _traces(
+    arguments: argparse.Namespace,
+    model: HookedModel,
+    chosen: list[Fact],
+    settings: TraceSettings,
+    statistics: Statistics | None,
+    progress: Progress,
+) -> list[Trace]:
+    """The run; whoever interrupts it is told how far it is."""
+    from mechedit.runs import tracing as runs
+
+    pairs, batch = runs.partners(model, chosen, settings), arguments.batch or 1
+    if there := runs.finished(pairs, arguments.out):
+        console_of(arguments).print(f"{there} of {len(chosen)} facts are in {arguments.out} already")
+    try:
+        return runs.trace_facts(
+            model, chosen, arguments.out, settings, statistics=statistics, batch=batch, progress=progress
+        )
+    except KeyboardInterrupt:
+        there = runs.finished(pairs, arguments.out)
+        raise KeyboardInterrupt(
+            f"{there} of {len(chosen)} facts are kept in {arguments.out}; the same command goes on from there"
+        ) from None
 
 
 def _sever(arguments: argparse.Namespace) -> None:

@@ -69,7 +69,7 @@ def doubts(model: HookedModel, fact: Fact, bos: bool) -> list[str]:
     """What may be a mistake in a record; of one that cannot be read by the model its scores say why, whatever that is."""
     try:
         return prompts.doubts(model, fact, prepend_bos=bos)
-    except Exception:
+    except Exception:  # whatever it is, one record ends no run
         return []
 
 
