@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.common import FIGURES, parse, say
+from experiments.common import FIGURES, commit_of, parse, say
 from mechedit import cache, provenance
 
 HERE = Path(__file__).parents[1]
@@ -44,8 +44,7 @@ def times(settings: BenchmarkVersions, version: Path, model: str) -> dict[str, f
 
 
 def main(settings: BenchmarkVersions) -> None:
-    if not (settings.old / "mechedit").is_dir():
-        raise SystemExit(f"--old must be a checkout of another version of mechedit; found {settings.old}.")
+    commit = commit_of(settings.old)
     versions = {"old": settings.old.resolve(), "new": HERE}
     result: dict[str, Any] = {}
     for model in settings.models:
@@ -57,14 +56,8 @@ def main(settings: BenchmarkVersions) -> None:
         best = {name: {key: min(each[key] for each in of) for key in of[0]} for name, of in turns.items()}
         result[model] = best | {"new over old": {key: best["new"][key] / best["old"][key] for key in best["old"]}}
         say(f"{model}: {json.dumps(result[model], indent=1)}")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],  # noqa: S607
-        cwd=settings.old,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
     plain = {name: value for name, value in vars(settings).items() if name not in ("old", "models")}
-    record = {"old": commit[:7], "settings": plain, "versions": provenance.versions(), "models": result}
+    record = {"old": commit, "settings": plain, "versions": provenance.versions(), "models": result}
     path = FIGURES / "benchmark_versions.json"
     with cache.atomic_write(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")

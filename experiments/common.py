@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -84,6 +85,18 @@ def known_facts(model: HookedModel, n: int, seed: int) -> list[Fact]:
             temporary.write_text(json.dumps([fact.prompt for fact in kept]))
     say(f"{short_name(model)} knows {len(kept)} of {len(unique)} facts; {min(n, len(kept))} are used")
     return kept[:n]
+
+
+def commit_of(checkout: Path) -> str:
+    """The commit of another version of mechedit, in seven digits.
+
+    Raises:
+        SystemExit: that is no checkout of one.
+    """
+    if not (checkout / "mechedit").is_dir():
+        raise SystemExit(f"--old must be a checkout of another version of mechedit; found {checkout}.")
+    command = ["git", "-C", str(checkout), "rev-parse", "--short=7", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def say(text: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from experiments.common import FIGURES, parse, say
+from experiments.common import FIGURES, commit_of, parse, say
 from experiments.editing import data
 from mechedit import cache, provenance, shipped
 
@@ -78,8 +78,7 @@ def compare(old: Path, new: Path) -> dict[str, Any]:
 
 
 def main(settings: CompareVersions) -> None:
-    if not (settings.old / "mechedit").is_dir():
-        raise SystemExit(f"--old must be a checkout of another version of mechedit; found {settings.old}.")
+    commit = commit_of(settings.old)
     result: dict[str, Any] = {}
     for model in settings.models:
         with tempfile.TemporaryDirectory() as folder:
@@ -87,14 +86,8 @@ def main(settings: CompareVersions) -> None:
                 run(settings, version, model, Path(folder) / name)
             result[model] = compare(Path(folder) / "old", Path(folder) / "new")
         say(f"{model}: {json.dumps(result[model], indent=1)}")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],  # noqa: S607
-        cwd=settings.old,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
     record = {
-        "old": commit[:7],
+        "old": commit,
         "facts": settings.facts,
         "threads": settings.threads,
         "versions": provenance.versions(),
