@@ -257,6 +257,12 @@ def test_the_demo_runs_on_any_model_with_a_preset(run, folder, tmp_path, monkeyp
     assert out.count("neighbour") == 4
     assert (tmp_path / "demo" / "trace_mlp.png").stat().st_size > 5000
     assert json.loads((tmp_path / "demo" / "edit.json").read_text())["target_new"] == "Paris"
+    monkeypatch.setattr("mechedit.runs.tracing.trace", None)  # a second time needs no sweep
+    before = json.loads((tmp_path / "demo" / "trace.json").read_text())
+    status, out, _ = run("demo", "--out", str(tmp_path / "demo"))
+    assert status == 0
+    assert "its trace is kept in" in out
+    assert json.loads((tmp_path / "demo" / "trace.json").read_text()) == before
 
 
 @pytest.mark.parametrize(

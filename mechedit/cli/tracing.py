@@ -96,8 +96,9 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from mechedit import applying, edits, figures, generation, organism, scoring, sources, tracing
+    from mechedit import applying, cache, edits, figures, generation, organism, provenance, scoring, sources
     from mechedit.editors import rome
+    from mechedit.runs import tracing as runs
 
     out: Path = arguments.out
     check_places(out / "trace.safetensors")
@@ -108,8 +109,11 @@ def _demo(arguments: argparse.Namespace) -> None:
     said, _, p = scoring.top(model, fact.prompt, 1)[0]
     console.print(repr(fact.prompt))
     console.print(f"top answer {said!r} with P = {p:.3f}")
+    settings, kept = TraceSettings(), out / "runs" / cache.content_key(provenance.kept_under(model))
+    if runs.finished(runs.partners(model, [fact], settings), kept):
+        console.print(f"its trace is kept in {kept}: delete that folder, and it is traced again")
     with progress_bars() as progress:
-        trace = tracing.trace(model, fact, progress=progress)
+        (trace,) = runs.trace_facts(model, [fact], kept, settings, progress=progress)
     written = [
         trace.save(out / "trace.safetensors"),
         *figures.save(trace, out),

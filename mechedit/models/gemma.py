@@ -52,7 +52,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def converted() -> Path:
-    """Gemma 3 270M as a Hugging Face folder, dequantised once from the packaged GGUF into the cache (about 40 s)."""
+    """Gemma 3 270M as a Hugging Face folder, dequantised once from the packaged GGUF into the cache (about a minute)."""
     return cache.once(folder(), _convert, is_whole)
 
 
