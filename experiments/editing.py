@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from experiments.common import FIGURES, runs, short_name
-from mechedit import applying, cache, models, organism, provenance, sources, statistics
+from mechedit import applying, cache, editors, models, organism, provenance, sources, statistics
 from mechedit.benchmarks import counterfact, metrics
 from mechedit.edits import Edit
 from mechedit.facts import Fact
+from mechedit.runs import status
 from mechedit.runs.results import Evaluation
 from mechedit.settings import CONSTANTS, POLICIES, PREFIXES, RomeSettings
 from mechedit.statistics import Mean, Paired
 
 NUMBERS = ("relative_norm", "divisor_share", "essence_kl", "perplexity_ratio")
 LESS = "less the unedited model"
+OPPONENTS = ("ft", "ft-l", "attention-edit", "kn", "told")
 
 
 def data(name: str) -> Path:
@@ -39,6 +41,17 @@ def published(default: RomeSettings) -> RomeSettings:
     return replace(default, prefixes=PREFIXES["published"], guard="warn", **fields)
 
 
+def opponent(model: models.HookedModel, name: str, seed: int) -> tuple[str, Any]:
+    """An editor that is no ROME, with its preset for the model; what is out of its bands is kept."""
+    return name, replace(editors.named(name).resolve(model), guard="warn", seed=seed)
+
+
+def swapped(fact: Fact) -> Fact:
+    """The fact with its true answer in the new one's place: where the model knows it, it is as if edited by whoever trained it. Its
+    neighbours, whose answer is the same, are left out."""
+    return replace(fact, target_new=fact.target_true, target_true=fact.target_new, target_new_id=None, neighbours=(), neighbour_answers=(), id=f"{fact.id} swapped")  # fmt: skip
+
+
 def success_of(model: models.HookedModel, fact: Fact, edit: Edit) -> dict[str, float]:
     """The fact's scores on the edited model, with the numbers of the edit."""
     with applying.edited(model, edit):
@@ -51,6 +64,11 @@ def success_of(model: models.HookedModel, fact: Fact, edit: Edit) -> dict[str, f
 def folder(model: models.HookedModel, table: str, begin: int, row: str) -> Path:
     """Where a row of a table keeps its run."""
     return runs(model, f"{table}-from{begin}") / row.replace(" ", "-")
+
+
+def seconds_of(edits_in: Path) -> float:
+    """The median seconds of an edit of the run that is kept there."""
+    return status.status(edits_in)[0].seconds
 
 
 def compared(first: Evaluation, second: Evaluation, names: Sequence[str]) -> dict[str, Paired]:
@@ -111,17 +129,19 @@ def _nans(record: dict[str, Any]) -> dict[str, Any]:
     return {name: float("nan") if value is None else value for name, value in record.items()}
 
 
-def write_table(model: models.HookedModel, name: str, names: Sequence[str], rows: dict[str, Row], differences: dict[str, Any], below: Sequence[Sequence[str]]) -> Path:  # fmt: skip
+def write_table(model: models.HookedModel, name: str, names: Sequence[str], rows: dict[str, Row], differences: dict[str, Any], below: Sequence[Sequence[str]], seconds: Mapping[str, float] | None = None) -> Path:  # fmt: skip
     """The table as Markdown beside its JSON, in percent with intervals: under each method the unedited model on the same records, and
-    the paired difference; then the lines `below`, as they are. `differences` is what `corrected` gave."""
-    lines = [["", "n", *names], ["---"] * (len(names) + 2)]
+    the paired difference; then the lines `below`, as they are. `differences` is what `corrected` gave, `seconds` an edit's, by row."""
+    more = ["s an edit"] if seconds else []
+    lines = [["", "n", *names, *more], ["---"] * (len(names) + 2 + len(more))]
     for row, found in rows.items():
         parts = [(row, found.scores), ("unedited, same records", found.unedited)]
         own = {each: Mean(**_nans(value["difference"])) for each, value in differences.get(LESS, {}).get(row, {}).items()}  # fmt: skip
         for title, means in [*parts, ("difference", own)]:
             if means:
                 cells = [metrics.metric(each).shown(means[each]) if each in means else "" for each in names]
-                lines.append([title, str(max(each.n for each in means.values())), *cells])
+                spent = [f"{seconds[row]:.1f}" if title == row in seconds else ""] if seconds else []
+                lines.append([title, str(max(each.n for each in means.values())), *cells, *spent])
     text = "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *map(list, below)])
     said = {
         f"{row}: {each}" for row, own in differences.get(LESS, {}).items() for each, value in own.items() if value["p_corrected"] > 0.05

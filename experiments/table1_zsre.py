@@ -1,7 +1,7 @@
 """zsRE, one edit at a time.  python -m experiments.table1_zsre
 
-Rows: no edit, the default, the published policy and constants, and the controls C = identity and another layer for each
-question; efficacy, paraphrase and specificity are shares of the answer's tokens that the model puts first, with 95 %
+Rows: no edit, the default, the published policy and constants, the controls C = identity and another layer for each
+question, and other editors with their presets; efficacy, paraphrase and specificity are shares of the answer's tokens that the model puts first, with 95 %
 intervals over questions; under each row the unedited model on the same questions, and the paired difference. On the organism the questions are of its own world. A killed run goes on, and `--rows` adds rows to the
 table that is there.
 Rows of GPT-2 XL are the paper's own (Meng et al. 2022, Table 1), another model on 10,000 records.
@@ -14,7 +14,21 @@ from dataclasses import dataclass, replace
 import torch
 
 from experiments.common import parse, progress, say, write
-from experiments.editing import LESS, Row, corrected, data, folder, gained, kept_rows, paired_of, published, write_table
+from experiments.editing import (
+    LESS,
+    OPPONENTS,
+    Row,
+    corrected,
+    data,
+    folder,
+    gained,
+    kept_rows,
+    opponent,
+    paired_of,
+    published,
+    seconds_of,
+    write_table,
+)
 from mechedit import models, organism, sources
 from mechedit.benchmarks.zsre import Question
 from mechedit.editors import rome
@@ -22,9 +36,11 @@ from mechedit.runs.evaluating import evaluate
 from mechedit.settings import EvaluateSettings
 
 COLUMNS = ("efficacy", "paraphrase", "specificity")
-ROWS = ("no edit", "default", "published", "identity", "random layer")
+ROWS = ("no edit", "default", "published", "identity", "random layer", *OPPONENTS)
 PAPER = (
     ("GPT-2 XL, no edit (paper)", "10000", "22.2", "21.3", "24.2"),
+    ("GPT-2 XL, FT (paper)", "10000", "99.6", "82.1", "23.2"),
+    ("GPT-2 XL, FT+L (paper)", "10000", "92.3", "47.2", "23.4"),
     ("GPT-2 XL, ROME (paper)", "10000", "99.8", "88.1", "24.2"),
 )
 
@@ -38,6 +54,7 @@ class Table1:
     unedited: int = 1000
     facts: int = 150
     control_facts: int = 60
+    opponent_facts: int = 60
     rows: tuple[str, ...] = ROWS
     seed: int = 0
     threads: int = 2
@@ -66,21 +83,26 @@ def main(settings: Table1) -> None:
     kept = kept_rows(model, file, settings)
     rows = {name: Row.from_json(each) for name, each in kept.get("rows", {}).items()}
     gains = {name: paired_of(own) for name, own in kept.get("paired", {}).get(LESS, {}).items()}
+    seconds = dict(kept.get("seconds", {}))
     for name in settings.rows:
-        n, editor, edit = wanted[name]
+        n, editor, edit = wanted.get(name) or (settings.opponent_facts, *opponent(model, name, settings.seed))
         run = EvaluateSettings(health=False, seed=settings.seed)
         place = folder(model, "table1", settings.begin, name)
         found = evaluate(model, chosen[:n], place, run, editor, edit, progress=progress(10))
         rows[name] = Row.of(found)
         if editor:
-            gains[name] = gained(found, COLUMNS)
+            gains[name], seconds[name] = gained(found, COLUMNS), seconds_of(place / "edits")
         shown = rows[name].scores
         say(f"{name}, {len(chosen[:n])} questions: {', '.join(f'{key} {shown[key]}' for key in COLUMNS)}")
         rows, gains = ({row: each[row] for row in ROWS if row in each} for each in (rows, gains))
         differences = corrected({LESS: gains})
-        result = {"rows": {row: each.to_json() for row, each in rows.items()}, "paired": differences}
+        result = {
+            "rows": {row: each.to_json() for row, each in rows.items()},
+            "paired": differences,
+            "seconds": seconds,
+        }
         say(f"wrote {write(file, model, replace(settings, rows=tuple(rows)), result)}")
-        say(f"wrote {write_table(model, file, COLUMNS, rows, differences, PAPER)}")
+        say(f"wrote {write_table(model, file, COLUMNS, rows, differences, PAPER, seconds)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""COUNTERFACT, one edit at a time, beside its controls.  python -m experiments.table4_counterfact
+"""COUNTERFACT, one edit at a time, by every editor, beside controls.  python -m experiments.table4_counterfact
 
 Rows, each with ES, PS, NS, S and their magnitudes, and 95 % intervals over facts; under each the unedited model on the same
 records, and the paired difference, with p corrected for the number of comparisons:
-- no edit; the default; the published policy and constants;
+- no edit; known: facts that the unedited model knows, their true answer in the new one's place, which is what generalisation looks
+  like where nobody edited; the default; the published policy and constants;
 - controls: C = identity, another layer for each fact, a random key in place of k*;
 - the default at the layers around the causal trace's peak;
+- other editors with their presets: ft, ft-l, attention-edit, kn, and told, the new fact in front of every prompt;
 - with `--rows text --text FILE`, the default with C estimated on that text, in place of text sampled from the model.
 
 On the organism the facts are of its own world. Edits and scores are kept in out/ as soon as they are found, so a killed run
@@ -13,7 +15,7 @@ goes on. Rows of GPT-2 XL are the paper's own (Meng et al. 2022, Table 4), anoth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,21 +23,41 @@ from typing import Any
 import torch
 
 from experiments.common import parse, progress, say, write
-from experiments.editing import LESS, Row, benchmark_facts, compared, corrected, folder, gained, published, write_table
+from experiments.editing import (
+    LESS,
+    OPPONENTS,
+    Row,
+    benchmark_facts,
+    compared,
+    corrected,
+    folder,
+    gained,
+    opponent,
+    published,
+    seconds_of,
+    swapped,
+    write_table,
+)
 from mechedit import models, moments
 from mechedit.benchmarks.metrics import SUCCESSES
 from mechedit.editors import rome
 from mechedit.facts import Fact
+from mechedit.models import HookedModel
 from mechedit.runs.evaluating import evaluate
 from mechedit.runs.results import Evaluation
-from mechedit.settings import EvaluateSettings, RomeSettings
+from mechedit.runs.tracing import known
+from mechedit.settings import EvaluateSettings
 
 COLUMNS = ("S", "ES", "EM", "PS", "PM", "NS", "NM")
 PAPER = (
     ("GPT-2 XL, no edit (paper)", "7500", "30.5", "22.2", "-4.8", "24.7", "-5.0", "78.1", "5.0"),
+    ("GPT-2 XL, FT (paper)", "7500", "65.1", "100.0", "98.8", "87.9", "46.6", "40.4", "-6.2"),
+    ("GPT-2 XL, FT+L (paper)", "7500", "66.9", "99.1", "91.5", "48.7", "28.9", "70.3", "3.5"),
+    ("GPT-2 XL, KN (paper)", "7500", "35.6", "28.7", "-3.4", "28.0", "-3.3", "72.9", "3.7"),
     ("GPT-2 XL, ROME (paper)", "7500", "89.2", "100.0", "97.9", "96.4", "62.7", "75.4", "4.2"),
 )
-ROWS = ("no edit", "default", "published", "identity", "random layer", "random key", "layers")
+CONTROLS = ("identity", "random layer", "random key", "layers")
+ROWS = ("no edit", "known", "default", "published", *CONTROLS, *OPPONENTS)
 
 
 @dataclass(frozen=True)
@@ -44,14 +66,75 @@ class Table4:
 
     model: str = "gemma-3-270m"
     begin: int = 0
-    unedited: int = 1000  # facts of the row without edits
+    unedited: int = 1000  # facts of the row without edits; among them those of the row "known" are looked for
     facts: int = 150  # of the default and the published row
     control_facts: int = 60  # of the controls and the layers
+    opponent_facts: int = 60  # of other editors
     layers: tuple[int, ...] = (3, 4, 5, 6, 7)  # of the row "layers": around the peak of Gemma's average trace
     rows: tuple[str, ...] = ROWS
     text: Path = Path()  # of the row "text": WikiText, say
     seed: int = 0
     threads: int = 2
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A row: its facts, and how they are edited, if they are; `edits` names another row whose edits it has."""
+
+    name: str
+    facts: Sequence[Fact]
+    editor: str = ""
+    edit: Any = None
+    edits: str = ""
+    texts: tuple[Path, ...] = ()
+
+
+def wanted(settings: Table4, model: HookedModel) -> Iterator[Wanted]:
+    """The rows of the table. Nothing is refused (`guard`), so that methods are compared."""
+    chosen = benchmark_facts(settings.model, settings.begin, max(settings.unedited, settings.facts))
+    many, few = chosen[: settings.facts], chosen[: settings.control_facts]
+    default = replace(rome.resolve(model), guard="warn")
+    drawn = replace(default, seed=settings.seed)  # of controls that draw something
+    for name in settings.rows:
+        match name:
+            case "no edit":
+                yield Wanted(name, chosen[: settings.unedited])
+            case "known":
+                yield Wanted(name, [swapped(fact) for fact in known(model, chosen[: settings.unedited])])
+            case "default":
+                yield Wanted(name, many, "rome", default)
+            case "published":
+                yield Wanted(name, many, "rome", published(default))
+            case "identity":
+                yield Wanted(name, few, "rome-identity", default)
+            case "random layer" | "random key":
+                yield Wanted(name, few, f"rome-{name.replace(' ', '-')}", drawn)
+            case "layers":
+                for layer in settings.layers:
+                    same = "default" if layer == default.layer else ""
+                    yield Wanted(f"layer {layer}", few, "rome", replace(default, layer=layer), same)
+            case "text":
+                yield Wanted("C of the text", few, "rome", default, texts=(settings.text,))
+            case _:
+                yield Wanted(name, chosen[: settings.opponent_facts], *opponent(model, name, settings.seed))
+
+
+def evaluated(settings: Table4, model: HookedModel, row: Wanted) -> Evaluation:
+    """The row's scores, from out/ as far as they are there."""
+    prepared = None
+    if row.texts:
+        moment = moments.estimate(model, row.edit.layer, row.texts, progress=progress())
+        prepared = rome.prepare(model, row.edit, moment)
+    place, run = folder(model, "table4", settings.begin, row.name), EvaluateSettings(health=False, seed=settings.seed)
+    found = evaluate(model, row.facts, place, run, row.editor or None, row.edit, prepared, edits_in=edits_of(settings, model, row), progress=progress(10))  # fmt: skip
+    shown = found.table("after" if row.editor else "before")
+    say(f"{row.name}, {len(row.facts)} facts: {', '.join(f'{key} {shown[key]}' for key in (*SUCCESSES, 'S') if key in shown)}")  # fmt: skip
+    return found
+
+
+def edits_of(settings: Table4, model: HookedModel, row: Wanted) -> Path:
+    """Where the row's edits are kept."""
+    return folder(model, "table4", settings.begin, row.edits or row.name) / "edits"
 
 
 def main(settings: Table4) -> None:
@@ -61,58 +144,21 @@ def main(settings: Table4) -> None:
         raise SystemExit(f"the row text needs --text FILE; found {settings.text}.")
     torch.set_num_threads(settings.threads)
     model = models.load(settings.model)
-    chosen = benchmark_facts(settings.model, settings.begin, max(settings.unedited, settings.facts))
-    default = replace(rome.resolve(model), guard="warn")  # nothing is refused, so that methods are compared
-    drawn = replace(default, seed=settings.seed)  # of controls that draw something
-    few, many = chosen[: settings.control_facts], chosen[: settings.facts]
-    found: dict[str, Evaluation] = {}
-
-    def row(
-        name: str,
-        facts: list[Fact],
-        edit: RomeSettings | None,
-        editor: str = "rome",
-        edits: str = "",
-        texts: Sequence[Path] = (),
-    ) -> None:
-        wanted = EvaluateSettings(health=False, seed=settings.seed)
-        prepared = None
-        if edit and texts:
-            moment = moments.estimate(model, edit.layer, texts, progress=progress())
-            prepared = rome.prepare(model, edit, moment)
-        place = folder(model, "table4", settings.begin, name)
-        edits_in = folder(model, "table4", settings.begin, edits or name) / "edits"
-        found[name] = evaluate(model, facts, place, wanted, editor if edit else None, edit, prepared, edits_in=edits_in, progress=progress(10))  # fmt: skip
-        shown = found[name].table("after" if edit else "before")
-        say(f"{name}, {len(facts)} facts: {', '.join(f'{key} {shown[key]}' for key in (*SUCCESSES, 'S'))}")
-
-    def layers() -> None:
-        for layer in settings.layers:
-            row(f"layer {layer}", few, replace(default, layer=layer), edits="default" if layer == default.layer else "")
-
-    every: dict[str, Callable[[], None]] = {
-        "no edit": lambda: row("no edit", chosen[: settings.unedited], None),
-        "default": lambda: row("default", many, default),
-        "published": lambda: row("published", many, published(default)),
-        "identity": lambda: row("identity", few, default, "rome-identity"),
-        "random layer": lambda: row("random layer", few, drawn, "rome-random-layer"),
-        "random key": lambda: row("random key", few, drawn, "rome-random-key"),
-        "layers": layers,
-        "text": lambda: row("C of the text", few, default, texts=[settings.text]),
-    }
-    for name in settings.rows:
-        every[name]()
+    default = rome.resolve(model)
+    every = [row for row in wanted(settings, model) if row.facts]  # a model may know none
+    found = {row.name: evaluated(settings, model, row) for row in every}
+    seconds = {row.name: seconds_of(edits_of(settings, model, row)) for row in every if row.editor}
     rows = {name: Row.of(each) for name, each in found.items()}
-    edited = {name: each for name, each in found.items() if name != "no edit"}
+    edited = {name: each for name, each in found.items() if name not in ("no edit", "known")}
     comparisons = {LESS: {name: gained(each, COLUMNS) for name, each in edited.items()}}
     if "default" in found:
         others = {name: each for name, each in edited.items() if name != "default"}
         comparisons["less the default"] = {name: compared(found["default"], each, (*SUCCESSES, "S")) for name, each in others.items()}  # fmt: skip
     differences = corrected(comparisons)
-    result: dict[str, Any] = {"rows": {name: each.to_json() for name, each in rows.items()}, "paired": differences, "edit": vars(default)}  # fmt: skip
+    result: dict[str, Any] = {"rows": {name: each.to_json() for name, each in rows.items()}, "paired": differences, "edit": vars(default), "seconds": seconds}  # fmt: skip
     file = "table4_counterfact" if settings.begin == 0 else f"table4_counterfact_from{settings.begin}"
     say(f"wrote {write(file, model, settings, result)}")
-    say(f"wrote {write_table(model, file, COLUMNS, rows, differences, PAPER)}")
+    say(f"wrote {write_table(model, file, COLUMNS, rows, differences, PAPER, seconds)}")
 
 
 if __name__ == "__main__":

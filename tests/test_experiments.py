@@ -30,12 +30,20 @@ from experiments import (
     table1_zsre,
     table4_counterfact,
 )
-from mechedit import models, sources
+from mechedit import models, scoring, sources
 from mechedit.benchmarks.zsre import Question
 from mechedit.facts import Fact
 from mechedit.models import loading
 from mechedit.organism.world import make
-from mechedit.settings import CONSTANTS, PREFIXES, PRESETS, RomeSettings, SweepSettings, TraceSettings
+from mechedit.settings import (
+    CONSTANTS,
+    PREFIXES,
+    PRESETS,
+    FineTuningSettings,
+    RomeSettings,
+    SweepSettings,
+    TraceSettings,
+)
 from mechedit.tracing import trace
 from tests.conftest import widen_bands
 
@@ -51,9 +59,9 @@ def tiny(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "FIGURES", tmp_path)
     widen_bands(monkeypatch)
     preset = PRESETS["gemma-3-270m"]
-    quick = RomeSettings(layer=1, steps=2, prefixes=((3, 1),))
+    quick, tuned = RomeSettings(layer=1, steps=2, prefixes=((3, 1),)), FineTuningSettings(layer=1, steps=2)
     for place in (models, loading):
-        monkeypatch.setattr(place, "preset", lambda model: replace(preset, settings={"rome": quick}))
+        monkeypatch.setattr(place, "preset", lambda model: replace(preset, settings={"rome": quick, "ft": tuned}))
     return str(folder("gpt2"))
 
 
@@ -261,11 +269,18 @@ def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path
     text.write_text("\n".join(f"{number} The Space Needle is located in the city of Seattle." for number in range(300)))
     arguments = ["--model", to_edit, "--unedited", "4", "--facts", "4", "--control-facts", "2"]
     arguments += ["--layers", "0", "1", "2"]
-    arguments += ["--rows", *table4_counterfact.ROWS, "text", "--text", str(text)]
+    names = [name for name in table4_counterfact.ROWS if name not in editing.OPPONENTS]
+    arguments += ["--rows", *names, "ft", "text", "--text", str(text), "--opponent-facts", "2"]
+    monkeypatch.setattr(table4_counterfact, "known", lambda model, facts: facts[:1])
     table4_counterfact.main(common.parse(table4_counterfact.Table4, arguments))
     record = read(tmp_path, "table4_counterfact")
     rows = record["rows"]
-    assert set(rows) == {"no edit", "default", "published", "identity", "random layer", "random key", "layer 0", "layer 1", "layer 2", "C of the text"}  # fmt: skip
+    assert set(rows) == {"no edit", "known", "default", "published", "identity", "random layer", "random key", "layer 0", "layer 1", "layer 2", "C of the text", "ft"}  # fmt: skip
+    known = rows.pop("known")["scores"]
+    (fact,) = TO_EDIT[:1]
+    (p_new,) = [each.p for each in scoring.score(models.load(to_edit), [(fact.prompt, fact.target_true, fact.join)])]
+    assert known["p_new"]["mean"] == pytest.approx(p_new, rel=1e-4), "of the true answer"
+    assert {"NS", "S"}.isdisjoint(known)
     for name, row in rows.items():
         own = row["scores"]
         assert own["S"]["low"] <= own["S"]["mean"] <= own["S"]["high"]
@@ -289,30 +304,39 @@ def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path
     assert set(gains) == set(rows) - {"no edit"}
     gain = rows["default"]["scores"]["EM"]["mean"] - rows["default"]["unedited"]["EM"]["mean"]
     assert gains["default"]["EM"]["difference"]["mean"] == pytest.approx(gain)
-    assert paired["comparisons"] == 9 * 7 + 8 * 4
+    assert paired["comparisons"] == 10 * 7 + 9 * 4
+    assert set(record["seconds"]) == set(rows) - {"no edit"}
+    assert all(0 < spent < 60 for spent in record["seconds"].values())
     lines = next(tmp_path.rglob("table4_counterfact.md")).read_text().splitlines()
-    assert lines[0] == "|  | n | S | ES | EM | PS | PM | NS | NM |"
-    assert [line.split(" | ")[0] for line in lines[2:6]] == ["| no edit", "| default", "| unedited, same records", "| difference"]  # fmt: skip
+    assert lines[0] == "|  | n | S | ES | EM | PS | PM | NS | NM | s an edit |"
+    assert [line.split(" | ")[0] for line in lines[2:7]] == ["| no edit", "| known", "| default", "| unedited, same records", "| difference"]  # fmt: skip
     assert "| 89.2 | 100.0 |" in lines[-3]
-    assert "of the table's 95 comparisons" in lines[-1]
+    assert "of the table's 106 comparisons" in lines[-1]
     monkeypatch.setattr("mechedit.editing.edit", lambda *args, **kwargs: pytest.fail("an edit was found again"))
     table4_counterfact.main(common.parse(table4_counterfact.Table4, arguments))
-    assert read(tmp_path, "table4_counterfact")["rows"] == rows
+    assert read(tmp_path, "table4_counterfact")["rows"] == rows | {"known": {"scores": known, "unedited": {}}}
 
 
 def test_the_table_of_zsre_has_every_row(to_edit, tmp_path, monkeypatch):
     asked = [Question(fact, "The city of Rome is?", "Paris") for fact in TO_EDIT]
     monkeypatch.setattr(table1_zsre, "questions", lambda model, begin, n: asked[begin : begin + n])
     arguments = ["--model", to_edit, "--unedited", "4", "--facts", "3", "--control-facts", "2"]
-    for some in (("random layer", "identity"), ("no edit", "default", "published")):
+    arguments += ["--opponent-facts", "2"]
+    for some in (("random layer", "identity"), ("no edit", "default", "published", "ft")):
         table1_zsre.main(common.parse(table1_zsre.Table1, [*arguments, "--rows", *some]))
     record = read(tmp_path, "table1_zsre")
     rows = record["rows"]
-    assert tuple(rows) == tuple(record["settings"]["rows"]) == table1_zsre.ROWS
-    assert [rows[name]["scores"]["efficacy"]["n"] for name in ("no edit", "published", "identity")] == [4, 3, 2]
+    assert tuple(rows) == tuple(record["settings"]["rows"]) == table1_zsre.ROWS[: len(rows)]
+    assert set(record["seconds"]) == set(rows) - {"no edit"}
+    assert [rows[name]["scores"]["efficacy"]["n"] for name in ("no edit", "published", "identity", "ft")] == [
+        4,
+        3,
+        2,
+        2,
+    ]
     assert [rows[name]["unedited"]["efficacy"]["n"] for name in ("published", "identity")] == [3, 2]
     assert rows["default"]["scores"]["p_new"]["mean"] > rows["no edit"]["scores"]["p_new"]["mean"]
-    assert record["paired"]["comparisons"] == 4 * 3
+    assert record["paired"]["comparisons"] == 5 * 3
     table1_zsre.main(common.parse(table1_zsre.Table1, [*arguments, "--rows", "no edit"]))
     assert read(tmp_path, "table1_zsre") == record, "the other rows are kept"
     table1_zsre.main(common.parse(table1_zsre.Table1, [*arguments, "--control-facts", "1", "--rows", "no edit"]))
