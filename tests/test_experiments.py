@@ -10,6 +10,7 @@ import torch
 
 from experiments import (
     benchmark_editing,
+    benchmark_editors,
     benchmark_engines,
     benchmark_moments,
     benchmark_scaling,
@@ -315,6 +316,13 @@ def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path
     monkeypatch.setattr("mechedit.editing.edit", lambda *args, **kwargs: pytest.fail("an edit was found again"))
     table4_counterfact.main(common.parse(table4_counterfact.Table4, arguments))
     assert read(tmp_path, "table4_counterfact")["rows"] == rows | {"known": {"scores": known, "unedited": {}}}
+
+
+def test_an_edit_s_seconds_and_memory_are_its_own(to_edit):
+    found = benchmark_editors.run_one(benchmark_editors.BenchmarkEditors(model=to_edit, alone="rome"))
+    assert 0 < found["seconds"] < 60
+    assert 0 <= found["peak"] < 1e9, "without the libraries, which take more"
+    assert 0 < found["p_new"] < 1
 
 
 def test_the_table_of_zsre_has_every_row(to_edit, tmp_path, monkeypatch):

@@ -1,0 +1,74 @@
+"""What does an edit by each editor cost?  python -m experiments.benchmark_editors   -> figures/MODEL/benchmark_editors.json
+
+One built-in fact (of the organism's world for an organism), each editor's preset; each edit in a process of its own, which gives its peak
+memory beside the loaded model too. What an editor prepares for all facts (C, prefixes) is there beforehand. Medians of `repeats`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from experiments.benchmark_editing import memory, peak
+from experiments.common import parse, say, write
+from experiments.editing import OPPONENTS
+from mechedit import editing, editors, models, organism, sources
+
+
+@dataclass(frozen=True)
+class BenchmarkEditors:
+    """Settings of the benchmark."""
+
+    model: str = "gemma-3-270m"
+    editors: tuple[str, ...] = ("rome", *OPPONENTS)
+    repeats: int = 3
+    threads: int = 2
+    alone: str = ""  # the editor that a process of the benchmark itself runs
+
+
+def run_one(settings: BenchmarkEditors) -> dict[str, float]:
+    """One edit in this process: its seconds, and its peak memory in bytes beside what the process had before."""
+    torch.set_num_threads(settings.threads)
+    model = models.load(settings.model)
+    fact = sources.named("organism" if settings.model in organism.MODELS else "built-in")[0]
+    editor = editors.named(settings.alone)
+    chosen = replace(editor.resolve(model), guard="warn")
+    prepared = editing.make_ready(model, editor, chosen)
+    peak(reset=True)
+    before, began = memory("VmRSS"), time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", editing.EditWarning)
+        edit = editing.edit(model, fact, editor, chosen, prepared=prepared)
+    return {"seconds": time.perf_counter() - began, "peak": peak() - before, "p_new": edit.after["p_new"]}
+
+
+def main(settings: BenchmarkEditors) -> None:
+    if settings.alone:
+        sys.stdout.write(json.dumps(run_one(settings)) + "\n")
+        return
+    result: dict[str, Any] = {}
+    for editor in settings.editors:
+        options = asdict(settings) | {"alone": editor}
+        command = [sys.executable, "-m", "experiments.benchmark_editors"]
+        command += [f"--{name}={options[name]}" for name in ("model", "threads", "alone")]
+        runs = []
+        for _ in range(settings.repeats):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{editor}: {done.stderr.strip().splitlines()[-1]}")
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+        result[editor] = {name: median(each[name] for each in runs) for name in runs[0]}
+        say(f"{editor}: {result[editor]['seconds']:.2f} s, {result[editor]['peak'] / 1e6:.0f} MB beside the model")
+    say(f"wrote {write('benchmark_editors', models.load(settings.model), settings, {'editors': result})}")
+
+
+if __name__ == "__main__":
+    main(parse(BenchmarkEditors))
