@@ -9,8 +9,7 @@ localisation predicts where an edit succeeds; its interval draws facts again, be
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,60 +157,90 @@ def sweep(
     settings, folder = settings or SweepSettings(), Path(folder)
     check_records(facts, COUNTERFACT)
     check_complete(facts)
-    layers = [check_layer(model, layer) for layer in settings.layers] or list(range(int(model.cfg.n_layers)))
+    layers = tuple(check_layer(model, layer) for layer in settings.layers) or tuple(range(int(model.cfg.n_layers)))
     way = named(editor)
     base = replace(way.resolve(model, _at(way, edit_settings, layers[0])), guard="warn")
     way.ahead(model, base, layers, progress=progress)
-    wanted = TraceSettings(kinds=("mlp",), window=settings.window, draws=settings.draws, seed=settings.seed, prepend_bos=base.prepend_bos)  # fmt: skip
     engine = engine or Local(model)
-    shape = (len(facts), len(layers), len(settings.tokens))
-    scores = {name: np.full(shape, np.nan) for name in SUCCESSES}
-    effects, strengths = np.full(shape, np.nan), np.full(shape, np.nan)
-    plain = EvaluateSettings(health=False)
+    place = _Place(model, facts, way, base, layers, settings, engine, progress)
+    scores = {name: np.full((len(facts), len(layers), len(settings.tokens)), np.nan) for name in SUCCESSES}
+    strengths = np.full_like(scores["ES"], np.nan)
     with engine.open():
+        wanted = TraceSettings(kinds=("mlp",), window=settings.window, draws=settings.draws, seed=settings.seed, prepend_bos=base.prepend_bos)  # fmt: skip
         traces = trace_facts(model, facts, folder / "traces", wanted, engine=engine, progress=progress)
-        for column, token in enumerate(settings.tokens):
-            for index, trace in enumerate(traces):
-                if at := _positions(trace, token):
-                    mean = trace.effects["mlp"][:, at].mean(1)
-                    effects[index, :, column] = mean[layers].numpy() - trace.p_corrupted
+        effects = _effects(traces, layers, settings.tokens)
         cells = _cells(folder, facts, traces, layers, settings.tokens, hasattr(base, "fact_token"))
-        values = settings.strengths if settings.tuned and way.strength else (1.0,)
-        for cell in cells:
-            first = (
-                sorted({*functools.reduce(operator.iadd, tried(cell.facts, settings.tuned), [])})
-                if len(values) > 1
-                else cell.facts
-            )
-            for value in values:
-                place = cell.at(value)
-                announce([facts[index] for index in first], COUNTERFACT, place / "edits", place / "scores")
+        place.announce(cells)
         for done, cell in enumerate(cells):
             progress("layers and tokens", done, len(cells))
-            there = replace(base, layer=layers[cell.row], **({"fact_token": cell.token} if cell.token else {}))
-
-            def score(
-                value: float, own: Sequence[int], cell: _Cell = cell, there: Any = there
-            ) -> dict[int, dict[str, float]]:
-                pushed = {way.strength: value * getattr(there, way.strength)} if way.strength else {}
-                some = [facts[index] for index in own]
-                found = evaluate(model, some, cell.at(value), plain, way, replace(there, **pushed), engine=engine, progress=progress)  # fmt: skip
-                return dict(zip(own, found.rows["after"], strict=True))
-
-            if len(values) > 1:
-                rows, best = suited(cell.facts, settings.tuned, values, score)
-            else:
-                rows, best = dict(score(values[0], cell.facts)), dict.fromkeys(cell.facts, values[0])
-            for index, each in rows.items():
+            for index, (row, times) in place.edited(cell).items():
                 known = ~np.isnan(effects[index, cell.row])
                 columns = [settings.tokens.index(cell.token)] if cell.token else list(known.nonzero()[0])
-                strengths[index, cell.row, columns] = best[index] * getattr(base, way.strength, 1.0)
+                strengths[index, cell.row, columns] = times * getattr(base, way.strength, 1.0)
                 for name in SUCCESSES:
-                    scores[name][index, cell.row, columns] = each[name]
+                    scores[name][index, cell.row, columns] = row[name]
         progress("layers and tokens", len(cells), len(cells))
-    origin = provenance.origin(model)
     record = {"sweep": asdict(settings), "editor": way.name, "edit": {name: each for name, each in asdict(base).items() if name not in ("layer", "fact_token")}}  # fmt: skip
-    return Sweep(tuple(layers), settings.tokens, scores, effects, settings.seed, origin, record, strengths if len(values) > 1 else None)  # fmt: skip
+    return Sweep(layers, settings.tokens, scores, effects, settings.seed, provenance.origin(model), record, strengths if place.suits else None)  # fmt: skip
+
+
+def _effects(traces: Sequence[Trace], layers: Sequence[int], tokens: Sequence[str]) -> np.ndarray:
+    """[fact, layer, token]: the indirect effect of MLP windows, the mean over the positions of a token; nan where there is none."""
+    effects = np.full((len(traces), len(layers), len(tokens)), np.nan)
+    for column, token in enumerate(tokens):
+        for index, trace in enumerate(traces):
+            if at := _positions(trace, token):
+                mean = trace.effects["mlp"][:, at].mean(1)
+                effects[index, :, column] = mean[list(layers)].numpy() - trace.p_corrupted
+    return effects
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """What the cells of a sweep share: which facts are edited, by whom, with what, and who computes."""
+
+    model: HookedModel
+    facts: Sequence[Fact]
+    way: Editor
+    base: Any
+    layers: Sequence[int]
+    settings: SweepSettings
+    engine: Engine
+    progress: Progress
+
+    @property
+    def suits(self) -> bool:
+        """Whether the strength is chosen at each place."""
+        return bool(self.settings.tuned and self.way.strength) and len(self.settings.strengths) > 1
+
+    @property
+    def values(self) -> Sequence[float]:
+        """The strengths that are tried, in those of the settings."""
+        return self.settings.strengths if self.settings.tuned and self.way.strength else (1.0,)
+
+    def announce(self, cells: Sequence[_Cell]) -> None:
+        """Say what will be done, for who asks how far the run is."""
+        for cell in cells:
+            first = sorted(set().union(*tried(cell.facts, self.settings.tuned))) if self.suits else cell.facts
+            for value in self.values:
+                place = cell.at(value)
+                announce([self.facts[index] for index in first], COUNTERFACT, place / "edits", place / "scores")
+
+    def edited(self, cell: _Cell) -> dict[int, tuple[Mapping[str, float], float]]:
+        """The scores of each of the cell's facts, and with which strength."""
+        score = functools.partial(self._score, cell)
+        if not self.suits:
+            (only,) = self.values[:1]
+            return {index: (row, only) for index, row in score(only, cell.facts).items()}
+        rows, best = suited(cell.facts, self.settings.tuned, self.values, score)
+        return {index: (row, best[index]) for index, row in rows.items()}
+
+    def _score(self, cell: _Cell, value: float, own: Sequence[int]) -> dict[int, dict[str, float]]:
+        there = replace(self.base, layer=self.layers[cell.row], **({"fact_token": cell.token} if cell.token else {}))
+        pushed = {self.way.strength: value * getattr(there, self.way.strength)} if self.way.strength else {}
+        some = [self.facts[index] for index in own]
+        found = evaluate(self.model, some, cell.at(value), EvaluateSettings(health=False), self.way, replace(there, **pushed), engine=self.engine, progress=self.progress)  # fmt: skip
+        return dict(zip(own, found.rows["after"], strict=True))
 
 
 @dataclass(frozen=True)
