@@ -1,4 +1,6 @@
-"""ROME at every layer and token, beside the causal trace (figure 5).  python -m experiments.figure5_sweep
+"""An editor at every layer and token, ROME by default, beside the causal trace (figure 5).  python -m experiments.figure5_sweep
+
+`--editor NAME`, with its defaults, gives another picture: figures/MODEL/figure5_sweep_NAME.
 
 A killed run goes on. The facts are the first ones of the benchmark, from `begin` on, that the model knows: what it does not
 know it has nowhere to recall from. On the organism they are of its own world.
@@ -13,6 +15,7 @@ import torch
 from experiments.common import FIGURES, parse, progress, runs, say, short_name, write
 from experiments.editing import benchmark_facts
 from mechedit import figures, models
+from mechedit.editors import named
 from mechedit.runs import tracing
 from mechedit.runs.sweeping import sweep, sweep_maps
 from mechedit.settings import SweepSettings
@@ -25,6 +28,7 @@ class Figure5:
     """Settings of the experiment."""
 
     model: str = "gemma-3-270m"
+    editor: str = "rome"  # or package.module:Class
     begin: int = 1000  # after the facts of the tables
     facts: int = 10
     every: int = 3  # layers
@@ -41,11 +45,13 @@ def main(settings: Figure5) -> None:
     say(f"{len(chosen)} facts that {settings.model} knows")
     layers = tuple(range(0, int(model.cfg.n_layers), settings.every))
     wanted = SweepSettings(layers=layers, window=settings.window, seed=settings.seed)
-    found = sweep(model, chosen, runs(model, "sweep"), wanted, progress=progress(10))
+    way = named(settings.editor)
+    of = "" if settings.editor == "rome" else f"_{way.name}"
+    found = sweep(model, chosen, runs(model, f"sweep{of}"), wanted, way, progress=progress(10))
     say(f"rank correlation of S with the trace's indirect effect: {found.correlation('S')}")
-    for path in figures.write(sweep_maps(found), FIGURES / short_name(model) / "figure5_sweep"):
+    for path in figures.write(sweep_maps(found), FIGURES / short_name(model) / f"figure5_sweep{of}"):
         say(f"wrote {path}")
-    say(f"wrote {write('figure5_sweep', model, settings, {'sweep': found.to_json()})}")
+    say(f"wrote {write(f'figure5_sweep{of}', model, settings, {'sweep': found.to_json()})}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ functions whose names end in `_`.
 | editing.make_ready | yes     | no       | and puts them back| cache | own generator         |
 | editing.edit       | yes     | yes      | and puts them back| cache | own generator         |
 | editors.fine_tuning| yes     | yes      | no                | no    | no                    |
+| editors.told       | no      | no       | no                | no    | no                    |
 | guards.measure     | yes     | no       | no                | no    | no                    |
 | runs.edit_facts    | yes     | yes      | and puts them back| folder| own generator         |
 | applying.apply     | no      | no       | yes, until undone | no    | no                    |

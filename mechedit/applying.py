@@ -2,12 +2,14 @@
 
 Everything is all or nothing, and exact: all edits of a weight that stand in a model are added to its first value in float64 and
 rounded once, in whatever order and however many calls they came, and what is undone is what was saved, bit for bit.
+
+The text of an edit that tells the model something stands before its prompts (`prompts.encode`) from the same moment to the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import nan
 from typing import Any
@@ -74,11 +76,13 @@ class Applied:
     """Edits that are in a model. `undo()` puts back the exact weights from before; `add` writes more, to be undone with them.
 
     `digests` are those of the edits, `below` is the identity of the model without any edit that stands in it, `names` are the
-    parts of the identity that were written.
+    parts of the identity that were written, `told` is text that stands before prompts.
     """
 
-    def __init__(self, model: HookedModel, digests: Sequence[str], below: Identity, sums: dict[Weight, _Sum]) -> None:
-        self.digests, self.below, self.sums = tuple(digests), below, sums
+    def __init__(
+        self, model: HookedModel, digests: Sequence[str], below: Identity, sums: dict[Weight, _Sum], told: str = ""
+    ) -> None:
+        self.digests, self.below, self.sums, self.told = tuple(digests), below, sums, told
         self._model = model
         self._saved: dict[Weight, Tensor] = {}
         self._versions: dict[str, int] = {}
@@ -93,6 +97,7 @@ class Applied:
         """All weights, or none; from then on the edits stand in the model."""
         self._write(self.sums)
         kept(self._model).applied.append(self)
+        kept(self._model).told.append(self)
 
     def _write(self, sums: dict[Weight, _Sum]) -> None:
         before = {
@@ -123,6 +128,7 @@ class Applied:
             self._write(more.sums)
             self.sums = self.sums | more.sums
             self.digests += more.digests
+            self.told += more.told
 
     def stands(self, name: str, now: Identity) -> bool:
         """Whether a part is as it was written."""
@@ -134,8 +140,8 @@ class Applied:
 
     def take_out(self) -> None:
         """Put the weights from before back, whatever they are now."""
-        stack = kept(self._model).applied
-        stack[:] = [each for each in stack if each is not self]
+        for stack in (kept(self._model).applied, kept(self._model).told):
+            stack[:] = [each for each in stack if each is not self]
         weights.put_back(self._model, self._saved)
 
     def undo(self) -> None:
@@ -149,7 +155,7 @@ class Applied:
             raise EditError(f"{changed[0]} changed after this edit was applied; undo the later changes first.")
         with models.alone(self._model):
             self.take_out()
-        self.sums, self._saved = {}, {}
+        self.sums, self._saved, self.told = {}, {}, ""
 
 
 def apply(model: HookedModel, *wanted: Edit, force: bool = False) -> Applied:
@@ -175,17 +181,17 @@ def edited(model: HookedModel, *wanted: Edit, force: bool = False) -> Iterator[N
 
 
 @contextmanager
-def written(model: HookedModel, found: Sequence[Change]) -> Iterator[None]:
-    """Run the body on the model with these changes, on top of the edits that stand in it; then put back what was."""
-    with models.alone(model), _within(model, _of_changes(model, found, (), models.identity(model))):
+def written(model: HookedModel, found: Sequence[Change], told: str = "") -> Iterator[None]:
+    """Run the body on the model with these changes and this text, on top of the edits that stand in it; then put back what was."""
+    with models.alone(model), _within(model, _of_changes(model, found, (), models.identity(model), told)):
         yield
 
 
 @contextmanager
 def _within(model: HookedModel, applied: Applied) -> Iterator[None]:
     with models.as_they_were(model, [weights.value(model, weight) for weight in applied.sums], looked_at=True):
-        applied.write()
         try:
+            applied.write()
             yield
         finally:
             applied.take_out()
@@ -197,16 +203,19 @@ def _planned(model: HookedModel, wanted: Sequence[Edit], *, force: bool) -> Appl
     if not force:
         check(model, wanted, now)
     digests = [digest for edit in wanted for digest in edit.parts]
-    return _of_changes(model, [change for edit in wanted for change in edit.changes], digests, now)
+    told = "".join(edit.told for edit in wanted)
+    return _of_changes(model, [change for edit in wanted for change in edit.changes], digests, now, told)
 
 
-def _of_changes(model: HookedModel, found: Sequence[Change], digests: Sequence[str], now: Identity) -> Applied:
+def _of_changes(
+    model: HookedModel, found: Sequence[Change], digests: Sequence[str], now: Identity, told: str = ""
+) -> Applied:
     standing = kept(model).applied
     if standing and lineage(model, now).base != standing[0].below.weights:
         standing.clear()  # the model was changed in another way: they do not stand any more
     below = standing[0].below if standing else now
     sums = {weight: _summed(model, weight, own, standing) for weight, own in by_weight(found).items()}
-    return Applied(model, digests, below, sums)
+    return Applied(model, digests, below, sums, told)
 
 
 def _summed(model: HookedModel, weight: Weight, own: Sequence[Change], standing: Sequence[Applied]) -> _Sum:
@@ -233,9 +242,11 @@ def revert(model: HookedModel, *wanted: Edit) -> None:
     That they are in it is the caller's word; `Applied.undo` is for edits that were applied here, and exact.
 
     Raises:
+        EditError: an edit's text stands before no prompt of the model.
         ModelError: an edit does not fit the model's shapes.
     """
     own = by_weight(change.negated() for edit in wanted for change in edit.changes)
+    untold = _untold(model, wanted)
     with models.alone(model):
         Applied(
             model,
@@ -243,28 +254,47 @@ def revert(model: HookedModel, *wanted: Edit) -> None:
             models.identity(model),
             {weight: _summed(model, weight, each, ()) for weight, each in own.items()},
         ).write()
+        for applied, text in untold.items():
+            applied.told = text
         kept(model).applied.clear()
+        kept(model).told = [applied for applied in kept(model).told if applied.told]
+
+
+def _untold(model: HookedModel, wanted: Sequence[Edit]) -> dict[Applied, str]:
+    """What is left of each text that stands in the model without those of these edits."""
+    left = {applied: str(applied.told) for applied in kept(model).told}
+    for edit in wanted:
+        if edit.told and not (own := [applied for applied, text in left.items() if edit.told in text]):
+            raise EditError(
+                f"an edit's text stands before this model's prompts only after `apply`; found no {edit.told!r} there. Leave that edit out."
+            )
+        if edit.told:
+            left[own[-1]] = left[own[-1]].replace(edit.told, "", 1)
+    return left
 
 
 @contextmanager
 def underneath(model: HookedModel) -> Iterator[None]:
     """Run the body on the model without the edits that stand in it, then put them back, bit for bit."""
-    standing = kept(model).applied
+    own = kept(model)
+    standing, told = own.applied, own.told
     first = {weight: each.first for applied in reversed(standing) for weight, each in applied.sums.items()}
-    if not first or lineage(model).base != standing[0].below.weights:
+    if first and lineage(model).base != standing[0].below.weights:
+        first = {}  # the weights are other ones by now
+    if not first and not models.told(model):
         yield
         return
-    kept(model).applied = []
+    own.applied, own.told = [], []
     try:
-        with weights.restored(model, *first):
+        with weights.restored(model, *first) if first else nullcontext():
             weights.put_back(model, first)
             yield
     finally:
-        kept(model).applied = standing
+        own.applied, own.told = standing, told
 
 
 def compose(*wanted: Edit) -> Edit:
-    """One edit that writes what these write. What was measured stays with each fact, and `details["parts"]` has the rest of each.
+    """One edit that writes what these write, and tells what they tell. What was measured stays with each fact, and `details["parts"]` has the rest of each.
 
     They were found on the same weights, or each on top of those before it. `report` has the Frobenius norm of all changes together.
 
@@ -301,6 +331,7 @@ def compose(*wanted: Edit) -> Edit:
             "digests": list(parts),
         },
         reasons=tuple(reason for edit in wanted for reason in edit.reasons),
+        told="".join(edit.told for edit in wanted),
     )
 
 

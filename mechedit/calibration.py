@@ -252,7 +252,7 @@ class _Probing:
         fact = self.by_unit[name]
         edit = attempt(model, [fact], self.way.editor, self.way.settings, self.prepared)
         if not edit.changes:
-            return Scored({}, "; ".join(edit.reasons))
+            return Scored({}, "; ".join(edit.reasons) or "its edit changes no weight, which could be multiplied")
         healthy = guards.of_unedited(model, [fact.subject], prepend_bos=self.bos)
         (before,) = counterfact.scores(model, [fact], prepend_bos=self.bos)
         rest = {key: value for key, value in edit.report.items() if key in self.editor.bands}

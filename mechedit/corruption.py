@@ -20,7 +20,7 @@ from torch import Tensor
 from mechedit.errors import MecheditError, check_list
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel, device_of, embed, embedding_std
-from mechedit.prompts import Prompt, encode, prepare
+from mechedit.prompts import Prompt, bare, prepare
 from mechedit.settings import TraceSettings
 
 __all__ = [
@@ -163,7 +163,7 @@ def statistics(model: HookedModel, texts: Iterable[str] | None = None, source: s
     if texts is None:
         ids, source = torch.arange(int(model.cfg.d_vocab)), source or "vocabulary"
     else:
-        ids = torch.tensor([each for text in texts for each in encode(model, text, prepend_bos=False)[0]]).long()
+        ids = torch.tensor([each for text in texts for each in bare(model, text, prepend_bos=False)[0]]).long()
         source = source or f"{len(ids)} tokens of given texts"
     if len(ids) < 2:
         raise CorruptionError(f"statistics of embeddings need at least 2 tokens; found {len(ids)}.")

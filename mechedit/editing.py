@@ -71,13 +71,15 @@ class Prepared(Protocol):
 @dataclass(frozen=True, eq=False)
 class Found:
     """What `find` gives: changes; numbers for the report, which the editor's bands are of; details as JSON values; vectors such as
-    k* and v*; and what the next edit of a sequence is to know."""
+    k* and v*; what the next edit of a sequence is to know; and text that is to stand before every prompt, for editors that tell the
+    model something."""
 
     changes: Sequence[Change]
     report: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     vectors: Mapping[str, Float[Tensor, ...]] = field(default_factory=dict)
     state: State = field(default_factory=dict)
+    told: str = ""
 
 
 class Editor:
@@ -202,8 +204,8 @@ def edit(
         prepared = prepared if prepared is not None else make_ready(model, editor, settings, progress=progress)
         found = editor.find(model, chosen, settings, prepared, state or {}, progress=progress)
         report = dict(found.report) | {"update_norm": changes.norm(found.changes)}
-        report["relative_norm"] = _relative_norm(model, found.changes)
-        with applying.written(model, found.changes):
+        report["relative_norm"] = 0.0 if found.told and not found.changes else _relative_norm(model, found.changes)
+        with applying.written(model, found.changes, found.told):
             after = _measured(model, chosen, settings)
             report |= guards.drift(
                 healthy, guards.measure(model, list(healthy.essence), prepend_bos=settings.prepend_bos)
@@ -227,6 +229,7 @@ def edit(
         details=dict(found.details) | ({"prepared": prepared.key} if prepared is not None else {}),
         vectors=dict(found.vectors),
         state=dict(found.state),
+        told="" if rolled_back else found.told,
     )
 
 

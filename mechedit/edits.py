@@ -32,6 +32,7 @@ from mechedit.weights import Weight
 __all__ = ["COMPOSED", "Edit", "EditError", "Measured", "load", "save"]
 
 FORMAT = 2  # of the file; 1 was version 0.1.0's
+TELLING = 3  # of one with a text that stands before prompts, which earlier versions would leave out
 COMPOSED = "composed"
 IMPROBABLE = 0.01  # of a new target after its edit
 
@@ -54,8 +55,11 @@ class Measured:
 class Edit:
     """What an editor's work comes to. All but `changes`, `vectors` and `state` are JSON values.
 
+    `told` is text that stands before every prompt while the edit stands in the model, for editors that tell it something. What runs the
+    model without mechedit (`model.generate`, say) does not see it: `edit.told + prompt` is what to give it.
+
     `report` has `update_norm` (Frobenius norm of all changes), the numbers that `mechedit.guards` explains, and the editor's own;
-    `reasons` says which of them are out of their bands, and an edit without changes is one that was rolled back for them, or
+    `reasons` says which of them are out of their bands, and an edit that is empty is one that was rolled back for them, or
     refused. `vectors` has k* and v* where the editor has them, `state` what it hands to the edit after this one.
     """
 
@@ -71,6 +75,12 @@ class Edit:
     reasons: tuple[str, ...] = ()
     vectors: dict[str, Tensor] = field(default_factory=dict, repr=False)
     state: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    told: str = ""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it neither changes a weight nor tells the model anything."""
+        return not self.changes and not self.told
 
     @property
     def fact(self) -> dict[str, Any]:
@@ -101,14 +111,16 @@ class Edit:
             for name, tensor in sorted(change.tensors().items()):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        if self.told:
+            digest.update(f"told {self.told}".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The digests of the edits that this one is made of: its own, unless it was composed; of one without changes none."""
+        """The digests of the edits that this one is made of: its own, unless it was composed; of an empty one none."""
         if self.editor == COMPOSED and "digests" in self.details:
             return tuple(self.details["digests"])
-        return (self.digest,) if self.changes else ()
+        return () if self.is_empty else (self.digest,)
 
     @property
     def is_of_0_1(self) -> bool:
@@ -128,8 +140,14 @@ class Edit:
     @property
     def notes(self) -> tuple[str, ...]:
         """What makes this less than an edit: no changes, or a target that stays improbable. Guards look at damage, not at that."""
-        if not self.changes:
+        if self.is_empty:
             return ("it has no changes, and writes nothing",)
+        found = [_telling(self.told)] if self.told else []
+        return (*found, *self.doubts)
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Of the notes, those on targets that stay improbable."""
         found = []
         for each in self.facts if self.editor != COMPOSED else ():
             p = {name: each.after.get(name, float("nan")) for name in ("p_new", "p_true")}
@@ -162,7 +180,15 @@ class Edit:
         }
         if len(self.facts) > 1:
             record["facts"] = [each.fact | {"before": each.before, "after": each.after} for each in self.facts]
+        record |= {"told": self.told} if self.told else {}
         return record | ({"parts": self.details["parts"]} if self.editor == COMPOSED else {})
+
+
+def _telling(text: str) -> str:
+    return (
+        f"while it stands in the model, mechedit reads every prompt behind {text!r}; model.generate and other programs do not: give them "
+        "edit.told + prompt"
+    )
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -190,7 +216,8 @@ def save(edit: Edit, path: str | Path | files.Blob) -> Path:
         {"layer": change.weight.layer, "weight": change.weight.name, "kind": change.kind} | change.numbers()
         for change in edit.changes
     ]
-    return files.write(path, "edit", tensors, record, FORMAT)
+    record |= {"told": edit.told} if edit.told else {}
+    return files.write(path, "edit", tensors, record, TELLING if edit.told else FORMAT)
 
 
 def load(path: str | Path | files.Blob) -> Edit:
@@ -199,7 +226,7 @@ def load(path: str | Path | files.Blob) -> Edit:
     Raises:
         FileError: the file is missing, truncated, something else, or holds what no edit can hold.
     """
-    tensors, record = files.read(path, "edit", FORMAT)
+    tensors, record = files.read(path, "edit", TELLING)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise FileError(f"{path} holds NaN or infinity; such an edit would destroy the model.")
     try:
@@ -209,7 +236,7 @@ def load(path: str | Path | files.Blob) -> Edit:
         _check_whole(edit)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ChangeError, ModelError) as error:
         raise FileError(f"{path} is an edit whose record is not whole ({type(error).__name__} {error}).") from error
-    if not edit.changes and not edit.reasons:
+    if edit.is_empty and not edit.reasons:
         raise FileError(f"{path} is an edit without changes.")
     return edit
 
@@ -224,6 +251,7 @@ def _edit(tensors: dict[str, Tensor], record: dict[str, Any]) -> Edit:
         reasons=tuple(record["reasons"]),
         vectors=under("vector."),
         state=under("state."),
+        told=record.get("told", ""),
         **{name: record[name] for name in _RECORD},
     )
 
@@ -293,8 +321,8 @@ def _check_whole(edit: Edit) -> None:
         json.dumps(edit.settings),
         json.dumps(edit.details),
     ]
-    needed += [edit.fact["target_new"]] if edit.changes else []  # for the lack of which a fact is refused
-    if edit.changes and edit.editor != COMPOSED:  # whose parts were measured, each alone
+    needed += [] if edit.is_empty else [edit.fact["target_new"]]  # for the lack of which a fact is refused
+    if not edit.is_empty and edit.editor != COMPOSED:  # whose parts were measured, each alone
         needed += [edit.report[name] for name in _MEASURED]
         needed += [each["p_new"] for fact in edit.facts for each in (fact.before, fact.after)]
     if None in needed:
@@ -307,3 +335,4 @@ def _check_whole(edit: Edit) -> None:
         check(edit.details["parts"], [{"prompt": str}], "details.parts")
         check(list(edit.parts), [str], "details.digests")
     check(edit.layer, int, "layer")
+    check(edit.told, str, "told")

@@ -45,10 +45,12 @@ def checkpoint(
     which edits are in them.
 
     Raises:
-        EditError: an edit was made for other weights (and `force` is not given), or no parameter equals one of the model's weights.
+        EditError: an edit was made for other weights (and `force` is not given), or tells the model something, which is no weight; or no
+            parameter equals one of the model's weights.
         WriteError: the folder cannot be written.
     """
     folder = check_folder(folder)
+    _refuse_telling(edited)
     plain, tokenizer, places = _opened(model, name, edited, force=force)
     with applying.edited(model, *edited, force=True):
         for weight, each in places.items():
@@ -75,13 +77,14 @@ def adapter(
     shares of the change's norm, is left of each.
 
     Raises:
-        EditError: an edit was made for other weights (and `force` is not given), no parameter equals one of the model's weights, or
-            a change has no exact adapter and `rank` is not given.
+        EditError: an edit was made for other weights (and `force` is not given), or tells the model something, which is no weight; no
+            parameter equals one of the model's weights; or a change has no exact adapter and `rank` is not given.
         WriteError: the folder cannot be written.
     """
     from safetensors.torch import save_file
 
     folder = check_folder(folder)
+    _refuse_telling(edited)
     own = by_weight(change for edit in edited for change in edit.changes)
     made = {weight: _factors(weight, changes, rank) for weight, changes in own.items()}
     _, _, places = _opened(model, name, edited, force=force)
@@ -235,6 +238,15 @@ def _written(folder: Path) -> Iterator[None]:
         if "os error" not in str(error):  # as tokenizers, whose errors have no class, tell what the system refused
             raise
         raise cache.WriteError(f"{folder} cannot be written: {error}. Nothing is left of it.") from error
+
+
+def _refuse_telling(edited: Sequence[Edit]) -> None:
+    """Raise where an edit is more than weights."""
+    if texts := [edit.told for edit in edited if edit.told]:
+        raise EditError(
+            f"an export has weights alone, and these edits put {''.join(texts)!r} before every prompt. Export the others, and put that text "
+            "(edit.told) before prompts where the model is used."
+        )
 
 
 def _opened(

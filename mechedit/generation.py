@@ -17,7 +17,7 @@ from mechedit.corruption import generator
 from mechedit.errors import check_list
 from mechedit.models import HookedModel, Stepper, device_of
 from mechedit.progress import Progress, silent
-from mechedit.prompts import check_length, decoded, encode, resolve_bos
+from mechedit.prompts import check_length, decoded, encode, resolve_bos, told_tokens
 
 __all__ = ["complete", "continuations", "sample"]
 
@@ -104,7 +104,8 @@ def continuations(
     prepend_bos: bool | None = None,
     progress: Progress = silent,
 ) -> list[str]:
-    """Each prompt and a sampled continuation, `tokens` tokens with the prompt's own, or up to the end of the text.
+    """Each prompt and a sampled continuation, `tokens` tokens with the prompt's own, or up to the end of the text. What the model is
+    told before its prompts is no part of either.
 
     So the published code generates for GE and RS, unseeded (`top_k` 5, 100 tokens). Prompts of one length run together; what a
     prompt draws depends on the seed and its text alone.
@@ -114,16 +115,20 @@ def continuations(
     """
     check_list("prompts", prompts)
     bos = resolve_bos(model, prepend_bos)
-    encoded = [encode(model, prompt, prepend_bos=bos)[0] for prompt in prompts]
-    check_length(model, tokens + int(bos) - 1)  # the last is not read
+    read = [encode(model, prompt, prepend_bos=bos) for prompt in prompts]
+    encoded, told = [ids for ids, _ in read], [told_tokens(offsets) for _, offsets in read]
+    check_length(model, max(told, default=0) + tokens + int(bos) - 1)  # the last is not read
+    sizes = [(len(ids), before) for ids, before in zip(encoded, told, strict=True)]
     texts, done = list(prompts), 0
-    for length in sorted({len(ids) for ids in encoded}):
-        rows = [index for index, ids in enumerate(encoded) if len(ids) == length]
+    for length, before in sorted(set(sizes)):
+        rows = [index for index, size in enumerate(sizes) if size == (length, before)]
         for begin in range(0, len(rows), GENERATED_ROWS):
             progress("generating", done, len(prompts))
             part = rows[begin : begin + GENERATED_ROWS]
             streams = [generator(seed, "continuation", prompts[index]) for index in part]
-            said = _continue(model, [encoded[index] for index in part], tokens + int(bos) - length, streams, top_k)
+            said = _continue(
+                model, [encoded[index] for index in part], before + tokens + int(bos) - length, streams, top_k
+            )
             for index, ids in zip(part, said, strict=True):
                 texts[index] += decoded(model, ids, encoded[index])
             done += len(part)

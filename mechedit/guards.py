@@ -22,7 +22,7 @@ from torch import Tensor
 from mechedit.errors import check_list
 from mechedit.models import Blocks, HookedModel, identity, remembered
 from mechedit.prompts import check_length, encode, pad, resolve_bos
-from mechedit.scoring import mean_log_p
+from mechedit.scoring import log_p
 from mechedit.settings import Bands, SettingsError
 
 __all__ = ["BANDS", "Band", "Health", "drift", "held_out_text", "limits", "measure", "of_unedited", "reasons"]
@@ -45,10 +45,10 @@ BANDS: dict[str, Band] = {
 
 @dataclass(frozen=True, eq=False)
 class Health:
-    """What an unharmed model says: log-probabilities after "{subject} is a", by subject, and its mean log P on held-out text."""
+    """What an unharmed model says: log-probabilities after "{subject} is a", by subject, and those of the tokens of held-out text."""
 
     essence: dict[str, Float[Tensor, " d_vocab"]]
-    text: float
+    text: tuple[float, ...]
 
 
 def of_unedited(model: HookedModel, subjects: Sequence[str], *, prepend_bos: bool | None = None) -> Health:
@@ -80,8 +80,8 @@ def _essence(model: HookedModel, subject: str, bos: bool) -> Float[Tensor, " d_v
     return blocks.logits(blocks.final(pad(model, [ids]))[:, -1])[0].float().log_softmax(-1).cpu()
 
 
-def _text(model: HookedModel, bos: bool) -> float:
-    return mean_log_p(model, held_out_text(model), HELD_OUT_TOKENS, prepend_bos=bos)
+def _text(model: HookedModel, bos: bool) -> tuple[float, ...]:
+    return tuple(log_p(model, held_out_text(model), HELD_OUT_TOKENS, prepend_bos=bos))
 
 
 def held_out_text(model: HookedModel) -> str:
@@ -92,9 +92,12 @@ def held_out_text(model: HookedModel) -> str:
 
 
 def drift(before: Health, after: Health) -> dict[str, float]:
-    """`essence_kl` and `perplexity_ratio` between two healths of the same subjects."""
+    """`essence_kl` and `perplexity_ratio` between two healths of the same subjects; of the text as much as both have, because what
+    a model is told before it takes room in the context."""
     kl = [_kl(after.essence[subject], was) for subject, was in before.essence.items()]
-    ratio = float(torch.tensor(before.text - after.text).exp())
+    n = min(len(before.text), len(after.text))
+    was, now = (torch.tensor(each.text[:n], dtype=torch.float64).mean() for each in (before, after))
+    ratio = float((was - now).exp())
     return {"essence_kl": max(kl) if all(each == each for each in kl) else float("nan"), "perplexity_ratio": ratio}
 
 

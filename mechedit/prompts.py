@@ -2,7 +2,8 @@
 
 Positions come from the fast tokenizer's character offsets on the whole text, so that subjects are found whatever the
 tokenizer merges. A target's ids are what follows the prompt's ids when prompt and target are encoded together; nothing is
-ever decoded and encoded again. Whether BOS stands first is said, not left to the tokenizer.
+ever decoded and encoded again. Whether BOS stands first is said, not left to the tokenizer. Where an edit tells the model
+something (`Edit.told`), every prompt is read behind that text.
 """
 
 from __future__ import annotations
@@ -16,23 +17,28 @@ from torch import Tensor
 
 from mechedit import writing
 from mechedit.facts import Fact, FactError
-from mechedit.models import HookedModel, device_of
+from mechedit.models import HookedModel, device_of, told
 
 __all__ = [
     "Audit",
     "Prompt",
     "audit",
+    "bare",
     "behind",
     "continuation",
     "decoded",
     "doubts",
     "encode",
+    "own_tokens",
     "pad",
     "prepare",
     "resolve_bos",
     "subject_span",
     "text_tokens",
+    "told_tokens",
 ]
+
+TOLD = (-1, -1)  # where tokens stand that are before the text
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,49 @@ def resolve_bos(model: HookedModel, prepend_bos: bool | None) -> bool:
 
 
 def encode(model: HookedModel, text: str, *, prepend_bos: bool) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a text and the range of characters that each stands for (empty for BOS). A text that begins with BOS itself,
-    as a chat's may, gets no second one.
+    """Token ids of a text as the model reads it, and the range of characters that each stands for (empty for BOS). A text that begins
+    with BOS itself, as a chat's may, gets no second one.
+
+    An edit that tells the model something puts its text first (`Edit.told`), behind BOS; `told_tokens` counts the tokens of that.
+
+    Raises:
+        FactError: as `bare`.
+    """
+    if not (before := told(model)):
+        return bare(model, text, prepend_bos=prepend_bos)
+    bos = model.tokenizer.bos_token or ""
+    head = len(bos) if bos and text.startswith(bos) else 0
+    ids, offsets = bare(model, text[:head] + before + text[head:], prepend_bos=prepend_bos)
+    return ids, [_counted(begin, end, head, head + len(before)) for begin, end in offsets]
+
+
+def _counted(begin: int, end: int, first: int, after: int) -> tuple[int, int]:
+    """A token's characters in a text into which others were put, from `first` on and before `after`; `TOLD` if it has no other."""
+    if end <= first:
+        return begin, end
+    return TOLD if end <= after else (max(begin, after) - after + first, end - after + first)
+
+
+def told_tokens(offsets: list[tuple[int, int]]) -> int:
+    """How many of a text's tokens belong to what stands before it alone."""
+    return offsets.count(TOLD)
+
+
+def own_tokens(model: HookedModel, text: str, *, prepend_bos: bool) -> tuple[list[int], int]:
+    """A text's ids as it has them alone, behind those of what the model is told, and how many those are. So models that are told
+    different things are compared on the same tokens; where `encode` would merge the two texts, this does not."""
+    ids, _ = bare(model, text, prepend_bos=prepend_bos)
+    if not (before := told(model)) or not ids:
+        return ids, 0
+    at = int(ids[0] == model.tokenizer.bos_token_id)
+    first = model.tokenizer.convert_ids_to_tokens(ids[at : at + 1])
+    spaced = bool(first) and first[0].startswith(("Ġ", "▁"))  # as tokenizers write the space that a token begins with
+    more, _ = bare(model, before.removesuffix(" ") if spaced else before, prepend_bos=False)
+    return [*ids[:at], *more, *ids[at:]], len(more)
+
+
+def bare(model: HookedModel, text: str, *, prepend_bos: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """`encode` of the text by itself, whatever the model is told.
 
     Raises:
         FactError: a token that the model has no embedding for, because its tokenizer has more tokens than it has rows.
@@ -156,9 +203,9 @@ def continuation(model: HookedModel, prompt: str, target: str, join: str = "auto
 
 def _alone(model: HookedModel, text: str) -> list[int]:
     """The ids of a text that goes on: behind a line break, for tokenizers that put a space before all that begins."""
-    start, _ = encode(model, "\n", prepend_bos=False)
-    whole, _ = encode(model, "\n" + text, prepend_bos=False)
-    return whole[len(start) :] if whole[: len(start)] == start else encode(model, text, prepend_bos=False)[0]
+    start, _ = bare(model, "\n", prepend_bos=False)
+    whole, _ = bare(model, "\n" + text, prepend_bos=False)
+    return whole[len(start) :] if whole[: len(start)] == start else bare(model, text, prepend_bos=False)[0]
 
 
 def pad(model: HookedModel, rows: list[list[int]]) -> Int[Tensor, "rows pos"]:

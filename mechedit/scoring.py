@@ -13,7 +13,7 @@ from torch import Tensor
 from mechedit import writing
 from mechedit.errors import check_list
 from mechedit.models import Blocks, HookedModel, check_finite
-from mechedit.prompts import check_length, continuation, decoded, encode, pad, resolve_bos
+from mechedit.prompts import check_length, continuation, decoded, encode, own_tokens, pad, resolve_bos
 
 __all__ = ["Score", "log_p", "mean_log_p", "score", "top"]
 
@@ -118,11 +118,15 @@ def mean_log_p(model: HookedModel, text: str, tokens: int = 512, *, prepend_bos:
 
 @torch.no_grad()
 def log_p(model: HookedModel, text: str, tokens: int = 512, *, prepend_bos: bool | None = None) -> list[float]:
-    """Log-probabilities of a text's first `tokens` tokens (or as many as fit) but the first, each after those before it."""
-    ids, _ = encode(model, text, prepend_bos=resolve_bos(model, prepend_bos))
-    row = pad(model, [ids[: min(tokens, int(model.cfg.n_ctx))]])
+    """Log-probabilities of a text's first `tokens` tokens (or as many as fit) but the first, each after those before it.
+
+    What the model is told (`Edit.told`) is read before them, and has none itself.
+    """
+    ids, told = own_tokens(model, text, prepend_bos=resolve_bos(model, prepend_bos))
+    check_length(model, told + 2)
+    row = pad(model, [ids[: min(tokens + told, int(model.cfg.n_ctx))]])
     blocks = Blocks(model)
-    return blocks.log_p(blocks.final(row)[0, :-1], row[0, 1:, None])[:, 0].tolist()
+    return blocks.log_p(blocks.final(row)[0, told:-1], row[0, told + 1 :, None])[:, 0].tolist()
 
 
 @torch.no_grad()

@@ -183,7 +183,7 @@ def _row(
         with applying.edited(model, *([edit] if edit else [])):
             scores += counterfact.scores(model, [fact], prepend_bos=bos)
     means = {name: 100 * float(np.mean([score[name] for score in scores])) for name in ("ES", "PS", "NS")}
-    done = [edit.report for edit in found if edit and edit.changes]
+    done = [edit.report for edit in found if edit and not edit.is_empty]
     return Row(
         -1,
         tried,
@@ -191,6 +191,6 @@ def _row(
         S=harmonic(*means.values()),
         relative_norm=float(np.mean([report["relative_norm"] for report in done])) if done else float("nan"),
         perplexity_ratio=float(np.mean([report["perplexity_ratio"] for report in done])) if done else float("nan"),
-        within=float(np.mean([bool(edit and edit.changes and not edit.reasons) for edit in found])),
+        within=float(np.mean([bool(edit and not edit.is_empty and not edit.reasons) for edit in found])),
         n=len(scores),
     )

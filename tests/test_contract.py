@@ -1,6 +1,7 @@
 """What every editor must keep to: found, applied, undone, saved, composed, exported, evaluated, resumed, tuned, swept.
 
-ROME (rank-one), plain fine-tuning (dense) and an editor from outside the package (low rank) pass the same tests.
+ROME (rank-one), plain fine-tuning (dense), telling (no weight at all) and an editor from outside the package (low rank) pass the same
+tests.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from mechedit.settings import (
     FineTuningSettings,
     MomentSettings,
     RomeSettings,
+    SettingsError,
     SweepSettings,
+    ToldSettings,
     TuneSettings,
 )
 from mechedit.weights import as_matrix, value
@@ -46,6 +49,7 @@ FACTS = [
 EDITORS = {
     "rome": RomeSettings(layer=1, steps=6, prefixes=(), guard="rollback"),
     "ft": FineTuningSettings(layer=1, steps=6, learning_rate=5e-3, guard="rollback"),
+    "told": ToldSettings(sentence="{fact}. ", guard="rollback"),
     "tests.outside_editor:LogitEditor": LogitSettings(layer=1, length=4.0, guard="rollback"),
 }
 PLAIN = EvaluateSettings(health=False)
@@ -77,7 +81,9 @@ def test_an_edit_is_found_and_the_model_left_alone(model, way):
     edit = one(model, way)
     assert_same_state(model, before)
     assert edit.editor == way[0].name
-    assert edit.after["p_new"] > 1.2 * edit.before["p_new"]
+    assert (
+        edit.after["p_new"] > 1.2 * edit.before["p_new"] or way[0].name == "told"
+    )  # to a model that never learnt to listen
     with applying.edited(model, edit):
         assert scoring.score(model, [(FACT.prompt, "Paris")])[0].p == pytest.approx(edit.after["p_new"], rel=1e-5)
     assert edit.report["update_norm"] == pytest.approx(float(sum(total(own).square().sum() for own in by_weight(edit.changes).values()) ** 0.5))  # fmt: skip
@@ -137,6 +143,10 @@ def test_edits_found_one_after_another_compose_apply_in_order_and_revert(model, 
 
 def test_an_exported_checkpoint_is_the_edited_model(model, way, folder, tmp_path):
     edit = one(model, way)
+    if not edit.changes:
+        with pytest.raises(EditError, match="an export has weights alone"):
+            export.checkpoint(model, str(folder("gpt2")), [edit], tmp_path / "edited")
+        return
     export.checkpoint(model, str(folder("gpt2")), [edit], tmp_path / "edited")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "edited", dtype=torch.float32)
     tokens = torch.arange(5, 17)[None]
@@ -184,6 +194,10 @@ def test_it_is_tuned_and_swept(model, way, tmp_path, monkeypatch):
     tuned = tuning.tune(model, facts, tmp_path / "tune", wanted, editor, settings)
     assert [row.tried[name] for row in tuned.rows] == list(values[:2])
     assert type(tuned.settings) is editor.settings
+    if not hasattr(settings, "layer"):
+        with pytest.raises(SettingsError, match="has no layer to choose"):
+            sweep(model, FACTS, tmp_path / "sweep", SweepSettings(), editor, settings)
+        return
     swept = sweep(model, FACTS, tmp_path / "sweep", SweepSettings(layers=(0, 2), tokens=("subject_last", "last"), window=2, draws=2, tuned=0), editor, settings)  # fmt: skip
     expected = edit_facts(model, FACTS[:1], tmp_path / "one", editor, replace(settings, layer=2, guard="warn"))
     with applying.edited(model, *expected):

@@ -130,8 +130,8 @@ def test_an_edit_is_not_saved_as_a_folder(one, tmp_path):
 def test_a_file_of_a_later_form_says_to_update(one, tmp_path):
     path = edits.save(one, tmp_path / "edit.safetensors")
     tensors, record = files.read(path, "edit", 2)
-    with pytest.raises(files.FileError, match="has format 3; .* knows up to 2. Update mechedit"):
-        edits.load(files.write(path, "edit", tensors, record, 3))
+    with pytest.raises(files.FileError, match="has format 4; .* knows up to 3. Update mechedit"):
+        edits.load(files.write(path, "edit", tensors, record, 4))
 
 
 @pytest.mark.parametrize("share", [number / 40 for number in range(40)])

@@ -89,7 +89,7 @@ def test_the_bands_of_every_editor_and_those_of_rome():
 def test_of_several_subjects_the_largest_divergence_counts_and_no_number_hides(model):
     flat, nan = torch.full((4,), 0.25), torch.full((4,), float("nan"))
     tilted, steep = torch.tensor([0.4, 0.2, 0.2, 0.2]), torch.tensor([0.7, 0.1, 0.1, 0.1])
-    health = lambda *p: guards.Health({str(index): each.log() for index, each in enumerate(p)}, -2.0)  # noqa: E731
+    health = lambda *p: guards.Health({str(index): each.log() for index, each in enumerate(p)}, (-2.0,))  # noqa: E731
     expected = float((steep * (steep / flat).log()).sum())
     found = guards.drift(health(flat, flat, flat), health(tilted, steep, flat))
     assert found["essence_kl"] == pytest.approx(expected, rel=1e-5)

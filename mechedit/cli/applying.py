@@ -125,7 +125,9 @@ def _diff(arguments: argparse.Namespace) -> None:
         console.print("note: these edits were made for different weights")
     if not found:
         written = [
-            ", ".join(str(weight) for weight in by_weight(edit.changes)) or "nothing" for edit in (first, second)
+            ", ".join([*map(str, by_weight(edit.changes)), *(["text before prompts"] if edit.told else [])])
+            or "nothing"
+            for edit in (first, second)
         ]
         console.print(f"they write into no weight together: {written[0]}; {written[1]}")
     else:

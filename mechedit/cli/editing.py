@@ -184,7 +184,7 @@ def _edit_facts(
             edit.fact["prompt"],
             str(edit.fact["target_new"]),
             *(f"{p['p_new']:.3f}" if p else "-" for p in (edit.before, edit.after)),
-            "yes" if edit.changes else "no",
+            "no" if edit.is_empty else "yes",
         )
         for edit in found
     ]
@@ -192,7 +192,7 @@ def _edit_facts(
     for edit in found:
         for word in edit.reasons or edit.notes:
             console.print(f"{edit.fact['prompt']}: {word}")
-    done = sum(bool(edit.changes) for edit in found)
+    done = sum(not edit.is_empty for edit in found)
     console.print(
         f"{done} of {len(found)} facts edited, each alone; `mechedit show {arguments.out} --export DIR` writes a file each"
     )

@@ -230,9 +230,10 @@ def show_edit(console: Console, edit: dict[str, Any]) -> None:
     ]
     show_table(console, (edit["prompt"], "before", "after"), rows)
     weights = ", ".join(dict.fromkeys(each["weight"] for each in edit["changes"])) or "no weight"
+    where = f"{weights} of layer {edit['layer']}" if edit["layer"] >= 0 else weights
     own = [f"{_REPORTED.get(name, name)} {value:.4g}" for name, value in report.items() if name not in _SAID]
     console.print(
-        f"{edit['editor']} in {edit['seconds']:.1f} s: {weights} of layer {edit['layer']}, update norm {report['update_norm']:.3g} "
+        f"{edit['editor']} in {edit['seconds']:.1f} s: {where}, update norm {report['update_norm']:.3g} "
         f"({report['relative_norm']:.1%} of the weight's); {', '.join([*own, ''])}perplexity of other text x {report['perplexity_ratio']:.3f}, "
         f"KL after '{edit['subject']} is a' {report['essence_kl']:.2f}",
     )

@@ -3,6 +3,7 @@
     rome.py          ROME (Meng et al. 2022)
     controls.py      ROME with a part taken out: rome-identity, rome-random-layer, rome-random-key
     fine_tuning.py   ft: gradient steps on one `W_out`
+    told.py          told: the new fact in words before every prompt; no weight is changed
 
 An editor from outside is named `package.module:Class`, or by the name of an entry point in the group `mechedit.editors`.
 """
@@ -31,6 +32,7 @@ BUILT_IN = {
     "rome-random-layer": "mechedit.editors.controls:RandomLayer",
     "rome-random-key": "mechedit.editors.controls:RandomKey",
     "ft": "mechedit.editors.fine_tuning:FineTuning",
+    "told": "mechedit.editors.told:Told",
 }
 
 

@@ -21,7 +21,7 @@ from mechedit.models.blocks import Blocks, KeyValues, Sharing, Stepper
 from mechedit.models.checking import PARITY, check_finite
 from mechedit.models.gemma import GEMMA
 from mechedit.models.identities import Identity, digest_of, identity, weight_hash
-from mechedit.models.keeping import as_they_were, check_plain, forget, hooked, kept, remembered
+from mechedit.models.keeping import as_they_were, check_plain, forget, hooked, kept, remembered, told
 from mechedit.models.loading import hugging_face, load, parity
 from mechedit.models.locks import alone
 from mechedit.models.names import AS_MATRIX, NAMES, find_weight, stored_axes
@@ -83,5 +83,6 @@ __all__ = [
     "preset",
     "remembered",
     "stored_axes",
+    "told",
     "weight_hash",
 ]

@@ -24,7 +24,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from mechedit.models.keeping import Watch, kept
+from mechedit.models.keeping import Watch, kept, told
 from mechedit.models.names import NAMES, find_weight
 from mechedit.models.surface import HookedModel, device_of, embed, is_bridge, without_forward_hooks
 
@@ -45,7 +45,8 @@ ASIDE = {  # of a configuration, what no number depends on
 @dataclass(frozen=True)
 class Identity:
     """Digests: of each part of the parameters, of the configuration alike on every model class (`configuration`) and as this
-    class has resolved it (`resolved`), of the tokenizer; with the number format and the class."""
+    class has resolved it (`resolved`), of the tokenizer; with the number format and the class, and the text that stands before
+    prompts, if one does."""
 
     parts: dict[str, str]
     configuration: str
@@ -53,19 +54,20 @@ class Identity:
     tokenizer: str
     dtype: str
     model_class: str
+    told: str = ""
 
     @cached_property
     def weights(self) -> str:
-        """Of all parameters and the configuration: what an edit was made for."""
-        return digest_of(self.parts, self.configuration)
+        """Of all parameters and the configuration, and of the text before prompts: what an edit was made for."""
+        return digest_of(self.parts, self.configuration, *self._before)
 
     @cached_property
     def whole(self) -> str:
         """Of everything that what the model says depends on."""
-        return digest_of(self.parts, self._rest)
+        return digest_of(self.parts, self._rest, *self._before)
 
     def keys(self, layer: int) -> str:
-        """Of everything that the keys of a block depend on."""
+        """Of everything that the keys of a block depend on, in texts that stand alone."""
         after = (f"{layer}.mlp.W_out", f"{layer}.mlp.b_out", f"{layer}.ln2_post", "ln_final", "unembed")
         below = {
             name: digest
@@ -73,6 +75,10 @@ class Identity:
             if not name.startswith(after) and not (name.split(".")[0].isdigit() and int(name.split(".")[0]) > layer)
         }
         return digest_of(below, layer, self._rest)
+
+    @property
+    def _before(self) -> list[str]:
+        return [self.told] if self.told else []
 
     @property
     def _rest(self) -> list[str]:
@@ -85,7 +91,8 @@ def identity(model: HookedModel) -> Identity:
     parts, resolved, tokenizer = _parts(model), _resolved(model), _tokenizer(model)
     own = kept(model)
     latest: Identity | None = own.identity
-    if latest is None or latest.parts is not parts or (latest.resolved, latest.tokenizer) != (resolved, tokenizer):
+    now = (resolved, tokenizer, told(model))
+    if latest is None or latest.parts is not parts or (latest.resolved, latest.tokenizer, latest.told) != now:
         own.identity = latest = Identity(
             parts=parts,
             configuration=loaded["configuration"] if loaded.get("resolved") == resolved else resolved,
@@ -93,6 +100,7 @@ def identity(model: HookedModel) -> Identity:
             tokenizer=tokenizer,
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             model_class=type(model).__name__,
+            told=now[-1],
         )
     return latest
 

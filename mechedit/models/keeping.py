@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mechedit.models.surface import HookedModel, ModelError
 
-__all__ = ["Kept", "Watch", "as_they_were", "check_plain", "forget", "hooked", "kept", "remembered"]
+__all__ = ["Kept", "Watch", "as_they_were", "check_plain", "forget", "hooked", "kept", "remembered", "told"]
 
 OWN = (
     "transformer_lens.model_bridge",
@@ -37,13 +37,14 @@ Value = TypeVar("Value")
 @dataclass
 class Kept:
     """Of one model: its parameters when last looked at and the digests of its parts then, what else was found out
-    about it, and the edits that are in it, in order."""
+    about it, the edits that are in it, in order, and those whose text stands before its prompts, whatever became of its weights."""
 
     watch: Watch | None = None
     digests: dict[str, str] = field(default_factory=dict)
     identity: Any = None  # as it was last made
     found: dict[Any, Any] = field(default_factory=dict)
     applied: list[Any] = field(default_factory=list)
+    told: list[Any] = field(default_factory=list)
 
 
 _KEPT: WeakKeyDictionary[torch.nn.Module, Kept] = WeakKeyDictionary()
@@ -52,6 +53,11 @@ _KEPT: WeakKeyDictionary[torch.nn.Module, Kept] = WeakKeyDictionary()
 def kept(model: HookedModel) -> Kept:
     """What is kept with this model."""
     return _KEPT.setdefault(model, Kept())
+
+
+def told(model: HookedModel) -> str:
+    """The text that stands before every prompt of this model: that of the edits in it which tell it something."""
+    return "".join(each.told for each in kept(model).told)
 
 
 def forget(model: HookedModel) -> None:

@@ -21,7 +21,7 @@ from mechedit.models import HookedModel, hooked, identity
 from mechedit.moments import packaged
 from mechedit.moments.moment import RULE, SAMPLED, MomentError
 from mechedit.progress import Progress
-from mechedit.prompts import encode
+from mechedit.prompts import bare
 from mechedit.settings import MomentSettings
 
 __all__ = ["BATCH_TOKENS", "PURPOSE", "Corpus", "Text", "batches", "described", "source_of"]
@@ -145,12 +145,12 @@ def _encoded(model: HookedModel, text: Text) -> Iterator[list[int]]:
     if isinstance(text, Corpus):
         for row in _dataset(text):
             for piece in _pieces(io.StringIO(str(row[text.column] or ""), newline="\n")):
-                yield encode(model, piece, prepend_bos=False)[0]
+                yield bare(model, piece, prepend_bos=False)[0]
         return
     try:
         with Path(text).open(encoding="utf-8") as file:
             for piece in _pieces(file):
-                yield encode(model, piece, prepend_bos=False)[0]
+                yield bare(model, piece, prepend_bos=False)[0]
     except UnicodeDecodeError as error:
         raise MomentError(f"{text} is no UTF-8 text ({error.reason} at byte {error.start}).") from error
 

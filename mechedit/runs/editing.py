@@ -92,10 +92,10 @@ class Made:
         cond = {str(edit.layer): edit.report["cond_C"]} if "cond_C" in edit.report else {}
         return cls(
             edit.digest,
-            bool(edit.changes),
+            not edit.is_empty,
             cache.plain(numbers),
             list(edit.reasons),
-            list(edit.notes),
+            list(edit.doubts),
             cache.plain(cond),
             cache.plain(edit.details.get("scored")),
         )

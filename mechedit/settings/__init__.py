@@ -4,7 +4,7 @@
     bands.py        where the numbers of sound edits lie: files of `mechedit calibrate`
     tracing.py      TraceSettings
     moments.py      MomentSettings
-    editors.py      EditSettings, of which every editor's derive; RomeSettings, FineTuningSettings
+    editors.py      EditSettings, of which every editor's derive; RomeSettings, FineTuningSettings, ToldSettings
     evaluating.py   EvaluateSettings, SweepSettings, TuneSettings
     presets.py      what suits which model, by editor
 
@@ -26,6 +26,7 @@ from mechedit.settings.editors import (
     EditSettings,
     FineTuningSettings,
     RomeSettings,
+    ToldSettings,
 )
 from mechedit.settings.evaluating import MODES, CalibrateSettings, EvaluateSettings, SweepSettings, TuneSettings
 from mechedit.settings.moments import MomentSettings
@@ -81,6 +82,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "SweepSettings",
+    "ToldSettings",
     "TraceSettings",
     "TuneSettings",
     "check_each",

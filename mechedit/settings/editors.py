@@ -20,6 +20,7 @@ __all__ = [
     "EditSettings",
     "FineTuningSettings",
     "RomeSettings",
+    "ToldSettings",
 ]
 
 GUARDS = ("refuse", "warn", "rollback")
@@ -140,8 +141,20 @@ class FineTuningSettings(EditSettings):
     stop_at: float = knob(0.01, "stop once the loss, -log p of the targets, is below this")
 
 
+@dataclass(frozen=True)
+class ToldSettings(EditSettings):
+    """In which words a model is told a fact."""
+
+    sentence: str = knob("Imagine that {fact}. ", "what stands before every prompt, with the fact in place of {fact}")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.sentence.count("{fact}") == 1, f"sentence must have {{fact}} in it once; found {self.sentence!r}.")
+
+
 EDITOR_SETTINGS: dict[str, type[EditSettings]] = {
     **dict.fromkeys(("rome", "rome-identity", "rome-random-layer", "rome-random-key"), RomeSettings),
     "ft": FineTuningSettings,
+    "told": ToldSettings,
 }
 """The settings of the editors that come with mechedit, for who needs no more than those."""
