@@ -35,6 +35,7 @@ from mechedit import (
 from mechedit.benchmarks import counterfact
 from mechedit.editors import named, rome
 from mechedit.editors.fine_tuning import FineTuning
+from mechedit.editors.told import Told
 from mechedit.facts import Fact
 from mechedit.runs import tracing as runs
 from mechedit.runs.editing import edit_facts
@@ -47,6 +48,7 @@ from mechedit.settings import (
     MomentSettings,
     RomeSettings,
     SweepSettings,
+    ToldSettings,
     TraceSettings,
     TuneSettings,
 )
@@ -90,6 +92,12 @@ def steps(model, folder, tmp_path, monkeypatch):
         with block:
             pass
 
+    def first_load():
+        """In a cache that has no verdict on it yet: whether `model` was loaded in this test depends on the tests before."""
+        with monkeypatch.context() as patch:
+            patch.setenv("MECHEDIT_CACHE", str(tmp_path / "first"))
+            return models.load(str(folder("gpt2")), device="cpu")
+
     def few():
         facts = [replace(FACT, target_new=new) for new in ("Paris", "Rome", "London", "Berlin")]
         wanted = CalibrateSettings(facts=4, strengths=(1.0,), times=(2.0,))
@@ -97,7 +105,7 @@ def steps(model, folder, tmp_path, monkeypatch):
             calibration.calibrate(model, facts, tmp_path / "bands", wanted, "rome", replace(SETTINGS, seed=6))
 
     return {
-        "models.load": lambda: models.load(str(folder("gpt2")), device="cpu"),
+        "models.load": first_load,
         "prompts.audit": lambda: prompts.audit(model, FACT),
         "tracing.trace": lambda: tracing.trace(model, FACT, TraceSettings(draws=1)),
         "tracing.severed": lambda: severing.severed(model, FACT, TraceSettings(draws=1)),
@@ -118,6 +126,7 @@ def steps(model, folder, tmp_path, monkeypatch):
         "editing.make_ready": lambda: editing.make_ready(model, named("rome"), replace(SETTINGS, seed=8)),
         "editing.edit": lambda: editing.edit(model, FACT, named("rome"), replace(SETTINGS, seed=7)),
         "editors.fine_tuning": lambda: FineTuning().find(model, [FACT], tuned, None, {}),
+        "editors.told": lambda: Told().find(model, [FACT], ToldSettings(), None, {}),
         "guards.measure": lambda: guards.measure(model, [FACT.subject]),
         "runs.edit_facts": lambda: edit_facts(model, [FACT], tmp_path / "edits", "rome", SETTINGS, ready),
         "tuning.tune": lambda: tuning.tune(
