@@ -22,6 +22,7 @@ from experiments import (
     figure2_average_effects,
     figure3_severed,
     figure5_sweep,
+    figure6_generations,
     figure7_lines,
     figure13_noise,
     figure16_attribution,
@@ -34,6 +35,7 @@ from experiments import (
 from mechedit import models, scoring, sources
 from mechedit.benchmarks.zsre import Question
 from mechedit.facts import Fact
+from mechedit.generation import complete
 from mechedit.models import loading
 from mechedit.organism.world import make
 from mechedit.settings import (
@@ -365,6 +367,38 @@ def test_figure_5_edits_at_layers_and_tokens_beside_the_traces(to_edit, tmp_path
     found = read(tmp_path, "figure5_sweep")["sweep"]
     assert (found["n"], found["layers"], found["tokens"]) == (2, [0, 2], ["subject_last"])
     assert next(tmp_path.rglob("figure5_sweep.png")).stat().st_size > 5000
+    figure5_sweep.main(common.parse(figure5_sweep.Figure5, [*arguments, "--editor", "rome-random-key"]))
+    assert read(tmp_path, "figure5_sweep_rome-random-key")["sweep"]["settings"]["editor"] == "rome-random-key"
+    assert read(tmp_path, "figure5_sweep")["sweep"] == found
+
+
+def test_figure_6_shows_what_every_editor_makes_the_model_write(to_edit, tmp_path, monkeypatch):
+    facts = [replace(fact, generations=(f"{fact.subject} | is",)) for fact in TO_EDIT]
+    for name, value in (("FIGURES", tmp_path), ("benchmark_facts", lambda model, begin, n: facts[begin : begin + n])):
+        monkeypatch.setattr(figure6_generations, name, value)
+    arguments = ["--model", to_edit, "--begin", "1", "--facts", "2", "--tokens", "5", "--top-k", "400"]
+    figure6_generations.main(common.parse(figure6_generations.Figure6, arguments))
+    record = read(tmp_path, "figure6_generations")
+    assert record["settings"]["editors"] == ["rome", "told"], "those that have a preset or need none"
+    assert [fact["prompt"] for fact in record["facts"]] == [fact.prompt for fact in facts[1:3]]
+    for said, fact in zip(record["facts"], facts[1:3], strict=True):
+        assert [each["prompt"] for each in said["texts"]] == [
+            fact.prompt,
+            fact.paraphrases[0],
+            fact.generations[0],
+            "Rome is in",
+        ]
+        told = next(each for each in said["edited"] if each["editor"] == "told")
+        model = models.load(to_edit, device="cpu")
+        before = f"Imagine that {fact.prompt} {fact.target_new}. "
+        assert told["texts"][0]["greedy"] == complete(model, before + fact.prompt, 5)
+        assert said["texts"][0]["greedy"] == complete(model, fact.prompt, 5) != told["texts"][0]["greedy"]
+        assert all(len({each["texts"][at]["sampled"] for each in [said, *said["edited"]]}) > 1 for at in range(3))
+    page = next(tmp_path.rglob("figure6_generations.md")).read_text()
+    assert page.count("| rome |") == page.count("| unedited |") == page.count("| told |") == 2 * 4
+    assert "\\| is* …" in page
+    figure6_generations.main(common.parse(figure6_generations.Figure6, [*arguments, "--editors", "told"]))
+    assert [each["editor"] for each in read(tmp_path, "figure6_generations")["facts"][0]["edited"]] == ["told"]
 
 
 def test_the_scoring_benchmark_finds_both_ways_equal(tmp_path, monkeypatch, capsys):
