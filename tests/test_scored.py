@@ -39,9 +39,11 @@ def ready(model, moment):
 
 def test_generated_text_is_measured(model, ready, tmp_path):
     references = References.of({("city", "Q90"): (("", "The Eiffel Tower is located in the city of Paris."),)})
-    settings = replace(PLAIN, generate=True, tokens=24)
+    settings = replace(PLAIN, generate=True, tokens=24, top_k=3, seed=7)
     found = measure(model, FACTS[0], COUNTERFACT, settings, references=references)
-    written = continuations(model, FACTS[0].generations, 24, top_k=5, seed=0)
+    written = continuations(model, FACTS[0].generations, 24, top_k=3, seed=7)
+    for other in (replace(settings, top_k=5), replace(settings, seed=0)):
+        assert measure(model, FACTS[0], COUNTERFACT, other, references=references)["GE"] != found["GE"]
     assert found["GE"] == metrics.fluency([words(text) for text in written])
     assert found["RS"] == consistency(references.tfidf, written, ["The Eiffel Tower is located in the city of Paris."])
     assert found["exact_match"] == float(complete(model, FACTS[0].prompt, 8).strip().lower().startswith("paris"))
