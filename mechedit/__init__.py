@@ -22,7 +22,8 @@ functions whose names end in `_`.
 | changes.total      | no      | no       | no                | no    | no                    |
 | editing.make_ready | yes     | no       | and puts them back| cache | own generator         |
 | editing.edit       | yes     | yes      | and puts them back| cache | own generator         |
-| editors.fine_tuning| yes     | yes      | no                | no    | no                    |
+| editors.fine_tuning| yes     | yes      | and puts them back| no    | no                    |
+| editors.attention_edit| yes  | yes      | and puts them back| no    | no                    |
 | editors.told       | no      | no       | no                | no    | no                    |
 | guards.measure     | yes     | no       | no                | no    | no                    |
 | runs.edit_facts    | yes     | yes      | and puts them back| folder| own generator         |

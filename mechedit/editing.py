@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 WORD_TOKENS = 6  # of the model's own answer, of which the first word is taken
+SITES = {"early": "MLP outputs at the subject's last token", "late": "attention outputs at the prompt's last token"}
 PUNCTUATION = ".,;:!?\"')]}"
 
 
@@ -87,7 +88,8 @@ class Editor:
 
     `settings` is the frozen dataclass of its options, each a `settings.knob`; `bands` says where the numbers of a sound edit lie;
     `grid` is what `tune` tries where nothing else is said; `strength` names the option that says how hard it may push, if one does,
-    which suits one layer and not another.
+    which suits one layer and not another. `site` says at which site of a trace its layer is looked for, by the name of the
+    function of `sites` that finds it.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Editor:
     bands: ClassVar[Mapping[str, Band]] = guards.BANDS
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {}
     strength: ClassVar[str] = ""
+    site: ClassVar[str] = "early"
 
     @property
     def of(self) -> str:
@@ -128,7 +131,7 @@ class Editor:
                 other = f" (that of rome has layer {preset.rome.layer})" if preset else ""
                 raise EditError(
                     f"no layer is given and {model.cfg.model_name} has no preset for the editor {self.of}{other}. Trace some facts, and "
-                    "edit where restoring MLP outputs at the subject's last token helps most: "
+                    f"edit where restoring {SITES[self.site]} helps most: "
                     f"{self.settings.__name__}(layer=...), --layer on the command line."
                 )
         if getattr(chosen, "layer", None) is not None:

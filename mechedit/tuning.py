@@ -1,7 +1,7 @@
 """Which layer and which options of an editor suit a model: found by tracing some facts, then editing others, kept as they come.
 
-1. The facts that the model knows are traced: MLP windows at the subject's last token. The best layer of the average, and those
-   `around` it, are the candidates.
+1. The facts that the model knows are traced at the editor's site: MLP windows at the subject's last token, or attention windows at
+   the prompt's. The best layer of the average, and those `around` it, are the candidates.
 2. Facts with new targets, apart from those that will be reported on, are edited at every candidate with every combination of the
    options that are tried, each alone; what is out of its bands is kept, so that the whole picture is seen.
 3. The combination with the best S (harmonic mean of efficacy, paraphrase and neighbourhood success) is proposed, of those whose
@@ -37,6 +37,7 @@ from mechedit.tracing.averages import average
 __all__ = ["Row", "Tuned", "tune"]
 
 SET = ("layer", "guard")  # options that tuning chooses itself
+SITES = {"early": ("mlp", "subject_last", sites.early), "late": ("attn", "last", sites.late)}  # by `Editor.site`
 WON = 0.5  # share of the efficacy that the unedited model leaves to be won
 MOSTLY = 0.9  # share of edits within the bands that makes a combination one to propose
 
@@ -108,10 +109,9 @@ def tune(
     tries = _combinations(way, given, settings)
     bos = prompts.resolve_bos(model, given.prepend_bos)
     known, scored = _chosen(model, facts, settings, bos, progress)
-    wanted = TraceSettings(
-        kinds=("mlp",), roles=("subject_last",), draws=settings.draws, seed=settings.seed, prepend_bos=bos
-    )
-    site = sites.early(average(runs.trace_facts(model, known, folder / "traces", wanted, progress=progress)))
+    kind, role, best_of = SITES[way.site]
+    wanted = TraceSettings(kinds=(kind,), roles=(role,), draws=settings.draws, seed=settings.seed, prepend_bos=bos)
+    site = best_of(average(runs.trace_facts(model, known, folder / "traces", wanted, progress=progress)))
     around = range(max(0, site.layer - settings.around), min(int(model.cfg.n_layers), site.layer + settings.around + 1))
     if hasattr(given, "layer"):
         way.ahead(model, replace(given, prepend_bos=bos), list(around), progress=progress)

@@ -32,7 +32,10 @@ __all__ = [
     "as_matrix",
     "as_stored",
     "check_shape",
+    "is_used",
     "matrix_shape",
+    "parameter_of",
+    "part_of",
     "restored",
     "there",
     "value",
@@ -89,6 +92,46 @@ def there(model: HookedModel, layer: int) -> tuple[str, ...]:
         ModelError: no such block.
     """
     return tuple(name for name in NAMES if models.find_weight(model, layer, name) is not None)
+
+
+def is_used(model: HookedModel, weight: Weight) -> bool:
+    """Whether the block has this weight, and not as a bias of zeros, which some classes have where others have none.
+
+    Raises:
+        ModelError: no such block.
+    """
+    found = models.find_weight(model, weight.layer, weight.name)
+    is_bias = weight.name.partition(".")[2].startswith("b")
+    return found is not None and (not is_bias or bool(found.detach().any()))
+
+
+def parameter_of(model: HookedModel, weight: Weight) -> torch.nn.Parameter:
+    """The model's parameter that the weight is, or is a part of; errors as in `value`."""
+    view = value(model, weight).detach()
+    found = [each for each in model.parameters() if _overlaps(each, view)]
+    if (
+        found
+    ):  # parameters may be parts of one memory themselves: the one that the weight is, before one that it is a part of
+        return max(
+            found, key=lambda each: (each.numel() == view.numel(), each.storage_offset() == view.storage_offset())
+        )
+    raise ModelError(f"{weight} of {model.cfg.model_name} is part of no parameter, so that it has no gradient.")
+
+
+def _overlaps(parameter: Tensor, view: Tensor) -> bool:
+    """Whether the view begins within the stretch of memory that the parameter takes."""
+    begins = parameter.storage_offset()
+    ends = begins + sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
+    same = parameter.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
+    return same and begins <= view.storage_offset() <= ends
+
+
+def part_of(whole: Float[Tensor, ...], parameter: Float[Tensor, ...], stored: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    """What of `whole`, a tensor of the parameter's shape, belongs to the weight whose tensor `stored` is part of the parameter."""
+    if whole.stride() != parameter.stride():
+        whole = torch.empty_strided(parameter.shape, parameter.stride(), dtype=whole.dtype, device=whole.device).copy_(whole)  # fmt: skip
+    begins = whole.storage_offset() + stored.storage_offset() - parameter.storage_offset()
+    return whole.as_strided(stored.shape, stored.stride(), begins)
 
 
 def matrix_shape(model: HookedModel, weight: Weight) -> tuple[int, int]:

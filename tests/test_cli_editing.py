@@ -264,20 +264,22 @@ def test_an_editor_from_outside_has_its_own_options_and_obeys_them(run, shifting
 def test_fine_tuning_has_its_own_options_and_obeys_them(run, tmp_path):
     path = tmp_path / "edit.safetensors"
     own = ("--layer", "2", "--steps", "3", "--learning-rate", "0.01", "--norm-bound", "0.015", "--stop-at", "0")
-    status, out, _ = run(*FACT_OPTIONS, "--editor", "ft", *own, "--out", str(path), "--json", str(tmp_path / "e.json"))
-    assert (status, "ft in" in out) == (0, True)
+    status, out, _ = run(
+        *FACT_OPTIONS, "--editor", "ft-l", *own, "--out", str(path), "--json", str(tmp_path / "e.json")
+    )
+    assert (status, "ft-l in" in out) == (0, True)
     edit = edits.load(path)
     (change,) = edit.changes
-    assert (edit.editor, change.kind, change.weight.name, change.weight.layer) == ("ft", "dense", "mlp.W_out", 2)
+    assert (edit.editor, change.kind, change.weight.name, change.weight.layer) == ("ft-l", "dense", "mlp.W_out", 2)
     assert float(change.dense().abs().max()) == pytest.approx(0.015), "three steps of 0.01 are held at the bound"
     assert len(edit.details["losses"]) == 4, "before each of three steps, and at the end"
     assert edit.after["p_new"] > edit.before["p_new"]
     record = json.loads((tmp_path / "e.json").read_text())
-    assert (record["editor"], record["settings"]["norm_bound"]) == ("ft", 0.015)
+    assert (record["editor"], record["settings"]["norm_bound"]) == ("ft-l", 0.015)
     folder = tmp_path / "many"
     facts = tmp_path / "facts.json"
     facts.write_text(json.dumps([{"prompt": PROMPT, "subject": "The Space Needle", "target_new": "Paris"}]))
-    status, out, _ = run("edit", "--facts", str(facts), "--editor", "ft", *own, "--out", str(folder))
+    status, out, _ = run("edit", "--facts", str(facts), "--editor", "ft-l", *own, "--out", str(folder))
     assert (status, "1 of 1 facts edited" in out) == (0, True)
     (listed,) = json.loads((folder / "edits.json").read_text())
     assert edits.load(units.read(folder, listed["unit"])).digest == edit.digest, "a run of many finds what one edit is"
@@ -286,7 +288,7 @@ def test_fine_tuning_has_its_own_options_and_obeys_them(run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nothing", "no editor is called 'nothing'; there are rome, rome-identity, rome-random-layer, rome-random-key, ft"),
+        ("nothing", "no editor is called 'nothing'; there are rome, rome-identity, rome-random-layer, rome-random-key, ft, ft-l, attention-edit"),
         ("no.such.module:Editor", "the editor no.such.module:Editor cannot be imported: No module named"),
         ("mechedit.editors.rome:Rum", "the editor mechedit.editors.rome:Rum cannot be imported"),
         ("mechedit.facts:Fact", "mechedit.facts:Fact is no editor: it has no name, settings, bands"),

@@ -1,7 +1,7 @@
 """What every editor must keep to: found, applied, undone, saved, composed, exported, evaluated, resumed, tuned, swept.
 
-ROME (rank-one), plain fine-tuning (dense), telling (no weight at all) and an editor from outside the package (low rank) pass the same
-tests.
+ROME (rank-one), gradient steps on one weight and on several (dense), telling (no weight at all) and an editor from outside the package
+(low rank) pass the same tests.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from mechedit.runs.evaluating import evaluate
 from mechedit.runs.shards import Shards
 from mechedit.runs.sweeping import sweep
 from mechedit.settings import (
+    AttentionEditSettings,
+    BoundedSettings,
     EvaluateSettings,
     FineTuningSettings,
     MomentSettings,
@@ -49,6 +51,8 @@ FACTS = [
 EDITORS = {
     "rome": RomeSettings(layer=1, steps=6, prefixes=(), guard="rollback"),
     "ft": FineTuningSettings(layer=1, steps=6, learning_rate=5e-3, guard="rollback"),
+    "ft-l": BoundedSettings(layer=1, steps=6, learning_rate=5e-3, norm_bound=0.02, guard="rollback"),
+    "attention-edit": AttentionEditSettings(layer=1, steps=6, learning_rate=5e-3, norm_bound=0.02, guard="rollback"),
     "told": ToldSettings(sentence="{fact}. ", guard="rollback"),
     "tests.outside_editor:LogitEditor": LogitSettings(layer=1, length=4.0, guard="rollback"),
 }

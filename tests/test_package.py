@@ -34,6 +34,7 @@ from mechedit import (
 )
 from mechedit.benchmarks import counterfact
 from mechedit.editors import named, rome
+from mechedit.editors.attention_edit import AttentionEdit
 from mechedit.editors.fine_tuning import FineTuning
 from mechedit.editors.told import Told
 from mechedit.facts import Fact
@@ -42,6 +43,7 @@ from mechedit.runs.editing import edit_facts
 from mechedit.runs.evaluating import evaluate
 from mechedit.runs.sweeping import sweep
 from mechedit.settings import (
+    AttentionEditSettings,
     CalibrateSettings,
     EvaluateSettings,
     FineTuningSettings,
@@ -86,6 +88,7 @@ def steps(model, folder, tmp_path, monkeypatch):
     ready = rome.prepare(model, resolved, moment)
     edit = editing.edit(model, FACT, named("rome"), resolved, prepared=ready)
     tuned = FineTuning().resolve(model, FineTuningSettings(layer=LAYER, steps=2))
+    attention = AttentionEdit().resolve(model, AttentionEditSettings(layer=LAYER, steps=2))
     monkeypatch.setattr(runs, "known", lambda model, facts, **options: list(facts))  # it knows nothing
 
     def within(block) -> None:
@@ -126,6 +129,7 @@ def steps(model, folder, tmp_path, monkeypatch):
         "editing.make_ready": lambda: editing.make_ready(model, named("rome"), replace(SETTINGS, seed=8)),
         "editing.edit": lambda: editing.edit(model, FACT, named("rome"), replace(SETTINGS, seed=7)),
         "editors.fine_tuning": lambda: FineTuning().find(model, [FACT], tuned, None, {}),
+        "editors.attention_edit": lambda: AttentionEdit().find(model, [FACT], attention, None, {}),
         "editors.told": lambda: Told().find(model, [FACT], ToldSettings(), None, {}),
         "guards.measure": lambda: guards.measure(model, [FACT.subject]),
         "runs.edit_facts": lambda: edit_facts(model, [FACT], tmp_path / "edits", "rome", SETTINGS, ready),

@@ -94,7 +94,11 @@ def test_settings_of_ones_own_have_more_than_the_preset():
 @pytest.mark.parametrize(
     ("settings", "name", "message"),
     [
-        (RomeSettings, "norm_bound", "RomeSettings has no field 'norm_bound'; FineTuningSettings has it"),
+        (
+            RomeSettings,
+            "norm_bound",
+            "RomeSettings has no field 'norm_bound'; BoundedSettings and AttentionEditSettings have it",
+        ),
         (RomeSettings, "clmap", "did you mean 'clamp'"),
         (FineTuningSettings, "kl", "RomeSettings (and More have|has) it"),
         (TraceSettings, "sigma", "TraceSettings has no field 'sigma'; it has centre"),

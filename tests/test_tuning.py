@@ -114,7 +114,7 @@ def test_options_that_cannot_be_tried_are_refused_before_anything_is_traced(grid
 def test_another_editor_is_tuned_with_its_own_options(model, known, tmp_path):
     base = FineTuningSettings(steps=3, prepend_bos=False)
     found = tuning.tune(model, known, tmp_path, replace(SMALL, grid=(), around=0), "ft", base)
-    tried = [{"learning_rate": rate, "norm_bound": 0.0} for rate in FineTuning.grid["learning_rate"]]
+    tried = [{"learning_rate": rate} for rate in FineTuning.grid["learning_rate"]]
     assert [row.tried for row in found.rows] == tried
     assert found.editor == "ft"
     best = max(found.rows, key=lambda row: (row.within >= 0.9, round(row.S, 6), -row.relative_norm))

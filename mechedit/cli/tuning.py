@@ -63,7 +63,7 @@ def _tune(arguments: argparse.Namespace) -> None:
         found = tuning.tune(model, chosen[arguments.begin :], arguments.out, settings, editor, progress=progress)
     written = write_json(arguments.out / "tuned.json", found.to_json()) + write_json(arguments.json, found.to_json())
     console = console_of(arguments)
-    console.print(f"traced {found.traced} facts; early site: {found.site}")
+    console.print(f"traced {found.traced} facts; {editor.site} site: {found.site}")
     names = ("ES", "PS", "NS", "S", "relative_norm", "perplexity_ratio", "within")
     tried = list(found.rows[0].tried)
     rows = [

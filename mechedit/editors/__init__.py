@@ -2,7 +2,9 @@
 
     rome.py          ROME (Meng et al. 2022)
     controls.py      ROME with a part taken out: rome-identity, rome-random-layer, rome-random-key
-    fine_tuning.py   ft: gradient steps on one `W_out`
+    descent.py       gradient steps on weights of one block, which the next two take
+    fine_tuning.py   ft and ft-l: on `W_out` (FT, FT+L)
+    attention_edit.py  attention-edit: on the attention's weights
     told.py          told: the new fact in words before every prompt; no weight is changed
 
 An editor from outside is named `package.module:Class`, or by the name of an entry point in the group `mechedit.editors`.
@@ -32,6 +34,8 @@ BUILT_IN = {
     "rome-random-layer": "mechedit.editors.controls:RandomLayer",
     "rome-random-key": "mechedit.editors.controls:RandomKey",
     "ft": "mechedit.editors.fine_tuning:FineTuning",
+    "ft-l": "mechedit.editors.fine_tuning:Bounded",
+    "attention-edit": "mechedit.editors.attention_edit:AttentionEdit",
     "told": "mechedit.editors.told:Told",
 }
 

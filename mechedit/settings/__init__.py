@@ -4,7 +4,7 @@
     bands.py        where the numbers of sound edits lie: files of `mechedit calibrate`
     tracing.py      TraceSettings
     moments.py      MomentSettings
-    editors.py      EditSettings, of which every editor's derive; RomeSettings, FineTuningSettings, ToldSettings
+    editors.py      EditSettings, of which every editor's derive; RomeSettings, ToldSettings, and those of gradient steps
     evaluating.py   EvaluateSettings, SweepSettings, TuneSettings
     presets.py      what suits which model, by editor
 
@@ -15,14 +15,20 @@ is imported here, so that `mechedit --help` answers at once.
 from mechedit.settings.bands import NO_EDGE, Bands, read_bands, shipped_bands
 from mechedit.settings.base import Settings, SettingsError, check_each, filled, from_json, given, knob, knobs, require
 from mechedit.settings.editors import (
+    ATTENTION_WEIGHTS,
     CONSTANTS,
+    DESCENT_POLICIES,
     EDITOR_SETTINGS,
     GUARDS,
+    LOSSES,
     POLICIES,
     PREFIXES,
     SHARES,
     STOPS,
     WHOSE_KEY,
+    AttentionEditSettings,
+    BoundedSettings,
+    DescentSettings,
     EditSettings,
     FineTuningSettings,
     RomeSettings,
@@ -48,14 +54,17 @@ from mechedit.settings.tracing import (
 )
 
 __all__ = [
+    "ATTENTION_WEIGHTS",
     "CENTRES",
     "CONSTANTS",
     "CORRUPTIONS",
+    "DESCENT_POLICIES",
     "EDITOR_SETTINGS",
     "FACT_TOKENS",
     "GUARDS",
     "KINDS",
     "KNOWN_KINDS",
+    "LOSSES",
     "MEASURES",
     "MODES",
     "NO_EDGE",
@@ -71,8 +80,11 @@ __all__ = [
     "STATE_KINDS",
     "STOPS",
     "WHOSE_KEY",
+    "AttentionEditSettings",
     "Bands",
+    "BoundedSettings",
     "CalibrateSettings",
+    "DescentSettings",
     "EditSettings",
     "EvaluateSettings",
     "FineTuningSettings",

@@ -9,14 +9,20 @@ from mechedit.settings.base import Settings, check_each, knob, require
 from mechedit.settings.tracing import FACT_TOKENS
 
 __all__ = [
+    "ATTENTION_WEIGHTS",
     "CONSTANTS",
+    "DESCENT_POLICIES",
     "EDITOR_SETTINGS",
     "GUARDS",
+    "LOSSES",
     "POLICIES",
     "PREFIXES",
     "SHARES",
     "STOPS",
     "WHOSE_KEY",
+    "AttentionEditSettings",
+    "BoundedSettings",
+    "DescentSettings",
     "EditSettings",
     "FineTuningSettings",
     "RomeSettings",
@@ -33,6 +39,11 @@ POLICIES: dict[str, dict[str, Any]] = {  # whose keys, whose shares, which stop;
     "published": {"direction": "averaged", "inserted": "prompt", "shares": "whole", "stop": "published"},
     "r-rome": {"direction": "averaged", "inserted": "averaged", "shares": "whole", "stop": "published"},
     "p-rome": {"direction": "prompt", "inserted": "prompt", "shares": "whole", "stop": "published"},
+}
+LOSSES = ("masked", "last")
+ATTENTION_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O")
+DESCENT_POLICIES: dict[str, dict[str, Any]] = {  # of gradient steps: the published code's
+    "published": {"loss": "last", "bias": True, "batch": 128, "steps": 25, "stop_at": 0.01},
 }
 CONSTANTS: dict[str, dict[str, float]] = {  # of v*: what the published code has, and what the paper's text says
     "published": {"clamp": 4.0, "steps": 20, "learning_rate": 0.5, "weight_decay": 0.5, "kl": 0.0625, "stop_at": 0.05},
@@ -131,14 +142,57 @@ class RomeSettings(EditSettings):
 
 
 @dataclass(frozen=True)
-class FineTuningSettings(EditSettings):
-    """How one `W_out` is fine-tuned."""
+class DescentSettings(EditSettings):
+    """What editors share that take gradient steps on weights until the model says the new targets."""
 
-    layer: int = knob(-1, "block whose W_out is tuned, from 0; -1 means the model's preset")
+    layer: int = knob(-1, "block that is tuned, from 0; -1 means the model's preset")
     steps: int = knob(25, "Adam steps")
     learning_rate: float = knob(5e-4, "Adam's learning rate")
-    norm_bound: float = knob(0.0, "farthest that a number of the weight may move (FT+L); 0: as far as it will (FT)")
     stop_at: float = knob(0.01, "stop once the loss, -log p of the targets, is below this")
+    loss: str = knob(
+        "masked",
+        "masked: each token of a target where it is predicted; last: all of them at the prompt's last token, as published",
+        LOSSES,
+    )
+    batch: int = knob(
+        0, "facts of one Adam step, left out while their own loss is below stop_at; 0: all of an edit together"
+    )
+    bias: bool = knob(False, "tune the bias too, where the model has one")
+
+    bundles: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {"policy": DESCENT_POLICIES}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.batch >= 0, f"batch must be 0 (all facts) or more; found {self.batch}.")
+        bound = getattr(self, "norm_bound", 1.0)
+        require(bound > 0, f"norm_bound must be positive (the editor ft has none); found {bound}.")
+
+
+@dataclass(frozen=True)
+class FineTuningSettings(DescentSettings):
+    """How one `W_out` is fine-tuned (FT)."""
+
+
+@dataclass(frozen=True)
+class BoundedSettings(DescentSettings):
+    """How one `W_out` is fine-tuned within a bound (FT+L)."""
+
+    norm_bound: float = knob(5e-4, "farthest that any number of the weight may move")
+
+
+@dataclass(frozen=True)
+class AttentionEditSettings(DescentSettings):
+    """How the attention of one block is fine-tuned within a bound (appendix I)."""
+
+    learning_rate: float = knob(1e-3, "Adam's learning rate")
+    norm_bound: float = knob(1e-3, "farthest that any number of the weights may move")
+    bias: bool = knob(True, "tune the biases of these weights too, where the model has them")
+    weights: tuple[str, ...] = knob(("W_Q", "W_K", "W_V"), "weights that are tuned", ATTENTION_WEIGHTS)
+    heads: tuple[int, ...] = knob((), "query heads whose parts are tuned, from 0; empty: all of them")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.weights), f"weights must name at least one of {', '.join(ATTENTION_WEIGHTS)}; it is empty.")
 
 
 @dataclass(frozen=True)
@@ -155,6 +209,8 @@ class ToldSettings(EditSettings):
 EDITOR_SETTINGS: dict[str, type[EditSettings]] = {
     **dict.fromkeys(("rome", "rome-identity", "rome-random-layer", "rome-random-key"), RomeSettings),
     "ft": FineTuningSettings,
+    "ft-l": BoundedSettings,
+    "attention-edit": AttentionEditSettings,
     "told": ToldSettings,
 }
 """The settings of the editors that come with mechedit, for who needs no more than those."""

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from mechedit.settings.editors import EditSettings, FineTuningSettings, RomeSettings
+from mechedit.settings.editors import (
+    AttentionEditSettings,
+    BoundedSettings,
+    EditSettings,
+    FineTuningSettings,
+    RomeSettings,
+)
 
 __all__ = ["PRESETS", "Preset"]
 
@@ -42,10 +48,12 @@ def _preset(rome: RomeSettings, source: str, shape: tuple[int, int, int]) -> Pre
     return Preset({"rome": rome}, {"rome": source}, prepend_bos=False, shape=shape)
 
 
-def _with_ft(preset: Preset, layer: int) -> Preset:
-    """With fine-tuning at its published layer, and the rest of its published constants, which are the defaults."""
-    ft = FineTuningSettings(layer=layer)
-    return replace(preset, settings={**preset.settings, "ft": ft}, sources={**preset.sources, "ft": _PAPER_FT})
+def _with(preset: Preset, source: str, **settings: EditSettings) -> Preset:
+    """With settings of other editors, by their names (`_` for `-`), from one source."""
+    own = {name.replace("_", "-"): each for name, each in settings.items()}
+    return replace(
+        preset, settings={**preset.settings, **own}, sources={**preset.sources, **dict.fromkeys(own, source)}
+    )
 
 
 def _tuned(rome: RomeSettings, shape: tuple[int, int, int], window: int, *marks: float) -> Preset:
@@ -70,10 +78,29 @@ PRESETS: dict[str, Preset] = {
         "not published: layer at gpt2-medium's share of depth, clamp as there; not tuned",
         (12, 768, _GPT2),
     ),
-    "gpt2-medium": _preset(RomeSettings(layer=8, clamp=3.0), _PAPER, (24, 1024, _GPT2)),
-    "gpt2-large": _preset(RomeSettings(layer=12), _PAPER, (36, 1280, _GPT2)),
-    "gpt2-xl": _with_ft(_preset(RomeSettings(layer=17), _PAPER, (48, 1600, _GPT2)), layer=1),
-    "gpt-j-6b": _with_ft(_preset(RomeSettings(layer=5), _PAPER, (28, 4096, 50400)), layer=21),
+    "gpt2-medium": _with(
+        _preset(RomeSettings(layer=8, clamp=3.0), _PAPER, (24, 1024, _GPT2)),
+        _PAPER_FT,
+        ft_l=BoundedSettings(layer=0, learning_rate=5e-4, norm_bound=2e-3),
+    ),
+    "gpt2-large": _with(
+        _preset(RomeSettings(layer=12), _PAPER, (36, 1280, _GPT2)),
+        _PAPER_FT,
+        ft_l=BoundedSettings(layer=0, learning_rate=5e-4, norm_bound=1e-3),
+    ),
+    "gpt2-xl": _with(
+        _preset(RomeSettings(layer=17), _PAPER, (48, 1600, _GPT2)),
+        _PAPER_FT,
+        ft=FineTuningSettings(layer=1, learning_rate=5e-4),
+        ft_l=BoundedSettings(layer=0, learning_rate=5e-4, norm_bound=5e-4),
+        attention_edit=AttentionEditSettings(layer=33, learning_rate=1e-3, norm_bound=1e-3),
+    ),
+    "gpt-j-6b": _with(
+        _preset(RomeSettings(layer=5), _PAPER, (28, 4096, 50400)),
+        _PAPER_FT,
+        ft=FineTuningSettings(layer=21, learning_rate=5e-4),
+        ft_l=BoundedSettings(layer=0, learning_rate=5e-4, norm_bound=5e-5),
+    ),
     "gpt-neox-20b": _preset(
         RomeSettings(layer=15), "published code of Meng et al. 2023 (MEMIT), hparams/ROME", (44, 6144, 50432)
     ),
