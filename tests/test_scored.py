@@ -19,7 +19,7 @@ from mechedit.generation import complete, continuations
 from mechedit.runs import estimating
 from mechedit.runs.checks import check_records
 from mechedit.runs.evaluating import evaluate
-from mechedit.runs.scored import measure
+from mechedit.runs.scored import Details, measure
 from mechedit.settings import FineTuningSettings, MomentSettings
 from mechedit.weights import Weight
 from tests.conftest import FACT, widen_bands
@@ -40,10 +40,12 @@ def ready(model, moment):
 def test_generated_text_is_measured(model, ready, tmp_path):
     references = References.of({("city", "Q90"): (("", "The Eiffel Tower is located in the city of Paris."),)})
     settings = replace(PLAIN, generate=True, tokens=24, top_k=3, seed=7)
-    found = measure(model, FACTS[0], COUNTERFACT, settings, references=references)
+    kept = Details()
+    found = measure(model, FACTS[0], COUNTERFACT, settings, references=references, details=kept)
     written = continuations(model, FACTS[0].generations, 24, top_k=3, seed=7)
-    for other in (replace(settings, top_k=5), replace(settings, seed=0)):
-        assert measure(model, FACTS[0], COUNTERFACT, other, references=references)["GE"] != found["GE"]
+    assert [text for _, text in kept.texts[1:]] == written
+    assert written != continuations(model, FACTS[0].generations, 24, top_k=5, seed=7)
+    assert written != continuations(model, FACTS[0].generations, 24, top_k=3, seed=0)
     assert found["GE"] == metrics.fluency([words(text) for text in written])
     assert found["RS"] == consistency(references.tfidf, written, ["The Eiffel Tower is located in the city of Paris."])
     assert found["exact_match"] == float(complete(model, FACTS[0].prompt, 8).strip().lower().startswith("paris"))
