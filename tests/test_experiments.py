@@ -12,6 +12,7 @@ from experiments import (
     benchmark_editing,
     benchmark_editors,
     benchmark_engines,
+    benchmark_fine_tuning,
     benchmark_moments,
     benchmark_scaling,
     benchmark_scoring,
@@ -325,6 +326,16 @@ def test_an_edit_s_seconds_and_memory_are_its_own(to_edit):
     assert 0 < found["seconds"] < 60
     assert 0 <= found["peak"] < 1e9, "without the libraries, which take more"
     assert 0 < found["p_new"] < 1
+
+
+def test_the_benchmark_of_gradient_steps_compares_every_editor_with_bare_passes(tiny, tmp_path):
+    few = ["--layer", "1", "--steps", "2", "--repeats", "1"]
+    benchmark_fine_tuning.main(common.parse(benchmark_fine_tuning.BenchmarkFineTuning, ["--model", tiny, *few]))
+    record = read(tmp_path, "benchmark_fine_tuning")
+    assert set(record["editors"]) == {"ft", "ft-l", "attention-edit"}
+    for row in record["editors"].values():
+        assert row["edit_seconds"] > 0 < row["bare_seconds"]
+        assert row["ratio"] == pytest.approx(row["edit_seconds"] / row["bare_seconds"])
 
 
 def test_the_table_of_zsre_has_every_row(to_edit, tmp_path, monkeypatch):

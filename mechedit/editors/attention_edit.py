@@ -35,7 +35,7 @@ class AttentionEdit(Editor):
     site = "late"
     grid: ClassVar[dict[str, tuple[float, ...]]] = {
         "learning_rate": (1e-3, 5e-3),
-        "norm_bound": (5e-4, 1e-3, 2e-3, 5e-3),
+        "norm_bound": (1e-3, 3e-3, 1e-2, 3e-2),
     }
 
     def resolve(self, model: HookedModel, settings: Any = None) -> Any:

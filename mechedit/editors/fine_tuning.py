@@ -27,7 +27,7 @@ class FineTuning(Editor):
     name = "ft"
     settings: ClassVar[type[DescentSettings]] = FineTuningSettings
     strength = "learning_rate"
-    grid: ClassVar[dict[str, tuple[float, ...]]] = {"learning_rate": (1e-4, 5e-4, 2e-3)}
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"learning_rate": (1e-4, 3e-4, 1e-3, 3e-3)}
 
     def find(
         self,
@@ -54,5 +54,5 @@ class Bounded(FineTuning):
     strength = "norm_bound"
     grid: ClassVar[dict[str, tuple[float, ...]]] = {
         "learning_rate": (5e-4, 2e-3),
-        "norm_bound": (2e-4, 5e-4, 1e-3, 2e-3),
+        "norm_bound": (3e-4, 1e-3, 3e-3, 1e-2),
     }

@@ -70,8 +70,18 @@ PRESETS: dict[str, Preset] = {
         *(RomeSettings(layer=3, clamp=0.75), (18, 640, 262144), 10),
         *(-0.1274, 0.8815, -1.897, -0.177, -0.06466, 0.5111, 0.4969, -0.8539),
     ),
-    "organism": _organism(0, 1.0, 0.01538, -0.1711, -0.1093, -0.1405, 0.0322, -0.01921, 0.005695, -0.1536),
-    "organism-gptj": _organism(0, 1.0, -0.01837, 0.005768, 0.01588, -0.0008025, -0.0119, 0.002666, 0.08032, 0.02974),
+    "organism": _with(
+        _organism(0, 1.0, 0.01538, -0.1711, -0.1093, -0.1405, 0.0322, -0.01921, 0.005695, -0.1536),
+        _TUNED,
+        ft=FineTuningSettings(layer=0, learning_rate=3e-4),
+        ft_l=BoundedSettings(layer=0, learning_rate=2e-3, norm_bound=3e-3),
+    ),
+    "organism-gptj": _with(
+        _organism(0, 1.0, -0.01837, 0.005768, 0.01588, -0.0008025, -0.0119, 0.002666, 0.08032, 0.02974),
+        _TUNED,
+        ft=FineTuningSettings(layer=0, learning_rate=3e-4),
+        ft_l=BoundedSettings(layer=0, learning_rate=2e-3, norm_bound=3e-3),
+    ),
     "organism-llama": _organism(2, 4.0, -0.0004182, 0.03528, 0.008438, 0.009552, 0.002386, -0.01697, 0.01717, -0.03113),
     "gpt2": _preset(
         RomeSettings(layer=4, clamp=3.0),

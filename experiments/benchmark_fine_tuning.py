@@ -1,0 +1,96 @@
+"""What do gradient steps cost beside the passes they need?  python -m experiments.benchmark_fine_tuning   -> figures/MODEL/benchmark_fine_tuning.json
+
+One fact (of the organism's world for an organism), `steps` steps at `layer`, none of which ends early: the seconds of `ft`, `ft-l` and
+`attention-edit` in finding their changes, and those of as many bare passes, forward and backward from the edited block up, of the same
+tokens with gradients of the same weights, in turn in one process. Medians of `repeats`, and of the ratios of neighbours in time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from experiments.common import parse, say, write
+from mechedit import editors, models, organism, sources, weights
+from mechedit.editors.attention_edit import tuned
+from mechedit.editors.descent import Rows
+from mechedit.facts import Fact
+from mechedit.models import HookedModel
+from mechedit.settings import AttentionEditSettings, BoundedSettings, DescentSettings, FineTuningSettings
+from mechedit.weights import Weight
+
+EDITORS: dict[str, type[DescentSettings]] = {
+    "ft": FineTuningSettings,
+    "ft-l": BoundedSettings,
+    "attention-edit": AttentionEditSettings,
+}
+
+
+@dataclass(frozen=True)
+class BenchmarkFineTuning:
+    """Settings of the benchmark."""
+
+    model: str = "gemma-3-270m"
+    layer: int = 3
+    steps: int = 25
+    repeats: int = 5
+    threads: int = 1
+
+
+def main(settings: BenchmarkFineTuning) -> None:
+    torch.set_num_threads(settings.threads)
+    model = models.load(settings.model)
+    fact = sources.named("organism" if settings.model in organism.MODELS else "built-in")[0]
+    result: dict[str, Any] = {}
+    for name, kind in EDITORS.items():
+        editor = editors.named(name)
+        chosen = editor.resolve(
+            model, kind(layer=settings.layer, steps=settings.steps, stop_at=0.0, learning_rate=1e-5)
+        )
+        result[name] = compared(
+            lambda editor=editor, chosen=chosen: editor.find(model, [fact], chosen, None, {}),
+            lambda chosen=chosen: bare(model, fact, chosen),
+            settings.repeats,
+        )
+    path = write("benchmark_fine_tuning", model, settings, {"editors": result})
+    for name, row in result.items():
+        say(f"{name}: {row['ratio']:.2f} times the bare passes")
+    say(f"wrote {path}")
+
+
+def compared(edit: Callable[[], Any], passes: Callable[[], float], repeats: int) -> dict[str, float]:
+    """Medians of the seconds of both, run in turn, and of their ratio; the first of each is not counted."""
+    rows = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        edit()
+        rows.append((time.perf_counter() - began, passes()))
+    kept = rows[1:]
+    return {
+        "edit_seconds": median(whole for whole, _ in kept),
+        "bare_seconds": median(alone for _, alone in kept),
+        "ratio": median(whole / alone for whole, alone in kept),
+    }
+
+
+def bare(model: HookedModel, fact: Fact, settings: DescentSettings) -> float:
+    """The seconds of as many passes as there are steps, with gradients of the weights that the editor tunes."""
+    names = (
+        tuned(model, settings) if isinstance(settings, AttentionEditSettings) else [Weight(settings.layer, "mlp.W_out")]
+    )
+    with models.frozen(model):
+        rows = Rows(model, [fact], settings)
+        parameters = [weights.parameter_of(model, weight).requires_grad_(True) for weight in names]
+        began = time.perf_counter()
+        for _ in range(settings.steps):
+            torch.autograd.grad(rows.loss(), parameters)
+        return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main(parse(BenchmarkFineTuning))
