@@ -57,7 +57,7 @@ def success_of(model: models.HookedModel, fact: Fact, edit: Edit) -> dict[str, f
     with applying.edited(model, edit):
         (found,) = counterfact.scores(model, [fact])
     return (
-        found | {name: edit.report.get(name, float("nan")) for name in NUMBERS} | {"edited": float(bool(edit.changes))}
+        found | {name: edit.report.get(name, float("nan")) for name in NUMBERS} | {"edited": float(not edit.is_empty)}
     )
 
 

@@ -27,6 +27,7 @@ from experiments import (
     figure7_lines,
     figure13_noise,
     figure16_attribution,
+    figure23_attention,
     key_policies,
     localisation,
     moments_convergence,
@@ -43,6 +44,7 @@ from mechedit.settings import (
     CONSTANTS,
     PREFIXES,
     PRESETS,
+    AttentionEditSettings,
     FineTuningSettings,
     RomeSettings,
     SweepSettings,
@@ -64,8 +66,13 @@ def tiny(folder, tmp_path, monkeypatch):
     widen_bands(monkeypatch)
     preset = PRESETS["gemma-3-270m"]
     quick, tuned = RomeSettings(layer=1, steps=2, prefixes=((3, 1),)), FineTuningSettings(layer=1, steps=2)
+    attention = AttentionEditSettings(layer=1, steps=2)
     for place in (models, loading):
-        monkeypatch.setattr(place, "preset", lambda model: replace(preset, settings={"rome": quick, "ft": tuned}))
+        monkeypatch.setattr(
+            place,
+            "preset",
+            lambda model: replace(preset, settings={"rome": quick, "ft": tuned, "attention-edit": attention}),
+        )
     return str(folder("gpt2"))
 
 
@@ -336,6 +343,25 @@ def test_the_benchmark_of_gradient_steps_compares_every_editor_with_bare_passes(
     for row in record["editors"].values():
         assert row["edit_seconds"] > 0 < row["bare_seconds"]
         assert row["ratio"] == pytest.approx(row["edit_seconds"] / row["bare_seconds"])
+
+
+def test_figure_23_has_a_distribution_a_method_and_their_differences(to_edit, tmp_path, monkeypatch):
+    for name, value in (("FIGURES", tmp_path), ("benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])):
+        monkeypatch.setattr(figure23_attention, name, value)
+    figure23_attention.main(common.parse(figure23_attention.Figure23, ["--model", to_edit, "--facts", "3"]))
+    record = read(tmp_path, "figure23_attention")
+    assert set(record["scores"]) == {"no edit", "rome", "attention-edit"}
+    assert [len(own) for own in record["scores"].values()] == [3, 3, 3]
+    own = record["paired"]["attention-edit less rome"]["after"]["EM"]
+    means = {name: sum(row["EM"] for row in rows) / 3 for name, rows in record["scores"].items()}
+    assert own["difference"]["mean"] == pytest.approx(means["attention-edit"] - means["rome"])
+    figure = figure23_attention.distributions(record["scores"])
+    (line,) = [each for each in figure.axes[0].lines if each.get_label() == "rome"]
+    heights = dict(zip(*line.get_data(), strict=True))
+    for row in record["scores"]["rome"]:
+        below = sum(other["EM"] <= row["EM"] for other in record["scores"]["rome"])
+        assert heights[row["EM"]] == pytest.approx(below / 3), "the share at or below it"
+    assert next(tmp_path.rglob("figure23_attention.png")).stat().st_size > 5000
 
 
 def test_the_table_of_zsre_has_every_row(to_edit, tmp_path, monkeypatch):
