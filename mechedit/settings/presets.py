@@ -75,6 +75,7 @@ PRESETS: dict[str, Preset] = {
         _TUNED,
         ft=FineTuningSettings(layer=0, learning_rate=3e-4),
         ft_l=BoundedSettings(layer=0, learning_rate=2e-3, norm_bound=3e-3),
+        attention_edit=AttentionEditSettings(layer=6, learning_rate=5e-3, norm_bound=3e-3),
     ),
     "organism-gptj": _with(
         _organism(0, 1.0, -0.01837, 0.005768, 0.01588, -0.0008025, -0.0119, 0.002666, 0.08032, 0.02974),
