@@ -142,7 +142,10 @@ def write_table(model: models.HookedModel, name: str, names: Sequence[str], rows
                 cells = [metrics.metric(each).shown(means[each]) if each in means else "" for each in names]
                 spent = [f"{seconds[row]:.1f}" if title == row in seconds else ""] if seconds else []
                 lines.append([title, str(max(each.n for each in means.values())), *cells, *spent])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *map(list, below)])
+    text = "\n".join(
+        "| " + " | ".join(line) + " |"
+        for line in [*lines, *([*line, *[""] * (len(lines[0]) - len(line))] for line in below)]
+    )
     said = {
         f"{row}: {each}" for row, own in differences.get(LESS, {}).items() for each, value in own.items() if value["p_corrected"] > 0.05
     }  # fmt: skip

@@ -35,7 +35,7 @@ from mechedit.editors import rome
 from mechedit.runs.evaluating import evaluate
 from mechedit.settings import EvaluateSettings
 
-COLUMNS = ("efficacy", "paraphrase", "specificity")
+COLUMNS = ("efficacy", "paraphrase", "specificity", "answer")
 ROWS = ("no edit", "default", "published", "identity", "random layer", *OPPONENTS)
 PAPER = (
     ("GPT-2 XL, no edit (paper)", "10000", "22.2", "21.3", "24.2"),
@@ -93,7 +93,9 @@ def main(settings: Table1) -> None:
         if editor:
             gains[name], seconds[name] = gained(found, COLUMNS), seconds_of(place / "edits")
         shown = rows[name].scores
-        say(f"{name}, {len(chosen[:n])} questions: {', '.join(f'{key} {shown[key]}' for key in COLUMNS)}")
+        say(
+            f"{name}, {len(chosen[:n])} questions: {', '.join(f'{key} {shown[key]}' for key in COLUMNS if key in shown)}"
+        )
         rows, gains = ({row: each[row] for row in ROWS if row in each} for each in (rows, gains))
         differences = corrected({LESS: gains})
         result = {

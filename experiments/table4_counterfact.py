@@ -48,7 +48,7 @@ from mechedit.runs.results import Evaluation
 from mechedit.runs.tracing import known
 from mechedit.settings import EvaluateSettings
 
-COLUMNS = ("S", "ES", "EM", "PS", "PM", "NS", "NM")
+COLUMNS = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "answer", "N+", "SR", "drift", "drift_log_p")
 PAPER = (
     ("GPT-2 XL, no edit (paper)", "7500", "30.5", "22.2", "-4.8", "24.7", "-5.0", "78.1", "5.0"),
     ("GPT-2 XL, FT (paper)", "7500", "65.1", "100.0", "98.8", "87.9", "46.6", "40.4", "-6.2"),
