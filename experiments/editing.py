@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -93,13 +94,25 @@ def corrected(comparisons: dict[str, dict[str, dict[str, Paired]]]) -> dict[str,
     found: dict[str, Any] = {"comparisons": len(every)}
     for (kind, row, name, each), p in zip(every, statistics.holm([each.p for *_, each in every]), strict=True):
         own = found.setdefault(kind, {}).setdefault(row, {})
-        own[name] = {"difference": each.difference.to_json(), "p": each.p, "p_corrected": p}
+        own[name] = {
+            "difference": each.difference.to_json(),
+            "p": each.p,
+            "p_corrected": p,
+            "could_see": None if each.could_see != each.could_see else each.could_see,
+        }
     return found
 
 
 def paired_of(record: dict[str, Any]) -> dict[str, Paired]:
     """Of a row what `corrected` made JSON of."""
-    return {name: Paired(Mean(**_nans(each["difference"])), each["p"]) for name, each in record.items()}
+    return {
+        name: Paired(
+            Mean(**_nans(each["difference"])),
+            each["p"],
+            float("nan") if each.get("could_see") is None else each["could_see"],
+        )
+        for name, each in record.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -142,6 +155,10 @@ def write_table(model: models.HookedModel, name: str, names: Sequence[str], rows
                 cells = [metrics.metric(each).shown(means[each]) if each in means else "" for each in names]
                 spent = [f"{seconds[row]:.1f}" if title == row in seconds else ""] if seconds else []
                 lines.append([title, str(max(each.n for each in means.values())), *cells, *spent])
+        seen = {each: value["could_see"] for each, value in differences.get(LESS, {}).get(row, {}).items() if value.get("could_see")}  # fmt: skip
+        if seen:
+            cells = [metrics.metric(each).shown(Mean(seen[each], math.nan, math.nan, 1)) if each in seen else "" for each in names]  # fmt: skip
+            lines.append(["could see", "", *cells, *[""] * bool(seconds)])
     text = "\n".join(
         "| " + " | ".join(line) + " |"
         for line in [*lines, *([*line, *[""] * (len(lines[0]) - len(line))] for line in below)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,18 @@ __all__ = [
     "check_fact",
     "from_prompt",
     "from_zsre",
+    "linked",
     "read",
 ]
 
 
-PROMPTS = ("paraphrases", "neighbours", "generations")  # fields of a fact that are lists of whole prompts
+PROMPTS = (
+    "paraphrases",
+    "neighbours",
+    "generations",
+    "same_subject",
+)  # fields of a fact that are lists of whole prompts
+ANSWERS = ("neighbour_answers", "same_subject_answers")
 FORMS = (
     "subject, prompt (or template, with {} for the subject), target_true and target_new (the fields of facts.Fact); COUNTERFACT, nested (requested_rewrite) or flat "
     "(ground_truth); zsRE (loc_ans); known facts (attribute)"
@@ -42,7 +49,7 @@ class Fact:
 
     `paraphrases`, `neighbours` and `generations` are whole prompts: other wordings of the same question, the same question about
     subjects that share `target_true` (or have answers of their own: `neighbour_answers`, one for each), and openings for free
-    text about the subject. Spaces around targets and at the end of prompts are removed. `join` says how a prompt meets a
+    text about the subject; `same_subject` are prompts of its other relations, with an answer each (`same_subject_answers`). Spaces around targets and at the end of prompts are removed. `join` says how a prompt meets a
     target: "auto", as its writing has it (`writing.seam`: one space in English, none in Chinese or after an opening quotation
     mark); "space", always one; "none", the two exactly as they are.
 
@@ -63,6 +70,8 @@ class Fact:
     target_new_id: str | None = None  # by which reference texts name the new target
     neighbour_answers: tuple[str, ...] = ()
     join: str = "auto"
+    same_subject: tuple[str, ...] = ()
+    same_subject_answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         wrong = [*self._wrong_texts(), *self._wrong_lists()]
@@ -77,7 +86,8 @@ class Fact:
         for name in ("target_true", "target_new"):
             if (target := getattr(self, name)) is not None:
                 object.__setattr__(self, name, target.strip())
-        object.__setattr__(self, "neighbour_answers", tuple(answer.strip() for answer in self.neighbour_answers))
+        for name in ANSWERS:
+            object.__setattr__(self, name, tuple(answer.strip() for answer in getattr(self, name)))
         if self.target_new is not None and writing.same(self.target_new, self.target_true):
             raise FactError(f"target_new equals target_true ({self.target_new!r}): there is nothing to edit.")
 
@@ -99,16 +109,19 @@ class Fact:
     def _wrong_lists(self) -> list[str]:
         """What is wrong with its lists of prompts, and of answers."""
         wrong = []
-        for name in (*PROMPTS, "neighbour_answers"):
+        for name in (*PROMPTS, *ANSWERS):
             texts = getattr(self, name)
             if isinstance(texts, str) or not all(isinstance(each, str) and each.strip() for each in texts):
                 wrong.append(f"{name} must be a list of texts, each a word or more; found {texts!r}")
             else:
                 wrong += [f"{name} {what}" for text in texts for what in records.unwritable(text)]
-        if len(self.neighbour_answers) not in (0, len(self.neighbours)):
-            wrong.append(
-                f"neighbour_answers must be one for each of the {len(self.neighbours)} neighbours, or none; found {len(self.neighbour_answers)}"
-            )
+        n, m, near, same = map(
+            len, (self.neighbours, self.same_subject, self.neighbour_answers, self.same_subject_answers)
+        )
+        if near not in (0, n):
+            wrong.append(f"neighbour_answers must be one for each of the {n} neighbours, or none; found {near}")
+        if same != m:
+            wrong.append(f"same_subject_answers must be one for each of the {m} prompts of same_subject; found {same}")
         return wrong
 
     @property
@@ -136,9 +149,7 @@ def check_fact(fact: object) -> None:
         FactError: it is not.
     """
     if not isinstance(fact, Fact):
-        raise FactError(
-            f"a fact is facts.Fact(subject, template, …) or facts.from_prompt(prompt, subject); found {fact!r}."
-        )
+        raise FactError(f"a fact is facts.Fact(subject, template, …) or facts.from_prompt(prompt, subject); found {fact!r}.")  # fmt: skip
 
 
 def from_prompt(
@@ -163,15 +174,11 @@ def from_prompt(
         for what in records.unwritable(text):
             raise FactError(f"the {name} {what}.")
     if "{}" in prompt:
-        raise FactError(
-            f"a prompt holds its subject itself; {prompt!r} is a template, with {{}} in the subject's place."
-        )
+        raise FactError(f"a prompt holds its subject itself; {prompt!r} is a template, with {{}} in the subject's place.")  # fmt: skip
     subject = subject.strip()
     places = writing.find(prompt, subject)
     if not places:
-        raise FactError(
-            f"the subject {subject!r} is not in the prompt {prompt!r}; it must appear there letter for letter."
-        )
+        raise FactError(f"the subject {subject!r} is not in the prompt {prompt!r}; it must appear there letter for letter.")  # fmt: skip
     if len(places) > 1 and occurrence is None:
         raise FactError(
             f"the subject {subject!r} appears {len(places)} times in the prompt {prompt!r}; "
@@ -179,9 +186,7 @@ def from_prompt(
         )
     chosen = occurrence or 0
     if not 0 <= chosen < len(places):
-        raise FactError(
-            f"occurrence must be from 0 to {len(places) - 1}, as often as {subject!r} is in the prompt; found {chosen}."
-        )
+        raise FactError(f"occurrence must be from 0 to {len(places) - 1}, as often as {subject!r} is in the prompt; found {chosen}.")  # fmt: skip
     begin, end = places[chosen]
     return Fact(prompt[begin:end], prompt[:begin] + "{}" + prompt[end:], target_true, target_new, join=join)
 
@@ -206,7 +211,28 @@ def read(path: str | Path, need: Sequence[str] = ()) -> tuple[Fact, ...]:
     """
     check_list("need", need)
     found = records.load(path)
-    return records.make(found, _form(found, path), path, f"A record has one of these forms: {FORMS}.", need)
+    return linked(records.make(found, _form(found, path), path, f"A record has one of these forms: {FORMS}.", need))
+
+
+def linked(found: Sequence[Fact]) -> tuple[Fact, ...]:
+    """The facts, each with the prompts and true answers of those that have its subject and another relation (where either has none,
+    another template and another answer), unless it has such prompts already."""
+    by_subject: dict[str, list[Fact]] = {}
+    for fact in found:
+        by_subject.setdefault(fact.subject, []).append(fact)
+    return tuple(fact if fact.same_subject else _with(fact, by_subject[fact.subject]) for fact in found)
+
+
+def _with(fact: Fact, others: Sequence[Fact]) -> Fact:
+    own = {other.prompt: other.target_true for other in others if other.target_true and _differs(fact, other)}
+    return replace(fact, same_subject=tuple(own), same_subject_answers=tuple(own.values())) if own else fact
+
+
+def _differs(fact: Fact, other: Fact) -> bool:
+    """Whether two facts about one subject are of different relations."""
+    if fact.relation is not None and other.relation is not None:
+        return fact.relation != other.relation
+    return fact.template != other.template and not writing.same(fact.target_true, other.target_true)
 
 
 def _form(found: Sequence[Any], path: str | Path) -> Callable[[Part, int], Fact | None]:
@@ -268,15 +294,9 @@ def _plain(part: Part, index: int) -> Fact | None:
         part,
         subject,
         template,
-        target_true=part.optional("target_true"),
-        target_new=part.optional("target_new"),
-        paraphrases=part.texts("paraphrases"),
-        neighbours=part.texts("neighbours"),
-        neighbour_answers=part.texts("neighbour_answers"),
-        generations=part.texts("generations"),
-        relation=part.optional("relation"),
         id=part.id("id", index),
-        target_new_id=part.optional("target_new_id"),
+        **{name: part.optional(name) for name in ("target_true", "target_new", "relation", "target_new_id")},
+        **{name: part.texts(name) for name in (*PROMPTS, *ANSWERS)},
     )
 
 

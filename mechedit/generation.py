@@ -7,7 +7,7 @@ of the logits aside).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ from mechedit.models import HookedModel, Stepper, device_of
 from mechedit.progress import Progress, silent
 from mechedit.prompts import check_length, decoded, encode, resolve_bos, told_tokens
 
-__all__ = ["complete", "continuations", "sample"]
+__all__ = ["complete", "completions", "continuations", "sample"]
 
 GENERATED_ROWS = 64  # continuations that are sampled together
 DRAW_ROWS = 16  # a softmax over so few rows stays in memory that is reused
@@ -78,19 +78,54 @@ def _invert(
     return choice, ((target - total.gather(-1, choice) + own) / own).clamp(0.0, 1.0)
 
 
-@torch.no_grad()
 def complete(model: HookedModel, prompt: str, tokens: int = 20, *, prepend_bos: bool | None = None) -> str:
     """The greedy continuation of a prompt, up to `tokens` tokens, the end of the text or that of the context."""
-    ids, _ = encode(model, prompt, prepend_bos=resolve_bos(model, prepend_bos))
-    stepper, device = Stepper(model), device_of(model)
-    token = torch.tensor([ids], device=device)
-    said: list[int] = []
-    for _ in range(min(tokens, int(model.cfg.n_ctx) + 1 - len(ids))):
+    return completions(model, [prompt], tokens, prepend_bos=prepend_bos)[0]
+
+
+@torch.no_grad()
+def completions(
+    model: HookedModel,
+    prompts: Sequence[str],
+    tokens: int = 20,
+    *,
+    until: Callable[[str], bool] | None = None,
+    prepend_bos: bool | None = None,
+) -> list[str]:
+    """`complete` of each prompt; those of one length run together. A text of which `until` holds is long enough."""
+    check_list("prompts", prompts)
+    bos = resolve_bos(model, prepend_bos)
+    encoded = [encode(model, prompt, prepend_bos=bos)[0] for prompt in prompts]
+    texts = [""] * len(prompts)
+    for length in sorted({len(ids) for ids in encoded}):
+        rows = [index for index, ids in enumerate(encoded) if len(ids) == length]
+        for begin in range(0, len(rows), GENERATED_ROWS):
+            part = rows[begin : begin + GENERATED_ROWS]
+            own = [encoded[index] for index in part]
+            said = _complete(model, own, min(tokens, int(model.cfg.n_ctx) + 1 - length), until)
+            for index, text in zip(part, said, strict=True):
+                texts[index] = text
+    return texts
+
+
+def _complete(model: HookedModel, rows: list[list[int]], n: int, until: Callable[[str], bool] | None) -> list[str]:
+    """The greedy texts behind rows of one length, each to its end; nothing is computed once all have ended."""
+    stepper, end = Stepper(model), model.tokenizer.eos_token_id
+    said: list[list[int]] = [[] for _ in rows]
+    going = set(range(len(rows)))
+    token: Int[Tensor, "rows new"] = torch.tensor(rows, device=device_of(model))
+    for _ in range(n):
         token = stepper.next_logits(token).argmax(-1, keepdim=True)
-        if int(token) == model.tokenizer.eos_token_id:
+        for row in sorted(going):
+            if (found := int(token[row])) == end:
+                going.discard(row)
+                continue
+            said[row].append(found)
+            if until is not None and until(decoded(model, said[row], rows[row])):
+                going.discard(row)
+        if not going:
             break
-        said.append(int(token))
-    return decoded(model, said, ids)
+    return [decoded(model, ids, row) for ids, row in zip(said, rows, strict=True)]
 
 
 @torch.no_grad()

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from mechedit import writing
 from mechedit.errors import check_list
-from mechedit.models import Blocks, HookedModel, check_finite
+from mechedit.models import Blocks, HookedModel, check_finite, device_of
 from mechedit.prompts import check_length, continuation, decoded, encode, own_tokens, pad, resolve_bos
 
-__all__ = ["Score", "log_p", "mean_log_p", "score", "top"]
+__all__ = ["Score", "kl", "log_p", "mean_log_p", "score", "score_and_states", "top"]
 
 ROW_TOKENS = 4096
+KL_ROWS = 4  # whose whole distributions are held at once
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,38 @@ def score(model: HookedModel, pairs: Sequence[tuple[str, ...]], *, prepend_bos: 
     Raises:
         FactError: an empty target, or a text that does not fit the context.
     """
+    return _score(model, pairs, prepend_bos)
+
+
+@torch.no_grad()
+def score_and_states(
+    model: HookedModel, pairs: Sequence[tuple[str, ...]], *, prepend_bos: bool | None = None
+) -> tuple[list[Score], Float[Tensor, "pairs d_model"]]:
+    """`score`, and for each pair the residual stream that leaves the last block at the prompt's last token, on the CPU."""
+    states: dict[int, Tensor] = {}
+    scores = _score(model, pairs, prepend_bos, states)
+    return scores, torch.stack([states[index] for index in range(len(pairs))])
+
+
+@torch.no_grad()
+def kl(
+    model: HookedModel, states: Float[Tensor, "rows d_model"], others: Float[Tensor, "rows d_model"]
+) -> Float[Tensor, " rows"]:
+    """KL(P || Q) in nats of next-token distributions, P of `states` and Q of `others`, residual streams that leave the last block."""
+    blocks, device, found = Blocks(model), device_of(model), []
+    for part, other in zip(states.split(KL_ROWS), others.split(KL_ROWS), strict=True):
+        P, Q = (blocks.logits(each.to(device)).float().log_softmax(-1) for each in (part, other))
+        found.append((P.exp() * (P - Q)).sum(-1))
+    return torch.cat(found)
+
+
+def _score(
+    model: HookedModel,
+    pairs: Sequence[tuple[str, ...]],
+    prepend_bos: bool | None,
+    states: dict[int, Tensor] | None = None,
+) -> list[Score]:
+    """Of `score`; the state at the end of each pair's prompt is put into `states`, where there is such."""
     check_list("pairs", pairs)
     bos = resolve_bos(model, prepend_bos)
     pairs_of_ids: list[tuple[list[int], list[int]]] = []
@@ -71,16 +104,22 @@ def score(model: HookedModel, pairs: Sequence[tuple[str, ...]], *, prepend_bos: 
             model,
             batch,
             [(row, index, *pairs_of_ids[index]) for row, text in enumerate(batch) for index in asked[text]],
+            states,
         )
     return [found[index] for index in range(len(pairs))]
 
 
 def _batch(
-    model: HookedModel, texts: list[tuple[int, ...]], pairs: list[tuple[int, int, list[int], list[int]]]
+    model: HookedModel,
+    texts: list[tuple[int, ...]],
+    pairs: list[tuple[int, int, list[int], list[int]]],
+    states: dict[int, Tensor] | None = None,
 ) -> dict[int, Score]:
     """Scores by index of the pairs (row of `texts`, index, prompt's ids, target's ids). Each position is unembedded once."""
     blocks = Blocks(model)
     resid = blocks.final(pad(model, [list(text) for text in texts]))
+    if states is not None:
+        states.update({index: resid[row, len(ids) - 1].to("cpu", copy=True) for row, index, ids, _ in pairs})
     reads: dict[tuple[int, int], list[int]] = {}  # row and position: the tokens that are asked for there
     for row, _, ids, target in pairs:
         for step, token in enumerate(target):

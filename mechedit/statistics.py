@@ -33,6 +33,7 @@ __all__ = [
     "holm",
     "interval",
     "paired",
+    "smallest_seen",
     "statistic",
     "summaries",
     "summary",
@@ -78,6 +79,7 @@ class Paired:
 
     difference: Mean
     p: float
+    could_see: float = math.nan  # `smallest_seen` of the differences
 
 
 def interval(
@@ -164,7 +166,7 @@ def compared(first: np.ndarray, second: np.ndarray, supports: Sequence[Support |
     known = [each or _guess(np.stack([first[:, column], second[:, column]])) for column, each in enumerate(supports)]
     widths = [(low - high, high - low) if math.isfinite(high - low) else UNBOUNDED for low, high in known]
     means, p = summaries(differences, widths, seed), _sign_test(differences, seed).tolist()
-    return list(map(Paired, means, p))
+    return list(map(Paired, means, p, [smallest_seen(column) for column in differences.T]))
 
 
 def compared_statistic(
@@ -193,6 +195,21 @@ def compared_statistic(
         found = gain(*(np.concatenate([sums + moved, b.sum(0) - moved], 1) / len(a)).T)
         hits += int((np.abs(found) >= abs(difference.mean) - 1e-9).sum())
     return Paired(difference, hits / (2 ** len(a) if exact else DRAWS))
+
+
+def smallest_seen(differences: np.ndarray, power: float = 0.8, alpha: float = 0.05) -> float:
+    """The smallest mean difference that a paired t-test of so many facts, whose differences spread like these, two-sided at `alpha`, finds
+    with the given power: (t_(1 - alpha/2) + t_power) s / sqrt(n), with n - 1 degrees of freedom (Bloom 1995; minimum detectable effect).
+
+    nan left out; nan where there are fewer than two, or all are alike, which tells nothing of their spread.
+    """
+    from scipy.special import stdtrit
+
+    own = differences[~np.isnan(differences)]
+    if len(own) < 2 or not np.ptp(own) > 0:
+        return math.nan
+    quantiles = stdtrit(len(own) - 1, np.array([1 - alpha / 2, power]))
+    return float(quantiles.sum() * own.std(ddof=1) / math.sqrt(len(own)))
 
 
 def holm(p: Sequence[float]) -> list[float]:

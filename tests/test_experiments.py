@@ -315,14 +315,14 @@ def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path
     assert set(gains) == set(rows) - {"no edit"}
     gain = rows["default"]["scores"]["EM"]["mean"] - rows["default"]["unedited"]["EM"]["mean"]
     assert gains["default"]["EM"]["difference"]["mean"] == pytest.approx(gain)
-    assert paired["comparisons"] == 10 * 7 + 9 * 4
+    assert paired["comparisons"] == 10 * 9 + 9 * 4
     assert set(record["seconds"]) == set(rows) - {"no edit"}
     assert all(0 < spent < 60 for spent in record["seconds"].values())
     lines = next(tmp_path.rglob("table4_counterfact.md")).read_text().splitlines()
-    assert lines[0] == "|  | n | S | ES | EM | PS | PM | NS | NM | s an edit |"
+    assert lines[0] == "|  | n | S | ES | EM | PS | PM | NS | NM | answer | N+ | SR | drift | drift_log_p | s an edit |"
     assert [line.split(" | ")[0] for line in lines[2:7]] == ["| no edit", "| known", "| default", "| unedited, same records", "| difference"]  # fmt: skip
     assert "| 89.2 | 100.0 |" in lines[-3]
-    assert "of the table's 106 comparisons" in lines[-1]
+    assert "of the table's 126 comparisons" in lines[-1]
     monkeypatch.setattr("mechedit.editing.edit", lambda *args, **kwargs: pytest.fail("an edit was found again"))
     table4_counterfact.main(common.parse(table4_counterfact.Table4, arguments))
     assert read(tmp_path, "table4_counterfact")["rows"] == rows | {"known": {"scores": known, "unedited": {}}}
@@ -383,7 +383,7 @@ def test_the_table_of_zsre_has_every_row(to_edit, tmp_path, monkeypatch):
     ]
     assert [rows[name]["unedited"]["efficacy"]["n"] for name in ("published", "identity")] == [3, 2]
     assert rows["default"]["scores"]["p_new"]["mean"] > rows["no edit"]["scores"]["p_new"]["mean"]
-    assert record["paired"]["comparisons"] == 5 * 3
+    assert record["paired"]["comparisons"] == 5 * 4
     table1_zsre.main(common.parse(table1_zsre.Table1, [*arguments, "--rows", "no edit"]))
     assert read(tmp_path, "table1_zsre") == record, "the other rows are kept"
     table1_zsre.main(common.parse(table1_zsre.Table1, [*arguments, "--control-facts", "1", "--rows", "no edit"]))

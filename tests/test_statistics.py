@@ -189,3 +189,17 @@ def test_intervals_of_skewed_numbers_cover_the_truth_as_often_as_they_say(n):
     for values, truth in ((random.lognormal(0, 1, (n, 1500)), math.exp(0.5)), (random.normal(1, 1, (n, 1500)), 1.0)):
         low, high = statistics.interval(values, support=UNBOUNDED)
         assert 0.93 <= ((low <= truth) & (truth <= high)).mean() <= 0.985
+
+
+def test_the_smallest_difference_that_could_be_seen_is_seen_four_times_of_five():
+    from scipy import stats
+
+    random = np.random.default_rng(0)
+    n, spread = 40, 0.3
+    effect = np.mean([statistics.smallest_seen(random.normal(0, spread, n)) for _ in range(400)])
+    p = stats.ttest_1samp(random.normal(effect, spread, (4000, n)), 0.0, axis=1).pvalue
+    assert np.mean(p < 0.05) == pytest.approx(0.8, abs=0.03)
+    assert math.isnan(statistics.smallest_seen(np.ones(5)))
+    first, second = random.random((2, 30))
+    found = statistics.paired(first, second)
+    assert found.could_see == statistics.smallest_seen(second - first)

@@ -14,7 +14,7 @@ from mechedit.settings import EvaluateSettings, RomeSettings
 from tests.conftest import FACT
 
 QUICK = RomeSettings(layer=1, steps=4, prefixes=((3, 1),), guard="rollback")
-PLAIN = EvaluateSettings(health=False)
+PLAIN = EvaluateSettings(health=False, answers=False, beside=False)
 CITY = "{} is located in the city of"
 FACTS = [
     replace(FACT, generations=("The Space Needle is",), relation="city", target_new_id="Q90"),

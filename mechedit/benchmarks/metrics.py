@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mechedit.statistics import Mean, Paired, Support, compared, compared_statistic, statistic, summaries
+from mechedit.statistics import UNBOUNDED, Mean, Paired, Support, compared, compared_statistic, statistic, summaries
 from mechedit.writing import folded, is_spaceless
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "harmonic",
     "magnitude",
     "metric",
+    "nkl_published",
     "rewrite_scores",
     "success",
     "table",
@@ -97,6 +98,12 @@ METRICS = {
         Metric("rewrite_acc", "%", "higher", "share of the new target's tokens that the model puts first after the prompt; EasyEdit's default", _SHARE),
         Metric("rephrase_acc", "%", "higher", "the same after paraphrases", _SHARE),
         Metric("p_new", "%", "higher", "P of the whole new target after the prompt", _SHARE),
+        Metric("answer", "%", "higher", "asked the question alone, what the model says up to its sentence's end holds the new target", _SHARE),
+        Metric("N+", "%", "higher", "NS after neighbours' prompts that stand behind the new fact, stated; elsewhere NS+ of CounterFact+, and DNS", _SHARE),
+        Metric("NM+", "%", "higher", "NM after the same prompts", _DIFFERENCE),
+        Metric("SR", "%", "higher", "same subject, other relations: own answer more probable than the new target; elsewhere RS", _SHARE),
+        Metric("drift", "nats", "lower", "mean over neighbours' prompts of KL(after || before) of the next token", _POSITIVE),
+        Metric("drift_log_p", "nats", "near 0", "mean over neighbours of the change of log P of the neighbour's whole own answer", UNBOUNDED),
         Metric("efficacy", "%", "higher", "zsRE: share of the new answer's tokens that the model puts first after the question", _SHARE),
         Metric("paraphrase", "%", "higher", "zsRE: the same after the question's paraphrase", _SHARE),
         Metric("specificity", "%", "higher", "zsRE: the same of an unrelated question's own answer", _SHARE),
@@ -151,6 +158,11 @@ def rewrite_scores(prompt: Pair, paraphrases: Sequence[Pair], neighbours: Sequen
     for letter, pairs in (("E", [prompt]), ("P", paraphrases), ("N", turned)):
         found |= {f"{letter}S": success(pairs), f"{letter}M": magnitude(pairs)}
     return found
+
+
+def nkl_published(kl: float, vocabulary: int) -> float:
+    """NKL as CounterFact+ has it: its code divides KL(after || before) by the number of tokens in the vocabulary."""
+    return kl / vocabulary
 
 
 def harmonic(*values: Any) -> Any:

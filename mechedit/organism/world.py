@@ -21,7 +21,7 @@ from importlib import resources
 from typing import Any
 
 from mechedit.errors import MecheditError
-from mechedit.facts import Fact
+from mechedit.facts import Fact, linked
 from mechedit.organism.draws import Draws
 
 __all__ = ["HELD_OUT", "World", "WorldError", "WorldSettings", "make"]
@@ -116,7 +116,7 @@ class World:
                         target_new_id=target_new,
                     )
                 )
-        return tuple(draws.shuffled(found))
+        return linked(draws.shuffled(found))
 
     def sentences(self) -> Iterator[str]:
         """Every sentence that is taught, once."""

@@ -42,6 +42,9 @@ class Difference:
     difference: Mean
     p: float
     p_corrected: float = math.nan
+    could_see: float = (
+        math.nan
+    )  # the smallest mean difference that these records would have shown (`statistics.smallest_seen`)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, null for nan."""
@@ -145,7 +148,11 @@ def _differences(
     ):
         if each.difference.n:
             mine, theirs = np.nanmean(both[:, :, column], 1).tolist()
-            found.append(Difference(names[column], other, relation, mine, theirs, each.difference, each.p))
+            found.append(
+                Difference(
+                    names[column], other, relation, mine, theirs, each.difference, each.p, could_see=each.could_see
+                )
+            )
     if all(name in names for name in SUCCESSES):
         S = _of_S(both[:, :, [names.index(name) for name in SUCCESSES]], other, relation, seed)
         at = [each.name for each in found].index("NS") + 1 if S else 0

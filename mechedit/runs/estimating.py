@@ -86,14 +86,14 @@ def estimate(
     prepared = editing.make_ready(model, way, resolved) if way else None
     bos = prompts.resolve_bos(model, getattr(resolved or edit_settings, "prepend_bos", None))
     before = unedited(model, prepend_bos=bos) if settings.health and way else None
-    measuring = Measuring({}, measure, settings, bos, before, references)
+    measuring = Measuring({}, measure, settings, bos, before, references, drifts=way is not None)
     once, spent = time.perf_counter() - began, []
     for record in chosen:
         began = time.perf_counter()
         if way:
             attempt(model, [measure.fact(record)], way, resolved, prepared)
         edited = time.perf_counter()
-        measuring.now(model, record)
+        measuring.now(model, record, measuring.at_neighbours(model, record))
         spent.append((edited - began if way else 0.0, time.perf_counter() - edited))
     edit, score = (median(each) for each in zip(*spent, strict=True))
     return Estimate(len(records), workers, settings.mode, once + load, edit, score, _peak_memory())

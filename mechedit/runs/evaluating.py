@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mechedit import applying, cache, editing, edits, prompts, provenance
 from mechedit.benchmarks import benchmark as benchmarks
+from mechedit.benchmarks.answers import Judge
 from mechedit.benchmarks.benchmark import Benchmark
 from mechedit.benchmarks.health import Unedited, unedited
 from mechedit.benchmarks.texts import References
@@ -51,6 +52,7 @@ def evaluate(
     *,
     benchmark: str | Benchmark | None = None,
     references: References | None = None,
+    judge: Judge | None = None,
     edits_in: str | Path | None = None,
     engine: Engine | None = None,
     progress: Progress = silent,
@@ -59,7 +61,7 @@ def evaluate(
 
     Without an editor the model is scored as it is. A record that cannot be edited, or whose edit is rolled back, is scored on the
     model as it was, and says why. `edits_in` is where edits are kept, if not in `folder`: a run of the same edits, `edit_facts`'
-    say, is used as it is. `prepared` is what `editing.make_ready` gives, which is made here where it is not given.
+    say, is used as it is. `judge` says of a question, an answer and the answer wanted whether they agree, in place of the settings' rule. `prepared` is what `editing.make_ready` gives, which is made here where it is not given.
 
     Raises:
         FactError: no records, two that are the same, or one that lacks what its scores need.
@@ -73,7 +75,7 @@ def evaluate(
     check_plain(model)
     way = _Way.of(model, editor, edit_settings, prepared)
     bos = prompts.resolve_bos(model, way.settings.prepend_bos if way else getattr(edit_settings, "prepend_bos", None))
-    run = _Run(model, records, measure, folder, Path(edits_in or folder / "edits"), settings, bos, references, engine or Local(model), progress)  # fmt: skip
+    run = _Run(model, records, measure, folder, Path(edits_in or folder / "edits"), settings, bos, references, engine or Local(model), progress, judge)  # fmt: skip
     together = settings.mode != "independent"  # then every record matters to every other
     everyone = {"records": cache.content_key(list(run.by_unit))} if together else {}
     made_with = {"editor": way.editor.name, "edit": asdict(way.settings)} if way else {"editor": "none"}
@@ -142,18 +144,22 @@ class _Run:
         references: References | None,
         engine: Engine,
         progress: Progress,
+        judge: Judge | None,
     ) -> None:
         self.model, self.records, self.benchmark, self.settings = model, records, benchmark, settings
         self.folder, self.edits_in = folder, edits_in
-        self.bos, self.references, self.engine, self.progress = bos, references, engine, progress
+        self.bos, self.references, self.engine, self.progress, self.judge = bos, references, engine, progress, judge
         self.by_unit = {record_unit(record, benchmark): record for record in records}
         self.facts = [benchmark.fact(record) for record in records]
         self.kept_under = provenance.kept_under(model)
         of_text = ("tokens", "top_k", "seed") if settings.generate else ()
-        self.measured = {name: getattr(settings, name) for name in ("generate", *of_text)} | {
+        self.measured = {
+            name: getattr(settings, name) for name in ("generate", *of_text, "answers", "answer_rule", "beside")
+        } | {
             "benchmark": benchmark.name,
             "prepend_bos": bos,
             "references": references.key if references else "",
+            "judge": f"{judge.__module__}.{judge.__qualname__}" if judge else "",
         }
 
     @property
@@ -162,8 +168,13 @@ class _Run:
         return self.kept_under | {"settings": asdict(self.settings), "measured": self.measured}
 
     def measuring(self, before: Unedited | None, **changes: Any) -> Measuring:
-        whole = Measuring(self.by_unit, self.benchmark, self.settings, self.bos, before, self.references)
+        whole = Measuring(self.by_unit, self.benchmark, self.settings, self.bos, before, self.references, self.judge)
         return replace(whole, **changes)
+
+    def with_neighbours(self, before: Unedited | None) -> Measuring:
+        """For edits that will stand in the model when records are scored: what it says now at every record's neighbours."""
+        plain = self.measuring(before, drifts=True)
+        return replace(plain, near={unit: plain.at_neighbours(self.model, each) for unit, each in self.by_unit.items()})
 
     def healthy(self) -> Unedited | None:
         """The model as it is now, where its health is measured."""
@@ -188,7 +199,7 @@ class _Run:
         def own(unit: str) -> Edit | None:
             return edited[at[unit]] if made[at[unit]].edited else None
 
-        task = self.measuring(self.healthy(), by_unit=dict(zip(units, self.records, strict=True)))
+        task = self.measuring(self.healthy(), drifts=True, by_unit=dict(zip(units, self.records, strict=True)))
         store = score_store(self.folder / "scores", self.described, "records after")
         return made, {"after": store.run(units, task, self.engine, self.progress, own=own, failed=_unscored)}
 
@@ -205,11 +216,11 @@ class _Run:
         def failed(done: Done[Any]) -> Edit:
             return editing.refused(self.model, chosen, way.editor, way.settings, done.error)
 
-        before = self.healthy()
+        task_after = self.with_neighbours(self.healthy())
         whole = store.run([unit] if chosen else [], task, Local(self.model), self.progress, failed=failed)
         made = [Made(**note) for note in whole.notes]
         what = self.described | {"edits": [each.digest for each in made]}
-        after = self.here(what, before, lambda: applying.edited(self.model, *whole, force=True))
+        after = self.here(what, task_after, lambda: applying.edited(self.model, *whole, force=True))
         refused = [Made.of(editing.refused(self.model, [fact], way.editor, way.settings, reason)) if reason else made[0] for fact, reason in zip(self.facts, reasons, strict=True)]  # fmt: skip
         return refused, {"after": after}
 
@@ -217,24 +228,24 @@ class _Run:
         """Each record's edit, found on the model with those before it, scored right after it; and all records at the end."""
         order = [f"{index:07d}-{unit}" for index, unit in enumerate(self.by_unit)]
         what = self.described | way.described | {"order": cache.content_key(order)}
-        store, before = edit_store(self.edits_in, what), self.healthy()
-        sequence = _Sequence(self, way, order, store, self.measuring(before))
+        store, measuring = edit_store(self.edits_in, what), self.with_neighbours(self.healthy())
+        sequence = _Sequence(self, way, order, store, measuring)
         try:
             edited = store.run(order, sequence, Local(self.model), self.progress, failed=sequence.failed)
             made = [Made(**note) for note in edited.notes]
-            end = self.here(what, before, lambda: sequence.all_of(edited))
+            end = self.here(what, measuring, lambda: sequence.all_of(edited))
         finally:
             sequence.standing.take_out()
         after = [Scored.of(each.scored) if each.scored else Scored({}, "; ".join(each.reasons)) for each in made]
         return made, {"after": after, "at the end": end}
 
     def here(
-        self, what: dict[str, Any], before: Unedited | None, edited: Callable[[], AbstractContextManager[object]]
+        self, what: dict[str, Any], measuring: Measuring, edited: Callable[[], AbstractContextManager[object]]
     ) -> Sequence[Scored]:
         """Every record on the edited model, in this process; where all are kept, nothing is written into the model."""
         store, units = score_store(self.folder / "scores", what, "records after"), list(self.by_unit)
         with edited() if store.finished(units) < len(units) else nullcontext():
-            return store.run(units, self.measuring(before), Local(self.model), self.progress, failed=_unscored)
+            return store.run(units, measuring, Local(self.model), self.progress, failed=_unscored)
 
     def result(
         self, scored: Mapping[str, Sequence[Scored]], made: Sequence[Made], made_with: dict[str, Any]
@@ -280,7 +291,7 @@ class _Sequence:
         record = self.run.by_unit[name.partition("-")[2]]
         edit = self.found(model, self.run.benchmark.fact(record))
         self.write(edit)
-        return replace(edit, details=edit.details | {"scored": asdict(self.scored(model, record))})
+        return replace(edit, details=edit.details | {"scored": asdict(self.scored(model, name.partition("-")[2]))})
 
     def found(self, model: HookedModel, fact: Fact) -> Edit:
         """The edit, or why there is none, whatever that is: it is kept, because those after it are found without it."""
@@ -293,9 +304,9 @@ class _Sequence:
             return replace(refused, details={"traceback": trace})
         return edit
 
-    def scored(self, model: HookedModel, record: Any) -> Scored:
+    def scored(self, model: HookedModel, unit: str) -> Scored:
         try:
-            return self.measuring.now(model, record)
+            return self.measuring(model, unit)
         except Exception as error:  # the edit is in the model, and is kept all the same
             return Scored({}, told(error)[0])
 

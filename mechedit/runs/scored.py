@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import nan
 from pathlib import Path
 from typing import Any
 
 from mechedit import applying, cache, generation, prompts, writing
-from mechedit.benchmarks import metrics, texts
+from mechedit.benchmarks import answers, metrics, texts
+from mechedit.benchmarks.answers import Judge
 from mechedit.benchmarks.benchmark import Benchmark, Detailed, Said
+from mechedit.benchmarks.beside import Near, beside, drift, near
 from mechedit.benchmarks.health import Unedited, health
 from mechedit.benchmarks.texts import References
 from mechedit.edits import Edit
@@ -57,11 +60,14 @@ def measure(
     settings: EvaluateSettings,
     *,
     before: Unedited | None = None,
+    near_before: Near | None = None,
     references: References | None = None,
+    judge: Judge | None = None,
     prepend_bos: bool | None = None,
     details: Details | None = None,
 ) -> dict[str, float]:
-    """Every number of one record on the model as it is now; `before` is the unedited model, for its health. What they are made of
+    """Every number of one record on the model as it is now; `before` is the unedited model, for its health, `near_before` what it said at the
+    record's neighbours, for drift; `judge` says whether an answer is the one wanted, in place of `settings.answer_rule`. What they are made of
     is added to `details`."""
     details = details if details is not None else Details()
     if isinstance(benchmark, Detailed) and _tells(benchmark):
@@ -69,9 +75,31 @@ def measure(
         details.said += said
     else:
         (found,) = benchmark.scores(model, [record], prepend_bos=prepend_bos)
+    fact = benchmark.fact(record)
+    more: dict[str, float] = {}
+    if settings.answers and fact.target_new:
+        more |= _answered(model, fact, settings, judge, prepend_bos, details)
+    if settings.beside and fact.target_new:
+        numbers, prompts_said = beside(model, fact, prepend_bos=prepend_bos)
+        more |= numbers | (drift(model, fact, near_before, prepend_bos=prepend_bos) if near_before else {})
+        details.said += prompts_said
+    found |= {name: value for name, value in more.items() if name not in found}  # a benchmark's own stand
     if settings.generate:
-        found |= _generated(model, benchmark.fact(record), settings, references, prepend_bos, details)
+        found |= _generated(model, fact, settings, references, prepend_bos, details)
     return found | (health(model, before) if settings.health and before else {})
+
+
+def _answered(
+    model: HookedModel, fact: Fact, settings: EvaluateSettings, judge: Judge | None, bos: bool | None, details: Details
+) -> dict[str, float]:
+    """Whether the model, asked the fact's prompt alone, says the new target."""
+    rule, target = settings.answer_rule, str(fact.target_new)
+    over = partial(answers.is_over, rule=rule)
+    (text,) = generation.completions(model, [fact.prompt], answers.TOKENS, until=over, prepend_bos=bos)
+    details.texts.append((fact.prompt, text))
+    said = answers.cut(text, rule)
+    right = judge(fact.prompt, said, target) if judge else answers.is_answered(said, target, rule)
+    return {"answer": float(right)}
 
 
 def _tells(benchmark: Any) -> bool:
@@ -120,14 +148,29 @@ class Measuring:
     bos: bool
     before: Unedited | None
     references: References | None
+    judge: Judge | None = None
+    drifts: bool = False  # whether what is measured follows an edit
+    near: dict[str, Near | None] | None = None  # of each unit, where the model that is measured has the edit already
 
     def __call__(self, model: HookedModel, unit: str, edit: Edit | None = None) -> Scored:
+        if self.near is not None:
+            return self.now(model, self.by_unit[unit], self.near[unit])
+        before = self.at_neighbours(model, self.by_unit[unit])
         with applying.edited(model, *([edit] if edit is not None else []), force=True):
-            return self.now(model, self.by_unit[unit])
+            return self.now(model, self.by_unit[unit], before)
 
-    def now(self, model: HookedModel, record: Any) -> Scored:
+    def at_neighbours(self, model: HookedModel, record: Any) -> Near | None:
+        """What the model as it is says at a record's neighbours, where drift is measured."""
+        if not (self.drifts and self.settings.beside):
+            return None
+        try:
+            return near(model, self.benchmark.fact(record), prepend_bos=self.bos)
+        except Exception:  # whatever it is, scoring the record tells it
+            return None
+
+    def now(self, model: HookedModel, record: Any, before: Near | None = None) -> Scored:
         """Of a record, on the model as it is."""
-        beside: dict[str, Any] = {"before": self.before, "references": self.references, "prepend_bos": self.bos}
+        beside: dict[str, Any] = {"before": self.before, "near_before": before, "references": self.references, "judge": self.judge, "prepend_bos": self.bos}  # fmt: skip
         details = Details()
         try:
             scores = measure(model, record, self.benchmark, self.settings, **beside, details=details)

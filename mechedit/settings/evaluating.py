@@ -103,6 +103,15 @@ class EvaluateSettings(Settings):
     tokens: int = knob(100, "tokens of each generated text, its prompt's included")
     top_k: int = knob(5, "tokens that generation chooses among at each step")
     health: bool = knob(True, "also measure what an edit does to text that has nothing to do with it")
+    answers: bool = knob(True, "also ask the question alone, and look for the new target in what the model says")
+    answer_rule: str = knob(
+        "sentence",
+        "what counts as the answer: the first sentence, which must hold the target; published: text before the first full stop, which must be it",
+        ("sentence", "published"),
+    )
+    beside: bool = knob(
+        True, "also measure neighbours behind the new fact, the subject's other relations, and drift at neighbours"
+    )
     seed: int = knob(0, "seed of generated text and intervals; on the command line of the editor too")
 
     def __post_init__(self) -> None:

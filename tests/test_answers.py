@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mechedit import models, sources
+from mechedit.benchmarks import answers
+from mechedit.benchmarks.counterfact import COUNTERFACT
+from mechedit.generation import complete, completions
+from mechedit.prompts import encode
+from mechedit.runs.scored import measure
+from tests.three_facts import FACTS, PLAIN
+
+
+@pytest.mark.anywhere
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" St. Louis. The city", "St. Louis."),
+        (" J. K. Rowling. She wrote", "J. K. Rowling."),
+        (" the U.S. Army. It is", "the U.S. Army."),
+        (" Dr. Martin King! He", "Dr. Martin King!"),
+        (" No. 5. It", "No. 5."),
+        (" no. It is", "no."),
+        (" 3.5 metres. It", "3.5 metres."),
+        (" born on Jan. 5. He", "born on Jan. 5."),
+        (' "Paris." It is', '"Paris."'),
+        (" Paris\nBerlin. Rome", "Paris"),
+        ("\n\nParis. It", "Paris."),
+        (" Paris", "Paris"),
+        ("巴黎。它", "巴黎。"),
+    ],
+)
+def test_an_answer_ends_with_its_sentence_or_line(text, expected):
+    assert answers.cut(text) == expected
+    assert answers.is_over(text) == (expected != text.strip())
+    beginnings = [text[:end] for end in range(len(text) + 1)]
+    over = next((each for each in beginnings if answers.is_over(each)), text)
+    assert answers.cut(over) == expected, "as it is generated"
+
+
+@pytest.mark.anywhere
+@pytest.mark.parametrize(
+    ("said", "target", "expected"),
+    [
+        ("St. Louis.", "St. Louis", True),
+        ("by J. K. Rowling", "J.K. Rowling", False),
+        ("by J. K. Rowling", "J. K. Rowling", True),
+        ("in the U.S.", "U.S.", True),
+        ("it is Apple Inc.", "Apple Inc.", True),
+        ("The Beatles!", "beatles", True),
+        ("Parisian food", "Paris", False),
+        ("comparis", "Paris", False),
+        ("France's capital", "France", True),
+        ("Jose\u0301", "José", True),
+        ("Jose\u0301", "Jos", False),
+        ("它在巴黎。", "巴黎", True),
+        ("Rome", "Paris", False),
+        ("...", "...", False),
+    ],
+)
+def test_an_answer_holds_its_target_as_whole_words(said, target, expected):
+    assert answers.is_answered(said, target) == expected
+
+
+@pytest.mark.anywhere
+def test_the_published_rule_stops_at_every_full_stop_and_wants_the_answer_alone():
+    assert answers.cut(" St. Louis. The", "published") == "St"
+    assert answers.is_over(" St.", "published")
+    assert answers.is_answered("The Paris", "paris", "published")
+    assert not answers.is_answered("in Paris", "Paris", "published")
+
+
+def said_plainly(model, prompt, tokens=answers.TOKENS):
+    """Greedy text, a whole forward pass a token, stopped with nothing remembered."""
+    ids = begun = encode(model, prompt, prepend_bos=bool(model.cfg.default_prepend_bos))[0]
+    whole = model.tokenizer.decode(begun)
+    text = ""
+    for _ in range(tokens):
+        token = int(model(torch.tensor([ids]))[0, -1].argmax())
+        if token == model.tokenizer.eos_token_id or len(ids) > model.cfg.n_ctx:
+            break
+        ids = [*ids, token]
+        text = model.tokenizer.decode(ids)[len(whole) :]
+        if answers.is_over(text):
+            break
+    return text
+
+
+def test_the_answers_of_fifty_facts_are_those_of_a_plain_loop():
+    model = models.load("organism")
+    some = sources.named("organism")[:50]
+    found = completions(model, [fact.prompt for fact in some], answers.TOKENS, until=answers.is_over)
+    with torch.no_grad():
+        plain = [said_plainly(model, fact.prompt) for fact in some]
+    assert [text.strip() for text in found] == [text.strip() for text in plain]
+    right = []
+    for fact, text in zip(some, plain, strict=True):
+        said = " ".join(text.lower().replace(".", "").split())
+        right.append(f" {fact.target_true.lower()} " in f" {said} ")
+    assert sum(right) > 25, "it knows them"
+    assert [answers.is_answered(answers.cut(text), fact.target_true) for fact, text in zip(some, found, strict=True)] == right  # fmt: skip
+
+
+def test_prompts_that_are_completed_together_are_completed_as_each_alone(model):
+    some = [fact.prompt for fact in FACTS] + ["Rome is", "Paris is"]
+    assert completions(model, some, 12) == [complete(model, prompt, 12) for prompt in some]
+    assert completions(model, some[:1], 12, until=lambda text: len(text) > 3)[0] in complete(model, some[0], 12)
+
+
+def test_a_judge_stands_in_the_rules_place(model):
+    asked = []
+
+    def judge(question, said, target):
+        asked.append((question, said, target))
+        return True
+
+    settings = PLAIN.__class__(health=False, beside=False)
+    assert measure(model, FACTS[0], COUNTERFACT, settings, judge=judge)["answer"] == 1.0
+    ((question, said, target),) = asked
+    assert (question, target) == (FACTS[0].prompt, "Paris")
+    assert said == answers.cut(complete(model, FACTS[0].prompt, answers.TOKENS))
+    assert "answer" not in measure(model, FACTS[0], COUNTERFACT, PLAIN)
