@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechedit import applying, facts, weights
+from mechedit import applying, editing, facts, weights
 from mechedit.benchmarks import beside, metrics
 from mechedit.editors import named
 from mechedit.facts import Fact
@@ -65,7 +65,8 @@ def test_drift_is_the_divergence_from_what_the_model_said_before(model):
     own = [sum(log_p(model, *each)) for each in FACT.neighbourhood]
     assert beside.drift(model, FACT, before) == {"drift": 0.0, "drift_log_p": 0.0}
     with weights.restored(model, Weight(2, "mlp.W_out")):
-        weights.write_(model, Weight(2, "mlp.W_out"), weights.value(model, Weight(2, "mlp.W_out")) * 1.5)
+        own_weight = weights.value(model, Weight(2, "mlp.W_out")).detach().clone()
+        weights.write_(model, Weight(2, "mlp.W_out"), own_weight, own_weight / 2)
         found = beside.drift(model, FACT, before)
         new = [next_token(model, prompt) for prompt in FACT.neighbours]
         moved = np.mean([sum(log_p(model, *each)) for each in FACT.neighbourhood]) - np.mean(own)
@@ -106,7 +107,7 @@ def test_an_evaluation_measures_drift_from_the_model_without_its_edits(mode, mod
     whole = found.rows["at the end" if mode == "sequential" else "after"]
     assert all(row["drift"] > 0 for row in whole)
     if mode == "independent":
-        edit = named("ft").edit(model, FACTS[0], tuning)
+        edit = editing.edit(model, FACTS[0], named("ft"), tuning)
         before = beside.near(model, FACTS[0])
         with applying.edited(model, edit, force=True):
             assert whole[0]["drift"] == pytest.approx(beside.drift(model, FACTS[0], before)["drift"], rel=1e-4)

@@ -56,7 +56,7 @@ EDITORS = {
     "told": ToldSettings(sentence="{fact}. ", guard="rollback"),
     "tests.outside_editor:LogitEditor": LogitSettings(layer=1, length=4.0, guard="rollback"),
 }
-PLAIN = EvaluateSettings(health=False)
+PLAIN = EvaluateSettings(health=False, answers=False, beside=False)
 
 
 @pytest.fixture(params=EDITORS)

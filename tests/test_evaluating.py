@@ -41,7 +41,7 @@ def kept(folder):
 
 def test_independent_edits_are_scored_one_by_one(model, moment, ready, tmp_path):
     before = state(model)
-    found = evaluate(model, FACTS, tmp_path, EvaluateSettings(), "rome", QUICK, ready)
+    found = evaluate(model, FACTS, tmp_path, replace(PLAIN, health=True), "rome", QUICK, ready)
     assert_same_state(model, before)
     same(found.rows["before"], counterfact.scores(model, FACTS))
     healthy = unedited(model)
@@ -160,7 +160,15 @@ def test_a_stopped_evaluation_ends_in_the_same_bytes(model, ready, tmp_path, mod
             evaluate(model, FACTS, tmp_path / f"cut{stop}{noun}", settings, "rome", QUICK, ready, progress=interrupt)
         assert_same_state(model, before)
     whole = results(tmp_path / "whole")
-    tables = {"results.parquet", "prompts.parquet", "summary.json", "summary.csv", "summary.md", "summary.tex"}
+    tables = {
+        "results.parquet",
+        "prompts.parquet",
+        "texts.parquet",
+        "summary.json",
+        "summary.csv",
+        "summary.md",
+        "summary.tex",
+    }
     assert set(whole) == tables
     for noun, stop in stops:
         assert results(tmp_path / f"cut{stop}{noun}") == whole

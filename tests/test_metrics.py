@@ -310,7 +310,7 @@ def test_every_number_of_a_table_is_described_and_percent_means_shares(model):
 
     fact = replace(FACT, paraphrases=("The Space Needle is in",), neighbours=("Rome is",))
     (scores,) = counterfact.scores(model, [fact])
-    generated = ("exact_match", "GE", "RS", "essence")
+    generated = ("exact_match", "GE", "RS", "essence", "answer", "N+", "NM+", "SR", "drift", "drift_log_p")
     made = {*scores, *health(model, unedited(model)), *EDIT_NUMBERS, "edited", "S", *generated}
     assert made | {"efficacy", "paraphrase", "specificity"} == metrics.METRICS.keys()
     shares = {name for name, each in metrics.METRICS.items() if each.support in ((0.0, 1.0), (-1.0, 1.0))}
