@@ -16,6 +16,7 @@ functions whose names end in `_`.
 | runs.trace_facts   | yes     | no       | no                | folder| own generator         |
 | moments.estimate   | yes     | no       | no                | cache | own generator         |
 | keys               | yes     | no       | no                | cache | own generator         |
+| neurons.find       | yes     | yes      | no                | cache | own generator         |
 | values.optimise    | yes     | yes      | no                | no    | no                    |
 | rank_one.solve     | no      | no       | no                | no    | no                    |
 | rank_one.edited    | no      | no       | and puts them back| no    | no                    |
@@ -25,6 +26,7 @@ functions whose names end in `_`.
 | editors.fine_tuning| yes     | yes      | and puts them back| no    | no                    |
 | editors.attention_edit| yes  | yes      | and puts them back| no    | no                    |
 | editors.told       | no      | no       | no                | no    | no                    |
+| editors.knowledge_neurons | yes | yes    | no                | no    | no                    |
 | guards.measure     | yes     | no       | no                | no    | no                    |
 | runs.edit_facts    | yes     | yes      | and puts them back| folder| own generator         |
 | applying.apply     | no      | no       | yes, until undone | no    | no                    |
@@ -64,6 +66,7 @@ _MODULES = (
     "keys",
     "models",
     "moments",
+    "neurons",
     "organism",
     "prompts",
     "rank_one",

@@ -1,4 +1,4 @@
-"""Pictures of traces: the paper's heat maps, one a kind, as PNG and SVG. No model is needed, and no window opens."""
+"""Pictures of traces, the paper's heat maps, one a kind, and of neurons, as PNG and SVG. No model is needed, and no window opens."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mechedit.settings import ROLE_TITLES, ROLES, SEVERED_TITLES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from mechedit.neurons import Neurons
     from mechedit.tracing import Trace
     from mechedit.tracing.averages import Average
     from mechedit.tracing.severing import Severed
@@ -22,9 +23,11 @@ __all__ = [
     "FigureWarning",
     "average_map",
     "heat_map",
+    "neurons",
     "role_lines",
     "save",
     "save_average",
+    "save_neurons",
     "save_severed",
     "severed_lines",
     "write",
@@ -166,6 +169,32 @@ def severed_lines(curves: Sequence[Severed]) -> Figure:
     return figure
 
 
+def neurons(found: Neurons) -> Figure:
+    """The neurons of a fact by layer: how many are coarse in any prompt, and the attribution of each, the chosen ones ringed."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(max(5.0, 2.6 + 0.16 * found.n_layers), 4.0), dpi=150, layout="constrained")
+    counts, attribution = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
+    layers = range(found.n_layers)
+    counts.bar(layers, [sum(each.layer == layer for each in found.coarse) for layer in layers], color="C2", width=0.8)
+    counts.set_ylabel("coarse neurons", fontsize=9)
+    for name, own, look in (
+        ("coarse", [each for each in found.coarse if each not in found.chosen], {"color": "C2", "alpha": 0.5, "s": 12}),
+        ("chosen", found.chosen, {"facecolors": "none", "edgecolors": "C3", "s": 45, "linewidths": 1.4}),
+    ):
+        attribution.scatter([each.layer for each in own], [each.attribution for each in own], label=name, **look)
+    attribution.axhline(0, color="black", linewidth=0.6)
+    attribution.xaxis.set_major_locator(MaxNLocator(integer=True))
+    attribution.set_xlim(-0.6, found.n_layers - 0.4)
+    attribution.set_xlabel("layer", fontsize=9)
+    attribution.set_ylabel(f"attribution, mean of {len(found.prompts)} prompts", fontsize=9)
+    attribution.legend(fontsize=8)
+    (title,), fonts = _shown([f"{found.prompt} …{found.answer}"])
+    counts.set_title(title, fontsize=9, fontfamily=fonts)
+    return figure
+
+
 def write(figure: Figure, stem: Path) -> list[Path]:
     """Write a figure as PNG and SVG; the same figure gives the same bytes.
 
@@ -198,6 +227,11 @@ def save_average(mean: Average, folder: str | Path) -> list[Path]:
 def save_severed(curves: Sequence[Severed], folder: str | Path) -> list[Path]:
     """Write the severed curves into `folder`; the paths."""
     return write(severed_lines(curves), Path(folder) / "severed")
+
+
+def save_neurons(found: Neurons, folder: str | Path) -> list[Path]:
+    """Write the picture of a fact's neurons into `folder`; the paths."""
+    return write(neurons(found), Path(folder) / "neurons")
 
 
 def _title(kind: str, window: int) -> str:

@@ -25,7 +25,7 @@ from mechedit.interventions import intervened, read
 from mechedit.models import HookedModel, hooked, identity
 from mechedit.parsing import ParseError, check, from_file
 from mechedit.prompts import behind, check_length, encode, pad, resolve_bos, subject_span
-from mechedit.settings import RomeSettings, SettingsError
+from mechedit.settings import KnowledgeNeuronsSettings, RomeSettings, SettingsError
 
 __all__ = ["Context", "contexts", "prefixes", "subject_keys"]
 
@@ -45,7 +45,7 @@ class Context:
         return len(self.ids) - 1
 
 
-def prefixes(model: HookedModel, settings: RomeSettings) -> tuple[str, ...]:
+def prefixes(model: HookedModel, settings: RomeSettings | KnowledgeNeuronsSettings) -> tuple[str, ...]:
     """The empty prefix and the sampled ones, in a fixed order, seeded by the settings; sampled once, and kept in the cache.
 
     Raises:

@@ -16,6 +16,7 @@ from mechedit.cli import options, terminal
 from mechedit.settings import (
     EvaluateSettings,
     FineTuningSettings,
+    KnowledgeNeuronsSettings,
     MomentSettings,
     RomeSettings,
     TraceSettings,
@@ -60,6 +61,7 @@ def test_every_setting_is_an_option_with_its_sentence(capsys):
         ("edit", RomeSettings),
         ("edit --editor rome-identity", RomeSettings),
         ("evaluate --editor=ft", FineTuningSettings),
+        ("edit --editor kn", KnowledgeNeuronsSettings),
         ("evaluate", EvaluateSettings),
         ("moments", MomentSettings),
         ("tune", TuneSettings),

@@ -43,6 +43,21 @@ def test_edit_apply_and_inspect_go_together(run, tmp_path):
     assert json.loads((tmp_path / "inspect.json").read_text())["kind"] == "edit"
 
 
+def test_knowledge_neurons_are_shown_and_written(run, tmp_path):
+    fact = ("edit", PROMPT, "--subject", "The Space Needle", "--target", "Paris", "--editor", "kn")
+    where = ("--prepend-bos", "--steps", "2", "--guard", "warn", "--json", str(tmp_path / "edit.json"))
+    status, out, err = run(*fact, *where, "--prefixes", "3x2")
+    assert status == 0, err
+    own = json.loads((tmp_path / "edit.json").read_text())["neurons"]
+    assert 0 < len(own) <= 10
+    assert "share of prompts" in out
+    assert all(str(each["index"]) in out for each in own)
+    status, out, err = run(*fact, *where, "--policy", "published")
+    assert status == 0, err
+    many = len(json.loads((tmp_path / "edit.json").read_text())["neurons"])
+    assert f"and {many - 10} neurons more" in out
+
+
 def test_an_edit_takes_c_from_text(run, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{number} {PROMPT} Seattle." for number in range(300)))

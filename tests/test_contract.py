@@ -1,6 +1,6 @@
 """What every editor must keep to: found, applied, undone, saved, composed, exported, evaluated, resumed, tuned, swept.
 
-ROME (rank-one), gradient steps on one weight and on several (dense), telling (no weight at all) and an editor from outside the package
+ROME (rank-one), gradient steps on one weight and on several (dense), knowledge neurons (rows), telling (no weight at all) and an editor from outside the package
 (low rank) pass the same tests.
 """
 
@@ -32,6 +32,7 @@ from mechedit.settings import (
     BoundedSettings,
     EvaluateSettings,
     FineTuningSettings,
+    KnowledgeNeuronsSettings,
     MomentSettings,
     RomeSettings,
     SettingsError,
@@ -54,6 +55,7 @@ EDITORS = {
     "ft-l": BoundedSettings(layer=1, steps=6, learning_rate=5e-3, norm_bound=0.02, guard="rollback"),
     "attention-edit": AttentionEditSettings(layer=1, steps=6, learning_rate=5e-3, norm_bound=0.02, guard="rollback"),
     "told": ToldSettings(sentence="{fact}. ", guard="rollback"),
+    "kn": KnowledgeNeuronsSettings(steps=3, prefixes=((3, 2),), guard="rollback"),
     "tests.outside_editor:LogitEditor": LogitSettings(layer=1, length=4.0, guard="rollback"),
 }
 PLAIN = EvaluateSettings(health=False, answers=False, beside=False)

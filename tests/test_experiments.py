@@ -14,6 +14,7 @@ from experiments import (
     benchmark_engines,
     benchmark_fine_tuning,
     benchmark_moments,
+    benchmark_neurons,
     benchmark_scaling,
     benchmark_scoring,
     benchmark_tracing,
@@ -450,6 +451,17 @@ def test_the_scoring_benchmark_finds_both_ways_equal(tmp_path, monkeypatch, caps
     assert record["times_as_quick"] > 1
     benchmark_scoring.main(common.parse(benchmark_scoring.BenchmarkScoring, [*few, "--way", "memory"]))
     assert 0.1 < json.loads(capsys.readouterr().out)["gigabytes"] < 20
+
+
+def test_the_neurons_benchmark_finds_all_ways_equal(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_neurons, "fact_of", lambda model, seed: MADE_UP[0])
+    few = ["--model", tiny, "--steps", "3", "--cells", "3", "--repeats", "1", "--threads", "1"]
+    benchmark_neurons.main(common.parse(benchmark_neurons.BenchmarkNeurons, few))
+    record = read(tmp_path, "benchmark_neurons")
+    for name in ("one_row", "loop"):
+        assert record[name]["largest_difference_of_largest"] < 1e-5
+        assert record[name]["of"] == 4 * record["prompts"] == 36
+        assert record[f"{name}_over_batch"] > 1
 
 
 def test_the_engines_benchmark_finds_both_engines_equal(tmp_path, monkeypatch):

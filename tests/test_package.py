@@ -24,6 +24,7 @@ from mechedit import (
     keys,
     models,
     moments,
+    neurons,
     prompts,
     rank_one,
     scoring,
@@ -36,6 +37,7 @@ from mechedit.benchmarks import counterfact
 from mechedit.editors import named, rome
 from mechedit.editors.attention_edit import AttentionEdit
 from mechedit.editors.fine_tuning import FineTuning
+from mechedit.editors.knowledge_neurons import KnowledgeNeurons, Prefixes
 from mechedit.editors.told import Told
 from mechedit.facts import Fact
 from mechedit.runs import tracing as runs
@@ -47,6 +49,7 @@ from mechedit.settings import (
     CalibrateSettings,
     EvaluateSettings,
     FineTuningSettings,
+    KnowledgeNeuronsSettings,
     MomentSettings,
     RomeSettings,
     SweepSettings,
@@ -121,6 +124,7 @@ def steps(model, folder, tmp_path, monkeypatch):
         "values.optimise": lambda: values.optimise(
             model, rows, essence, [[40]] * len(rows), value, torch.ones(3), LAYER, SETTINGS
         ),
+        "neurons.find": lambda: neurons.find(model, FACT, KnowledgeNeuronsSettings(steps=2, seed=5)),
         "rank_one.solve": lambda: rank_one.solve(LAYER, weight, bias, key, value, C),
         "rank_one.edited": lambda: within(rank_one.edited(model, change)),
         "models.identity": lambda: models.identity(model),
@@ -131,6 +135,9 @@ def steps(model, folder, tmp_path, monkeypatch):
         "editors.fine_tuning": lambda: FineTuning().find(model, [FACT], tuned, None, {}),
         "editors.attention_edit": lambda: AttentionEdit().find(model, [FACT], attention, None, {}),
         "editors.told": lambda: Told().find(model, [FACT], ToldSettings(), None, {}),
+        "editors.knowledge_neurons": lambda: KnowledgeNeurons().find(
+            model, [FACT], KnowledgeNeuronsSettings(prepend_bos=True), Prefixes(("", "Rome. ", "Paris. ")), {}
+        ),
         "guards.measure": lambda: guards.measure(model, [FACT.subject]),
         "runs.edit_facts": lambda: edit_facts(model, [FACT], tmp_path / "edits", "rome", SETTINGS, ready),
         "tuning.tune": lambda: tuning.tune(
@@ -228,6 +235,7 @@ ORDER = [
     "organism",
     "rank_one",
     "keys",
+    "neurons",
     "sites",
     "figures",
     "sources",

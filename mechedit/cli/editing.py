@@ -24,6 +24,8 @@ from mechedit.cli.terminal import (
 from mechedit.settings import MomentSettings
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mechedit.editing import Editor, Prepared
     from mechedit.facts import Fact
     from mechedit.models import HookedModel
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from mechedit.progress import Progress
 
 __all__ = ["add_editing"]
+
+SHOWN = 10  # neurons
 
 
 def add_editing(commands: Any, editor: str) -> None:
@@ -84,11 +88,22 @@ def _edit(arguments: argparse.Namespace) -> None:
             return _edit_facts(arguments, model, chosen, editor, settings, prepared, progress)
         made = edit(model, chosen[0], editor, settings, prepared=prepared, progress=progress)
     written = [edits.save(made, arguments.out)] if arguments.out else []
-    write_json(arguments.json, made.to_json())
+    found = {"neurons": made.details["neurons"][0]} if made.editor == "kn" else {}
+    write_json(arguments.json, made.to_json() | found)
     console = console_of(arguments)
     show_edit(console, made.to_json())
+    _show_neurons(console, found.get("neurons", []))
     show_files(console, written)
     return None
+
+
+def _show_neurons(console: Console, neurons: list[dict[str, Any]]) -> None:
+    """The strongest of them, one a line."""
+    rows = [tuple(f"{each[name]:.3g}" for name in ("layer", "index", "attribution", "share")) for each in neurons]
+    if rows:
+        show_table(console, ("layer", "neuron", "attribution", "share of prompts"), rows[:SHOWN])
+    if len(rows) > SHOWN:
+        console.print(f"and {len(rows) - SHOWN} neurons more")
 
 
 def _check_moment_options(arguments: argparse.Namespace, editor: Editor) -> None:

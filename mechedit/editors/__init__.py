@@ -6,6 +6,7 @@
     fine_tuning.py   ft and ft-l: on `W_out` (FT, FT+L)
     attention_edit.py  attention-edit: on the attention's weights
     told.py          told: the new fact in words before every prompt; no weight is changed
+    knowledge_neurons.py   kn: the value rows of the neurons that carry the answer (Dai et al. 2022)
 
 An editor from outside is named `package.module:Class`, or by the name of an entry point in the group `mechedit.editors`.
 """
@@ -37,6 +38,7 @@ BUILT_IN = {
     "ft-l": "mechedit.editors.fine_tuning:Bounded",
     "attention-edit": "mechedit.editors.attention_edit:AttentionEdit",
     "told": "mechedit.editors.told:Told",
+    "kn": "mechedit.editors.knowledge_neurons:KnowledgeNeurons",
 }
 
 

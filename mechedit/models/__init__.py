@@ -40,6 +40,7 @@ from mechedit.models.surface import (
     has_post_mlp_norm,
     is_bridge,
     mlp_module,
+    norm_after_mlp,
 )
 
 __all__ = [
@@ -79,6 +80,7 @@ __all__ = [
     "listing",
     "load",
     "mlp_module",
+    "norm_after_mlp",
     "parity",
     "preset",
     "remembered",

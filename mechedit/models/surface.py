@@ -31,6 +31,7 @@ __all__ = [
     "has_post_mlp_norm",
     "is_bridge",
     "mlp_module",
+    "norm_after_mlp",
 ]
 
 if TYPE_CHECKING:
@@ -107,6 +108,14 @@ def has_post_mlp_norm(model: HookedModel, layer: int) -> bool:
         "Olmo2ForCausalLM",
         "Olmo3ForCausalLM",
     }
+
+
+def norm_after_mlp(model: HookedModel, layer: int) -> torch.nn.Module | None:
+    """The norm between W_out's output and the residual stream, if there is one."""
+    block = model.blocks[check_layer(model, layer)]
+    norm = getattr(block, "ln2_post", block.ln2) if has_post_mlp_norm(model, layer) else None
+    assert norm is None or isinstance(norm, torch.nn.Module)
+    return norm
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@
     bands.py        where the numbers of sound edits lie: files of `mechedit calibrate`
     tracing.py      TraceSettings
     moments.py      MomentSettings
-    editors.py      EditSettings, of which every editor's derive; RomeSettings, ToldSettings, and those of gradient steps
+    editors.py      EditSettings, of which every editor's derive; RomeSettings, ToldSettings, KnowledgeNeuronsSettings,
+                    and those of gradient steps
     evaluating.py   EvaluateSettings, SweepSettings, TuneSettings
     presets.py      what suits which model, by editor
 
@@ -21,6 +22,8 @@ from mechedit.settings.editors import (
     EDITOR_SETTINGS,
     GUARDS,
     LOSSES,
+    NEURON_MODES,
+    NEURON_POLICIES,
     POLICIES,
     PREFIXES,
     SHARES,
@@ -31,6 +34,7 @@ from mechedit.settings.editors import (
     DescentSettings,
     EditSettings,
     FineTuningSettings,
+    KnowledgeNeuronsSettings,
     RomeSettings,
     ToldSettings,
 )
@@ -67,6 +71,8 @@ __all__ = [
     "LOSSES",
     "MEASURES",
     "MODES",
+    "NEURON_MODES",
+    "NEURON_POLICIES",
     "NO_EDGE",
     "POLICIES",
     "PRECISIONS",
@@ -88,6 +94,7 @@ __all__ = [
     "EditSettings",
     "EvaluateSettings",
     "FineTuningSettings",
+    "KnowledgeNeuronsSettings",
     "MomentSettings",
     "Preset",
     "RomeSettings",

@@ -15,6 +15,8 @@ __all__ = [
     "EDITOR_SETTINGS",
     "GUARDS",
     "LOSSES",
+    "NEURON_MODES",
+    "NEURON_POLICIES",
     "POLICIES",
     "PREFIXES",
     "SHARES",
@@ -25,6 +27,7 @@ __all__ = [
     "DescentSettings",
     "EditSettings",
     "FineTuningSettings",
+    "KnowledgeNeuronsSettings",
     "RomeSettings",
     "ToldSettings",
 ]
@@ -55,6 +58,36 @@ PREFIXES: dict[str, tuple[tuple[int, int], ...]] = {  # (tokens, how many)
     "paper": (*((length, 6) for length in range(2, 7)), *((length, 5) for length in range(7, 11))),  # 50, section 3.1
     "none": (),
 }
+
+
+NEURON_MODES = ("update", "erase", "suppress", "amplify")
+NEURON_POLICIES: dict[str, dict[str, Any]] = {
+    "published": {  # the code behind the table of Meng et al. 2022
+        "activation": "pre",
+        "points": "both ends",
+        "norm": "moving",
+        "prefixes": (),
+        "answer": "published",
+        "old": "greedy",
+        "direction": "unembedding",  # that of GPT-2, the embedding too
+        "scale": "none",
+        "l1": 2.0,
+        "l2": 1.0,
+    }
+}
+
+
+def check_prefixes(prefixes: tuple[tuple[int, int], ...]) -> None:
+    """Raise unless these are prefixes' lengths and numbers.
+
+    Raises:
+        SettingsError: they are not.
+    """
+    for each in prefixes:
+        require(
+            len(each) == 2 and each[0] >= 1 and each[1] >= 1,
+            f"prefixes must be pairs of positive (tokens, how many); found {each}.",
+        )
 
 
 @dataclass(frozen=True)
@@ -134,11 +167,7 @@ class RomeSettings(EditSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for each in self.prefixes:
-            require(
-                len(each) == 2 and each[0] >= 1 and each[1] >= 1,
-                f"prefixes must be pairs of positive (tokens, how many); found {each}.",
-            )
+        check_prefixes(self.prefixes)
 
 
 @dataclass(frozen=True)
@@ -206,11 +235,84 @@ class ToldSettings(EditSettings):
         require(self.sentence.count("{fact}") == 1, f"sentence must have {{fact}} in it once; found {self.sentence!r}.")
 
 
+@dataclass(frozen=True)
+class KnowledgeNeuronsSettings(EditSettings):
+    """Which neurons carry the true answer, and what becomes of their value rows (Dai et al. 2022; constants theirs)."""
+
+    mode: str = knob(
+        "update",
+        "what becomes of the neurons' value rows: the old answer's direction taken out and the new one's put in (update), nothing (erase, of "
+        "the 20 most frequent among the facts' neurons; suppress, of all), twice what they are (amplify)",
+        NEURON_MODES,
+    )
+    l1: float = knob(1.0, "how much of the old answer's direction is taken out")
+    l2: float = knob(8.0, "how much of the new answer's direction is put in")
+    layers: tuple[int, ...] = knob((), "blocks whose neurons are looked at; by default all")
+    threshold: float = knob(0.2, "coarse are neurons with this share of a prompt's largest attribution, or more")
+    p: float = knob(0.7, "and refined those of this share of the prompts, or more")
+    fewest: int = knob(2, "p is lowered, by 0.05 up to 6 times, while fewer neurons are left")
+    most: int = knob(5, "and raised while more are")
+    steps: int = knob(20, "points of the path from no activation to the prompt's, at which gradients are taken")
+    prefixes: tuple[tuple[int, int], ...] = knob(
+        ((5, 4), (10, 4)),  # with the bare prompt nine, as many as the paper's facts have on average (8.6)
+        f"sampled prefixes as (tokens, how many), or {', '.join(PREFIXES)}; the bare prompt is added",
+    )
+    activation: str = knob("post", "w is after the nonlinearity (post), or before it (pre)", ("post", "pre"))
+    points: str = knob(
+        "right",
+        "the path's points: k/m for k = 1..m (right), or from 0 to 1, both with the weight 1/m (both ends)",
+        ("right", "both ends"),
+    )
+    answer: str = knob(
+        "whole",
+        "P(answer) is that of the whole answer (whole), or the mean over its tokens of P at the prompt's end, without the space before it, and "
+        "all tokens' directions are put in (published)",
+        ("whole", "published"),
+    )
+    norm: str = knob(
+        "held",
+        "where a norm follows the MLP, as in Gemma 2 and 3, its denominator stays what it is in the prompt's own run (held), or follows w (moving)",
+        ("held", "moving"),
+    )
+    old: str = knob(
+        "true", "the old answer: the true target, or the model's own next token (greedy)", ("true", "greedy")
+    )
+    direction: str = knob(
+        "unembedding",
+        "an answer's direction: its token's in the unembedding, or in the embedding",
+        ("unembedding", "embedding"),
+    )
+    scale: str = knob(
+        "row",
+        "directions are scaled to the length of the row that they change (row), or left as they are (none)",
+        ("row", "none"),
+    )
+
+    bundles: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {"policy": NEURON_POLICIES}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_prefixes(self.prefixes)
+        require(self.steps >= 1, f"steps must be 1 or more; found {self.steps}.")
+        require(
+            self.points != "both ends" or self.steps >= 2,
+            f"a path with both ends has 2 steps or more; found {self.steps}.",
+        )
+        require(0 < self.threshold <= 1, f"threshold must be above 0, and 1 at most; found {self.threshold}.")
+        require(0 < self.p <= 1, f"p must be above 0, and 1 at most; found {self.p}.")
+        require(
+            1 <= self.fewest <= self.most,
+            f"fewest must be 1 or more, and most no less; found {self.fewest} and {self.most}.",
+        )
+        require(len(set(self.layers)) == len(self.layers), f"layers must be different blocks; found {self.layers}.")
+
+
 EDITOR_SETTINGS: dict[str, type[EditSettings]] = {
     **dict.fromkeys(("rome", "rome-identity", "rome-random-layer", "rome-random-key"), RomeSettings),
     "ft": FineTuningSettings,
     "ft-l": BoundedSettings,
     "attention-edit": AttentionEditSettings,
     "told": ToldSettings,
+    "kn": KnowledgeNeuronsSettings,
 }
 """The settings of the editors that come with mechedit, for who needs no more than those."""
