@@ -72,7 +72,7 @@ class Mutants:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A wrong line: in `module`, the text from `begin` to `end` becomes `new`."""
+    """A wrong line: in `module`, the text from `begin` to `end`, in a line that is `text` as a whole, becomes `new`."""
 
     module: str
     line: int
@@ -81,24 +81,25 @@ class Mutant:
     new: str
     begin: int
     end: int
+    text: str
     tests: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """What it is, without the line's number, which other changes move."""
-        return f"{self.module}: {self.old} -> {self.new}"
+        return f"{self.module}: {self.old} -> {self.new}, in {self.text}"
 
 
 def sites(module: str, source: str) -> Iterator[Mutant]:
     """Every mutant of a module."""
-    starts = [0]
+    starts, lines = [0], source.splitlines()
     for line in source.encode().splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
 
     def mutant(node: Any, kind: str, new: str) -> Mutant:
         begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
         old = source.encode()[begin:end].decode()
-        return Mutant(module, node.lineno, kind, old, new, begin, end)
+        return Mutant(module, node.lineno, kind, old, new, begin, end, lines[node.lineno - 1].strip())
 
     for node in _code(ast.parse(source)):
         for kind, new in _changed(node):
@@ -106,8 +107,10 @@ def sites(module: str, source: str) -> Iterator[Mutant]:
 
 
 def _code(node: ast.AST) -> Iterator[ast.AST]:
-    """What is computed: not annotations, decorators, messages, assertions, representations."""
+    """What is computed: not annotations, decorators, messages, assertions (`strict=True` is one), representations."""
     if isinstance(node, (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom, ast.JoinedStr)):
+        return
+    if isinstance(node, ast.keyword) and node.arg == "strict":
         return
     if isinstance(node, ast.FunctionDef) and node.name in ("__repr__", "__str__"):
         return
@@ -189,7 +192,8 @@ def known() -> list[Mutant]:
         begin = len(source[: source.index(each["old"])].encode())
         line = source[: source.index(each["old"])].count("\n") + 1
         end = begin + len(each["old"].encode())
-        found.append(Mutant(each["module"], line, "known", each["old"], each["new"], begin, end, tuple(each["tests"])))
+        text = source.splitlines()[line - 1].strip()
+        found.append(Mutant(each["module"], line, "known", each["old"], each["new"], begin, end, text, tuple(each["tests"])))  # fmt: skip
     return found
 
 
@@ -318,7 +322,7 @@ def _limit(copies: Queue[Path], tests: tuple[str, ...]) -> float:
 
 def _write(settings: Mutants, wanted: list[Mutant], found: dict[Mutant, str], minutes: float) -> Path:
     reasons = json.loads(Path(__file__).with_name("mutants_survivors.json").read_text())
-    counted = partial(_score, found)
+    counted = partial(_score, found, reasons)
     result = {
         "settings": asdict(settings),
         "minutes": round(minutes, 1),
@@ -338,9 +342,12 @@ def _write(settings: Mutants, wanted: list[Mutant], found: dict[Mutant, str], mi
     return path
 
 
-def _score(found: dict[Mutant, str], some: list[Mutant]) -> dict[str, float]:
+def _score(found: dict[Mutant, str], reasons: dict[str, str], some: list[Mutant]) -> dict[str, float]:
+    """How many of some mutants are killed, and their share: of all, and of those without a reason to survive."""
     killed = sum(found[each] != "survived" for each in some)
-    return {"killed": killed, "of": len(some), "share": round(killed / len(some), 3) if some else 0.0}
+    excused = sum(found[each] == "survived" and each.name in reasons for each in some)
+    shares = {name: round(killed / of, 3) if of else 0.0 for name, of in (("share", len(some)), ("share_of_unexcused", len(some) - excused))}  # fmt: skip
+    return {"killed": killed, "of": len(some), "excused": excused} | shares
 
 
 if __name__ == "__main__":

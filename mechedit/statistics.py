@@ -271,9 +271,10 @@ def _unbounded(values: np.ndarray) -> tuple[float, float]:
     """The outer bounds of Student's and Hall's t, a little wider for few facts; nan for few facts, or all alike."""
     from scipy.special import stdtrit
 
-    n, mean, spread = len(values), values.mean(), values.std(ddof=1)
+    n = len(values)
     if n < FEWEST or not np.isfinite(values).all() or np.ptp(values) <= 1e-12 * np.abs(values).max():
         return math.nan, math.nan
+    mean, spread = values.mean(), values.std(ddof=1)
     student = float(stdtrit(n - 1, 1 - 0.025 * (1 - SMALL / n)))
     skew = float(((values - mean) ** 3).mean() / values.std() ** 3) / math.sqrt(n)
     hall = [student, -student]
