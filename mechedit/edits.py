@@ -330,7 +330,8 @@ def _check_whole(edit: Edit) -> None:
     for each in edit.facts:
         check([each.fact.get(name) for name in ("target_new", "target_true")], [(str, None)], "targets")
     check(list(edit.parents), [str], "origin.edits")
-    check(edit.base, str, "origin.weights")
+    digests = {name: edit.origin[name] for name in ("base", "weights", "weight_hash") if name in edit.origin}
+    check(digests, {str: (str, None)}, "origin")
     if edit.editor == COMPOSED:
         check(edit.details["parts"], [{"prompt": str}], "details.parts")
         check(list(edit.parts), [str], "details.digests")

@@ -207,6 +207,31 @@ SPOILT = {  # the file has a rank-one change, rows and a change of low rank
     "no reasons": (lambda tensors, record: record.pop("reasons"), "not whole"),
     "no settings": (lambda tensors, record: record.pop("settings"), "not whole"),
     "no editor": (lambda tensors, record: record.pop("editor"), "not whole"),
+    "no rows in u": (swap("0.u", torch.zeros(0)), "from 1 to 16777216 rows and columns"),
+    "no columns in values": (swap("1.values", torch.zeros(3, 0)), "from 1 to 16777216 rows and columns"),
+    "a factor without columns": (swap("2.left", torch.zeros(2, 0)), "from 1 to 16777216 rows and columns"),
+    "height zero": (lambda tensors, record: record["changes"][1].update(height=0), "from 1 to 16777216 rows; found 0"),
+    "height true": (lambda tensors, record: record["changes"][1].update(height=True), "from 1 to 16777216 rows; found True"),
+    "height too large": (lambda tensors, record: record["changes"][1].update(height=(1 << 24) + 1), "rows; found 16777217"),
+    "values whole numbers": (swap("1.values", torch.ones(3, 32, dtype=torch.int64)), "floating-point numbers"),
+    "u a matrix": (swap("0.u", torch.ones(1, 128)), "two vectors"),
+    "step a matrix": (swap("0.step", torch.ones(1, 32)), "two vectors"),
+    "new target no text": (lambda tensors, record: record["facts"][0]["fact"].update(target_new=3), r"targets\[0\]"),
+    "true target no text": (lambda tensors, record: record["facts"][0]["fact"].update(target_true=["Seattle"]), r"targets\[1\]"),
+    "no new target": (lambda tensors, record: record["facts"][0]["fact"].pop("target_new"), "target_new"),
+    "new target null": (lambda tensors, record: record["facts"][0]["fact"].update(target_new=None), "may not be null"),
+    "a parent no text": (lambda tensors, record: record["origin"].update(edits=[3]), r"origin.edits\[0\]"),
+    "weights no text": (lambda tensors, record: record["origin"].update(weights={"a": 1}), "origin.weights"),
+    "base no text": (lambda tensors, record: record["origin"].update(base=3), "origin.base"),
+    "base null": (lambda tensors, record: record["origin"].update(base=None, weights=None, weight_hash=None), "not whole"),
+    "no relative norm": (lambda tensors, record: record["report"].pop("relative_norm"), "relative_norm"),
+    "nothing measured after": (lambda tensors, record: record["facts"][0].update(after={}), "p_new"),
+    "parts that have no prompt": (lambda tensors, record: record.update(editor="composed", details={"parts": [{}]}), r"details.parts\[0\]"),
+    "digests that are none": (
+        lambda tensors, record: record.update(editor="composed", details={"parts": [{"prompt": "a"}], "digests": [3]}),
+        r"details.digests\[0\]",
+    ),
+    "told no text": (lambda tensors, record: record.update(told=3), "told"),
 }  # fmt: skip
 
 
@@ -220,6 +245,125 @@ def test_a_file_that_holds_what_no_edit_holds_is_refused(name, model, tmp_path, 
     spoil(tensors, record)
     with pytest.raises(files.FileError, match=message):
         edits.load(files.write(path, "edit", tensors, record, 2))
+
+
+def written(path, edit, **changed):
+    """The edit's file with another record, read again."""
+    tensors, record = files.read(edits.save(edit, path), "edit", 3)
+    return edits.load(files.write(path, "edit", tensors, record | changed, 3))
+
+
+@pytest.mark.parametrize("settings", [{"layer": "x"}, {"layer": None}, {"layer": [1]}])
+def test_the_layer_of_an_edit_without_changes_must_be_a_number(settings, one, tmp_path):
+    nothing = replace(one, changes=(), reasons=("too large",))
+    assert written(tmp_path / "1", nothing).layer == 1
+    assert written(tmp_path / "2", nothing, settings={}).layer == -1
+    with pytest.raises(files.FileError, match="not whole"):
+        written(tmp_path / "3", nothing, settings=settings)
+
+
+def test_a_fact_that_was_refused_may_lack_its_targets_and_the_true_one_may_always_lack(one, tmp_path):
+    bare = {name: value for name, value in one.fact.items() if not name.startswith("target")}
+    refused = replace(one, changes=(), reasons=("no target",), report={}, facts=(Measured(bare, {}, {}),))
+    assert written(tmp_path / "1", refused).fact == bare
+    own = one.facts[0]
+    without = replace(one, facts=(replace(own, fact=own.fact | {"target_true": None}),))
+    assert written(tmp_path / "2", without).fact["target_true"] is None
+
+
+def test_the_second_facts_targets_and_numbers_are_looked_at_too(one, tmp_path):
+    second = one.facts[0]
+    for wrong in (replace(second, fact=second.fact | {"target_true": 3}), replace(second, after={}), replace(second, before={"p_true": 0.1})):  # fmt: skip
+        with pytest.raises(files.FileError, match="not whole"):
+            written(tmp_path / "edit", replace(one, facts=(second, wrong)))
+
+
+@pytest.mark.parametrize("largest", [127, 128])
+def test_a_weight_has_no_more_rows_than_the_largest(largest, one, tmp_path, monkeypatch):
+    monkeypatch.setattr(edits, "LARGEST", largest)
+    path = edits.save(one, tmp_path / "edit")  # u has 128 numbers
+    if largest == 128:
+        assert edits.load(path).digest == one.digest
+    else:
+        with pytest.raises(files.FileError, match="from 1 to 127 rows and columns"):
+            edits.load(path)
+
+
+def test_a_height_may_be_the_largest_there_is():
+    assert edits._height(1 << 24) == 16_777_216
+    assert edits._height(1) == 1
+
+
+def test_a_change_of_no_rows_survives_its_file(model, tmp_path):
+    none = replace(some_rows(model, 2, "mlp.W_out"), index=torch.zeros(0, dtype=torch.int64), values=torch.zeros(0, 32))
+    (found,) = edits.load(edits.save(edit_of(model, none), tmp_path / "edit")).changes
+    assert found.shape == none.shape
+    assert found.norm == 0.0
+
+
+def test_a_text_that_is_told_is_an_edit_with_a_file_of_its_own_form(one, tmp_path):
+    told = replace(one, changes=(), told="It is in Paris. ")
+    path = edits.save(told, tmp_path / "told")
+    assert edits.load(path).told == "It is in Paris. "
+    with pytest.raises(files.FileError, match="has format 3; .* knows up to 2"):
+        files.read(path, "edit", 2)  # as versions before did, which would leave the text out
+    assert "told" not in files.read(edits.save(one, tmp_path / "one"), "edit", 2)[1]
+    assert edits.load(tmp_path / "one").told == ""
+
+
+def test_what_is_told_is_in_the_digest_the_notes_and_the_record(one):
+    told, other = replace(one, told="It is in Paris. "), replace(one, told="It is in Rome. ")
+    alone = replace(told, changes=())
+    assert len({one.digest, told.digest, other.digest, alone.digest, replace(one, changes=()).digest}) == 5
+    assert (one.is_empty, told.is_empty, alone.is_empty, replace(one, changes=()).is_empty) == (False, False, False, True)  # fmt: skip
+    (note,) = alone.notes
+    assert note.startswith("while it stands in the model, mechedit reads every prompt behind 'It is in Paris. '")
+    weak = replace(told, facts=(replace(one.facts[0], after={"p_new": 0.1, "p_true": 0.2}),))
+    assert [each.split()[0] for each in weak.notes] == ["while", "it"]
+    assert told.to_json()["told"] == "It is in Paris. "
+    assert "told" not in one.to_json()
+
+
+def test_an_edits_parts_are_its_own_digest_and_of_a_composition_those_of_all(model, one):
+    assert one.parts == (one.digest,)
+    assert replace(one, changes=()).parts == ()
+    assert replace(one, changes=(), told="Paris. ").parts == (replace(one, changes=(), told="Paris. ").digest,)
+    other = edit_of(model, rank_one(model, 2))
+    assert applying.compose(one, other).parts == (one.digest, other.digest)
+    assert replace(one, details={"digests": ["a"]}).parts == (one.digest,), "it was not composed"
+    assert replace(one, editor="composed").parts == (one.digest,), "of version 0.1.0, which kept no digests"
+
+
+@pytest.mark.parametrize(
+    ("origin", "base"),
+    [
+        ({"base": "b", "weights": "w", "weight_hash": "h"}, "b"),
+        ({"weights": "w", "weight_hash": "h"}, "w"),
+        ({"weight_hash": "h"}, "h"),
+        ({"base": "", "weights": "w"}, "w"),
+    ],
+)
+def test_the_base_is_what_lies_below_the_edits_before(origin, base, one):
+    found = replace(one, origin=origin)
+    assert found.base == base
+    assert found.is_of_0_1 == ("weights" not in origin)
+    assert found.parents == ()
+
+
+@pytest.mark.parametrize(
+    ("after", "doubted"),
+    [
+        ({"p_new": 0.01, "p_true": 0.001}, False),
+        ({"p_new": 0.0099, "p_true": 0.001}, True),
+        ({"p_new": 0.5, "p_true": 0.5}, True),
+        ({"p_new": 0.5, "p_true": 0.49}, False),
+        ({"p_true": 0.49}, False),
+        ({"p_new": 0.009}, True),
+        ({}, False),
+    ],
+)
+def test_a_target_below_one_percent_or_no_more_probable_than_the_true_one_is_doubted(after, doubted, one):
+    assert bool(replace(one, facts=(replace(one.facts[0], after=after),)).doubts) == doubted
 
 
 # --- files of version 0.1.0 -------------------------------------------------------------------------------------------
