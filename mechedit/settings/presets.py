@@ -10,6 +10,7 @@ from mechedit.settings.editors import (
     BoundedSettings,
     EditSettings,
     FineTuningSettings,
+    KnowledgeNeuronsSettings,
     RomeSettings,
 )
 
@@ -76,6 +77,7 @@ PRESETS: dict[str, Preset] = {
         ft=FineTuningSettings(layer=0, learning_rate=3e-4),
         ft_l=BoundedSettings(layer=0, learning_rate=2e-3, norm_bound=3e-3),
         attention_edit=AttentionEditSettings(layer=6, learning_rate=5e-3, norm_bound=3e-3),
+        kn=KnowledgeNeuronsSettings(l2=2.0),
     ),
     "organism-gptj": _with(
         _organism(0, 1.0, -0.01837, 0.005768, 0.01588, -0.0008025, -0.0119, 0.002666, 0.08032, 0.02974),
