@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,8 +11,11 @@ from mechedit.editors import named, rome
 from mechedit.edits import EditError
 from mechedit.facts import Fact, FactError
 from mechedit.models import ModelError
-from mechedit.settings import MomentSettings, RomeSettings, SettingsError
+from mechedit.settings import EditSettings, MomentSettings, RomeSettings, SettingsError, knob
+from mechedit.weights import Weight, value
+from tests import hand_made
 from tests.conftest import FACT, assert_same_state, state, widen_bands
+from tests.outside_editor import LogitEditor, LogitSettings
 
 QUICK = RomeSettings(layer=1, steps=8, prefixes=((3, 2), (5, 1)))
 
@@ -323,7 +326,7 @@ def test_a_file_of_a_newer_format_is_refused(edit, tmp_path, monkeypatch):
     monkeypatch.setattr(edits, "FORMAT", 99)
     path = edits.save(edit, tmp_path / "edit.safetensors")
     monkeypatch.undo()
-    with pytest.raises(files.FileError, match="format 99; .* knows up to 2. Update"):
+    with pytest.raises(files.FileError, match="format 99; .* knows up to 3. Update"):
         edits.load(path)
 
 
@@ -331,3 +334,224 @@ def test_a_place_that_cannot_be_written_is_an_error(edit, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot be written"):
         edits.save(edit, tmp_path / "file" / "edit.safetensors")
+
+
+# --- the harness, with an editor made for the test --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Given(EditSettings):
+    layer: int = knob(1, "block")
+    size: float = knob(0.0, "whatever")
+
+
+class ByHand(editing.Editor):
+    """Finds what it is given."""
+
+    name = "by hand"
+    settings = Given
+
+    def __init__(self, found=None, refuses=""):
+        self.found, self.refuses, self.seen, self.made = found or editing.Found([]), refuses, [], 0
+
+    def check(self, model, facts, settings, prepared):
+        self.seen.append(("check", prepared))
+        if self.refuses:
+            raise EditError(self.refuses)
+
+    def prepare(self, model, settings, *, progress=None):
+        self.made += 1
+        return Ready(f"{self.made}")
+
+    def find(self, model, facts, settings, prepared, state, *, progress=None):
+        self.seen.append(("find", prepared, dict(state)))
+        return self.found
+
+
+@dataclass(frozen=True)
+class Ready:
+    key: str
+
+
+def two_changes(model):
+    return [hand_made.rank_one(model, 1), hand_made.low_rank(model, 2, "attn.W_Q")]
+
+
+@pytest.mark.parametrize("what", ["target", "check", "says", "fits"])
+def test_why_a_fact_cannot_be_edited_is_told_and_nothing_where_it_can(what, model, fact):
+    said, _, _ = scoring.top(model, "Megan", 1)[0]
+    cases = {
+        "target": (ByHand(), replace(fact, target_new=None), "has no target_new to write"),
+        "check": (ByHand(refuses="not such a fact"), fact, "not such a fact"),
+        "says": (ByHand(), Fact("Megan", "{}", "Rome", said.strip()), "there is nothing to edit"),
+        "fits": (ByHand(), fact, ""),
+    }
+    editor, own, reason = cases[what]
+    settings = editor.resolve(model, Given())
+    found = editing.refusal(model, own, editor, settings)
+    assert reason in found
+    assert bool(found) == bool(reason)
+    assert ("check", None) in editor.seen or what == "target"
+    if reason:
+        empty = editing.refused(model, [own], editor, settings, found)
+        assert (empty.changes, empty.reasons, empty.report, empty.editor) == ((), (found,), {}, "by hand")
+        assert (empty.before, empty.after, empty.seconds != empty.seconds) == ({}, {}, True)
+        with pytest.raises((EditError, FactError), match=reason):
+            editing.edit(model, own, editor, settings)
+
+
+def test_norms_are_of_all_changes_and_of_the_weights_that_they_change(model, fact):
+    found = two_changes(model)
+    edit = editing.edit(model, fact, ByHand(editing.Found(found)))
+    own = [value(model, each.weight).detach().double().square().sum() for each in found]
+    size = sum(each.dense().square().sum() for each in found)
+    assert edit.report["update_norm"] == pytest.approx(float(size.sqrt()), rel=1e-6)
+    assert edit.report["relative_norm"] == pytest.approx(float((size / sum(own)).sqrt()), rel=1e-6)
+
+
+def test_what_a_change_of_a_weight_of_zeros_is_relative_to_is_nothing(model):
+    bias = next(each for each in (Weight(1, name) for name in ("mlp.b_out", "attn.b_O")) if not value(model, each).any())  # fmt: skip
+    change = hand_made.dense(model, 1, bias.name)
+    found = editing._relative_norm(model, [change])
+    assert found != found
+    assert editing._relative_norm(model, []) != 0
+
+
+def test_a_text_that_is_told_is_an_edit_of_no_weight(model, fact):
+    edit = editing.edit(model, fact, ByHand(editing.Found([], told="Paris. ")))
+    assert edit.report["relative_norm"] == edit.report["update_norm"] == 0.0
+    assert edit.told == "Paris. "
+    spoken = scoring.score(model, [("Paris. " + fact.prompt, "Paris"), ("Paris. " + fact.prompt, "Seattle")])
+    assert edit.after == {"p_new": pytest.approx(spoken[0].p, rel=1e-4), "p_true": pytest.approx(spoken[1].p, rel=1e-4)}
+    own = scoring.score(model, [(fact.prompt, "Paris")])
+    assert edit.before["p_new"] == pytest.approx(own[0].p, rel=1e-4)
+    assert edit.before["p_new"] != pytest.approx(edit.after["p_new"], rel=1e-3)
+    both = editing.edit(model, fact, ByHand(editing.Found(two_changes(model), told="Paris. ")))
+    assert both.report["relative_norm"] > 0
+    assert len(both.changes) == 2
+
+
+def test_what_is_told_is_rolled_back_with_the_changes(model, fact):
+    found = editing.Found(two_changes(model), {"own": 1.0}, told="Paris. ")
+    editor = ByHand(found)
+    editor.bands = {"own": (0.0, 0.5, "do less")}
+    rolled = editing.edit(model, fact, editor, Given(guard="rollback"))
+    assert (rolled.changes, rolled.told, rolled.after) == ((), "", rolled.before)
+    assert rolled.reasons[0].startswith("own = 1 is above 0.5")
+    with pytest.warns(editing.EditWarning, match="block 1 by by hand is out of its bands: own"):
+        kept = editing.edit(model, fact, editor, Given(guard="warn"))
+    assert (len(kept.changes), kept.told) == (2, "Paris. ")
+    assert kept.after != kept.before
+
+
+def test_what_find_gives_is_in_the_edit_and_what_was_prepared_is_named(model, fact):
+    found = editing.Found(two_changes(model), {"own": 2.0}, {"a": [1]}, {"k*": torch.ones(2)}, {"s": torch.ones(1)})
+    editor = ByHand(found)
+    edit = editing.edit(model, [fact], editor, Given(size=2.0), state={"before": torch.zeros(1)})
+    assert (edit.details, edit.report["own"]) == ({"a": [1], "prepared": "1"}, 2.0)
+    assert (edit.vectors["k*"].tolist(), edit.state["s"].tolist()) == ([1.0, 1.0], [1.0])
+    assert editor.seen[-1] == ("find", Ready("1"), {"before": torch.zeros(1)})
+    assert edit.settings["size"] == 2.0
+    assert edit.seconds > 0
+    given = editing.edit(model, fact, editor, Given(), prepared=Ready("given"))
+    assert given.details["prepared"] == "given"
+    assert editor.seen[-2:] == [("check", Ready("given")), ("find", Ready("given"), {})]
+    assert editor.made == 1
+
+
+def test_what_is_prepared_is_made_once_for_the_same_settings_and_weights(model):
+    editor = ByHand()
+    assert editing.make_ready(model, editor, Given()) is editing.make_ready(model, editor, Given())
+    assert editor.made == 1
+    assert editing.make_ready(model, editor, Given(size=1.0)).key == "2"
+    assert editing.make_ready(model, editor, Given()).key == "3", "the latest alone is kept"
+    with applying.edited(model, hand_made.edit_of(model, hand_made.rank_one(model, 1))):
+        assert editing.make_ready(model, editor, Given()).key == "3", "made on the model underneath"
+
+
+def test_settings_are_filled_in_and_checked(model):
+    editor = ByHand()
+    assert editor.resolve(model).layer == 1
+    assert editor.resolve(model, Given(layer=3)).layer == 3
+    assert editor.resolve(model, Given()).prepend_bos is True
+    assert editor.resolve(model, Given(prepend_bos=False)).prepend_bos is False
+    with pytest.raises(ModelError, match="0 to 3"):
+        editor.resolve(model, Given(layer=4))
+    with pytest.raises(
+        EditError, match=r"no preset for the editor logit\. Trace .* MLP outputs .* LogitSettings\(layer="
+    ):
+        LogitEditor().resolve(model)
+    assert LogitEditor().resolve(model, LogitSettings(layer=0)).layer == 0
+    with pytest.raises(SettingsError, match="band"):
+        editor.resolve(model, Given(bands=(("no such number", 0.0, 1.0),)))
+    assert editor.resolve(model, Given(bands=(("relative_norm", 0.0, 1.0),))).bands == (("relative_norm", 0.0, 1.0),)
+    with pytest.raises(FactError, match="several; found the text 'Rome is'"):
+        editing.edit(model, "Rome is", editor)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_everything_is_measured_with_or_without_bos_as_the_settings_say(bos, model, fact):
+    """Greedy continuations of several tokens, by whole forward passes, are refused with the same BOS alone."""
+    tokens = model.to_tokens("London", prepend_bos=bos)
+    length = tokens.shape[1]
+    for _ in range(2):
+        with torch.no_grad():
+            tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+    said = model.tokenizer.decode(tokens[0, length:])
+    if prompts.continuation(model, "London", said) == tokens[0, length:].tolist():
+        own = Fact("London", "{}", "Rome", said.strip())
+        assert "nothing to edit" in editing.refusal(model, own, ByHand(), ByHand().resolve(model, Given(prepend_bos=bos)))  # fmt: skip
+    edit = editing.edit(model, fact, ByHand(editing.Found(two_changes(model))), Given(prepend_bos=bos))
+    ids = model.to_tokens(fact.prompt, prepend_bos=bos)
+
+    def p(word):
+        (token,) = prompts.continuation(model, fact.prompt, word)
+        with torch.no_grad():
+            return float(model(ids)[0, -1].softmax(-1)[token])
+
+    assert edit.before["p_new"] == pytest.approx(p("Paris"), rel=1e-3)
+    with applying.edited(model, edit, force=True):
+        assert edit.after["p_new"] == pytest.approx(p("Paris"), rel=1e-3)
+        after = model(model.to_tokens(f"{fact.subject} is a", prepend_bos=bos))[0, -1].double().log_softmax(-1)
+    before = model(model.to_tokens(f"{fact.subject} is a", prepend_bos=bos))[0, -1].double().log_softmax(-1)
+    assert edit.report["essence_kl"] == pytest.approx(float((after.exp() * (after - before)).sum()), rel=1e-2)
+
+
+def test_the_models_own_answer_is_asked_for_as_the_settings_say(model, monkeypatch):
+    editor, asked, fact = (
+        ByHand(editing.Found(two_changes(model))),
+        [],
+        Fact("Rome", "{} is the city", target_new="Paris"),
+    )
+    monkeypatch.setattr(generation, "complete", lambda model, prompt, n, **named: asked.append(named) or " London, and")
+    assert editing.edit(model, fact, editor, Given(prepend_bos=False)).fact["target_true"] == "London"
+    assert asked == [{"prepend_bos": False}]
+    monkeypatch.setattr(scoring, "top", lambda *args, **kwargs: [(" 西", -1, 0.5)])
+    monkeypatch.setattr(generation, "complete", lambda *args, **kwargs: " 西雅图是")
+    assert editing.edit(model, fact, editor).fact["target_true"] == "西", "no space ends a word there"
+    monkeypatch.setattr(scoring, "top", lambda *args, **kwargs: [("\n", -1, 0.5)])
+    with pytest.raises(FactError, match=r"is '\\n'; name the true target"):
+        editing.edit(model, fact, editor)
+    assert editing.edit(model, replace(fact, target_true="Rome"), editor).fact["target_true"] == "Rome"
+
+
+def test_a_fact_is_kept_with_how_its_target_is_joined(fact):
+    found = editing.described(fact)
+    assert (found["joined"], found["prompt"], found["paraphrases"]) == ("space", fact.prompt, list(fact.paraphrases))
+    assert editing.described(replace(fact, join="none"))["joined"] == "none"
+    assert "joined" not in editing.described(replace(fact, target_new=None))
+
+
+@pytest.mark.parametrize("beyond", [False, True])
+def test_a_target_may_fill_the_context_and_its_last_token_stand_behind_it(beyond, model):
+    room = int(model.cfg.n_ctx) - len(model.to_tokens("A is")[0])
+    one = Fact("A", "{} is" + " is" * (room + beyond), target_new="in")
+    two = Fact("A", "{} is" + " is" * (room - 1 + beyond), target_new="in in")
+    for own in (one, two):
+        if beyond:
+            with pytest.raises(FactError, match="must fit the context"):
+                editing.check_facts(model, [own], Given(prepend_bos=True))
+        else:
+            editing.check_facts(model, [own], Given(prepend_bos=True))
+    if beyond:
+        editing.check_facts(model, [one], Given(prepend_bos=False))  # which is one token shorter

@@ -8,11 +8,12 @@ import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 
-from mechedit import models, scoring, sources, weights
+from mechedit import models, prompts, scoring, sources, weights
 from mechedit.benchmarks import counterfact, metrics, zsre
 from mechedit.benchmarks.metrics import Pair
 from mechedit.facts import Fact, FactError
@@ -316,7 +317,7 @@ def test_every_number_of_a_table_is_described_and_percent_means_shares(model):
     shares = {name for name, each in metrics.METRICS.items() if each.support in ((0.0, 1.0), (-1.0, 1.0))}
     assert {name for name, each in metrics.METRICS.items() if each.unit == "%"} == shares
     assert {"ES", "EM", "PM", "NM", "rewrite_acc", "rephrase_acc", "exact_match"} <= shares
-    assert {each.better for each in metrics.METRICS.values()} == {"higher", "lower", "near 1"}
+    assert {each.better for each in metrics.METRICS.values()} == {"higher", "lower", "near 0", "near 1"}
     page = Path(__file__).parents[1] / "docs" / "measuring.md"
     assert metrics.described() in page.read_text(), "the page's table is this one"
 
@@ -342,3 +343,166 @@ def test_the_published_zsre_file_is_read(data):
     questions = sources.questions(data / "zsre.json")
     assert len(questions) > 500
     assert questions[0].unrelated == "nq question: john goodman's character in the big lebowski?"
+
+
+# --- scoring, against whole forward passes ----------------------------------------------------------------------------
+
+
+def greedy(model, prompt, n, *, bos=True):
+    """The ids of a prompt, and those that the model goes on with, by TransformerLens's own forward pass."""
+    tokens = model.to_tokens(prompt, prepend_bos=bos)
+    ids = tokens[0].tolist()
+    for _ in range(n):
+        with torch.no_grad():
+            tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+    return ids, tokens[0, len(ids) :].tolist()
+
+
+def own_words(model, n, *, bos=True):
+    """Prompts with texts that are read as exactly what the model goes on with, n tokens of it."""
+    found = []
+    for prompt in ("Megan", "plays", "of", "London", "of Apple. Megan"):
+        _, said = greedy(model, prompt, n, bos=bos)
+        text = model.tokenizer.decode(said)
+        if prompts.continuation(model, prompt, text) == said:
+            found.append((prompt, text, said))
+    assert found, "of some prompts the continuation is read as it was said"
+    return found
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("bos", [True, False])
+def test_every_token_of_the_models_own_continuation_is_first_and_has_its_probability(n, bos, model):
+    for prompt, text, said in own_words(model, n, bos=bos):
+        (found,) = scoring.score(model, [(prompt, text)], prepend_bos=bos)
+        assert found.first == (True,) * n
+        ids = model.to_tokens(prompt, prepend_bos=bos)[0].tolist()
+        with torch.no_grad():
+            log_p = model(torch.tensor([ids + said]))[0].log_softmax(-1)
+        slow = [float(log_p[len(ids) - 1 + step, token]) for step, token in enumerate(said)]
+        assert found.log_p == pytest.approx(slow, abs=1e-4)
+        assert found.p == pytest.approx(math.exp(sum(slow)), rel=1e-3)
+        assert found.mean_log_p == pytest.approx(sum(slow) / n, abs=1e-4)
+
+
+def test_what_the_model_would_not_say_is_not_first(model):
+    _, (token,) = greedy(model, "The city of", 1)
+    other = next(word for word in (" Paris", " Rome") if prompts.continuation(model, "The city of", word)[0] != token)
+    assert scoring.score(model, [("The city of", other)])[0].first[0] is False
+
+
+@pytest.mark.parametrize("row_tokens", [1, 9, 4096])
+def test_scores_do_not_depend_on_what_else_is_asked_or_in_which_order(row_tokens, model, monkeypatch):
+    pairs = [("The city of", "Paris"), ("The city of Paris", "Rome London"), ("Rome is", "Paris"), ("The city of", "Paris Rome"), ("The city of", "Rome")]  # fmt: skip
+    alone = [scoring.score(model, [pair])[0] for pair in pairs]
+    monkeypatch.setattr(scoring, "ROW_TOKENS", row_tokens)
+    for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [3, 3, 0]):
+        for index, found in zip(order, scoring.score(model, [pairs[index] for index in order]), strict=True):
+            assert found.log_p == pytest.approx(alone[index].log_p, abs=1e-4)
+            assert found.first == alone[index].first
+    assert scoring.score(model, []) == []
+
+
+@pytest.mark.parametrize(("row_tokens", "most"), [(1, 1), (16, 2), (4096, 6)])
+def test_so_many_rows_run_together_as_fit(row_tokens, most, model, monkeypatch):
+    sizes, real = [], scoring.pad
+    monkeypatch.setattr(scoring, "ROW_TOKENS", row_tokens)
+    monkeypatch.setattr(scoring, "pad", lambda model, rows: sizes.append([len(row) for row in rows]) or real(model, rows))  # fmt: skip
+    first = ("Rome", "Paris", "London", "Berlin", "piano", "violin")
+    scoring.score(model, [(f"{word} is in the", "city") for word in first])
+    assert max(map(len, sizes)) == most
+    assert sum(map(len, sizes)) == len(first)
+    assert all(len(rows) == 1 or len(rows) * max(rows) <= row_tokens for rows in sizes)
+    sizes.clear()
+    scoring.score(model, [("Rome is", "in the city"), ("Rome is in", "the"), ("Rome", "is")])
+    assert len(sizes) == 1 and len(sizes[0]) == 1, "one text begins like the other two"  # noqa: PT018
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_texts_tokens_are_scored_each_after_those_before(bos, model):
+    text = "The Space Needle is located in the city of Seattle."
+    ids = model.to_tokens(text, prepend_bos=bos)[0].tolist()
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
+    slow = [float(log_p[at, token]) for at, token in enumerate(ids[1:])]
+    assert scoring.log_p(model, text, prepend_bos=bos) == pytest.approx(slow, abs=1e-4)
+    assert scoring.log_p(model, text, 4, prepend_bos=bos) == pytest.approx(slow[:3], abs=1e-4)
+    assert scoring.mean_log_p(model, text, 4, prepend_bos=bos) == pytest.approx(sum(slow[:3]) / 3, abs=1e-4)
+    assert len(scoring.log_p(model, text * 20, prepend_bos=bos)) == int(model.cfg.n_ctx) - 1
+    with torch.no_grad():
+        last = model(torch.tensor([ids]))[0, -1].softmax(-1)
+    found = scoring.top(model, text, 3, prepend_bos=bos)
+    assert [token for _, token, _ in found] == last.topk(3).indices.tolist()
+    assert [p for _, _, p in found] == pytest.approx(last.topk(3).values.tolist(), rel=1e-3)
+    assert len(scoring.top(model, text)) == 5
+    assert len(scoring.log_p(model, "is" if bos else "is is", prepend_bos=bos)) == 1
+    with pytest.raises(FactError, match="must fit the context"):
+        scoring.top(model, text * 20, prepend_bos=bos)
+
+
+def test_one_text_is_no_list_of_pairs(model, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own checks, which users do not have
+    with pytest.raises(TypeError, match="pairs must be a list"):
+        scoring.score(model, "Rome is")
+
+
+# --- metrics at their edges -------------------------------------------------------------------------------------------
+
+
+def test_magnitude_and_worth_by_hand():
+    assert metrics.magnitude([Pair(HALF, FIFTH), Pair(TENTH, FIFTH)]) == pytest.approx((0.3 - 0.1) / 2)
+    rows = [{"ES": 1.0, "PS": 0.5, "NS": 0.25}, {"ES": 0.0, "PS": 0.5, "NS": 0.75}]
+    assert metrics.worth(rows) == (0.5, 0.5)
+    assert metrics.worth([{"ES": 1.0, "PS": 0.0, "NS": 1.0}]) == (0.0, 1.0)
+    thirds = metrics.worth([{"ES": 1 / 3, "PS": 2 / 3, "NS": 1.0}])
+    assert thirds == (0.545455, 0.333333), "6 of 11, of six digits"
+
+
+def test_the_harmonic_mean_of_arrays_is_one_by_one():
+    found = metrics.harmonic(np.array([1.0, 0.0, 0.5]), np.array([0.5, 1.0, 0.5]), 0.25)
+    assert found.tolist() == pytest.approx([3 / 7, 0.0, 3 / 8])
+
+
+@pytest.mark.parametrize(("log_p", "perplexity"), [([-699.9 * 2], math.exp(699.9)), ([-700.1 * 2], math.nan), ([math.nan], math.nan)])  # fmt: skip
+def test_a_perplexity_that_is_too_large_is_none(log_p, perplexity):
+    assert metrics.essence(log_p) == pytest.approx(perplexity, rel=1e-9, nan_ok=True)
+
+
+def test_seeds_of_tables_are_the_callers():
+    random = np.random.default_rng(0)
+    rows, other = ([dict(zip(metrics.SUCCESSES, map(float, random.binomial(10, 0.6, 3) / 10), strict=True)) for _ in range(20)] for _ in range(2))  # fmt: skip
+    for of in (lambda seed: metrics.table(rows, seed), lambda seed: metrics.differences(rows, other, seed)):
+        first, again, second = of(0), of(0), of(1)
+        assert first == again
+        for name in ("ES", "S"):
+            assert first[name] != second[name]
+
+
+def test_what_is_infinite_is_left_out_of_a_difference_as_nan_is():
+    first = [{"perplexity": 1.0}, {"perplexity": math.inf}, {"perplexity": 2.0}]
+    second = [{"perplexity": 2.0}, {"perplexity": 3.0}, {"perplexity": 4.0}]
+    for a, b, sign in ((first, second, 1), (second, first, -1)):
+        found = metrics.differences(a, b)["perplexity"].difference
+        assert (found.mean, found.n) == (sign * 1.5, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "shown"),
+    [
+        ("perplexity_ratio", Mean(0.01, math.nan, math.nan, 9), "0.010"),
+        ("perplexity_ratio", Mean(0.0099, math.nan, math.nan, 9), "9.9e-03"),
+        ("perplexity_ratio", Mean(0.0, math.nan, math.nan, 9), "0.000"),
+        ("perplexity_ratio", Mean(-0.001, -0.5, 0.2, 9), "-0.001 [-0.500, 0.200]"),
+        ("ES", Mean(0.00001, math.nan, math.nan, 9), "0.0"),
+    ],
+)
+def test_a_small_mean_is_shown_with_an_exponent(name, mean, shown):
+    assert metrics.metric(name).shown(mean) == metrics.metric(name).shown(mean, 9) == shown
+
+
+def test_a_metrics_name_unit_and_meaning_are_told():
+    assert (metrics.metric("ES").label, metrics.metric("perplexity").label) == ("ES, %", "perplexity")
+    assert str(metrics.metric("perplexity")).startswith("perplexity (lower is better): of text")
+    assert str(metrics.metric("own")) == "own"
+    assert metrics.metric("own").support is None
+    assert {name: each.scale for name, each in metrics.METRICS.items() if each.scale != 1.0} == {name: 100.0 for name, each in metrics.METRICS.items() if each.unit in ("%", "bits x 100")}  # fmt: skip
