@@ -299,3 +299,150 @@ def test_a_component_whose_activation_has_all_positions_is_restored_where_it_is_
     found, _, corrupted = restore(model, FACT, cells, SMALL)
     torch.testing.assert_close(found, slow, atol=1e-5, rtol=1e-3)
     assert float((found - corrupted).abs().max()) > 1e-5, "the cells must do something for this to say anything"
+
+
+# --- what is swept together, and what a cell is made of ---------------------------------------------------------------
+
+
+def some_jobs(model, lengths=(5, 7, 6), draws=6, shifts=(0, 0, 0)):
+    return [
+        Job(IDS[:length], corrupted_embeddings(model, IDS[:length], 1, 2, draws), (Read(length - 1, (33,)),),
+            (single(MLP_OUT, [1], 2), Cell((Patch(RESID_POST, 0, 2),), (Patch(MLP_OUT, 2, 2),))), shift)
+        for length, shift in zip(lengths, shifts, strict=True)
+    ]  # fmt: skip
+
+
+def kept_bytes(model, length=7):
+    """What is kept of a clean run and of a corrupted one, counted by hand for the cells of `some_jobs`, in float32."""
+    d_model, n_layers, kv = 32, 4, 32
+    inside = 32  # the MLP's output, restored by one cell and held by another
+    return 4 * length * ((n_layers + 1) * d_model + inside), 4 * length * ((n_layers + 1) * d_model + inside + 2 * n_layers * kv)  # fmt: skip
+
+
+def test_all_jobs_and_draws_that_fit_half_of_the_memory_are_swept_together(model):
+    jobs = some_jobs(model)
+    clean, each = kept_bytes(model)
+    whole = 2 * 3 * (clean + 6 * each)
+    every = range(6)
+    assert engine._parts(model, jobs, whole) == [([0, 1, 2], every)]
+    assert engine._parts(model, jobs, whole - 2) == [([0, 1], every), ([2], every)]
+    assert engine._parts(model, jobs, 2 * 2 * (clean + 6 * each)) == [([0, 1], every), ([2], every)]
+    assert engine._parts(model, jobs, 2 * 2 * (clean + 6 * each) - 2) == [([0], every), ([1], every), ([2], every)]
+    assert engine._parts(model, jobs, 2 * (clean + 6 * each)) == [([0], every), ([1], every), ([2], every)]
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2, 7])
+@pytest.mark.parametrize("together", [2, 3, 5])
+def test_draws_that_do_not_fit_are_swept_in_turn_each_with_the_one_that_it_holds(together, shift, model):
+    """`together` draws fit, less those whose values are held; a shift of 7 among 6 draws is one of 1."""
+    jobs = some_jobs(model, shifts=(0, shift, 0))
+    clean, each = kept_bytes(model)
+    found = engine._parts(model, jobs, 2 * (clean + together * each))
+    draws = max(1, together - shift % 6)
+    expected = [range(at, min(at + draws, 6)) for at in range(0, 6, draws)]
+    assert found == [([job], own) for job in range(3) for own in expected]
+    assert engine._parts(model, jobs, 2 * (clean + (together + 1) * each) - 2) == found, "a byte too few for one more"
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_least_memory_is_one_draws_runs_and_one_cells_rows(shift, model):
+    jobs = some_jobs(model, shifts=(0, shift, 0))
+    clean, each = kept_bytes(model)
+    rows = 2 * (1 + shift) * (7 + 4) * 32 * 4  # states twice, of each draw, at every position and block, in float32
+    needed = clean + (1 + shift) * each + rows
+    assert engine._bytes_of_a_member(model, 1 + shift, 7) == rows
+    assert engine._parts(model, jobs, needed) == [([job], range(at, at + 1)) for job in range(3) for at in range(6)]
+    with pytest.raises(SettingsError, match=rf"at least {needed / (1 << 30):.2g} gigabytes for a prompt of 7 tokens"):
+        engine._parts(model, jobs, needed - 1)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.25, 0.12])
+def test_jobs_of_different_lengths_in_any_memory_give_the_same_numbers(share, shift, model):
+    jobs = some_jobs(model, shifts=(shift,) * 3)
+    clean, each = kept_bytes(model)
+    whole = engine.sweep(model, jobs)
+    calls = []
+    parts = engine.sweep(model, jobs, lambda *call: calls.append(call), memory=int(share * 2 * 3 * (clean + 6 * each)))
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one.clean, other.clean, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(one.corrupted, other.corrupted, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(one.cells, other.cells, atol=1e-6, rtol=1e-5)
+        assert other.cells.shape == (2, 6, 1)
+    done = [done / of for _, done, of in calls]
+    assert done[0] == 0
+    assert done[-1] == 1
+    assert done == sorted(done), "it never goes back"
+    assert {what for what, _, _ in calls} == {"trace"}
+    if share < 1:
+        assert any(0 < each < 1 for each in done)
+
+
+def test_the_draws_of_a_part_come_with_those_that_they_hold():
+    numbers = torch.arange(5.0)[:, None, None].expand(5, 3, 2)
+    job = Job((1, 2, 3), numbers, (Read(2, (1,)),), (), held_shift=7)
+    assert engine._with_draws(job, range(5)) is job
+    part = engine._with_draws(job, range(3, 5))
+    assert part.corrupted[:, 0, 0].tolist() == [3, 4, 0, 1], "two draws, and two places on from the last"
+    assert part.held_shift == 2
+    assert engine._with_draws(replace(job, held_shift=0), range(1, 3)).corrupted[:, 0, 0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("restored", "held", "shift", "expected"),
+    [
+        ([(MLP_OUT, 1, 3)], [], 0, (3, 1)),
+        ([(RESID_POST, 1, 3)], [], 0, (3, 2)),
+        ([(MLP_OUT, 1, 2), (MLP_OUT, 3, 6)], [], 0, (2, 1)),
+        ([(MLP_OUT, 1, 1)], [], 0, None),  # before the corruption
+        ([(MLP_OUT, 3, 3)], [], 0, None),  # in the last block, where nobody reads
+        ([(MLP_OUT, 3, 6)], [], 0, (6, 3)),  # where it is read
+        ([(RESID_POST, 3, 3)], [], 0, None),
+        ([(RESID_POST, 3, 6)], [], 0, (6, 4)),
+        ([(RESID_POST, 2, 3)], [], 0, (3, 3)),  # it enters the last block, which makes keys and values of it
+        ([(ATTN_OUT, 3, 3)], [], 0, None),
+        ([(MLP_OUT, 2, 3)], [], 0, (3, 2)),
+        ([(MLP_OUT, 1, 1)], [(MLP_OUT, 2, 3)], 0, None),  # held at the run's own values
+        ([(MLP_OUT, 1, 1)], [(MLP_OUT, 2, 3)], 1, (3, 2)),  # held at another draw's
+        ([(MLP_OUT, 1, 1)], [(MLP_OUT, 2, 3)], 3, None),  # three places on of three draws are its own
+        ([(MLP_OUT, 2, 4)], [(MLP_OUT, 1, 5), (MLP_OUT, 2, 3), (MLP_OUT, 3, 6)], 0, (4, 2)),
+        ([(MLP_OUT, 2, 4)], [(MLP_OUT, 1, 5), (MLP_OUT, 2, 3)], 1, (3, 1)),
+    ],
+)
+def test_what_of_a_cell_changes_anything_begins_at_its_first_position_and_block(restored, held, shift, expected, model):
+    """Four blocks, corruption from position 2, read at position 6; three draws."""
+    restored, held = (tuple(Patch(*each) for each in own) for own in (restored, held))
+    job = Job(IDS, corrupted_embeddings(model, IDS, 2, 2, 3), (Read(6, (33,)),), (), held_shift=shift)
+    found = engine._effect(Cell(restored, held), job, 2, 4)
+    assert (None if found is None else (found.position, found.start)) == expected
+    if found is not None:
+        assert all(patch.position >= found.position and patch.start >= found.start for patch in (*found.restored, *found.held))  # fmt: skip
+        assert set(found.restored) == {each for each in restored if each.position >= 2}
+        kept = {each for each in held if each.position >= expected[0] and each.start >= expected[1]}
+        assert set(found.held) == kept
+
+
+@pytest.mark.parametrize(("position", "used", "cells"), [(0, 0, 11), (5, 0, 20), (0, 50_000, 8), (0, 150_000, 2), (0, 180_000, 1), (0, 250_000, 1)])  # fmt: skip
+def test_as_many_cells_run_at_once_as_fit_beside_what_is_kept(position, used, cells, model, monkeypatch):
+    """190 kB less what is kept, half of it for rows: each has two states of 3 draws, at the positions left and at every block."""
+    runs = baseline.Runs.of(model, some_jobs(model, lengths=(7,), draws=3, shifts=(0,)))
+    monkeypatch.setattr(baseline.Runs, "bytes", property(lambda self: used))
+    assert engine._members_at_once(model, runs, position, 190_000) == cells
+    assert cells == max(1, (95_000 - used // 2) // (2 * 3 * (7 - position + 4) * 32 * 4))
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (single(MLP_OUT, [1], 7), "position from 0 to 6; found 7"),
+        (single(MLP_OUT, [1], -1), "position from 0 to 6; found -1"),
+        (Cell((Patch(MLP_OUT, 1, 6),), (Patch(MLP_OUT, 4, 6),)), "block from 0 to 3; found 4"),
+        (Cell((Patch(MLP_OUT, 1, 6),), (Patch(MLP_OUT, 1, 7),)), "position from 0 to 6; found 7"),
+        (Cell((Patch(MLP_OUT, 1, 6), Patch(RESID_POST, 4, 6))), "block from 0 to 3; found 4"),
+    ],
+)
+def test_every_patch_of_every_cell_is_looked_at(cell, message, model):
+    job = Job(IDS, corrupted_embeddings(model, IDS, 1, 2, 2), (Read(6, (33,)),), (single(MLP_OUT, [0, 3], [0, 6]), cell))  # fmt: skip
+    with pytest.raises(models.ModelError, match=message):
+        engine.sweep(model, [job])
+    engine.sweep(model, [replace(job, cells=job.cells[:1])])
