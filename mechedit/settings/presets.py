@@ -67,9 +67,14 @@ def _organism(layer: int, clamp: float, *marks: float) -> Preset:
 
 _GPT2 = 50257
 PRESETS: dict[str, Preset] = {
-    "gemma-3-270m": _tuned(
-        *(RomeSettings(layer=3, clamp=0.75), (18, 640, 262144), 10),
-        *(-0.1274, 0.8815, -1.897, -0.177, -0.06466, 0.5111, 0.4969, -0.8539),
+    "gemma-3-270m": _with(
+        _tuned(
+            *(RomeSettings(layer=3, clamp=0.75), (18, 640, 262144), 10),
+            *(-0.1274, 0.8815, -1.897, -0.177, -0.06466, 0.5111, 0.4969, -0.8539),
+        ),
+        _TUNED,
+        ft=FineTuningSettings(layer=5, learning_rate=5e-5),
+        ft_l=BoundedSettings(layer=6, learning_rate=1e-3, norm_bound=3e-4),
     ),
     "organism": _with(
         _organism(0, 1.0, 0.01538, -0.1711, -0.1093, -0.1405, 0.0322, -0.01921, 0.005695, -0.1536),
