@@ -1,10 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+import jaxtyping
 import pytest
 import torch
 
+from mechedit import files
+from mechedit.corruption import Statistics
 from mechedit.facts import Fact
 from mechedit.files import FileError
 from mechedit.settings import SettingsError, TraceSettings
@@ -106,3 +109,80 @@ def test_severed_curves_survive_their_file(model, fact, tmp_path):
     path.write_bytes(first[:-3])
     with pytest.raises(FileError):
         Severed.load(path)
+
+
+def test_two_draws_have_another_and_one_is_enough_where_draws_are_shared(model, fact):
+    for shared in (True, False):
+        assert severed(model, fact, replace(SMALL, draws=2), shared_draws=shared).curves["mlp"].shape == (4, 2)
+    assert severed(model, fact, replace(SMALL, draws=1)).curves["mlp"].shape == (4, 1)
+    with pytest.raises(SettingsError, match="at least 2 draws; there is 1"):
+        severed(model, fact, replace(SMALL, draws=1), shared_draws=False)
+
+
+def test_what_is_said_beside_the_curves_is_of_plain_runs(model, fact):
+    found, prepared = severed(model, fact, SMALL, role="subject_first"), prepare(model, fact, SMALL)
+    (answer,) = prepared.answer_ids
+    with torch.no_grad():
+        clean = model(torch.tensor([list(prepared.ids)]))[0, -1].softmax(-1)[answer]
+        corrupting = ("hook_embed", lambda activation, hook: prepared.corrupted)
+        tokens = torch.tensor([list(prepared.ids)] * 3)
+        corrupted = model.run_with_hooks(tokens, fwd_hooks=[corrupting])[:, -1].softmax(-1)[:, answer]
+    assert found.p_clean == pytest.approx(float(clean), rel=1e-3)
+    assert found.p_corrupted == pytest.approx(float(corrupted.mean()), rel=1e-3)
+    assert found.position == prepared.prompt.subject[0]
+    assert (found.role, found.prompt, found.subject) == ("subject_first", fact.prompt, fact.subject)
+    assert (found.shared_draws, found.settings.draws) == (True, 3)
+    said = found.to_json()
+    for name, curve in found.curves.items():
+        assert said["curves"][name] == pytest.approx([sum(row) / 3 for row in curve.tolist()])
+    assert said["settings"]["draws"] == 3
+    assert severed(model, fact, SMALL, shared_draws=False).shared_draws is False
+
+
+def test_embeddings_statistics_that_are_given_say_how_large_the_noise_is(model, fact):
+    small = Statistics(1e-6, "nothing to speak of")
+    quiet = severed(model, fact, SMALL, statistics=small)
+    assert quiet.p_corrupted == pytest.approx(quiet.p_clean, rel=1e-3)
+    assert quiet.corrupted_by == "gaussian noise, sigma of nothing to speak of"
+    loud = severed(model, fact, SMALL)
+    assert loud.corrupted_by == "gaussian noise, sigma of vocabulary"
+    assert abs(loud.p_corrupted - loud.p_clean) > 1e-3 * loud.p_clean
+
+
+def test_progress_is_told(model, fact):
+    calls = []
+    severed(model, fact, SMALL, progress=lambda *call: calls.append(call))
+    assert calls
+    assert calls[-1][1] == calls[-1][2]
+
+
+SPOILT = {
+    "a curve less": lambda curves, record: curves.pop("mlp"),
+    "whole numbers": lambda curves, record: curves.update(attn=torch.ones(4, 3, dtype=torch.int64)),
+    "one number": lambda curves, record: curves.update(ordinary=torch.tensor(1.0)),
+    "no draws apart": lambda curves, record: curves.update(ordinary=torch.ones(4)),
+    "three axes": lambda curves, record: curves.update(mlp=torch.ones(4, 3, 1)),
+    "no layers": lambda curves, record: curves.update(mlp=torch.ones(0, 3)),
+    "no draws": lambda curves, record: curves.update(mlp=torch.ones(4, 0)),
+    "unknown settings": lambda curves, record: record["settings"].update(new=1),
+    "settings that cannot be": lambda curves, record: record["settings"].update(draws=-1),
+    "something more": lambda curves, record: record.update(new=1),
+    "a position of text": lambda curves, record: record.update(position="3"),
+    "a probability of text": lambda curves, record: record.update(p_clean="high"),
+    "a truth value that is none": lambda curves, record: record.update(shared_draws=1),
+    "no model's name": lambda curves, record: record.update(origin={}),
+} | {f"no {name}": lambda curves, record, name=name: record.pop(name) for name in ("prompt", "subject", "answer", "position", "role", "p_clean", "p_corrupted", "settings", "shared_draws", "corrupted_by", "origin", "versions")}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_file_that_holds_what_no_curves_are_is_refused(name, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own checks, which users do not have
+    curves = {name: torch.rand(4, 3) for name in ("ordinary", "mlp", "attn")}
+    record = {"prompt": "Rome is", "subject": "Rome", "answer": " in", "position": 1, "role": "last", "p_clean": 0.5, "p_corrupted": 0.1, "settings": asdict(SMALL), "shared_draws": True, "corrupted_by": "noise", "origin": {"name": "tiny"}, "versions": {}}  # fmt: skip
+    path = files.write(tmp_path / "severed", "severed", curves, record)
+    loaded = Severed.load(path)
+    assert torch.equal(loaded.curves["mlp"], curves["mlp"])
+    assert (loaded.settings, loaded.p_clean) == (SMALL, 0.5)
+    SPOILT[name](curves, record)
+    with pytest.raises(FileError, match="lacks something, or has what is not known"):
+        Severed.load(files.write(path, "severed", curves, record))
