@@ -98,3 +98,55 @@ def test_what_is_no_number_has_no_norm():
         assert not norm([change]) < 1e30
     huge = RankOneEdit(1, torch.full((6,), 1e200, dtype=torch.float64), torch.full((4,), 1e200, dtype=torch.float64))
     assert norm([huge]) == float("inf")
+
+
+def test_what_a_sum_is_not_of_is_told_in_order():
+    many = [Dense(Weight(layer, "mlp.W_out"), random(6, 4)) for layer in (7, 3, 5, 1, 6, 2)]
+    named = ", ".join(rf"mlp.W_out of block {layer} \[6, 4\]" for layer in (1, 2, 3, 5, 6, 7))
+    with pytest.raises(ChangeError, match=f"found {named}"):
+        total(many)
+
+
+def test_one_weights_changes_have_an_inner_product_only_in_one_shape():
+    with pytest.raises(ChangeError, match=r"found \[6, 4\] and \[4, 6\]"):
+        Dense(WEIGHT, random(6, 4)).inner(Dense(WEIGHT, random(4, 6)))
+
+
+def test_the_norm_of_every_mixture_of_changes_is_that_of_their_sums():
+    kinds = [*each_kind(), (Dense(Weight(0, "mlp.W_out"), one := random(3, 3)), one.double())]
+    for first, a in kinds:
+        for second, b in kinds:
+            together = (a + b).norm() if first.weight == second.weight else (a.norm() ** 2 + b.norm() ** 2).sqrt()
+            assert norm([first, second]) == pytest.approx(float(together))
+    weights = list(by_weight([change for change, _ in kinds]))
+    assert weights == [Weight(0, "mlp.W_out"), WEIGHT]
+
+
+@pytest.mark.parametrize("index", [[], [0], [5], [5, 0, 3]])
+def test_rows_are_of_a_height_and_may_be_none(index):
+    values = random(len(index), 4)
+    change = Rows(WEIGHT, torch.tensor(index, dtype=torch.int64), values, 6)
+    expected = torch.zeros(6, 4, dtype=torch.float64)
+    for at, row in zip(index, values, strict=True):
+        expected[at] = row.double()
+    assert torch.equal(change.dense(), expected)
+    assert (change.numbers(), set(change.tensors())) == ({"height": 6}, {"index", "values"})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LowRank(WEIGHT, random(6), random(2, 4)),
+        lambda: LowRank(WEIGHT, random(2, 6), random(2)),
+        lambda: Rows(WEIGHT, torch.tensor([[1]]), random(1, 4), 6),
+        lambda: Rows(WEIGHT, torch.tensor([1]), random(1), 6),
+        lambda: Rows(WEIGHT, torch.tensor([-1]), random(1, 4), 6),
+        lambda: Rows(WEIGHT, torch.tensor([6]), random(1, 4), 6),
+        lambda: Dense(WEIGHT, random(6)),
+        lambda: Dense(WEIGHT, random(6, 4, 1)),
+    ],
+)
+def test_parts_of_other_axes_or_beyond_the_height_are_told(make, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own checks, which users do not have
+    with pytest.raises(ChangeError, match=r"found \["):
+        make()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mechedit import corruption, models, prompts
-from mechedit.corruption import CorruptionError, Noise, Statistics, corrupt, needed, partner, statistics
+from mechedit.corruption import CorruptionError, Noise, Statistics, corrupt, generator, needed, partner, statistics
 from mechedit.facts import Fact
 from mechedit.settings import CORRUPTIONS, SCALES, TraceSettings
 from mechedit.tracing import prepare, trace
@@ -256,3 +256,16 @@ def test_noise_of_ones_own_is_used_and_checked(model):
         trace(model, FACT, SMALL, family=bad)
     with pytest.raises(CorruptionError, match="noise must be a tensor"):
         trace(model, FACT, SMALL, family=lambda noise: 3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_partner_is_drawn_from_those_that_fit_in_the_order_of_the_alphabet(seed, model):
+    """The draw is plain: the seed's stream picks a place, whatever order the facts come in."""
+    fact = Fact("Seattle", "The city of {} is in", "Paris", relation="city")
+    names = ["London", "Rome", "Berlin", "Paris", "Steve", "soccer", "sport"]
+    others = [Fact(name, "The city of {} is in", "elsewhere", relation="city") for name in names]
+    fitting = sorted(name for name in names if len(model.to_tokens(" " + name)[0]) == len(model.to_tokens(" Seattle")[0]))  # fmt: skip
+    assert len(fitting) > 4
+    stream = generator(seed, "partner", fact.prompt, fact.subject)
+    expected = fitting[int(torch.randint(len(fitting), (), generator=stream))]
+    assert partner(model, fact, others, seed=seed) == partner(model, fact, others[::-1], seed=seed) == expected

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechedit import cache, keys, prompts
+from mechedit import cache, keys, models, prompts
 from mechedit.facts import Fact, FactError
-from mechedit.settings import RomeSettings
+from mechedit.settings import RomeSettings, SettingsError
 from tests.conftest import FACT, SHAPES
 
 QUICK = RomeSettings(layer=1, steps=8, prefixes=((3, 2), (5, 1)))
@@ -87,3 +87,54 @@ def test_with_a_hook_on_the_model_prefixes_are_sampled_and_not_kept(model):
         assert keys.prefixes(model, QUICK) != found
     assert not list((cache.root() / "prefixes").iterdir())
     assert keys.prefixes(model, QUICK) == found
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_prefix_that_is_longer_than_the_context_is_refused_wherever_it_stands(order, model):
+    context = int(model.cfg.n_ctx)
+    with pytest.raises(SettingsError, match=f"fit the context of {context} tokens .* one has {context + 1}"):
+        keys.prefixes(model, replace(QUICK, prefixes=((3, 1), (context + 1, 1))[::order]))
+
+
+def test_prefixes_are_of_the_five_most_probable_tokens(model, monkeypatch):
+    """By whole forward passes; five, and not fewer."""
+    drawn, real = [], keys.sample
+    monkeypatch.setattr(keys, "sample", lambda *args, **named: drawn.append(real(*args, **named)) or drawn[-1])
+    found = keys.prefixes(model, replace(QUICK, prefixes=((6, 40),)))
+    (rows,) = drawn
+    assert rows.shape == (40, 6)
+    with torch.no_grad():
+        bos = torch.full((40, 1), model.tokenizer.bos_token_id)
+        logits = model(torch.cat([bos, rows], 1))[:, :-1]
+    ranks = (logits > logits.gather(-1, rows[..., None])).sum(-1)
+    assert int(ranks.max()) == 4
+    assert found[1:] == tuple(model.tokenizer.decode(row, skip_special_tokens=True) + ". " for row in rows)
+
+
+def test_each_length_has_a_stream_of_its_own(model):
+    alone = keys.prefixes(model, replace(QUICK, prefixes=((5, 1),)))
+    after = keys.prefixes(model, replace(QUICK, prefixes=((3, 2), (5, 1))))
+    assert after[3:] == alone[1:]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_contexts_have_bos_as_the_settings_say_and_must_fit(bos, model, fact):
+    for place in ("subject_first", "subject_last", "after_first", "last"):
+        (row,) = keys.contexts(model, fact, ("Rome. ",), place, prepend_bos=bos)
+        assert list(row.ids) == model.to_tokens("Rome. " + fact.prompt, prepend_bos=bos)[0].tolist()
+        assert 0 <= row.lookup <= row.last
+    long = "Rome is. " * 40
+    with pytest.raises(FactError, match="must fit the context"):
+        keys.contexts(model, fact, ("", long), prepend_bos=bos)
+
+
+def test_keys_of_a_block_need_none_of_the_blocks_above_and_are_in_float32(model, fact, folder):
+    rows = keys.contexts(model, fact, ("", "Rome. "), prepend_bos=True)
+    handle = model.blocks[2].register_forward_pre_hook(lambda *args: pytest.fail("a block above was run"))
+    try:
+        found = keys.subject_keys(model, 1, rows)
+    finally:
+        handle.remove()
+    assert found.dtype == torch.float32
+    half = models.load(str(folder("gpt2")), device="cpu", dtype=torch.bfloat16)
+    assert keys.subject_keys(half, 1, rows).dtype == torch.float32

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import os
 import random
@@ -643,3 +645,185 @@ def test_of_two_processes_that_need_the_same_C_one_computes_it(model, monkeypatc
     monkeypatch.setattr(cache, "alone", after_another)
     assert torch.equal(moments.estimate(model, 1, settings=settings).C, first.C)
     assert len(tried) == 1, "the other's is taken"
+
+
+# --- windows, pieces, parts and checks, each by hand ------------------------------------------------------------------
+
+
+def slow_gap(text):
+    """The last space with letters on both sides; the end, where there is none but at the beginning."""
+    places = [at for at in range(1, len(text) - 1) if text[at] == " " and not text[at - 1].isspace() and not text[at + 1].isspace()]  # fmt: skip
+    return places[-1] if places else len(text)
+
+
+@pytest.mark.parametrize("text", ["a b", "a b c", "ab", "a  b", "a b  c", " ab", "ab ", "a b ", "a  b c  d ", " a", "a b\t", "a \tb", "a b \tc", "", " ", "  ", "a", "x y  ", "a b c  "])  # fmt: skip
+def test_a_line_is_cut_before_its_last_single_space(text):
+    assert corpus._last_gap(text) == slow_gap(text)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 5, 8, 1000])
+@pytest.mark.parametrize("text", ["a b\nc d\n", "one two three four five six", "abcdefghijkl", "ab\n" * 9, "a  b  c  d", "ab cdefgh\n\nij k\n", "", "\n", "ab cd"])  # fmt: skip
+def test_pieces_are_the_whole_text_and_end_where_lines_or_words_do(text, piece, monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", piece)
+    pieces = list(corpus._pieces(io.StringIO(text, newline="\n")))
+    assert "".join(pieces) == text
+    assert all(pieces)
+    for own, after in itertools.pairwise(pieces):
+        assert own.endswith("\n") or after.startswith(" ") or " " not in own[-piece:].strip() or piece < 4
+        assert len(own) > piece or not own.endswith("\n"), "lines are joined up to a piece"
+    assert piece < 1000 or len(pieces) == (1 if text else 0)
+
+
+def windows_of(model, texts, **named):
+    settings = replace(SMALL, prepend_bos=True) if "prepend_bos" not in named else SMALL
+    return [(size, tokens()) for size, tokens in corpus.batches(model, texts, replace(settings, **named), silent)]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize(("batch_tokens", "rows"), [(64, 4), (79, 4), (80, 5), (10, 1)])
+def test_a_text_is_cut_into_windows_some_at_a_time(bos, batch_tokens, rows, model, text, monkeypatch):
+    """Windows of 16 tokens, one of which is BOS where that is there; what does not fill one is left out."""
+    monkeypatch.setattr(corpus, "BATCH_TOKENS", batch_tokens)
+    ids, body = model.tokenizer(text.read_text(), add_special_tokens=False).input_ids, 16 - bos
+    found = windows_of(model, [text], prepend_bos=bos, tokens=300)
+    assert all(tokens.shape == (rows, 16) for _, tokens in found[:-1])
+    assert 1 <= len(found[-1][1]) <= rows
+    assert [size for size, _ in found] == [len(tokens) * body for _, tokens in found]
+    whole = torch.cat([tokens for _, tokens in found])
+    if bos:
+        assert bool((whole[:, 0] == model.tokenizer.bos_token_id).all())
+    count = len(ids) // body
+    assert whole[:, int(bos) :].tolist() == torch.tensor(ids[: count * body]).view(count, body).tolist()
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("tokens", [130, 135, 300])
+def test_sampled_text_has_just_as_many_windows_as_keys_are_wanted(tokens, bos, model, small_batches):
+    body = 16 - bos
+    found = windows_of(model, [], prepend_bos=bos, tokens=tokens)
+    assert [len(rows) for _, rows in found[:-1]] == [4] * (len(found) - 1)
+    assert sum(size for size, _ in found) == -(-tokens // body) * body
+    assert all(rows.shape[1] == 16 and size == len(rows) * body for size, rows in found)
+    for index, (_, rows) in enumerate(found):
+        own = generation.sample(model, len(rows), body, generator(SMALL.seed, corpus.PURPOSE, str(index)))
+        assert torch.equal(rows[:, int(bos) :], own)
+
+
+def test_one_text_is_no_list_of_texts(model, text, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own checks, which users do not have
+    for wrong in (str(text), text):
+        with pytest.raises(TypeError, match="texts must be a list"):
+            moments.estimate(model, 1, wrong, SMALL)
+
+
+@pytest.mark.parametrize("tokens", [128, 129])
+def test_a_key_more_than_d_mlp_is_enough(tokens, model, text):
+    settings = MomentSettings(tokens=tokens, context=16)
+    if tokens == 128:
+        with pytest.raises(MomentError, match="more keys than d_mlp = 128 .* 128 were asked for"):
+            moments.estimate(model, 1, [text], settings)
+    else:
+        assert moments.estimate(model, 1, [text], settings).keys == 129
+    assert moments.estimate(model, 1, [text], MomentSettings(tokens=300, context=64)).keys == 300, "the whole context"
+
+
+@pytest.mark.parametrize("windows", [8, 9])
+def test_a_text_of_as_few_keys_as_d_mlp_is_too_short(windows, model, tmp_path):
+    """Windows of 17 tokens with BOS have 16 keys: eight give 128, nine 144."""
+    word = next(each for each in (" is", " the", " of") if len(model.tokenizer(each * 3, add_special_tokens=False).input_ids) == 3)  # fmt: skip
+    path = tmp_path / "short.txt"
+    path.write_text(word * 16 * windows)
+    settings = MomentSettings(tokens=300, context=17, prepend_bos=True)
+    if windows == 8:
+        with pytest.raises(MomentError, match="gave 128"):
+            moments.estimate(model, 1, [path], settings)
+    else:
+        assert moments.estimate(model, 1, [path], settings).keys == 144
+
+
+def test_a_checkpoint_is_written_each_minute(model, text, monkeypatch, small_batches, tmp_path):
+    clock, saved = iter(range(0, 10_000, 25)), []
+    monkeypatch.setattr(estimating.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(moments.Sums, "save", lambda self, path: saved.append(self.batches))
+    settings = replace(SMALL, prepend_bos=True)
+    batches = list(corpus.batches(model, [text], settings, silent))
+    moments.accumulate(model, [1], iter(batches), settings, tmp_path / "part")
+    assert saved == list(range(3, 3 * len(saved) + 1, 3)), (
+        "the clock moves by 25 seconds: the third look is the first past 60"
+    )
+    assert len(saved) >= 3
+
+
+def test_a_moment_of_no_block_or_no_key_is_refused(tmp_path):
+    made = Moment(0, torch.eye(2, dtype=torch.float64), 1, 1.0, "by hand", MomentSettings(tokens=1), {"name": "tiny"}, {})  # fmt: skip
+    assert Moment.load(made.save(tmp_path / "one")).keys == 1
+    for wrong in (replace(made, keys=0), replace(made, layer=-1)):
+        with pytest.raises(FileError, match=f"of {wrong.keys} keys of block {wrong.layer}, which cannot be"):
+            Moment.load(wrong.save(tmp_path / "none"))
+
+
+def test_a_factor_must_be_lower_and_of_C(tmp_path):
+    C = torch.tensor([[4.0, 2.0], [2.0, 5.0]], dtype=torch.float64)
+    made = Moment(0, C, 9, 1.0, "by hand", MomentSettings(tokens=9), {"name": "tiny"}, {})
+    right = torch.tensor([[2.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
+    turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
+    for factor, kept in ((right, True), (right @ turn, False), (right.float(), False), (right * (1 + 1e-7), False), (right * (1 + 1e-10), True), (right[:1], False)):  # fmt: skip
+        path = files.write(tmp_path / "moment", "moment", {"C": C, "factor": factor}, made.to_json())
+        loaded = Moment.load(path)
+        assert ("factor" in vars(loaded)) == kept
+        torch.testing.assert_close(loaded.factor, right)
+    assert torch.equal(made.solve(torch.eye(2))[0], torch.linalg.inv(C)[0]) or torch.allclose(made.solve(torch.eye(2)), torch.linalg.inv(C))  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "condition"), [((1.0, 4.0), 4.0), ((0.5, 0.5), 1.0), ((0.0, 1.0), float("inf")), ((-1.0, 1.0), float("inf"))])  # fmt: skip
+def test_the_condition_is_the_ratio_of_the_eigenvalues(values, condition):
+    turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
+    C = turn @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ turn.T
+    assert moments.condition(C) == pytest.approx(condition) or condition > 1e15 < moments.condition(C)
+
+
+def test_a_published_sum_over_one_key_is_read_and_one_that_is_not_symmetric_says_so(model, tmp_path):
+    path, key = tmp_path / "x.npz", np.arange(128.0)
+    np.savez(path, **{"mom2.mom2": np.outer(key, key), "mom2.count": 1})
+    found = moments.read_published(path, model, 1)
+    assert (found.keys, found.settings.tokens, found.settings.context) == (1, 1, int(model.cfg.n_ctx))
+    np.testing.assert_allclose(found.C.numpy(), np.outer(key, key))
+    np.savez(path, **{"mom2.mom2": np.triu(np.ones((128, 128))), "mom2.count": 1})
+    with pytest.raises(MomentError, match="it is not symmetric"):
+        moments.read_published(path, model, 1)
+
+
+def test_notes_are_of_whole_texts_that_ended_before(model):
+    made = Moment(0, torch.eye(2, dtype=torch.float64), 5, 1.0, "by hand", MomentSettings(tokens=6), {"name": "tiny"}, {})  # fmt: skip
+    assert made.notes == ("the text gave 5 keys of the 6 that were wanted",)
+    assert replace(made, keys=6).notes == ()
+    assert replace(made, settings=MomentSettings(tokens=6, parts=2)).notes == ()
+
+
+def test_a_merged_C_is_the_mean_over_all_keys(model):
+    def made(C, keys, source, **named):
+        settings = MomentSettings(tokens=keys, prepend_bos=True, **named)
+        return Moment(1, torch.tensor(C, dtype=torch.float64), keys, 1.0, source, settings, {"name": "tiny", "keys": "k"}, {})  # fmt: skip
+
+    first, second = made([[2.0, 0.0], [0.0, 1.0]], 10, "texts a"), made([[4.0, 1.0], [1.0, 3.0]], 30, "texts b")
+    both = moments.merge([first, second])
+    torch.testing.assert_close(both.C, torch.tensor([[3.5, 0.75], [0.75, 2.5]], dtype=torch.float64))
+    assert (both.keys, both.settings.tokens, both.source, both.layer) == (40, 40, "merged: texts a; texts b", 1)
+    roots = np.linalg.eigvalsh(both.C.numpy())
+    assert both.cond == pytest.approx(roots[1] / roots[0])
+    with pytest.raises(MomentError, match="one size of C; found 2 and 3"):
+        moments.merge([first, made(torch.eye(3).tolist(), 5, "texts c")])
+    with pytest.raises(MomentError, match=r"as a part of several: a\.$"):
+        moments.merge([both, made([[1.0, 0.0], [0.0, 1.0]], 7, "texts a c")])
+    old = replace(first, origin={"name": "tiny", "weight_hash": "h"})
+    with pytest.raises(MomentError, match="one model; found h and k"):
+        moments.merge([old, second])
+
+
+def test_a_shipped_or_kept_text_is_described_by_its_names(tmp_path):
+    assert corpus.described([]) == "the sampled text"
+    assert corpus.described(["a.txt", moments.Corpus("own/set")]) == "the text of a.txt, own/set"
+    path = tmp_path / "a"
+    path.write_text("a")
+    assert corpus.source_of([]) == "sampled from the model"
+    assert corpus.source_of([path, path]) == f"texts {cache.file_hash(path)} {cache.file_hash(path)}"

@@ -156,3 +156,69 @@ def test_with_a_hook_on_the_model_nothing_is_optimised(model):
     ):
         optimised(model)
     assert_same_state(model, before)
+
+
+def test_each_term_of_the_loss_is_what_plain_passes_give(model):
+    """Targets of two lengths, each row of which counts alike; the terms of the second step are those of the first step's value."""
+    rows = keys.contexts(model, FACT, ("", "Rome. "), prepend_bos=True)
+    (essence,) = keys.contexts(model, Fact(FACT.subject, "{} is a"), ("",), prepend_bos=True)
+    initial = (keys.subject_keys(model, 1, rows)[0] @ models.W_out(model, 1) + models.b_out(model, 1)).detach()
+    targets = [prompts.continuation(model, FACT.prompt, each) for each in ("Paris", "zebra")]
+    assert len(targets[0]) < len(targets[1])
+    shares = torch.tensor([1.0, 0.5, 0.8])
+    settings = replace(BOS, stop_at=0.0, kl=2.0, weight_decay=0.7, clamp=10.0, learning_rate=0.2)
+
+    def run(steps):
+        return values.optimise(model, rows, essence, targets, initial, shares, 1, replace(settings, steps=steps))
+
+    delta = run(1).value - initial
+
+    def log_p(ids, lookup, change):
+        def add(module, args, output):
+            return torch.cat([output[:, :lookup], output[:, lookup : lookup + 1] + change, output[:, lookup + 1 :]], 1)
+
+        handle = models.mlp_module(model, 1).register_forward_hook(add)
+        try:
+            with torch.no_grad():
+                return model(torch.tensor([list(ids)]))[0].double().log_softmax(-1)
+        finally:
+            handle.remove()
+
+    def nll(change):
+        found = []
+        for row, target, share in zip(rows, targets, shares, strict=False):
+            own = log_p([*row.ids, *target[:-1]], row.lookup, share * change)
+            found.append(-sum(float(own[row.last + step, token]) for step, token in enumerate(target)) / len(target))
+        return sum(found) / 2
+
+    before, after = (log_p(essence.ids, essence.lookup, shares[2] * change)[essence.lookup] for change in (0 * delta, delta))  # fmt: skip
+    first, second = run(2).losses
+    assert first == pytest.approx((nll(0 * delta), 0.0, 0.0), rel=1e-3, abs=1e-5)
+    kl = 2.0 * float((after.exp() * (after - before)).sum())
+    decay = 0.7 * float(delta.norm() / initial.norm() ** 2)
+    assert second == pytest.approx((nll(delta), kl, decay), rel=2e-3)
+    assert kl > 1e-4
+
+
+@pytest.mark.parametrize(("stop", "at"), [("target", 0), ("published", 0), ("published", 1)])
+def test_when_the_target_is_learnt(stop, at):
+    """By the published rule the sum of the terms decides, and the last step is never taken."""
+    settings = replace(BOS, stop=stop, stop_at=1.0, steps=3)
+    assert values._done([(0.5, 0.2, 0.2)], settings)
+    assert values._done([(0.5, 0.9, 0.9)], settings) == (stop == "target")
+    assert not values._done([(0.1, 0.1, 0.1), (1.5, 0.0, 0.0)], settings)
+    assert values._done([(2.0, 2.0, 2.0)] * 3, settings) == (stop == "published")
+
+
+def test_a_subject_that_begins_the_text_has_nothing_before_it(model):
+    """The first position that d is added at is the first of all."""
+    fact = Fact("Rome", "{} is in the city of", target_new="Paris")
+    rows = keys.contexts(model, fact, ("",), "subject_first", prepend_bos=False)
+    (essence,) = keys.contexts(model, Fact("Rome", "{} is a"), ("",), prepend_bos=False)
+    assert rows[0].lookup == 0
+    initial = (keys.subject_keys(model, 1, rows)[0] @ models.W_out(model, 1) + models.b_out(model, 1)).detach()
+    target = prompts.continuation(model, fact.prompt, "Paris")
+    settings = replace(QUICK, prepend_bos=False, steps=2, stop_at=0.0)
+    fast = values.optimise(model, rows, essence, [target], initial, torch.ones(2), 1, settings)
+    slow = slow_value(model, rows, essence, target, initial, torch.ones(2), 1, settings)
+    torch.testing.assert_close(fast.value, slow, atol=1e-3, rtol=1e-2)

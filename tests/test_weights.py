@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import jaxtyping
 import pytest
 import torch
 import transformers
@@ -117,3 +118,91 @@ def test_nothing_that_stood_in_a_model_stands_when_it_is_forgotten(model):
     models.forget(model)
     assert models.kept(model).watch is None
     assert models.identity(model) == first
+
+
+@pytest.mark.parametrize(
+    ("more", "change"),
+    [(0.0, float("nan")), (float("nan"), 0.0), (0.0, float("inf")), (0.0, -3.5e38), (2e38, 2e38), (2e38, -2e38), (-2e38, -2e38)],
+)  # fmt: skip
+def test_what_no_weight_can_hold_is_not_written(more, change, model):
+    """Float32 ends at 3.4e38."""
+    before, weight = state(model), Weight(1, "mlp.W_out")
+    base, added = value(model, weight).detach() + more, torch.full((128, 32), change, dtype=torch.float64)
+    with pytest.raises(ModelError, match="must be numbers below 3.4e.38, but in mlp.W_out of block 1 a change"):
+        write_(model, weight, base, added)
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize(("more", "change"), [(0.0, 3.3e38), (-3.3e38, 0.0), (1.6e38, 1.6e38), (0.0, 0.0)])
+def test_what_a_weight_can_hold_is_written(more, change, model):
+    weight = Weight(1, "mlp.W_out")
+    base, added = value(model, weight).detach() + more, torch.full((128, 32), change, dtype=torch.float64)
+    with restored(model, weight):
+        write_(model, weight, base, added)
+        assert torch.equal(value(model, weight), (base.double() + added).float())
+
+
+def test_a_bias_of_zeros_is_not_used(model):
+    zero, one = Weight(1, "mlp.b_out"), Weight(1, "attn.b_O")
+    with restored(model, zero, one), torch.no_grad():
+        value(model, zero).zero_()
+        value(model, one).zero_()[3] = 0.5
+        assert not weights.is_used(model, zero)
+        assert weights.is_used(model, one)
+    assert weights.is_used(model, Weight(1, "mlp.W_out"))
+    with restored(model, Weight(1, "mlp.W_out")), torch.no_grad():
+        value(model, Weight(1, "mlp.W_out")).zero_()
+        assert weights.is_used(model, Weight(1, "mlp.W_out")), "it is no bias"
+    assert not weights.is_used(model, Weight(1, "mlp.W_gate"))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_weights_part_of_its_parameters_gradient_is_the_change_of_the_loss(shape, load):
+    """The gradient of one number of each weight against the difference of two forward passes."""
+    model = load(shape)
+    before = state(model)
+
+    def loss():
+        return model(TOKENS).double().square().mean()
+
+    for name in there(model, 1):
+        weight = Weight(1, name)
+        parameter, stored = weights.parameter_of(model, weight), value(model, weight).detach()
+        (gradient,) = torch.autograd.grad(loss(), [parameter])
+        own = as_matrix(weight, weights.part_of(gradient, parameter, stored))
+        assert own.shape == matrix_shape(model, weight)
+        step = torch.zeros(own.shape, dtype=torch.float64)
+        at = divmod(int(own.abs().argmax()), own.shape[1])
+        step[at] = 1e-3
+        with restored(model, weight) as originals, torch.no_grad():
+            write_(model, weight, originals[weight], step)
+            more = float(loss())
+            write_(model, weight, originals[weight], -step)
+            less = float(loss())
+        assert (more - less) / 2e-3 == pytest.approx(float(own[at]), rel=0.05, abs=1e-4), name
+    assert_same_state(model, before)
+
+
+def test_of_parameters_in_one_memory_the_weight_is_its_own():
+    memory = torch.arange(24.0)
+    first, second = memory[:12].view(3, 4), memory[12:].view(3, 4)
+    assert weights._overlaps(first, memory[11:12])
+    assert not weights._overlaps(first, second)
+    assert weights._overlaps(second, memory[12:13])
+    assert not weights._overlaps(second, memory[11:12])
+    assert not weights._overlaps(first, torch.arange(12.0))
+    turned = torch.empty_strided((4, 3), (1, 4)).copy_(first.T)
+    own = weights.part_of(first.clone(), turned.T, first[1])
+    assert torch.equal(own, first[1])
+    other = weights.part_of(second.contiguous(), second, second[1:, 2])  # which begins in the middle of its memory
+    assert other.tolist() == [18.0, 22.0]
+    assert weights.part_of(second.T.contiguous().T, second, second[1:, 2]).tolist() == [18.0, 22.0]
+
+
+def test_a_weight_is_named_by_its_place(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own checks, which users do not have
+    assert str(Weight(3, "attn.W_Q")) == "attn.W_Q of block 3"
+    assert Weight(3, "attn.W_Q").part == "3.attn.W_Q"
+    for layer in (True, 1.0, "1"):
+        with pytest.raises(ModelError, match="a weight is one of"):
+            Weight(layer, "attn.W_Q")
