@@ -150,3 +150,13 @@ def test_parts_of_other_axes_or_beyond_the_height_are_told(make, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own checks, which users do not have
     with pytest.raises(ChangeError, match=r"found \["):
         make()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-9, 0.01, 0.5, 3.0])
+def test_a_change_is_as_small_as_it_is(size):
+    u, row = torch.zeros(6), torch.zeros(1, 4)
+    u[2], row[0, 1] = 1.0, size
+    delta = torch.zeros(6, 4)
+    delta[2, 1] = size
+    for change in (RankOneEdit(1, u, row[0]), LowRank(WEIGHT, u[None], row), Rows(WEIGHT, torch.tensor([2]), row, 6), Dense(WEIGHT, delta)):  # fmt: skip
+        assert change.norm == norm([change]) == pytest.approx(size, rel=1e-6)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 from dataclasses import replace
 
 import jaxtyping
@@ -9,6 +11,7 @@ import torch
 
 from mechedit import applying, editing, edits, files, models, provenance
 from mechedit.cache import WriteError
+from mechedit.changes import Rows
 from mechedit.edits import EditError, Measured
 from mechedit.facts import Fact
 from mechedit.rank_one import RankOneEdit
@@ -73,6 +76,22 @@ def test_a_digest_is_of_what_is_written_and_of_nothing_else(model, one):
     ]
     digests = {edit_of(model, each).digest for each in others} | {one.digest, edit_of(model, change, change).digest}
     assert len(digests) == len(others) + 2
+
+
+def test_a_digest_is_sha_256_of_each_change_in_turn(model):
+    """By hand: kind, weight and numbers, then each tensor by name, with its dtype, its shape and its bytes in memory's order."""
+    u, step = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.5, -1.0])
+    values, index = torch.tensor([[1.0, 2.0]]), torch.tensor([4])
+    edit = edit_of(model, RankOneEdit(1, u, step, 0.5), Rows(Weight(2, "mlp.W_out"), index, values, 6), told="é")
+    said = hashlib.sha256()
+    said.update(b"rank_one mlp.W_out of block 1 [('divisor', 0.5)]")
+    said.update(b"step torch.float32 (3,)" + struct.pack("<3f", 3.0, 0.5, -1.0))
+    said.update(b"u torch.float32 (2,)" + struct.pack("<2f", 1.0, 2.0))
+    said.update(b"rows mlp.W_out of block 2 [('height', 6)]")
+    said.update(b"index torch.int64 (1,)" + struct.pack("<q", 4))
+    said.update(b"values torch.float32 (1, 2)" + struct.pack("<2f", 1.0, 2.0))
+    said.update("told é".encode())
+    assert edit.digest == said.hexdigest()
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
