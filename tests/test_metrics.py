@@ -506,3 +506,18 @@ def test_a_metrics_name_unit_and_meaning_are_told():
     assert str(metrics.metric("own")) == "own"
     assert metrics.metric("own").support is None
     assert {name: each.scale for name, each in metrics.METRICS.items() if each.scale != 1.0} == {name: 100.0 for name, each in metrics.METRICS.items() if each.unit in ("%", "bits x 100")}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64])
+def test_states_behind_prompts_are_kept_and_their_divergence_is_that_of_whole_passes(rows, model, monkeypatch):
+    monkeypatch.setattr(scoring, "KL_ROWS", rows)
+    texts = ("Rome is", "The city of", "Steve Jobs was")
+    scores, states = scoring.score_and_states(model, [(text, "Paris") for text in texts])
+    assert scores == scoring.score(model, [(text, "Paris") for text in texts])
+    with torch.no_grad():
+        log_p = [model(model.to_tokens(text))[0, -1].double().log_softmax(-1) for text in texts]
+    found = scoring.kl(model, states, states[[1, 2, 0]])
+    slow = [float((p.exp() * (p - q)).sum()) for p, q in zip(log_p, (log_p[1], log_p[2], log_p[0]), strict=True)]
+    assert found.tolist() == pytest.approx(slow, rel=1e-3)
+    assert min(slow) > 0.01
+    assert scoring.kl(model, states, states).abs().max() < 1e-5

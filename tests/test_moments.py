@@ -827,3 +827,13 @@ def test_a_shipped_or_kept_text_is_described_by_its_names(tmp_path):
     path.write_text("a")
     assert corpus.source_of([]) == "sampled from the model"
     assert corpus.source_of([path, path]) == f"texts {cache.file_hash(path)} {cache.file_hash(path)}"
+
+
+def test_windows_begin_with_the_tokenizers_own_bos(model, text):
+    kept = model.tokenizer.bos_token
+    try:
+        model.tokenizer.bos_token = "</s>"
+        assert model.tokenizer.bos_token_id == 1
+        assert all(bool((rows[:, 0] == 1).all()) for _, rows in windows_of(model, [text]))
+    finally:
+        model.tokenizer.bos_token = kept
