@@ -269,3 +269,10 @@ def test_a_partner_is_drawn_from_those_that_fit_in_the_order_of_the_alphabet(see
     stream = generator(seed, "partner", fact.prompt, fact.subject)
     expected = fitting[int(torch.randint(len(fitting), (), generator=stream))]
     assert partner(model, fact, others, seed=seed) == partner(model, fact, others[::-1], seed=seed) == expected
+
+
+def test_statistics_say_of_what_they_are(model):
+    assert statistics(model).source == "vocabulary"
+    assert statistics(model, source="mine").source == "mine"
+    assert statistics(model, ["Rome is"], "mine").source == "mine"
+    assert statistics(model, ["Rome is"]).source.endswith("tokens of given texts")
