@@ -130,7 +130,7 @@ def test_contexts_have_bos_as_the_settings_say_and_must_fit(bos, model, fact):
 
 def test_keys_of_a_block_need_none_of_the_blocks_above_and_are_in_float32(model, fact, folder):
     rows = keys.contexts(model, fact, ("", "Rome. "), prepend_bos=True)
-    handle = model.blocks[2].register_forward_pre_hook(lambda *args: pytest.fail("a block above was run"))
+    handle = model.blocks[2].mlp.register_forward_pre_hook(lambda *args: pytest.fail("a block above was run"))
     try:
         found = keys.subject_keys(model, 1, rows)
     finally:
