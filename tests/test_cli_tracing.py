@@ -262,6 +262,7 @@ def test_the_demo_runs_on_any_model_with_a_preset(run, folder, tmp_path, monkeyp
     status, out, _ = run("demo", "--out", str(tmp_path / "demo"))
     assert status == 0
     assert "its trace is kept in" in out
+    assert "nan" not in out
     assert json.loads((tmp_path / "demo" / "trace.json").read_text()) == before
 
 

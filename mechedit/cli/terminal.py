@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -171,9 +172,8 @@ def show_trace(console: Console, trace: Trace, kinds: Sequence[str] = ()) -> Non
 
     from mechedit.tracing import measures
 
-    console.print(
-        f"{trace.label} = {trace.p_clean:.3f} clean, {trace.p_corrupted:.3f} corrupted; traced in {trace.seconds:.1f} s",
-    )
+    took = "" if math.isnan(trace.seconds) else f"; traced in {trace.seconds:.1f} s"  # of a kept one nobody knows
+    console.print(f"{trace.label} = {trace.p_clean:.3f} clean, {trace.p_corrupted:.3f} corrupted{took}")
     begin, end = trace.subject_range
     percent = measures.of(trace.settings).share
     for kind, grid in trace.effects.items():
