@@ -9,12 +9,13 @@ import torch
 
 from mechedit import applying, changes, editing, models, sites, tuning, weights
 from mechedit.changes import Dense
-from mechedit.editors import descent, named
+from mechedit.editors import named
 from mechedit.editors.attention_edit import AttentionEdit, tuned
 from mechedit.edits import EditError
 from mechedit.settings import DESCENT_POLICIES, AttentionEditSettings, SettingsError, TuneSettings
 from mechedit.weights import Weight, as_matrix
 from tests.conftest import FACT, SHAPES, assert_same_state, state, widen_bands
+from tests.descending import assert_gradients_are_finite_differences
 from tests.test_fine_tuning import FACTS, LAYER, assert_equals_plain, hugging_face
 
 OWN = AttentionEditSettings(layer=LAYER, steps=4, learning_rate=5e-3, norm_bound=8e-3, prepend_bos=False)
@@ -97,20 +98,7 @@ def test_keys_that_a_group_shares_are_tuned_where_a_chosen_head_reads_them(load)
 
 @pytest.mark.parametrize("name", ALL)
 def test_gradients_are_those_of_finite_differences(name, load):
-    model, weight = load("gpt2"), Weight(LAYER, f"attn.{name}")
-    with models.cast(model, torch.float64), weights.restored(model, weight) as originals, models.frozen(model):
-        rows = descent.Rows(model, FACTS, OWN)
-        one = descent._Tuned(model, weight, originals[weight], None)
-        descent._gradients(rows, [one], 0.0)
-        gradient = as_matrix(weight, one.delta.grad)
-        generator = torch.Generator().manual_seed(0)
-        direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
-        ends = []
-        for step in (1e-5, -1e-5):
-            weights.write_(model, weight, originals[weight], step * direction)
-            with torch.no_grad():
-                ends.append(rows.loss().item())
-    assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(float((gradient * direction).sum()), rel=1e-6)
+    assert_gradients_are_finite_differences(load("gpt2"), Weight(LAYER, f"attn.{name}"), FACTS, OWN)
 
 
 def test_the_parts_of_heads_are_taken_out_of_a_change_and_what_is_left_is_an_edit(model, monkeypatch):

@@ -25,6 +25,7 @@ from mechedit.settings import (
 )
 from mechedit.weights import Weight, as_matrix
 from tests.conftest import FACT, SHAPES, assert_same_state, state, widen_bands
+from tests.descending import assert_gradients_are_finite_differences
 
 LAYER = 1
 FACTS = [
@@ -159,21 +160,7 @@ def test_it_is_so_in_every_shape(shape, load, folder):
 @pytest.mark.parametrize("loss", ["masked", "last"])
 def test_gradients_are_those_of_finite_differences(loss, load):
     model, settings = load("gpt2"), FineTuningSettings(layer=LAYER, loss=loss, prepend_bos=False)
-    weight = Weight(LAYER, "mlp.W_out")
-    with models.cast(model, torch.float64), weights.restored(model, weight) as originals, models.frozen(model):
-        rows = descent.Rows(model, FACTS, settings)
-        one = descent._Tuned(model, weight, originals[weight], None)
-        descent._gradients(rows, [one], 0.0)
-        gradient = as_matrix(weight, one.delta.grad)
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(4):
-            direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
-            ends = []
-            for step in (1e-5, -1e-5):
-                weights.write_(model, weight, originals[weight], step * direction)
-                with torch.no_grad():
-                    ends.append(rows.loss().item())
-            assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(float((gradient * direction).sum()), rel=1e-6)
+    assert_gradients_are_finite_differences(model, Weight(LAYER, "mlp.W_out"), FACTS, settings, directions=4)
 
 
 def test_losses_are_kept_from_before_the_first_step_to_the_end(model):
