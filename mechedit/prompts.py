@@ -29,6 +29,7 @@ __all__ = [
     "decoded",
     "doubts",
     "encode",
+    "joined",
     "own_tokens",
     "pad",
     "prepare",
@@ -183,7 +184,14 @@ def check_length(model: HookedModel, length: int) -> None:
 
 
 def continuation(model: HookedModel, prompt: str, target: str, join: str = "auto") -> list[int]:
-    """The ids of a target after a prompt, joined as `writing.seam` has it: what both together have beyond the prompt's own ids.
+    """The ids of a target after a prompt: the second part of `joined`, which raises what this does."""
+    return joined(model, prompt, target, join, prepend_bos=False)[1]
+
+
+def joined(
+    model: HookedModel, prompt: str, target: str, join: str = "auto", *, prepend_bos: bool
+) -> tuple[list[int], list[int]]:
+    """The ids of a prompt and of a target after it, joined as `writing.seam` has it: what both together have beyond the prompt's own.
 
     Where the tokenizer merges across the seam, the target's ids are those it has on its own; `audit` says so.
 
@@ -193,12 +201,12 @@ def continuation(model: HookedModel, prompt: str, target: str, join: str = "auto
     if not target.strip():
         raise FactError(f"a target must be a word or more; it is {target!r}.")
     prompt, text = writing.seam(prompt, target, join)
-    alone, _ = encode(model, prompt, prepend_bos=False)
-    both, _ = encode(model, prompt + text, prepend_bos=False)
+    alone, _ = encode(model, prompt, prepend_bos=prepend_bos)
+    both, _ = encode(model, prompt + text, prepend_bos=prepend_bos)
     ids = both[len(alone) :] if both[: len(alone)] == alone else _alone(model, text)
     if not ids:
         raise FactError(f"the target {target!r} gives no token after {prompt!r}.")
-    return ids
+    return alone, ids
 
 
 def _alone(model: HookedModel, text: str) -> list[int]:

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit import writing
 from mechedit.errors import check_list
+from mechedit.facts import FactError
 from mechedit.models import Blocks, HookedModel, check_finite, device_of
-from mechedit.prompts import check_length, continuation, decoded, encode, own_tokens, pad, resolve_bos
+from mechedit.prompts import check_length, decoded, encode, joined, own_tokens, pad, resolve_bos
 
 __all__ = ["Score", "kl", "log_p", "mean_log_p", "score", "score_and_states", "top"]
 
@@ -47,7 +47,7 @@ def score(model: HookedModel, pairs: Sequence[tuple[str, ...]], *, prepend_bos: 
     """A score for each (prompt, target), in order; joined by `writing.seam`, otherwise where a third text says so (`Fact.join`).
 
     Raises:
-        FactError: an empty target, or a text that does not fit the context.
+        FactError: an empty target, no prompt and no BOS either, or a text that does not fit the context.
     """
     return _score(model, pairs, prepend_bos)
 
@@ -83,12 +83,12 @@ def _score(
     """Of `score`; the state at the end of each pair's prompt is put into `states`, where there is such."""
     check_list("pairs", pairs)
     bos = resolve_bos(model, prepend_bos)
-    pairs_of_ids: list[tuple[list[int], list[int]]] = []
+    pairs_of_ids = []
     for prompt, answer, *how in pairs:
-        read, _ = writing.seam(prompt, answer, *how)
-        ids, _ = encode(model, read, prepend_bos=bos)
-        pairs_of_ids.append((ids, continuation(model, prompt, answer, *how)))
-        check_length(model, len(ids) + len(pairs_of_ids[-1][1]) - 1)  # the last is not read
+        pairs_of_ids.append(joined(model, prompt, answer, *how, prepend_bos=bos))
+        if not pairs_of_ids[-1][0]:
+            raise FactError(f"a prompt must have a token for {answer!r} to follow; without BOS, {prompt!r} has none.")
+        check_length(model, sum(map(len, pairs_of_ids[-1])) - 1)  # the last is not read
     # a row is what the model reads; many need but the beginning of another's, under causal attention the same thing
     needed = sorted({(*ids, *target[:-1]) for ids, target in pairs_of_ids})
     kept = [row for row, after in zip(needed, [*needed[1:], ()], strict=False) if after[: len(row)] != row]
@@ -160,8 +160,13 @@ def log_p(model: HookedModel, text: str, tokens: int = 512, *, prepend_bos: bool
     """Log-probabilities of a text's first `tokens` tokens (or as many as fit) but the first, each after those before it.
 
     What the model is told (`Edit.told`) is read before them, and has none itself.
+
+    Raises:
+        FactError: the text has fewer than two tokens (BOS counted), or does not fit behind what the model is told.
     """
     ids, told = own_tokens(model, text, prepend_bos=resolve_bos(model, prepend_bos))
+    if len(ids) < told + 2:
+        raise FactError(f"a text must have two tokens or more, as the first has no log-probability; found {text!r}.")
     check_length(model, told + 2)
     row = pad(model, [ids[: min(tokens + told, int(model.cfg.n_ctx))]])
     blocks = Blocks(model)

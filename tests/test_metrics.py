@@ -446,6 +446,14 @@ def test_one_text_is_no_list_of_pairs(model, monkeypatch):
         scoring.score(model, "Rome is")
 
 
+def test_what_has_nothing_before_it_has_no_score(model):
+    with pytest.raises(FactError, match=r"prompt must have a token for 'city' to follow"):
+        scoring.score(model, [("", "city")], prepend_bos=False)
+    for text, bos in (("", True), ("", False), ("is", False)):
+        with pytest.raises(FactError, match=f"two tokens or more.*found '{text}'"):
+            scoring.log_p(model, text, prepend_bos=bos)
+
+
 # --- metrics at their edges -------------------------------------------------------------------------------------------
 
 
