@@ -21,6 +21,9 @@ from tokenizers.trainers import BpeTrainer
 from mechedit import guards, models
 from mechedit.facts import Fact
 from mechedit.runs.shards import Shards
+from tests.browser import browser, opened  # noqa: F401 (fixtures)
+
+pytest_plugins = ["pytester"]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
