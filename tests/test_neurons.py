@@ -1,18 +1,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 import transformers
 
-from mechedit import figures, keys, models, neurons, prompts
+from mechedit import figures, keys, models, neurons, prompts, weights
 from mechedit.facts import FactError
 from mechedit.files import FileError
 from mechedit.models import ModelError
-from mechedit.neurons import Neuron, Neurons, attribution
+from mechedit.neurons import Neuron, Neurons, attribution, finding
 from mechedit.settings import NEURON_POLICIES, KnowledgeNeuronsSettings, SettingsError
+from mechedit.weights import Weight
 from tests.conftest import FACT, SHAPES, assert_same_state, state
 from tests.slow_neurons import attributed
 
@@ -278,6 +279,57 @@ def test_neurons_survive_their_file(model, tmp_path):
             Neurons.load(tmp_path / "wrong.json")
     with pytest.raises(FileError, match="holds no neurons"):
         Neurons.load(tmp_path / "missing.json")
+
+
+OTHERS = {
+    "layers": (1, 2),
+    "threshold": 0.3,
+    "p": 0.9,
+    "fewest": 1,
+    "most": 4,
+    "steps": 3,
+    "prefixes": ((3, 2),),
+    "activation": "pre",
+    "points": "both ends",
+    "answer": "published",
+    "norm": "moving",
+    "seed": 1,
+    "prepend_bos": False,
+}
+
+
+def test_neurons_are_looked_for_once_for_all_settings_that_change_only_what_becomes_of_them(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MECHEDIT_CACHE", str(tmp_path))
+    runs = []
+    monkeypatch.setattr(
+        finding, "attributions", lambda *given, **named: runs.append(1) or attributions(*given, **named)
+    )
+    attributions = neurons.attributions
+    first = neurons.find(model, FACT, SMALL, prefixes=BEFORE)
+    afterwards = {"mode": "erase", "l1": 2.0, "l2": 3.0, "scale": "none", "old": "greedy", "direction": "embedding", "guard": "warn", "bands": (("after", 0.0, 1.0),), "strengthen": True}  # fmt: skip
+    assert {*afterwards, *OTHERS} == {each.name for each in fields(KnowledgeNeuronsSettings)}
+    for name, value in afterwards.items():
+        assert neurons.find(model, FACT, replace(SMALL, **{name: value}), prefixes=BEFORE) == first
+    assert len(runs) == 1
+    for name, value in OTHERS.items():
+        neurons.find(model, FACT, replace(SMALL, **{name: value}), prefixes=BEFORE)
+    others = (LONG, replace(FACT, template="{} stands in"), replace(FACT, target_true="Rome"))
+    for fact in others:
+        neurons.find(model, fact, SMALL, prefixes=BEFORE)
+    neurons.find(model, FACT, SMALL, prefixes=BEFORE[:3])
+    with weights.restored(model, Weight(0, "mlp.W_out")):
+        models.W_out(model, 0).data.mul_(0.5)
+        neurons.find(model, FACT, SMALL, prefixes=BEFORE)
+    assert len(runs) == 1 + len(OTHERS) + len(others) + 2
+    for path in (tmp_path / "neurons").iterdir():
+        path.write_text(path.read_text()[:-9])
+    assert neurons.find(model, FACT, SMALL, prefixes=BEFORE) == first, "a damaged file is made anew"
+    handle = model.ln_final.register_forward_hook(lambda *_: None)
+    with pytest.raises(ModelError, match="hook"):
+        neurons.find(model, FACT, SMALL, prefixes=BEFORE)
+    handle.remove()
 
 
 @pytest.mark.anywhere

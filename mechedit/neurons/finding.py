@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechedit import keys, prompts
+from mechedit import cache, keys, prompts, provenance
 from mechedit.facts import Fact, FactError
-from mechedit.models import HookedModel
+from mechedit.files import FileError
+from mechedit.models import HookedModel, check_plain
 from mechedit.neurons.attribution import attributions, layers_of
 from mechedit.neurons.result import Neuron, Neurons
 from mechedit.progress import Progress, silent
@@ -24,6 +27,18 @@ __all__ = ["answer_ids", "coarse", "find", "refined"]
 
 STEP, MOVES = 0.05, 6  # of p
 FEWEST_PROMPTS = 3  # of a refinement
+RULE = "neurons 1"  # by which they are found; another rule, another key
+AFTERWARDS = (
+    "mode",
+    "l1",
+    "l2",
+    "scale",
+    "old",
+    "direction",
+    "guard",
+    "bands",
+    "strengthen",
+)  # settings that find nothing
 
 
 def find(
@@ -36,17 +51,39 @@ def find(
 ) -> Neurons:
     """The neurons of the fact's `target_true`, in all blocks or those of the settings. The model is left as it is.
 
-    `prefixes` stand before the prompt in place of those that the settings sample.
+    `prefixes` stand before the prompt in place of those that the settings sample. Found once, neurons are kept in the cache.
 
     Raises:
         FactError: the fact has no true target, or a text does not fit the model's context.
+        ModelError: there are hooks on the model.
     """
+    check_plain(model)
     settings = settings or KnowledgeNeuronsSettings()
     if fact.target_true is None:
         raise FactError(f"the fact about {fact.subject!r} has no target_true, whose neurons could be found.")
     before = keys.prefixes(model, settings) if prefixes is None else tuple(prefixes)
     rows = [row.ids for row in keys.contexts(model, fact, before, prepend_bos=settings.prepend_bos)]
     answer = answer_ids(model, fact, fact.target_true, settings)
+    own = {name: value for name, value in asdict(settings).items() if name not in AFTERWARDS}
+    texts = (fact.subject, fact.prompt, fact.target_true, before)
+    key = cache.content_key(RULE, provenance.kept_under(model), own, texts, rows, answer)
+    path = cache.root() / "neurons" / f"{key}.json"
+    with suppress(FileError):  # missing, or damaged
+        return Neurons.load(path)
+    found = _found(model, fact, settings, before, rows, answer, progress)
+    cache.keep(path, found.to_json())
+    return found
+
+
+def _found(
+    model: HookedModel,
+    fact: Fact,
+    settings: KnowledgeNeuronsSettings,
+    before: tuple[str, ...],
+    rows: Sequence[tuple[int, ...]],
+    answer: list[int],
+    progress: Progress,
+) -> Neurons:
     layers = layers_of(model, settings)
     found, p_answer = attributions(model, rows, answer, settings, progress=progress)
     sets, notes = coarse(found, settings.threshold), []
@@ -67,7 +104,7 @@ def find(
         model=str(model.cfg.model_name),
         subject=fact.subject,
         prompt=fact.prompt,
-        answer=fact.target_true,
+        answer=str(fact.target_true),
         n_layers=int(model.cfg.n_layers),
         prompts=tuple(prompts.behind(model, each, fact)[0] for each in before),
         p_answer=tuple(p_answer),

@@ -51,8 +51,12 @@ class Neurons:
             WriteError: the path cannot be written.
         """
         with cache.atomic_write(Path(path)) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(self.to_json(), encoding="utf-8")
         return Path(path)
+
+    def to_json(self) -> str:
+        """The text of its file."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
     @staticmethod
     def load(path: str | Path) -> Neurons:
