@@ -66,7 +66,8 @@ class Table4:
 
     model: str = "gemma-3-270m"
     begin: int = 0
-    unedited: int = 1000  # facts of the row without edits; among them those of the row "known" are looked for
+    unedited: int = 1000  # facts of the row without edits
+    known_among: int = 1000  # facts among which those of the row "known" are looked for
     facts: int = 150  # of the default and the published row
     control_facts: int = 60  # of the controls and the layers
     opponent_facts: int = 60  # of other editors
@@ -91,7 +92,9 @@ class Wanted:
 
 def wanted(settings: Table4, model: HookedModel) -> Iterator[Wanted]:
     """The rows of the table. Nothing is refused (`guard`), so that methods are compared."""
-    chosen = benchmark_facts(settings.model, settings.begin, max(settings.unedited, settings.facts))
+    chosen = benchmark_facts(
+        settings.model, settings.begin, max(settings.unedited, settings.known_among, settings.facts)
+    )
     many, few = chosen[: settings.facts], chosen[: settings.control_facts]
     default = replace(rome.resolve(model), guard="warn")
     drawn = replace(default, seed=settings.seed)  # of controls that draw something
@@ -100,7 +103,7 @@ def wanted(settings: Table4, model: HookedModel) -> Iterator[Wanted]:
             case "no edit":
                 yield Wanted(name, chosen[: settings.unedited])
             case "known":
-                yield Wanted(name, [swapped(fact) for fact in known(model, chosen[: settings.unedited])])
+                yield Wanted(name, [swapped(fact) for fact in known(model, chosen[: settings.known_among])])
             case "default":
                 yield Wanted(name, many, "rome", default)
             case "published":
