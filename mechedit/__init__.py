@@ -19,6 +19,7 @@ functions whose names end in `_`.
 | neurons.find       | yes     | yes      | no                | cache | own generator         |
 | values.optimise    | yes     | yes      | no                | no    | no                    |
 | rank_one.solve     | no      | no       | no                | no    | no                    |
+| closed_form.Metric | no      | no       | no                | no    | no                    |
 | rank_one.edited    | no      | no       | and puts them back| no    | no                    |
 | changes.total      | no      | no       | no                | no    | no                    |
 | editing.make_ready | yes     | no       | and puts them back| cache | own generator         |
@@ -53,6 +54,7 @@ _MODULES = (
     "benchmarks",
     "calibration",
     "changes",
+    "closed_form",
     "corruption",
     "editing",
     "editors",

@@ -35,6 +35,9 @@ from mechedit.weights import Weight
 __all__ = [
     "RankOneEdit",
     "RankOneError",
+    "check_finite",
+    "check_independent",
+    "check_symmetric",
     "direction",
     "edited",
     "factor",
@@ -94,7 +97,7 @@ def direction(key: Float[Tensor, " d_mlp"], C: Float[Tensor, "d_mlp d_mlp"]) -> 
     Raises:
         RankOneError: NaN or infinity, or a C that is not positive definite.
     """
-    _check_finite(key=key)
+    check_finite(key=key)
     return whitened(key[None], factor(C))[0]
 
 
@@ -104,12 +107,7 @@ def factor(C: Float[Tensor, "d_mlp d_mlp"]) -> Float[Tensor, "d_mlp d_mlp"]:
     Raises:
         RankOneError: NaN or infinity, or a C that is not symmetric or not positive definite.
     """
-    _check_finite(C=C)
-    apart = float((C - C.T).abs().max()) if C.shape[0] == C.shape[1] else float("inf")
-    if not apart <= SYMMETRIC * float(C.abs().max()):
-        raise RankOneError(
-            f"C must be square and symmetric, a mean of k k^T; it is {list(C.shape)}, and differs from its transpose."
-        )
+    check_symmetric(C)
     found, failed = torch.linalg.cholesky_ex(C.detach().cpu().double())
     if failed:
         raise RankOneError(
@@ -119,13 +117,27 @@ def factor(C: Float[Tensor, "d_mlp d_mlp"]) -> Float[Tensor, "d_mlp d_mlp"]:
     return found
 
 
+def check_symmetric(C: Float[Tensor, "d_mlp d_mlp"]) -> None:
+    """Raise where C cannot be a mean of k k^T.
+
+    Raises:
+        RankOneError: NaN or infinity, or a C that is not symmetric.
+    """
+    check_finite(C=C)
+    apart = float((C - C.T).abs().max()) if C.shape[0] == C.shape[1] else float("inf")
+    if not apart <= SYMMETRIC * float(C.abs().max()):
+        raise RankOneError(
+            f"C must be square and symmetric, a mean of k k^T; it is {list(C.shape)}, and differs from its transpose."
+        )
+
+
 def whitened(keys: Float[Tensor, "n d_mlp"], factor: Float[Tensor, "d_mlp d_mlp"]) -> Float[Tensor, "n d_mlp"]:
     """K C^-1 in float64, from the factor of C.
 
     Raises:
         RankOneError: NaN or infinity.
     """
-    _check_finite(keys=keys)
+    check_finite(keys=keys)
     return torch.cholesky_solve(keys.detach().cpu().double().T, factor).T
 
 
@@ -168,7 +180,7 @@ def insert(
     Raises:
         RankOneError: NaN or infinity anywhere, or u @ at is zero.
     """
-    _check_finite(W_out=W_out, b_out=b_out, value=value, at=at, u=u)
+    check_finite(W_out=W_out, b_out=b_out, value=value, at=at, u=u)
     W_out, b_out, value, at, u = (tensor.detach().cpu().double() for tensor in (W_out, b_out, value, at, u))
     divisor = float(u @ at)
     if divisor == 0:
@@ -210,24 +222,38 @@ def insert_many(
     Raises:
         RankOneError: NaN or infinity, or keys that depend on each other.
     """
-    _check_finite(W_out=W_out, b_out=b_out, keys=keys, value=values, along=along)
+    check_finite(W_out=W_out, b_out=b_out, keys=keys, value=values, along=along)
     W_out, b_out, keys, values, along = (
         tensor.detach().cpu().double() for tensor in (W_out, b_out, keys, values, along)
     )
     gram = keys @ along.T
-    scale = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
-    condition = float(torch.linalg.cond(gram / torch.outer(scale, scale)))
-    if not condition < MAX_CONDITION:
-        raise RankOneError(
-            f"the {len(keys)} keys must not depend on each other, but the condition of their correlations is {condition:.2g}. "
-            "Edit facts with the same key one at a time, or leave one out."
-        )
+    check_independent(gram)
     directions = torch.linalg.solve(gram, along)
     steps = values - (keys @ W_out + b_out)
     return tuple(RankOneEdit(layer, u, step) for u, step in zip(directions, steps, strict=True))
 
 
-def _check_finite(**tensors: Tensor) -> None:
+def check_independent(gram: Float[Tensor, "n n"]) -> None:
+    """Raise where keys depend on each other, by their products K C^-1 K^T.
+
+    Raises:
+        RankOneError: they do.
+    """
+    scale = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
+    condition = float(torch.linalg.cond(gram / torch.outer(scale, scale)))
+    if not condition < MAX_CONDITION:
+        raise RankOneError(
+            f"the {len(gram)} keys must not depend on each other, but the condition of their correlations is {condition:.2g}. "
+            "Edit facts with the same key one at a time, or leave one out."
+        )
+
+
+def check_finite(**tensors: Tensor) -> None:
+    """Raise where one of them, by its name, holds NaN or infinity.
+
+    Raises:
+        RankOneError: one does.
+    """
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise RankOneError(

@@ -34,6 +34,7 @@ from mechedit import (
     weights,
 )
 from mechedit.benchmarks import counterfact
+from mechedit.closed_form import Metric, Terms
 from mechedit.editors import named, rome
 from mechedit.editors.attention_edit import AttentionEdit
 from mechedit.editors.fine_tuning import FineTuning
@@ -126,6 +127,7 @@ def steps(model, folder, tmp_path, monkeypatch):
         ),
         "neurons.find": lambda: neurons.find(model, FACT, KnowledgeNeuronsSettings(steps=2, seed=5)),
         "rank_one.solve": lambda: rank_one.solve(LAYER, weight, bias, key, value, C),
+        "closed_form.Metric": lambda: Metric(Terms(), C).solve(LAYER, key[None], value[None]),
         "rank_one.edited": lambda: within(rank_one.edited(model, change)),
         "models.identity": lambda: models.identity(model),
         "weights.restored": lambda: within(weights.restored(model, Weight(LAYER, "attn.W_Q"))),
@@ -234,6 +236,7 @@ ORDER = [
     "guards",
     "organism",
     "rank_one",
+    "closed_form",
     "keys",
     "neurons",
     "sites",

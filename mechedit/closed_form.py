@@ -1,0 +1,198 @@
+"""Many facts at one layer, by one solve whose terms are named.
+
+A change D of `W_out` [d_mlp, d_model] should add the residuals R to what the keys K return, and move little of the rest:
+
+    minimise  |K D - R|^2 / slack + tr(D^T M D),    M = a C + b P + c I,    P = the sum of k k^T over the keys of earlier edits
+
+    D = A^T (K A^T + slack I)^-1 R,                 A = K M^-1
+
+Without slack the residuals are met exactly. Inside the null space of C, D has no part along the directions in which ordinary
+keys are large: all of the above is then done in coordinates of that space. The published editors are rows of one table, `METHODS`:
+
+    method      a       b  c   slack  null space   source
+    memit       lambda  0  0   1                   Meng et al. 2023
+    memit-seq   lambda  1  0   1                   the same, with the keys of earlier edits
+    encore      lambda  1  c   1                   Gupta et al. 2025
+    emmet       1       0  0   0                   Gupta et al. 2024 (as published 0.1, for more facts than one)
+    alphaedit   0       1  10  1      0.02         Fang et al. 2025
+    rome        1       0  0   0                   Meng et al. 2022: emmet with one fact
+
+With the values of all edits given, `memit-seq` is recursive least squares: after any number of batches W is what one solve of all facts
+at once gives. Everything is float64 on the CPU; a solve of n facts costs n d_mlp^2 beside the factor of M, d_mlp^3 / 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechedit import rank_one
+from mechedit.changes import LowRank
+from mechedit.errors import MecheditError
+from mechedit.weights import Weight
+
+__all__ = ["METHODS", "ClosedFormError", "Metric", "Terms", "bounded", "least_spectrum", "sparsest"]
+
+
+class ClosedFormError(MecheditError, ValueError):
+    """Terms that cannot be, or facts that they give no change for."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a change is weighed by. `a` weighs C, `b` the keys of earlier edits, `c` the identity; `slack` is 0 where residuals must be met;
+    `null` is the eigenvalue of C below which directions belong to its null space, where the change is to stay.
+
+    Raises:
+        ClosedFormError: a negative number, or nothing that a change would be weighed by.
+    """
+
+    a: float = 1.0
+    b: float = 0.0
+    c: float = 0.0
+    slack: float = 1.0
+    null: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("a", "b", "c", "slack"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ClosedFormError(f"{name} must be 0 or more; found {getattr(self, name)}.")
+        if self.a == self.c == 0:
+            raise ClosedFormError("a or c must be above 0, as nothing else weighs every direction; both are 0.")
+        if self.null is not None and not self.null > 0:
+            raise ClosedFormError(f"null must be above 0, an eigenvalue of C; found {self.null}.")
+
+
+METHODS: Mapping[str, Terms] = MappingProxyType(
+    {
+        "rome": Terms(slack=0.0),
+        "emmet": Terms(slack=0.0),
+        "memit": Terms(a=15000.0),
+        "memit-seq": Terms(a=15000.0, b=1.0),
+        "encore": Terms(a=15000.0, b=1.0, c=10.0),
+        "alphaedit": Terms(a=0.0, b=1.0, c=10.0, null=0.02),
+    }
+)
+"""Published editors as terms, with the constants that were published for models of GPT-J's size."""
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """M of a layer, whose cubic work is done once: C, and `earlier`, the sum of k k^T over the keys of earlier edits.
+
+    Raises:
+        ClosedFormError: `earlier` is not of C's shape, or no direction is in the null space.
+        RankOneError: NaN or infinity, or a C that is not symmetric; when the factor is made, an M that is not positive definite.
+    """
+
+    terms: Terms
+    C: Float[Tensor, "d_mlp d_mlp"] = field(repr=False)
+    earlier: Float[Tensor, "d_mlp d_mlp"] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        rank_one.check_symmetric(self.C)
+        if self.earlier is not None and self.earlier.shape != self.C.shape:
+            raise ClosedFormError(
+                f"earlier must be a sum of k k^T of C's shape, {list(self.C.shape)}; it is {list(self.earlier.shape)}."
+            )
+
+    @cached_property
+    def basis(self) -> Float[Tensor, "d_mlp rank"] | None:
+        """Orthonormal directions of C's null space; none where changes may go anywhere."""
+        if self.terms.null is None:
+            return None
+        values, vectors = torch.linalg.eigh(self.C.detach().cpu().double())
+        if not bool((values < self.terms.null).any()):
+            raise ClosedFormError(
+                f"C must have directions whose eigenvalue is below null, {self.terms.null:g}; its smallest is {float(values[0]):.3g}. "
+                "Raise null, or leave it out."
+            )
+        return vectors[:, values < self.terms.null]
+
+    @cached_property
+    def factor(self) -> Float[Tensor, "rank rank"]:
+        """The Cholesky factor of M, in the null space's coordinates where there is one."""
+        terms, C = self.terms, self.C.detach().cpu().double()
+        M = terms.a * C
+        if terms.b and self.earlier is not None:
+            M = M + terms.b * self.earlier.detach().cpu().double()
+        if self.basis is not None:
+            M = self.basis.T @ M @ self.basis
+            M = (M + M.T) / 2
+        return rank_one.factor(M + terms.c * torch.eye(len(M), dtype=M.dtype))
+
+    def survives(self, keys: Float[Tensor, "n d_mlp"]) -> Float[Tensor, " n"]:
+        """The share of each key's square that lies where a change may be; 1 without a null space."""
+        keys = keys.detach().cpu().double()
+        if self.basis is None:
+            return torch.ones(len(keys), dtype=keys.dtype)
+        return (keys @ self.basis).square().sum(1) / keys.square().sum(1)
+
+    def solve(self, layer: int, keys: Float[Tensor, "n d_mlp"], residuals: Float[Tensor, "n d_model"]) -> LowRank:
+        """The change D of the layer's `W_out`, as factors of rank n.
+
+        Raises:
+            RankOneError: NaN or infinity, an M that is not positive definite; without slack, keys that depend on each other.
+        """
+        rank_one.check_finite(keys=keys, residuals=residuals)
+        keys, residuals = keys.detach().cpu().double(), residuals.detach().cpu().double()
+        own = keys if self.basis is None else keys @ self.basis
+        along = rank_one.whitened(own, self.factor)
+        gram = own @ along.T
+        if not self.terms.slack:
+            rank_one.check_independent(gram)
+        system = gram + self.terms.slack * torch.eye(len(gram), dtype=gram.dtype)
+        along = along if self.basis is None else along @ self.basis.T
+        return LowRank(Weight(layer, "mlp.W_out"), along, torch.linalg.solve((system + system.T) / 2, residuals))
+
+
+def bounded(change: LowRank, norm: float) -> LowRank:
+    """The change, no longer than `norm` (Frobenius).
+
+    Raises:
+        ClosedFormError: a norm that is not above 0.
+    """
+    if not norm > 0:
+        raise ClosedFormError(f"norm must be above 0; found {norm}.")
+    share = min(1.0, norm / change.norm) if change.norm else 1.0
+    return LowRank(change.weight, change.left, share * change.right)
+
+
+def sparsest(
+    delta: Float[Tensor, "d_mlp d_model"], W_out: Float[Tensor, "d_mlp d_model"], share: float
+) -> Float[Tensor, "d_mlp d_model"]:
+    """RECT (Gu et al. 2024): the change's entries that are, beside the weight's own, among the largest `share`; the others are zero.
+
+    Raises:
+        ClosedFormError: a share that is not above 0 and 1 at most.
+    """
+    if not 0 < share <= 1:
+        raise ClosedFormError(f"share must be above 0, and 1 at most; found {share}.")
+    beside = (delta.double() / W_out.double()).abs().nan_to_num(nan=0.0)
+    kept = beside.flatten().topk(max(1, round(share * delta.numel()))).indices
+    mask = torch.zeros(delta.numel(), dtype=torch.bool, device=delta.device)
+    mask[kept] = True
+    return torch.where(mask.view_as(delta), delta, 0)
+
+
+def least_spectrum(
+    delta: Float[Tensor, "d_mlp d_model"], W_out: Float[Tensor, "d_mlp d_model"], base: float = 1.2
+) -> Float[Tensor, "d_mlp d_model"]:
+    """PRUNE (Ma et al. 2025): singular values s of a total change above the largest of the unedited weight, m, become
+    log(s) - log(m) + m, logarithms to `base`.
+
+    Raises:
+        ClosedFormError: a base that is not above 1.
+    """
+    if not base > 1:
+        raise ClosedFormError(f"base must be above 1; found {base}.")
+    U, s, V = torch.linalg.svd(delta.double(), full_matrices=False)
+    m = torch.linalg.matrix_norm(W_out.double(), 2)
+    lower = torch.where(s > m, (s.log() - m.log()) / torch.tensor(base).double().log() + m, s)
+    return ((U * lower) @ V).to(delta)
