@@ -40,6 +40,7 @@ functions whose names end in `_`.
 | counterfact.scores | yes     | no       | no                | no    | no                    |
 | runs.evaluate      | yes     | yes      | and puts them back| folder, cache | own generator |
 | runs.sweep         | yes     | yes      | and puts them back| folder, cache | own generator |
+| study.write_scenarios | yes  | yes      | and puts them back| folder, cache | own generator |
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ _MODULES = (
     "sites",
     "sources",
     "statistics",
+    "study",
     "tracing",
     "tuning",
     "values",

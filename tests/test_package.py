@@ -28,6 +28,7 @@ from mechedit import (
     prompts,
     rank_one,
     scoring,
+    study,
     tracing,
     tuning,
     values,
@@ -53,6 +54,7 @@ from mechedit.settings import (
     KnowledgeNeuronsSettings,
     MomentSettings,
     RomeSettings,
+    StudySettings,
     SweepSettings,
     ToldSettings,
     TraceSettings,
@@ -168,6 +170,13 @@ def steps(model, folder, tmp_path, monkeypatch):
             "rome",
             SETTINGS,
         ),
+        "study.write_scenarios": lambda: study.write_scenarios(
+            model,
+            [FACT],
+            tmp_path / "texts",
+            StudySettings(scenarios=1, raters=1, pages=1, editors=("rome", "unedited"), tokens=12),
+            {"rome": replace(SETTINGS, seed=4)},
+        ),
     }
 
 
@@ -254,6 +263,7 @@ ORDER = [
     "runs",
     "tuning",
     "calibration",
+    "study",
     "cli",
 ]
 """Each imports only from those before it, in its functions too; packages among them are one step."""

@@ -26,6 +26,7 @@ from mechedit.cli.looking import add_looking
 from mechedit.cli.moments import add_moments
 from mechedit.cli.options import Parser, check_texts, options_of
 from mechedit.cli.results import add_results
+from mechedit.cli.studying import add_studying
 from mechedit.cli.terminal import no_more, tolerant
 from mechedit.cli.tracing import add_tracing
 from mechedit.cli.tuning import add_tuning
@@ -130,5 +131,6 @@ def _parser(editor: str) -> argparse.ArgumentParser:
     add_moments(commands)
     add_evaluating(commands, editor)
     add_results(commands)
+    add_studying(commands)
     add_looking(commands)
     return parser

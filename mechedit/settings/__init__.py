@@ -8,6 +8,7 @@
                     and those of gradient steps
     evaluating.py   EvaluateSettings, SweepSettings, TuneSettings
     presets.py      what suits which model, by editor
+    studying.py     StudySettings
 
 Python, the command line and the experiments share these frozen dataclasses; a result carries the ones that made it. Nothing heavy
 is imported here, so that `mechedit --help` answers at once.
@@ -41,6 +42,7 @@ from mechedit.settings.editors import (
 from mechedit.settings.evaluating import MODES, CalibrateSettings, EvaluateSettings, SweepSettings, TuneSettings
 from mechedit.settings.moments import MomentSettings
 from mechedit.settings.presets import PRESETS, Preset
+from mechedit.settings.studying import UNEDITED, StudySettings
 from mechedit.settings.tracing import (
     CENTRES,
     CORRUPTIONS,
@@ -85,6 +87,7 @@ __all__ = [
     "SHARES",
     "STATE_KINDS",
     "STOPS",
+    "UNEDITED",
     "WHOSE_KEY",
     "AttentionEditSettings",
     "Bands",
@@ -100,6 +103,7 @@ __all__ = [
     "RomeSettings",
     "Settings",
     "SettingsError",
+    "StudySettings",
     "SweepSettings",
     "ToldSettings",
     "TraceSettings",
