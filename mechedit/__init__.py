@@ -28,6 +28,7 @@ functions whose names end in `_`.
 | editors.attention_edit| yes  | yes      | and puts them back| no    | no                    |
 | editors.told       | no      | no       | no                | no    | no                    |
 | editors.knowledge_neurons | yes | yes    | no                | cache | no                    |
+| editors.trained    | yes     | yes      | no                | no    | no                    |
 | guards.measure     | yes     | no       | no                | no    | no                    |
 | runs.edit_facts    | yes     | yes      | and puts them back| folder| own generator         |
 | applying.apply     | no      | no       | yes, until undone | no    | no                    |

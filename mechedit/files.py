@@ -16,7 +16,7 @@ from mechedit.cache import WriteError, atomic_write
 from mechedit.errors import MecheditError
 from mechedit.parsing import from_text
 
-__all__ = ["Blob", "FileError", "kind", "read", "write"]
+__all__ = ["Blob", "FileError", "described", "digest", "kind", "read", "write"]
 
 FORMATS = (
     torch.float64,
@@ -60,6 +60,25 @@ def kind(path: str | Path | Blob) -> str:
     return str(header["kind"])
 
 
+def described(path: str | Path, what: str) -> tuple[str, dict[str, Any]]:
+    """The hash that a file names for its contents, and its record, without reading the tensors.
+
+    Raises:
+        FileError: missing, truncated, or another kind of file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    _check_file(Path(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = from_text((file.metadata() or {}).get("mechedit", "{}"), unique=True)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileError(f"{path} is truncated or no safetensors file that can be read ({error}).") from error
+    if not isinstance(header, dict) or header.get("kind") != what or not isinstance(header.get("record"), dict):
+        raise FileError(f"{path} is not a mechedit {what}.")
+    return str(header.get("sha256")), header["record"]
+
+
 def write(
     path: str | Path | Blob,
     what: str,
@@ -72,7 +91,7 @@ def write(
     from safetensors.torch import save, save_file
 
     plain = _apart(tensors)
-    header = {"kind": what, "format": form, "sha256": _digest(plain, record), "record": record}
+    header = {"kind": what, "format": form, "sha256": digest(plain, record), "record": record}
     # one entry, because safetensors writes several in an order that changes from file to file
     text = json.dumps(header, ensure_ascii=False, default=_number)
     metadata = {
@@ -109,13 +128,13 @@ def _number(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is nothing that JSON has")
 
 
-def _digest(tensors: dict[str, Tensor], record: dict[str, Any]) -> str:
+def digest(tensors: Mapping[str, Shaped[Tensor, ...]], record: dict[str, Any]) -> str:
     """SHA-256 of the record and of every tensor's name and bytes."""
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True, default=_number).encode())
+    found = hashlib.sha256(json.dumps(record, sort_keys=True, default=_number).encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        found.update(name.encode())
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def read(path: str | Path | Blob, what: str, form: int = FORMAT) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -136,7 +155,7 @@ def read(path: str | Path | Blob, what: str, form: int = FORMAT) -> tuple[dict[s
         raise FileError(
             f"{path} has format {header['format']}; this version of mechedit knows up to {form}. Update mechedit."
         )
-    if header.get("sha256") != _digest(tensors, header["record"]):
+    if header.get("sha256") != digest(tensors, header["record"]):
         raise FileError(f"{path} was changed after it was written: its contents do not have the hash it names.")
     return tensors, header["record"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mechedit.models import HookedModel, Identity, device_of, hooked, identity, kept
 
-__all__ = ["Lineage", "kept_under", "lineage", "origin", "versions"]
+__all__ = ["Lineage", "beneath", "kept_under", "lineage", "origin", "versions"]
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,24 @@ class Lineage:
 
 def lineage(model: HookedModel, now: Identity | None = None) -> Lineage:
     """Of the model as it is now (`now`, where that was asked for). One that was also changed in another way is its own beginning."""
+    now = now or identity(model)
+    below = beneath(model, now)
+    edits = () if below is now else tuple(digest for each in kept(model).applied for digest in each.digests)
+    return Lineage(below.weights, edits)
+
+
+def beneath(model: HookedModel, now: Identity | None = None) -> Identity:
+    """The identity that the model had before the edits that are in it; where it was also changed in another way, as it is now."""
     now, standing = now or identity(model), kept(model).applied  # of applying.Applied
     if standing:
-        below = standing[0].below
+        below: Identity = standing[0].below
         latest = {name: each for each in standing for name in each.names}
         others = (now.parts.keys() | below.parts.keys()) - latest.keys()
         if all(now.parts.get(name) == below.parts.get(name) for name in others) and all(
             each.stands(name, now) for name, each in latest.items()
         ):
-            return Lineage(below.weights, tuple(digest for each in standing for digest in each.digests))
-    return Lineage(now.weights, ())
+            return below
+    return now
 
 
 def versions() -> dict[str, str]:

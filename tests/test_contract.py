@@ -1,6 +1,6 @@
 """What every editor must keep to: found, applied, undone, saved, composed, exported, evaluated, resumed, tuned, swept.
 
-ROME (rank-one), gradient steps on one weight and on several (dense), knowledge neurons (rows), telling (no weight at all) and an editor from outside the package
+ROME (rank-one), gradient steps on one weight and on several (dense), knowledge neurons (rows), telling (no weight at all), trained networks and an editor from outside the package
 (low rank) pass the same tests.
 """
 
@@ -32,7 +32,9 @@ from mechedit.settings import (
     BoundedSettings,
     EvaluateSettings,
     FineTuningSettings,
+    KeSettings,
     KnowledgeNeuronsSettings,
+    MendSettings,
     MomentSettings,
     RomeSettings,
     SettingsError,
@@ -43,6 +45,7 @@ from mechedit.settings import (
 from mechedit.weights import as_matrix, value
 from tests.conftest import FACT, assert_same_state, state, widen_bands
 from tests.outside_editor import LogitEditor, LogitSettings
+from tests.trained import checkpoint
 
 FACTS = [
     FACT,
@@ -56,20 +59,30 @@ EDITORS = {
     "attention-edit": AttentionEditSettings(layer=1, steps=6, learning_rate=5e-3, norm_bound=0.02, guard="rollback"),
     "told": ToldSettings(sentence="{fact}. ", guard="rollback"),
     "kn": KnowledgeNeuronsSettings(steps=3, prefixes=((3, 2),), guard="rollback"),
+    "mend": MendSettings(guard="rollback"),
+    "ke": KeSettings(guard="rollback"),
     "tests.outside_editor:LogitEditor": LogitSettings(layer=1, length=4.0, guard="rollback"),
 }
+
+
+def settings_of(model, editor, folder):
+    """The editor's settings; of one that is trained, with a network made by hand in this folder."""
+    own = EDITORS[editor]
+    return replace(own, checkpoint=checkpoint(model, editor, folder)) if hasattr(own, "checkpoint") else own
+
+
 PLAIN = EvaluateSettings(health=False, answers=False, beside=False)
 
 
 @pytest.fixture(params=EDITORS)
-def way(request, model, monkeypatch):
+def way(request, model, monkeypatch, tmp_path_factory):
     """An editor with its settings and what it prepared."""
     widen_bands(monkeypatch)
     real, few = moments.estimate_layers, MomentSettings(tokens=600, context=32)
     monkeypatch.setattr(moments, "estimate", lambda model, layer, **named: real(model, [layer], settings=few)[layer])
     monkeypatch.setattr(moments, "estimate_layers", lambda model, layers, **named: real(model, layers, settings=few))
     editor = named(request.param)
-    settings = editor.resolve(model, EDITORS[request.param])
+    settings = editor.resolve(model, settings_of(model, request.param, tmp_path_factory.mktemp("trained")))
     return editor, settings, editing.make_ready(model, editor, settings)
 
 
@@ -221,12 +234,14 @@ from mechedit import guards, models
 from mechedit.runs.evaluating import evaluate
 torch.set_num_threads(1)
 sys.path.insert(0, {root!r})
-from tests.test_contract import EDITORS, FACTS, PLAIN
+from tests.test_contract import FACTS, PLAIN, settings_of
 for name in list(guards.BANDS):
     guards.BANDS[name] = (0.0, 1e9, "nothing")
 model = models.load({folder!r}, device="cpu")
 from dataclasses import replace
-evaluate(model, FACTS, sys.argv[2], replace(PLAIN, mode="sequential"), sys.argv[1], EDITORS[sys.argv[1]]).save(sys.argv[2])
+from pathlib import Path
+settings = settings_of(model, sys.argv[1], Path(sys.argv[2]).parent)
+evaluate(model, FACTS, sys.argv[2], replace(PLAIN, mode="sequential"), sys.argv[1], settings).save(sys.argv[2])
 """
 
 

@@ -41,6 +41,7 @@ from mechedit.editors.attention_edit import AttentionEdit
 from mechedit.editors.fine_tuning import FineTuning
 from mechedit.editors.knowledge_neurons import KnowledgeNeurons, Prefixes
 from mechedit.editors.told import Told
+from mechedit.editors.trained.editor import MendEditor
 from mechedit.facts import Fact
 from mechedit.runs import tracing as runs
 from mechedit.runs.editing import edit_facts
@@ -52,6 +53,7 @@ from mechedit.settings import (
     EvaluateSettings,
     FineTuningSettings,
     KnowledgeNeuronsSettings,
+    MendSettings,
     MomentSettings,
     RomeSettings,
     StudySettings,
@@ -63,6 +65,7 @@ from mechedit.settings import (
 from mechedit.tracing import attribution, severing
 from mechedit.weights import Weight
 from tests.conftest import FACT, state, widen_bands
+from tests.trained import by_hand
 
 LAYER = 1
 SETTINGS = RomeSettings(layer=LAYER, steps=2, prefixes=((3, 1),), prepend_bos=True)
@@ -141,6 +144,9 @@ def steps(model, folder, tmp_path, monkeypatch):
         "editors.told": lambda: Told().find(model, [FACT], ToldSettings(), None, {}),
         "editors.knowledge_neurons": lambda: KnowledgeNeurons().find(
             model, [FACT], KnowledgeNeuronsSettings(prepend_bos=True), Prefixes(("", "Rome. ", "Paris. ")), {}
+        ),
+        "editors.trained": lambda: MendEditor().find(
+            model, [FACT], MendSettings(prepend_bos=True), by_hand(model, "mend"), {}
         ),
         "guards.measure": lambda: guards.measure(model, [FACT.subject]),
         "runs.edit_facts": lambda: edit_facts(model, [FACT], tmp_path / "edits", "rome", SETTINGS, ready),

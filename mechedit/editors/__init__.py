@@ -7,6 +7,7 @@
     attention_edit.py  attention-edit: on the attention's weights
     told.py          told: the new fact in words before every prompt; no weight is changed
     knowledge_neurons.py   kn: the value rows of the neurons that carry the answer (Dai et al. 2022)
+    trained/         mend and ke: a trained network makes an edit of one gradient (Mitchell et al. 2022, De Cao et al. 2021)
 
 An editor from outside is named `package.module:Class`, or by the name of an entry point in the group `mechedit.editors`.
 """
@@ -39,6 +40,8 @@ BUILT_IN = {
     "attention-edit": "mechedit.editors.attention_edit:AttentionEdit",
     "told": "mechedit.editors.told:Told",
     "kn": "mechedit.editors.knowledge_neurons:KnowledgeNeurons",
+    "mend": "mechedit.editors.trained.editor:MendEditor",
+    "ke": "mechedit.editors.trained.editor:KeEditor",
 }
 
 

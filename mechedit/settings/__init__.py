@@ -7,6 +7,7 @@
     editors.py      EditSettings, of which every editor's derive; RomeSettings, ToldSettings, KnowledgeNeuronsSettings,
                     and those of gradient steps
     evaluating.py   EvaluateSettings, SweepSettings, TuneSettings
+    training.py     MendTraining, KeTraining
     presets.py      what suits which model, by editor
     studying.py     StudySettings
 
@@ -35,9 +36,12 @@ from mechedit.settings.editors import (
     DescentSettings,
     EditSettings,
     FineTuningSettings,
+    KeSettings,
     KnowledgeNeuronsSettings,
+    MendSettings,
     RomeSettings,
     ToldSettings,
+    TrainedSettings,
 )
 from mechedit.settings.evaluating import MODES, CalibrateSettings, EvaluateSettings, SweepSettings, TuneSettings
 from mechedit.settings.moments import MomentSettings
@@ -58,6 +62,15 @@ from mechedit.settings.tracing import (
     STATE_KINDS,
     TraceSettings,
 )
+from mechedit.settings.training import (
+    FORMS,
+    KE_POLICIES,
+    MEND_POLICIES,
+    TRAINING,
+    KeTraining,
+    MendTraining,
+    TrainingSettings,
+)
 
 __all__ = [
     "ATTENTION_WEIGHTS",
@@ -67,11 +80,14 @@ __all__ = [
     "DESCENT_POLICIES",
     "EDITOR_SETTINGS",
     "FACT_TOKENS",
+    "FORMS",
     "GUARDS",
+    "KE_POLICIES",
     "KINDS",
     "KNOWN_KINDS",
     "LOSSES",
     "MEASURES",
+    "MEND_POLICIES",
     "MODES",
     "NEURON_MODES",
     "NEURON_POLICIES",
@@ -87,6 +103,7 @@ __all__ = [
     "SHARES",
     "STATE_KINDS",
     "STOPS",
+    "TRAINING",
     "UNEDITED",
     "WHOSE_KEY",
     "AttentionEditSettings",
@@ -97,7 +114,11 @@ __all__ = [
     "EditSettings",
     "EvaluateSettings",
     "FineTuningSettings",
+    "KeSettings",
+    "KeTraining",
     "KnowledgeNeuronsSettings",
+    "MendSettings",
+    "MendTraining",
     "MomentSettings",
     "Preset",
     "RomeSettings",
@@ -107,6 +128,8 @@ __all__ = [
     "SweepSettings",
     "ToldSettings",
     "TraceSettings",
+    "TrainedSettings",
+    "TrainingSettings",
     "TuneSettings",
     "check_each",
     "filled",

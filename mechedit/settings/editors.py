@@ -27,9 +27,12 @@ __all__ = [
     "DescentSettings",
     "EditSettings",
     "FineTuningSettings",
+    "KeSettings",
     "KnowledgeNeuronsSettings",
+    "MendSettings",
     "RomeSettings",
     "ToldSettings",
+    "TrainedSettings",
 ]
 
 GUARDS = ("refuse", "warn", "rollback")
@@ -307,6 +310,41 @@ class KnowledgeNeuronsSettings(EditSettings):
         require(len(set(self.layers)) == len(self.layers), f"layers must be different blocks; found {self.layers}.")
 
 
+@dataclass(frozen=True)
+class TrainedSettings(EditSettings):
+    """Which trained network edits, and how hard."""
+
+    checkpoint: str = knob(
+        "",
+        "what `mechedit train-editor` made, a file or its folder; or the name of one that ships for the model (by default the first)",
+    )
+    digest: str = knob("", "what it must be; by default what it is, which is then a part of the edit's settings")
+    form: str = knob(
+        "any", "what it must be: of the paper's form, of the published code's, or any", ("any", "paper", "published")
+    )
+    scale: float = knob(1.0, "the change is multiplied by this")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.scale > 0, f"scale must be positive; found {self.scale}.")
+
+
+@dataclass(frozen=True)
+class MendSettings(TrainedSettings):
+    """Which network of MEND's edits (Mitchell et al. 2022)."""
+
+
+@dataclass(frozen=True)
+class KeSettings(TrainedSettings):
+    """Which network of KE's edits (De Cao et al. 2021)."""
+
+    repeats: int = knob(1, "the change is made up to so many times, until the model says the target")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.repeats >= 1, f"repeats must be 1 or more; found {self.repeats}.")
+
+
 EDITOR_SETTINGS: dict[str, type[EditSettings]] = {
     **dict.fromkeys(("rome", "rome-identity", "rome-random-layer", "rome-random-key"), RomeSettings),
     "ft": FineTuningSettings,
@@ -314,5 +352,7 @@ EDITOR_SETTINGS: dict[str, type[EditSettings]] = {
     "attention-edit": AttentionEditSettings,
     "told": ToldSettings,
     "kn": KnowledgeNeuronsSettings,
+    "mend": MendSettings,
+    "ke": KeSettings,
 }
 """The settings of the editors that come with mechedit, for who needs no more than those."""
