@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechedit import files, models, writing
@@ -129,7 +129,7 @@ class KeEditor(TrainedEditor):
         return times(terms, chosen)
 
 
-def times(terms: Terms, factor: Tensor) -> dict[Weight, Term]:
+def times(terms: Terms, factor: Float[Tensor, " edits"]) -> dict[Weight, Term]:
     """Each edit's terms times a number of its own."""
     return {
         weight: replace(own, right=own.right * factor.to(own.right)[:, None, None]) for weight, own in terms.items()
