@@ -1,9 +1,9 @@
 """zsRE, one edit at a time.  python -m experiments.table1_zsre
 
-Rows: no edit, the default, the published policy and constants, the controls C = identity and another layer for each
-question, and other editors with their presets; efficacy, paraphrase and specificity are shares of the answer's tokens that the model puts first, with 95 %
-intervals over questions; under each row the unedited model on the same questions, and the paired difference. On the organism the questions are of its own world. A killed run goes on, and `--rows` adds rows to the
-table that is there.
+Rows: no edit, the default, the published policy and constants, the controls C = identity and another layer for each question, and
+other editors with their presets; efficacy, paraphrase and specificity are shares of the answer's tokens that the model puts first, drift
+is at the unrelated question, with 95 % intervals over questions; under each row the unedited model on the same questions, and the paired
+difference. On the organism the questions are of its own world. A killed run goes on, and `--rows` adds rows to the table that is there.
 Rows of GPT-2 XL are the paper's own (Meng et al. 2022, Table 1), another model on 10,000 records.
 """
 
@@ -35,7 +35,7 @@ from mechedit.editors import rome
 from mechedit.runs.evaluating import evaluate
 from mechedit.settings import EvaluateSettings
 
-COLUMNS = ("efficacy", "paraphrase", "specificity", "answer")
+COLUMNS = ("efficacy", "paraphrase", "specificity", "answer", "drift", "drift_log_p")
 ROWS = ("no edit", "default", "published", "identity", "random layer", *OPPONENTS)
 PAPER = (
     ("GPT-2 XL, no edit (paper)", "10000", "22.2", "21.3", "24.2"),

@@ -9,6 +9,7 @@ import torch
 
 from mechedit import applying, editing, facts, weights
 from mechedit.benchmarks import beside, metrics
+from mechedit.benchmarks.zsre import Question
 from mechedit.editors import named
 from mechedit.facts import Fact
 from mechedit.prompts import continuation, encode
@@ -111,3 +112,16 @@ def test_an_evaluation_measures_drift_from_the_model_without_its_edits(mode, mod
         before = beside.near(model, FACTS[0])
         with applying.edited(model, edit, force=True):
             assert whole[0]["drift"] == pytest.approx(beside.drift(model, FACTS[0], before)["drift"], rel=1e-4)
+
+
+def test_zsre_drifts_at_the_unrelated_question(model, tmp_path):
+    question = Question(FACTS[0], "The violin is", "in Rome")
+    settings = EvaluateSettings(health=False, answers=False)
+    tuning = FineTuningSettings(layer=2, steps=3, learning_rate=5e-3, guard="warn")
+    (found,) = evaluate(model, [question], tmp_path, settings, "ft", tuning).rows["after"]
+    old, own = next_token(model, question.unrelated), sum(log_p(model, question.unrelated, question.answer))
+    with applying.edited(model, editing.edit(model, FACTS[0], named("ft"), tuning), force=True):
+        new, moved = next_token(model, question.unrelated), sum(log_p(model, question.unrelated, question.answer))
+    assert found["drift"] == pytest.approx(float((new.exp() * (new - old)).sum()), rel=1e-3)
+    assert found["drift_log_p"] == pytest.approx(moved - own, abs=1e-4)
+    assert "N+" in found

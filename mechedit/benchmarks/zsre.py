@@ -81,8 +81,8 @@ class Zsre:
         return isinstance(record, Question)
 
     def fact(self, record: Question) -> Fact:
-        """The fact to write."""
-        return record.fact
+        """The fact to write; its neighbour is the unrelated question, at which drift is measured."""
+        return replace(record.fact, neighbours=(record.unrelated,), neighbour_answers=(record.answer,))
 
     def lacks(self, record: Question) -> str:
         """A new answer that is not there."""
