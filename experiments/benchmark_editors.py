@@ -1,7 +1,7 @@
 """What does an edit by each editor cost?  python -m experiments.benchmark_editors   -> figures/MODEL/benchmark_editors.json
 
 One built-in fact (of the organism's world for an organism), each editor's preset; each edit in a process of its own, which gives its peak
-memory beside the loaded model too. What an editor prepares for all facts (C, prefixes) is there beforehand. Medians of `repeats`.
+memory beside the loaded model too (the tables' last columns). What an editor prepares for all facts (C, prefixes) is there beforehand. Medians of `repeats`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from experiments.benchmark_editing import memory, peak
 from experiments.common import parse, say, write
 from experiments.editing import OPPONENTS
-from mechedit import editing, editors, models, organism, sources
+from mechedit import cache, editing, editors, models, organism, sources
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class BenchmarkEditors:
     alone: str = ""  # the editor that a process of the benchmark itself runs
 
 
-def run_one(settings: BenchmarkEditors) -> dict[str, float]:
-    """One edit in this process: its seconds, and its peak memory in bytes beside what the process had before."""
+def run_one(settings: BenchmarkEditors) -> dict[str, Any]:
+    """One edit in this process: its settings, seconds, and peak memory in bytes beside what the process had before."""
     torch.set_num_threads(settings.threads)
     model = models.load(settings.model)
     fact = sources.named("organism" if settings.model in organism.MODELS else "built-in")[0]
@@ -47,7 +47,8 @@ def run_one(settings: BenchmarkEditors) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", editing.EditWarning)
         edit = editing.edit(model, fact, editor, chosen, prepared=prepared)
-    return {"seconds": time.perf_counter() - began, "peak": peak() - before, "p_new": edit.after["p_new"]}
+    numbers = {"seconds": time.perf_counter() - began, "peak": peak() - before, "p_new": edit.after["p_new"]}
+    return numbers | {"edit": cache.plain(asdict(chosen))}
 
 
 def main(settings: BenchmarkEditors) -> None:
@@ -65,7 +66,8 @@ def main(settings: BenchmarkEditors) -> None:
             if done.returncode:
                 raise SystemExit(f"{editor}: {done.stderr.strip().splitlines()[-1]}")
             runs.append(json.loads(done.stdout.splitlines()[-1]))
-        result[editor] = {name: median(each[name] for each in runs) for name in runs[0]}
+        result[editor] = {name: median(each[name] for each in runs) for name in ("seconds", "peak", "p_new")}
+        result[editor]["edit"] = runs[0]["edit"]
         say(f"{editor}: {result[editor]['seconds']:.2f} s, {result[editor]['peak'] / 1e6:.0f} MB beside the model")
     say(f"wrote {write('benchmark_editors', models.load(settings.model), settings, {'editors': result})}")
 

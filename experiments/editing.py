@@ -15,7 +15,6 @@ from mechedit import applying, cache, editors, models, organism, provenance, sou
 from mechedit.benchmarks import counterfact, metrics
 from mechedit.edits import Edit
 from mechedit.facts import Fact
-from mechedit.runs import status
 from mechedit.runs.results import Evaluation
 from mechedit.settings import CONSTANTS, POLICIES, PREFIXES, RomeSettings
 from mechedit.statistics import Mean, Paired
@@ -67,9 +66,19 @@ def folder(model: models.HookedModel, table: str, begin: int, row: str) -> Path:
     return runs(model, f"{table}-from{begin}") / row.replace(" ", "-")
 
 
-def seconds_of(edits_in: Path) -> float:
-    """The median seconds of an edit of the run that is kept there."""
-    return status.status(edits_in)[0].seconds
+def costs(model: models.HookedModel, rows: Mapping[str, tuple[str, Any]]) -> dict[str, dict[str, float]]:
+    """Seconds and peak memory (bytes beside the model) of an edit, of rows whose editor `benchmark_editors` measured with the row's own
+    settings; rows are an editor's name and its settings, by name."""
+    path = FIGURES / short_name(model) / "benchmark_editors.json"
+    record = json.loads(path.read_text()) if path.is_file() else {"origin": {}, "editors": {}}
+    if record["origin"].get("weights") != provenance.origin(model)["weights"]:
+        return {}
+    found = {}
+    for row, (editor, edit) in rows.items():
+        measured = record["editors"].get(editor)
+        if measured and measured["edit"] == cache.plain(asdict(edit)):
+            found[row] = {name: measured[name] for name in ("seconds", "peak")}
+    return found
 
 
 def compared(first: Evaluation, second: Evaluation, names: Sequence[str]) -> dict[str, Paired]:
@@ -142,10 +151,10 @@ def _nans(record: dict[str, Any]) -> dict[str, Any]:
     return {name: float("nan") if value is None else value for name, value in record.items()}
 
 
-def write_table(model: models.HookedModel, name: str, names: Sequence[str], rows: dict[str, Row], differences: dict[str, Any], below: Sequence[Sequence[str]], seconds: Mapping[str, float] | None = None) -> Path:  # fmt: skip
+def write_table(model: models.HookedModel, name: str, names: Sequence[str], rows: dict[str, Row], differences: dict[str, Any], below: Sequence[Sequence[str]], spent: Mapping[str, Mapping[str, float]]) -> Path:  # fmt: skip
     """The table as Markdown beside its JSON, in percent with intervals: under each method the unedited model on the same records, and
-    the paired difference; then the lines `below`, as they are. `differences` is what `corrected` gave, `seconds` an edit's, by row."""
-    more = ["s an edit"] if seconds else []
+    the paired difference; then the lines `below`, as they are. `differences` is what `corrected` gave, `spent` what `costs` gave."""
+    more = ["s an edit", "MB an edit"] if spent else []
     lines = [["", "n", *names, *more], ["---"] * (len(names) + 2 + len(more))]
     for row, found in rows.items():
         parts = [(row, found.scores), ("unedited, same records", found.unedited)]
@@ -153,15 +162,15 @@ def write_table(model: models.HookedModel, name: str, names: Sequence[str], rows
         for title, means in [*parts, ("difference", own)]:
             if means:
                 cells = [metrics.metric(each).shown(means[each]) if each in means else "" for each in names]
-                spent = [f"{seconds[row]:.1f}" if title == row in seconds else ""] if seconds else []
-                lines.append([title, str(max(each.n for each in means.values())), *cells, *spent])
+                cost = [f"{spent[row]['seconds']:.2f}", f"{spent[row]['peak'] / 1e6:.0f}"] if title == row in spent else []  # fmt: skip
+                lines.append([title, str(max(each.n for each in means.values())), *cells, *cost])
         seen = {each: value["could_see"] for each, value in differences.get(LESS, {}).get(row, {}).items() if value.get("could_see")}  # fmt: skip
         if seen:
             cells = [metrics.metric(each).shown(Mean(seen[each], math.nan, math.nan, 1)) if each in seen else "" for each in names]  # fmt: skip
-            lines.append(["could see", "", *cells, *[""] * bool(seconds)])
+            lines.append(["could see", "", *cells])
     text = "\n".join(
         "| " + " | ".join(line) + " |"
-        for line in [*lines, *([*line, *[""] * (len(lines[0]) - len(line))] for line in below)]
+        for line in ([*line, *[""] * (len(lines[0]) - len(line))] for line in [*lines, *below])
     )
     said = {
         f"{row}: {each}" for row, own in differences.get(LESS, {}).items() for each, value in own.items() if value["p_corrected"] > 0.05

@@ -19,6 +19,7 @@ from experiments.editing import (
     OPPONENTS,
     Row,
     corrected,
+    costs,
     data,
     folder,
     gained,
@@ -26,7 +27,6 @@ from experiments.editing import (
     opponent,
     paired_of,
     published,
-    seconds_of,
     write_table,
 )
 from mechedit import models, organism, sources
@@ -72,39 +72,46 @@ def main(settings: Table1) -> None:
     model = models.load(settings.model)
     chosen = questions(settings.model, settings.begin, max(settings.unedited, settings.facts))
     default = replace(rome.resolve(model), guard="warn")  # nothing is refused, so that methods are compared
+    file = "table1_zsre" if settings.begin == 0 else f"table1_zsre_from{settings.begin}"
+    kept = kept_rows(model, file, settings)
+    rows = {name: Row.from_json(each) for name, each in kept.get("rows", {}).items()}
     wanted = {
         "no edit": (settings.unedited, None, None),
         "default": (settings.facts, "rome", default),
         "published": (settings.facts, "rome", published(default)),
         "identity": (settings.control_facts, "rome-identity", default),
         "random layer": (settings.control_facts, "rome-random-layer", replace(default, seed=settings.seed)),
+        **{
+            name: (settings.opponent_facts, *opponent(model, name, settings.seed))
+            for name in OPPONENTS
+            if name in {*settings.rows, *rows}
+        },
     }
-    file = "table1_zsre" if settings.begin == 0 else f"table1_zsre_from{settings.begin}"
-    kept = kept_rows(model, file, settings)
-    rows = {name: Row.from_json(each) for name, each in kept.get("rows", {}).items()}
     gains = {name: paired_of(own) for name, own in kept.get("paired", {}).get(LESS, {}).items()}
-    seconds = dict(kept.get("seconds", {}))
     for name in settings.rows:
-        n, editor, edit = wanted.get(name) or (settings.opponent_facts, *opponent(model, name, settings.seed))
+        n, editor, edit = wanted[name]
         run = EvaluateSettings(health=False, seed=settings.seed)
         place = folder(model, "table1", settings.begin, name)
         found = evaluate(model, chosen[:n], place, run, editor, edit, progress=progress(10))
         rows[name] = Row.of(found)
         if editor:
-            gains[name], seconds[name] = gained(found, COLUMNS), seconds_of(place / "edits")
+            gains[name] = gained(found, COLUMNS)
         shown = rows[name].scores
         say(
             f"{name}, {len(chosen[:n])} questions: {', '.join(f'{key} {shown[key]}' for key in COLUMNS if key in shown)}"
         )
         rows, gains = ({row: each[row] for row in ROWS if row in each} for each in (rows, gains))
         differences = corrected({LESS: gains})
+        spent = costs(
+            model, {row: (editor, edit) for row, (_, editor, edit) in wanted.items() if row in rows and editor}
+        )
         result = {
             "rows": {row: each.to_json() for row, each in rows.items()},
             "paired": differences,
-            "seconds": seconds,
+            "costs": spent,
         }
         say(f"wrote {write(file, model, replace(settings, rows=tuple(rows)), result)}")
-        say(f"wrote {write_table(model, file, COLUMNS, rows, differences, PAPER, seconds)}")
+        say(f"wrote {write_table(model, file, COLUMNS, rows, differences, PAPER, spent)}")
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ from experiments.editing import (
     benchmark_facts,
     compared,
     corrected,
+    costs,
     folder,
     gained,
     opponent,
     published,
-    seconds_of,
     swapped,
     write_table,
 )
@@ -150,7 +150,7 @@ def main(settings: Table4) -> None:
     default = rome.resolve(model)
     every = [row for row in wanted(settings, model) if row.facts]  # a model may know none
     found = {row.name: evaluated(settings, model, row) for row in every}
-    seconds = {row.name: seconds_of(edits_of(settings, model, row)) for row in every if row.editor}
+    spent = costs(model, {row.name: (row.editor, row.edit) for row in every if row.editor})
     rows = {name: Row.of(each) for name, each in found.items()}
     edited = {name: each for name, each in found.items() if name not in ("no edit", "known")}
     comparisons = {LESS: {name: gained(each, COLUMNS) for name, each in edited.items()}}
@@ -158,10 +158,10 @@ def main(settings: Table4) -> None:
         others = {name: each for name, each in edited.items() if name != "default"}
         comparisons["less the default"] = {name: compared(found["default"], each, (*SUCCESSES, "S")) for name, each in others.items()}  # fmt: skip
     differences = corrected(comparisons)
-    result: dict[str, Any] = {"rows": {name: each.to_json() for name, each in rows.items()}, "paired": differences, "edit": vars(default), "seconds": seconds}  # fmt: skip
+    result: dict[str, Any] = {"rows": {name: each.to_json() for name, each in rows.items()}, "paired": differences, "edit": vars(default), "costs": spent}  # fmt: skip
     file = "table4_counterfact" if settings.begin == 0 else f"table4_counterfact_from{settings.begin}"
     say(f"wrote {write(file, model, settings, result)}")
-    say(f"wrote {write_table(model, file, COLUMNS, rows, differences, PAPER, seconds)}")
+    say(f"wrote {write_table(model, file, COLUMNS, rows, differences, PAPER, spent)}")
 
 
 if __name__ == "__main__":
