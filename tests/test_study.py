@@ -505,3 +505,14 @@ def test_texts_that_were_written_elsewhere_need_no_model(tmp_path, capsys):
     ):
         assert cli.main([*make, *wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_the_simulation_of_coverage_runs(tmp_path, monkeypatch):
+    from experiments import study_coverage
+
+    monkeypatch.setattr(study_coverage, "FIGURES", tmp_path)
+    wanted = study_coverage.StudyCoverage(facts=(20,), gaps=(0.6,), of_facts=(1.0,), of_raters=(1.0,), samples=40, draws=100, large=50_000)  # fmt: skip
+    study_coverage.main(wanted)
+    record = json.loads((tmp_path / "study_coverage.json").read_text())
+    found = {each["statistic"]: each["coverage"] for each in record["rows"]}
+    assert min(found[name] for name in ("odds", "best picks", "strengths")) > 0.85 > found["Wilson"]

@@ -17,7 +17,7 @@ from mechedit.runs.scored import record_unit
 from mechedit.runs.store import PLAN, plan
 from mechedit.settings import EvaluateSettings, SettingsError
 
-__all__ = ["about", "announce", "check_generation", "check_records", "contradictions", "doubts"]
+__all__ = ["about", "announce", "check_generation", "check_records", "check_tokens", "contradictions", "doubts"]
 
 
 def check_records(records: Sequence[Any], benchmark: Benchmark | None = None) -> Benchmark:
@@ -51,10 +51,14 @@ def check_generation(model: HookedModel, settings: EvaluateSettings) -> None:
     if not settings.generate:
         return
     texts.words("")  # needs the extra `evaluate`
-    if settings.tokens > (limit := int(model.cfg.n_ctx)):
+    check_tokens(model, settings.tokens)
+
+
+def check_tokens(model: HookedModel, tokens: int) -> None:
+    """Raise where texts of so many tokens do not fit the model's context."""
+    if tokens > (limit := int(model.cfg.n_ctx)):
         raise SettingsError(
-            f"generated texts must fit the context of {limit} tokens of {model.cfg.model_name}; found "
-            f"{settings.tokens}. Give fewer tokens (--tokens)."
+            f"generated texts must fit the context of {limit} tokens of {model.cfg.model_name}; found {tokens}. Give fewer tokens (--tokens)."
         )
 
 

@@ -75,7 +75,7 @@ class Report:
 LEGEND = (
     "Share: of the pages on which the first's text was ranked before the second's. Wilson: 95 % interval as if pages were independent. "
     "By facts and raters: 95 % interval that minds that pages of a fact, and of a rater, are alike; never the narrower of the two. Odds: wins to "
-    "losses. Best picks: how often a text was ranked first, and the ratio of the two editors' counts. Strength: Bradley and Terry's; their product is 1. "
+    "losses. Best picks: how often a text was ranked first, and the ratio of the two editors' counts. Strength: Bradley and Terry's, with half a win added to each side; their product is 1. "
     "Alpha: Krippendorff's, of ranks; W: Kendall's, mean over facts; both are 1 where all raters agree."
 )
 
@@ -259,7 +259,8 @@ def _strength(each: dict[str, float]) -> str:
 
 def _mark(each: dict[str, Any]) -> str:
     known = {name: math.nan if value is None else value for name, value in each.items()}
-    return f"{_number(known['mean'])} {_interval([known['low'], known['high']])} (n = {each['n']})"
+    parts = (_number(known["mean"]), _interval([known["low"], known["high"]]), f"(n = {each['n']})")
+    return " ".join(part for part in parts if part)
 
 
 def _number(value: float) -> str:
