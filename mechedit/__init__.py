@@ -84,6 +84,7 @@ _MODULES = (
     "tracing",
     "tuning",
     "values",
+    "viewer",
     "weights",
 )
 

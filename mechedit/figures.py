@@ -23,6 +23,7 @@ __all__ = [
     "FigureWarning",
     "average_map",
     "heat_map",
+    "kind_title",
     "neurons",
     "role_lines",
     "save",
@@ -89,7 +90,7 @@ def heat_map(trace: Trace, kind: str) -> Figure:
     axes.set_yticks(range(len(labels)), labels, fontsize=9, fontfamily=fonts)
     axes.set_xticks(range(0, grid.shape[1], 1 if grid.shape[1] <= 12 else 5 if grid.shape[1] > 24 else 2))
     axes.set_xlabel(AXES.get(kind, f"layer at the centre of the restored {kind}") + "   (* subject)", fontsize=9)
-    axes.set_title(_title(kind, trace.settings.window), fontsize=10)
+    axes.set_title(kind_title(kind, trace.settings.window), fontsize=10)
     figure.colorbar(image, ax=axes).set_label(label, fontsize=9, fontfamily=fonts)
     return figure
 
@@ -134,7 +135,7 @@ def role_lines(mean: Average, roles: Sequence[str] = ("subject_first", "subject_
             low, high = mean.low[kind][:, column], mean.high[kind][:, column]
             axes.fill_between(layers, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
         axes.axhline(0, color="black", linewidth=0.6)
-        axes.set_title(_title(kind, mean.settings.window), fontsize=8)
+        axes.set_title(kind_title(kind, mean.settings.window), fontsize=8)
         axes.set_xlabel("layer", fontsize=9)
     panels[0].set_ylabel(f"average indirect effect, {_of(mean.n)}", fontsize=9)
     panels[0].legend(fontsize=7)
@@ -234,7 +235,8 @@ def save_neurons(found: Neurons, folder: str | Path) -> list[Path]:
     return write(neurons(found), Path(folder) / "neurons")
 
 
-def _title(kind: str, window: int) -> str:
+def kind_title(kind: str, window: int) -> str:
+    """What is restored in a picture of a kind, with its window."""
     return TITLES.get(kind, f"Restoring {kind} in a window of {{window}}").format(
         window=f"{window} layer{'s' if window > 1 else ''}"
     )

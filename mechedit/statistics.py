@@ -18,7 +18,7 @@ With one fact there is no interval: the bounds are nan.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,12 @@ class Mean:
     def to_json(self) -> dict[str, float | None]:
         """The numbers, null where there is none."""
         return {name: None if value != value else value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, float | None]) -> Mean:
+        """What `to_json` gave."""
+        mean, low, high = (math.nan if (value := record.get(name)) is None else float(value) for name in ("mean", "low", "high"))  # fmt: skip
+        return cls(mean, low, high, int(record["n"] or 0))
 
     @property
     def excludes_zero(self) -> bool:

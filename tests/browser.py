@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-OWN = ("file:", "data:", "blob:", "about:")  # requests that leave no machine
+INSIDE = ("data:", "blob:")  # addresses of what is inside a page
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
 SCREEN = {"viewport": {"width": 1280, "height": 860}}
 
@@ -33,8 +34,10 @@ class Opened:
     @property
     def left(self) -> list[str]:
         """The requests for more than the page itself and what is inside it."""
-        return [each for each in self.requests[1:] if not each.startswith(("data:", "blob:"))] + [
-            each for each in self.requests[:1] if not each.startswith(OWN)
+        own = self.requests[0].split("#")[0]
+        inside = [each for each in self.requests if each.split("#")[0] == own or each.startswith(INSIDE)]
+        return [
+            each for each in self.requests if each not in inside or not each.startswith((*INSIDE, "file:", "about:"))
         ]
 
     def faults(self) -> list[str]:
@@ -44,9 +47,17 @@ class Opened:
         found = Axe().run(self.page).response["violations"]
         return [f"{each['id']}: {node['html'][:200]} {node['failureSummary']}" for each in found for node in each["nodes"]]  # fmt: skip
 
+    def until(self, expression: str, seconds: float = 5.0) -> None:
+        """Wait until a JavaScript expression is true, in pages too whose policy forbids what Playwright's own waiting does."""
+        end = time.monotonic() + seconds
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < end, f"not within {seconds:g} s: {expression}"
+            self.page.wait_for_timeout(20)
+
     def check(self) -> None:
         """Fail where the console had an error, a request was made, or axe finds fault."""
-        assert (self.errors, self.left, self.faults()) == ([], [], [])
+        found = [*self.errors, *self.left, *self.faults()]
+        assert found == [], "\n".join(found)
 
     def picture(self, path: Path, *, whole: bool = True) -> Path:
         """A screenshot, of the whole page or of what is seen of it."""

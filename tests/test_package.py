@@ -270,6 +270,7 @@ ORDER = [
     "tuning",
     "calibration",
     "study",
+    "viewer",
     "cli",
 ]
 """Each imports only from those before it, in its functions too; packages among them are one step."""

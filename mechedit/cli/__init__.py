@@ -30,6 +30,7 @@ from mechedit.cli.studying import add_studying
 from mechedit.cli.terminal import no_more, tolerant
 from mechedit.cli.tracing import add_tracing
 from mechedit.cli.tuning import add_tuning
+from mechedit.cli.viewing import add_viewing
 from mechedit.errors import ManyMistakes, MecheditError
 from mechedit.wording import meant, visible
 
@@ -132,5 +133,6 @@ def _parser(editor: str) -> argparse.ArgumentParser:
     add_evaluating(commands, editor)
     add_results(commands)
     add_studying(commands)
+    add_viewing(commands)
     add_looking(commands)
     return parser

@@ -20,7 +20,7 @@ from mechedit.runs.results import Evaluation
 from mechedit.runs.store import RunError
 from mechedit.statistics import UNBOUNDED, Mean, compared, holm, statistic
 
-__all__ = ["Comparison", "Difference", "compare"]
+__all__ = ["Comparison", "Difference", "compare", "places"]
 
 STAGES = ("after", "before")  # of which the first that a result has is compared, unless another is asked for
 BY_RELATION = ("ES", "PS", "NS", "efficacy", "paraphrase", "specificity", "exact_match")
@@ -92,13 +92,13 @@ def compare(
     if len(set(benchmarks)) > 1:
         raise RunError(f"results of different benchmarks cannot be compared: {', '.join(f'{name} is of {of}' for name, of in zip(names, benchmarks, strict=True))}.")  # fmt: skip
     stages = tuple(_stage(each, name, stage) for each, name in zip(results, names, strict=True))
-    places = [_places(each) for each in results]
-    common = [key for key in places[0] if all(key in own for own in places)]
+    where = [places(each) for each in results]
+    common = [key for key in where[0] if all(key in own for own in where)]
     if not common:
-        counts = " and ".join(f"{len(own)} of {name}" for own, name in zip(places, names, strict=True))
+        counts = " and ".join(f"{len(own)} of {name}" for own, name in zip(where, names, strict=True))
         raise RunError(f"results of different records cannot be compared: of the {counts}, 0 are common to all.")
-    rows = [[each.rows[at][own[key]] for key in common] for each, at, own in zip(results, stages, places, strict=True)]
-    relations = [str(results[0].facts[places[0][key]].get("relation") or "") for key in common]
+    rows = [[each.rows[at][own[key]] for key in common] for each, at, own in zip(results, stages, where, strict=True)]
+    relations = [str(results[0].facts[where[0][key]].get("relation") or "") for key in common]
     overall = [each for other in range(1, len(rows)) for each in _differences(rows[0], rows[other], other, "", seed)]
     by_relation = [
         each
@@ -109,7 +109,7 @@ def compare(
         )
         if each.name in BY_RELATION
     ]
-    return Comparison(names, stages, tuple(map(len, places)), len(common), benchmarks[0], _corrected(overall), _corrected(by_relation))  # fmt: skip
+    return Comparison(names, stages, tuple(map(len, where)), len(common), benchmarks[0], _corrected(overall), _corrected(by_relation))  # fmt: skip
 
 
 def _stage(result: Evaluation, name: str, wanted: str | None) -> str:
@@ -119,8 +119,8 @@ def _stage(result: Evaluation, name: str, wanted: str | None) -> str:
     return found
 
 
-def _places(result: Evaluation) -> dict[tuple[Any, ...], int]:
-    """Where each record is: by what it says, whatever its id, and by its number where several say the same."""
+def places(result: Evaluation) -> dict[tuple[Any, ...], int]:
+    """Where each record of a result is: by what it says, whatever its id, and by its number where several say the same."""
     seen: Counter[tuple[Any, ...]] = Counter()
     found = {}
     for index, fact in enumerate(result.facts):

@@ -8,7 +8,7 @@ effects to zero in pictures, pools tokens as if they were independent, and divid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mechedit.corruption import has_fixed_std
 from mechedit.errors import MecheditError
-from mechedit.settings import TraceSettings
+from mechedit.parsing import check, number
+from mechedit.settings import TraceSettings, from_json
 from mechedit.statistics import FEWEST, UNBOUNDED, Mean, interval, summary
 from mechedit.tracing.result import Trace
 from mechedit.tracing.roles import ROLES
@@ -95,6 +96,36 @@ class Average:
             "decided_by": self.decided_by,
             "exceptions": [list(each) for each in self.exceptions],
         }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Average:
+        """What `to_json` gave, and version 0.1.0's.
+
+        Raises:
+            ParseError, KeyError, TypeError, ValueError: it is not.
+        """
+        check(record, _FORM)
+        grids = {field: {kind: _grid(rows) for kind, rows in record[name].items()} for field, name in _GRIDS.items() if name in record}  # fmt: skip
+        shape, roles = {grid.shape for each in grids.values() for grid in each.values()}, len(ROLES)
+        if len(shape) != 1 or {len(each) for each in shape} != {2} or next(iter(shape))[1] != roles or len(record["n_role"]) != roles:  # fmt: skip
+            raise ValueError(f"its grids must be of one size, with {roles} roles, and so many counts in n_role")
+        if len({frozenset(each) for each in grids.values()}) != 1 or record["decided_by"] not in grids["indirect"]:
+            raise ValueError("its grids must be of the same kinds, decided_by among them")
+        nothing = {kind: torch.full_like(grid, torch.nan) for kind, grid in grids["indirect"].items()}
+        runs = {name: Mean.from_json(record[name]) for name in ("clean", "corrupted", "total_effect")}
+        fields: dict[str, Any] = {"behind": nothing} | grids
+        return cls(
+            settings=from_json(TraceSettings, record["trace_settings"]),
+            n=record["n"],
+            n_role=tuple(record["n_role"]),
+            clean=runs["clean"],
+            corrupted=runs["corrupted"],
+            total=runs["total_effect"],
+            best={kind: _grid(row) for kind, row in record["mean_of_best_layer"].items()},
+            decided_by=record["decided_by"],
+            exceptions=tuple((subject, role) for subject, role in record["exceptions"]),
+            **fields,
+        )
 
 
 def average(traces: Sequence[Trace], *, seed: int = 0) -> Average:
@@ -205,11 +236,36 @@ def _check(traces: Sequence[Trace]) -> None:
             )
 
 
+def _grid(rows: Any) -> Tensor:
+    """Numbers in lists, null for nan, as a tensor."""
+    return torch.tensor(np.array(rows, dtype=np.float32))
+
+
 def _nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_nulls(each) for each in value]
     return None if value != value else value
 
+
+_GRIDS = {
+    "restored": "restored",
+    "indirect": "indirect_effect",
+    "direct": "direct_effect",
+    "low": "low",
+    "high": "high",
+    "behind": "behind_best_layer_high",
+}
+"""Fields that are grids, and what `to_json` calls them."""
+
+_FORM = {
+    "trace_settings": dict,
+    "n": int,
+    "n_role": [int],
+    **{name: {"mean": (number, None), "n": int} for name in ("clean", "corrupted", "total_effect")},
+    **dict.fromkeys(("restored", "indirect_effect", "direct_effect", "low", "high", "mean_of_best_layer"), dict),
+    "decided_by": str,
+    "exceptions": [[str]],
+}  # of what `to_json` gives
 
 _CONDITIONS: dict[str, Callable[[Trace], Any]] = {
     "settings": lambda trace: replace(trace.settings, memory=1.0),  # on which no number depends

@@ -1,0 +1,356 @@
+"""Pages of results, in a real browser: what they show is what the results hold, and nothing else happens."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from mechedit import cli, edits, viewer
+from mechedit.cache import WriteError
+from mechedit.tracing.averages import Average
+from tests import viewed
+
+pytestmark = pytest.mark.anywhere
+
+KINDS = {
+    "trace": viewed.trace,
+    "average": viewed.mean,
+    "severed": viewed.curves,
+    "severed of many": lambda: [viewed.curves(index) for index in range(25)],
+    "sweep": viewed.swept,
+    "edit": viewed.edit,
+    "evaluation": viewed.evaluation,
+}
+
+
+@pytest.fixture
+def view(opened, tmp_path):
+    """Open the page of a result; ready when it is drawn."""
+
+    def get(result, other=None, **how):
+        path = viewer.save(result, tmp_path / "page.html", other)
+        found = opened(path, **how)
+        found.page.wait_for_selector("html[data-ready]", timeout=5000)
+        return found
+
+    return get
+
+
+def read(found, selector):
+    return found.page.inner_text(selector)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_page_is_sound_on_screens_and_phones_in_light_and_dark(kind, view):
+    result = KINDS[kind]()
+    for how in ({}, {"phone": True, "dark": True}):
+        found = view(result, **how, at="#record=1" if kind == "evaluation" else "")
+        found.check()
+        assert found.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
+
+
+def test_a_cell_is_read_by_pointer_and_by_keys_and_stands_in_the_address(view):
+    found = view(viewed.trace(), at="#kind=mlp&at=2.1")
+    page = found.page
+    assert read(found, ".value b").replace("\u202f", " ") == f"{100 * viewed.value(1, 2, 1):.1f} %"
+    page.focus(".plot")
+    for key in ("ArrowRight", "ArrowDown", "ArrowDown"):
+        page.keyboard.press(key)
+    assert read(found, ".value b").startswith(f"{100 * viewed.value(2, 4, 1):.1f}")
+    assert read(found, ".place").split() == ["is", "first", "token", "after,", "layer", "2"]
+    assert "at=4.2" in page.evaluate("location.hash")
+    found.until("document.querySelector('[aria-live]').textContent.includes('layer 2')")
+    page.keyboard.press("End")
+    assert read(found, ".value b").startswith(f"{100 * viewed.value(5, 4, 1):.1f}")
+    page.get_by_role("button", name="Attention outputs").click()
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert read(found, ".value b").startswith(f"{100 * viewed.value(5, 4, 2):.1f}"), (
+        "the address has the cell and the kind"
+    )
+    left, top = (page.locator(".stage rect").nth(index).bounding_box() for index in (0, 7))
+    page.mouse.move(top["x"] + 3, top["y"] + 3)  # the eighth rectangle: row 1, layer 1
+    found.until("document.querySelector('.place').textContent.includes('layer 1')")
+    assert left["y"] < top["y"]
+    assert read(found, ".value b").startswith(f"{100 * viewed.value(1, 1, 2):.1f}")
+    page.mouse.move(2, 2)
+    found.until("document.querySelector('.place').textContent.includes('layer 5')")
+
+
+def test_the_whole_page_is_walked_by_keyboard(view):
+    page = view(viewed.trace()).page
+    seen = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        seen.append(
+            page.evaluate("document.activeElement.textContent.slice(0, 20) || document.activeElement.className")
+        )
+    for wanted in ("Early site", "Late site", "States", "Table", "Copy SVG", "How it was made"):
+        assert any(wanted in each for each in seen), wanted
+    page.get_by_role("button", name="Late site").focus()
+    page.keyboard.press("Enter")
+    assert "attn" in page.evaluate("location.hash")
+    assert page.evaluate("document.activeElement.className") == "plot"
+
+
+def test_the_table_has_every_cell(view):
+    found = view(viewed.trace(), at="#kind=resid&view=table")
+    rows = found.page.eval_on_selector_all(
+        "section.card table >> nth=0",
+        "([table]) => [...table.rows].map((row) => [...row.cells].map((cell) => cell.innerText))",
+    )
+    assert rows[0][1:] == [f"layer {layer}" for layer in range(6)]
+    for position, row in enumerate(rows[1:]):
+        assert [cell.replace("\u202f%", "") for cell in row[1:]] == [f"{100 * viewed.value(layer, position, 0):.1f}" for layer in range(6)]  # fmt: skip
+    found.check()
+
+
+def test_pictures_are_saved_as_svg_and_png_in_light_colours(view, tmp_path):
+    from PIL import Image
+
+    page = view(viewed.trace(), dark=True, at="#kind=resid", accept_downloads=True).page
+    for name in ("SVG", "PNG"):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=f"Copy {name}").first.click(modifiers=["Shift"])
+        download.value.save_as(tmp_path / name)
+    svg = ElementTree.parse(tmp_path / "SVG").getroot()  # noqa: S314 (our own)
+    assert {"Space", "Needle", "0", "5"} <= {each.text.strip() for each in svg.iter("{http://www.w3.org/2000/svg}text")}
+    assert len(list(svg.iter("{http://www.w3.org/2000/svg}rect"))) >= 36
+    picture = Image.open(tmp_path / "PNG").convert("RGB")
+    assert picture.width >= 1000
+    assert picture.getpixel((picture.width - 3, 3)) == (255, 255, 255)
+
+
+def test_pictures_are_copied_where_the_browser_allows_it(view):
+    found = view(viewed.trace(), permissions=["clipboard-read", "clipboard-write"])
+    page = found.page
+    page.get_by_role("button", name="Copy SVG").first.click()
+    found.until("document.querySelector('.note').textContent === 'SVG copied'")
+    assert page.evaluate("navigator.clipboard.readText()").startswith("<svg")
+    page.get_by_role("button", name="Copy PNG").first.click()
+    found.until("document.querySelector('.note').textContent === 'PNG copied'")
+
+
+def hostile_results():
+    tokens = ("<bos>", *viewed.HOSTILE)
+    prompt = "".join(viewed.HOSTILE)
+    fact = {
+        "prompt": prompt,
+        "subject": viewed.HOSTILE[0],
+        "target_new": viewed.HOSTILE[1],
+        "target_true": viewed.HOSTILE[3],
+    }
+    measured = viewed.Measured(fact, {"p_new": 0.1, "p_true": 0.2}, {"p_new": 0.3, "p_true": 0.1})
+    yield viewed.trace(tokens=tokens, prompt=prompt, answer=viewed.HOSTILE[0], subject=viewed.HOSTILE[0], origin={"name": viewed.HOSTILE[1]}), None  # fmt: skip
+    yield viewed.edit(facts=(measured,), reasons=viewed.HOSTILE, told=prompt, editor=viewed.HOSTILE[0]), None
+    yield viewed.evaluation(harm=True), viewed.evaluation(harm=True, editor=viewed.HOSTILE[1])
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_text_that_would_do_harm_is_shown_as_text(index, view):
+    result, other = list(hostile_results())[index]
+    found = view(result, other, at="#record=0&pin=3")
+    found.check()
+    said = found.page.evaluate("document.body.innerText")
+    assert "ran" not in found.page.title().replace("ran'", "")
+    assert "<script>document.title='ran'</script>" in said or "document.title='ran'" in said
+    assert not re.search("[\u202e\u2028\u2029\x1b]", said), "marks that move text are written out"
+    assert found.page.evaluate("document.querySelectorAll('img, main script').length") == 0
+    assert found.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_policy_lets_no_script_but_the_pages_own_run_and_no_request_out(view):
+    found = view(viewed.trace())
+    page = found.page
+    page.evaluate(
+        "() => { const own = document.createElement('script'); own.textContent = 'window.ran = 1'; document.body.append(own); }"
+    )
+    assert page.evaluate("window.ran") is None
+    assert page.evaluate("fetch('http://localhost:9/').then(() => 'sent', () => 'refused')") == "refused"
+    assert found.left == []
+
+
+def test_a_page_of_a_large_trace_is_small(tmp_path):
+    trace = viewed.trace(layers=26, tokens=tuple(f"token{index}" for index in range(20)), draws=10)
+    assert viewer.save(trace, tmp_path / "page.html").stat().st_size <= 150_000
+
+
+def test_ten_thousand_cells_scroll_and_hover_without_lag(view):
+    found = view(viewed.trace(layers=100, tokens=tuple(f"t{index}" for index in range(100)), draws=1))
+    page = found.page
+    assert page.evaluate("!!document.querySelector('.stage canvas')")
+    box = page.locator(".plot").first.bounding_box()
+    page.evaluate("""() => { window.gaps = []; let last = performance.now();
+        const tick = (now) => { window.gaps.push(now - last); last = now; requestAnimationFrame(tick); }; requestAnimationFrame(tick); }""")
+    for step in range(40):
+        page.mouse.move(box["x"] + 160 + 9 * step, box["y"] + 60 + 5 * step)
+    page.mouse.wheel(0, 600)
+    page.wait_for_timeout(100)
+    gaps = sorted(page.evaluate("window.gaps"))
+    assert gaps[len(gaps) // 2] < 60, gaps
+    spent = page.evaluate("""() => { const plot = document.querySelector('.plot'), box = plot.getBoundingClientRect(), begun = performance.now();
+        for (let step = 0; step < 20; step++) { plot.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'})); }
+        return (performance.now() - begun) / 20; }""")
+    assert spent < 25, "milliseconds of script for a move by one cell"
+
+
+def test_a_thousand_records_are_small_and_open_at_once(opened, tmp_path):
+    result = viewed.evaluation(1000, neighbours=10, texts=10, length=60)
+    path = viewer.save(result, tmp_path / "page.html")
+    assert path.stat().st_size <= 5_000_000
+    found = opened(path, at="#record=700")
+    found.page.wait_for_selector("html[data-ready]", timeout=5000)
+    assert found.page.evaluate("performance.now()") < 2000
+    found.page.wait_for_selector("text=Neighbour (10)")
+    assert found.page.locator("[data-record]").count() == 50
+
+
+def test_records_are_sorted_filtered_pinned_and_kept_in_the_address(view):
+    found = view(viewed.evaluation(60))
+    page = found.page
+    first = lambda: page.locator("tr[data-record]").first.get_attribute("data-record")  # noqa: E731
+    page.get_by_role("button", name="PS, %").click()
+    assert first() == "0"
+    page.get_by_role("button", name="PS, %").click()
+    assert first() == "59"
+    page.fill("input[type=search]", "ES<50 PS>=50")
+    found.until("document.querySelector('.finder [role=status]').textContent.startsWith('10 of 60')")
+    assert first() == "57", "of 30, 33, … 57 the highest"
+    page.get_by_label("Relation").select_option("city")
+    assert read(found, ".finder [role=status]") == "5 of 60 records"
+    page.locator("tr[data-record='54']").click()
+    page.get_by_role("button", name="Pin", exact=True).click()
+    page.locator("tr[data-record='48'] button").focus()
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowDown")
+    found.until("document.querySelectorAll('.details > section').length === 2")
+    assert "Subject 54 is in" in read(found, ".details > section >> nth=0")
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    found.until("document.querySelectorAll('.details > section').length === 2")
+    assert read(found, ".finder [role=status]") == "5 of 60 records"
+    found.check()
+
+
+def test_two_evaluations_stand_side_by_side_with_every_prompt_before_and_after(view):
+    found = view(viewed.evaluation(), viewed.evaluation(editor="ft", records=29), at="#record=2")
+    found.page.wait_for_selector("text=The prompt")
+    said = read(found, ".details")
+    for words in ("before", "rome, after", "ft, after", "as wanted: before 0, rome, after 1, ft, after 1", "90.5", "13.5", "Story 0:"):  # fmt: skip
+        assert words in said, words  # exp(-0.1) and exp(-2)
+    assert "29 records are in both" in read(found, ".top")
+    found.page.get_by_role("button", name="Table").click()
+    assert "ft less rome" in found.page.locator("section table").first.inner_text()
+    found.check()
+
+
+def test_a_page_prints_on_white_without_buttons(view):
+    page = view(viewed.trace(), dark=True).page
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not page.locator(".tools").first.is_visible()
+    assert page.pdf()[:4] == b"%PDF"
+
+
+def test_a_page_says_what_each_kind_of_result_holds(view):
+    for result, words in (
+        (viewed.mean(), ("Average causal effects over 24 facts", "last subject token", "95 % interval over facts")),
+        (viewed.curves(), ("Most lost without MLPs", "range of 2 draws", "attention severed")),
+        ([viewed.curves(index) for index in range(3)], ("too few for intervals",)),
+        (
+            viewed.swept(),
+            ("rome at every layer and token", "S, all three", "Does the trace foretell where an edit works?"),
+        ),
+        (viewed.edit(), ("80.0", "relative_norm = 1.5 is above 1", "outside", "rank one", "mlp.W_out")),
+    ):
+        said = view(result).page.evaluate("document.body.innerText")
+        for each in words:
+            assert each in said, (each, said)
+
+
+def test_an_average_is_the_same_when_it_is_read_from_its_json(tmp_path):
+    found = viewed.mean()
+    again = Average.from_json(json.loads(json.dumps(found.to_json())))
+    assert again.to_json() == found.to_json()
+    assert viewer.page(again) == viewer.page(found)
+
+
+def test_what_has_no_page_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(viewer.ViewError, match="found dict|no sweep"):
+        viewer.page({"a": 1})
+    with pytest.raises(viewer.ViewError, match="found list"):
+        viewer.page([])
+    with pytest.raises(viewer.ViewError, match="both are evaluations; found Trace and Evaluation"):
+        viewer.page(viewed.trace(), viewed.evaluation())
+    with pytest.raises(WriteError, match="is a folder"):
+        viewer.save(viewed.trace(), tmp_path)
+    assert io.StringIO(viewer.page(viewed.trace())).readline() == "<!doctype html>\n"
+
+
+# --- the command
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """`mechedit view …` in an empty folder, where no screen is; status, standard output and standard error."""
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("webbrowser.open", lambda address: pytest.fail("opened"))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        status = cli.main(["view", *map(str, arguments)])
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+def test_the_command_makes_a_page_of_every_file_and_folder_that_has_one(run, tmp_path, monkeypatch):
+    viewed.trace().save("Space Needle.safetensors")
+    viewed.curves().save("severed.safetensors")
+    edits.save(viewed.edit(), "edit.safetensors")
+    for name, record in (("average.json", viewed.mean().to_json()), ("sweep.json", viewed.swept().to_json())):
+        Path(name).write_text(json.dumps(record))
+    viewed.evaluation(5).save("rome")
+    for place, name in (("Space Needle.safetensors", "Space Needle.html"), ("severed.safetensors", "severed.html"), ("edit.safetensors", "edit.html"), ("average.json", "average.html"), ("sweep.json", "sweep.html"), ("rome", "rome.html"), ("rome/summary.json", "rome.html"), ("rome/results.parquet", "rome.html")):  # fmt: skip
+        assert run(place) == (0, f"wrote\n  {name}\n", "")
+        assert Path(name).read_text(encoding="utf-8") == viewer.page(viewer.read(place))
+        Path(name).unlink()
+    assert viewer.page(viewer.read("Space Needle.safetensors")) == viewer.page(viewed.trace())
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert run("rome", "rome", "--out", "both.html")[0] == 0
+    assert run("rome", "--no-open")[0] == 0
+    assert opened == [(tmp_path / "both.html").as_uri()]
+    assert '"label":"rome A"' in Path("both.html").read_text(encoding="utf-8"), "two that are called the same"
+
+
+def test_the_command_says_in_a_line_what_has_no_page(run, tmp_path):
+    viewed.trace().save("trace.safetensors")
+    Path("empty").mkdir()
+    Path("other.json").write_text('{"a": 1}')
+    Path("average.json").write_text(json.dumps(viewed.mean().to_json() | {"indirect_effect": {"mlp": [[1.0]]}}))
+    Path("deep.json").write_text("[" * 5000)
+    Path("sweep.json").write_text(json.dumps(viewed.swept().to_json() | {"mean": {"ES": [[1.0]]}}))
+    for given, words in (
+        (["missing.safetensors"], "does not exist"),
+        (["empty"], "nothing that has a page"),
+        (["other.json"], "has no page"),
+        (["average.json"], "no average that can be shown"),
+        (["deep.json"], "average that can be shown"),
+        (["sweep.json"], "no sweep that can be shown"),
+        (["trace.safetensors", "trace.safetensors"], "both are evaluations; found Trace and Trace"),
+        (["trace.safetensors", "--out", "empty"], "is a folder"),
+        (["trace.safetensors", "--unit", "0"], "trace.safetensors"),
+    ):
+        status, out, err = run(*given)
+        assert (status, out) == (2, ""), given
+        assert words in err
+        assert err.count("\n") == 1
+    assert not list(tmp_path.glob("*.html"))
