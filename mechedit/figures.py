@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ __all__ = [
     "save_neurons",
     "save_severed",
     "severed_lines",
+    "training_curves",
     "write",
 ]
 
@@ -233,6 +234,25 @@ def save_severed(curves: Sequence[Severed], folder: str | Path) -> list[Path]:
 def save_neurons(found: Neurons, folder: str | Path) -> list[Path]:
     """Write the picture of a fact's neurons into `folder`; the paths."""
     return write(neurons(found), Path(folder) / "neurons")
+
+
+def training_curves(log: Sequence[Mapping[str, float]], title: str) -> Figure:
+    """What the training of an editor came to, step by step: the loss of edits, the divergence elsewhere, and success; on validation
+    examples, and dashed on those trained on."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 3.0), dpi=150, layout="constrained")
+    figure.suptitle(_plain(title))
+    labels = {"edit": "-log p of the target", "locality": "KL divergence elsewhere", "success": "says the target"}
+    steps = [each["step"] for each in log]
+    for axes, (name, label) in zip(figure.subplots(1, 3), labels.items(), strict=True):
+        axes.plot(steps, [each[name] for each in log], color="tab:blue", label="validation")
+        axes.plot(steps, [each[f"training_{name}"] for each in log], "--", color="tab:gray", label="training")
+        axes.set(xlabel="step", ylabel=label)
+        axes.set_ylim(bottom=0, top=1.02 if name == "success" else None)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
+    return figure
 
 
 def kind_title(kind: str, window: int) -> str:

@@ -19,7 +19,7 @@ from mechedit.models import HookedModel, Stepper, device_of
 from mechedit.progress import Progress, silent
 from mechedit.prompts import check_length, decoded, encode, resolve_bos, told_tokens
 
-__all__ = ["complete", "completions", "continuations", "sample"]
+__all__ = ["complete", "completions", "continuations", "extended", "sample"]
 
 GENERATED_ROWS = 64  # continuations that are sampled together
 DRAW_ROWS = 16  # a softmax over so few rows stays in memory that is reused
@@ -161,7 +161,7 @@ def continuations(
             progress("generating", done, len(prompts))
             part = rows[begin : begin + GENERATED_ROWS]
             streams = [generator(seed, "continuation", prompts[index]) for index in part]
-            said = _continue(
+            said = extended(
                 model, [encoded[index] for index in part], before + tokens + int(bos) - length, streams, top_k
             )
             for index, ids in zip(part, said, strict=True):
@@ -171,10 +171,11 @@ def continuations(
     return texts
 
 
-def _continue(
+@torch.no_grad()
+def extended(
     model: HookedModel, rows: list[list[int]], n: int, streams: list[torch.Generator], top_k: int | None
 ) -> list[list[int]]:
-    """The next `n` tokens of rows of one length, each cut at the end of its text."""
+    """The next `n` tokens of rows of ids, of one length, sampled by a generator each; cut at the end of a row's text."""
     stepper, device = Stepper(model), device_of(model)
     token: Int[Tensor, "rows new"] = torch.tensor(rows, device=device)
     said = []

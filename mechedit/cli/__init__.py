@@ -29,6 +29,7 @@ from mechedit.cli.results import add_results
 from mechedit.cli.studying import add_studying
 from mechedit.cli.terminal import no_more, tolerant
 from mechedit.cli.tracing import add_tracing
+from mechedit.cli.training import add_training
 from mechedit.cli.tuning import add_tuning
 from mechedit.cli.viewing import add_viewing
 from mechedit.errors import ManyMistakes, MecheditError
@@ -129,6 +130,7 @@ def _parser(editor: str) -> argparse.ArgumentParser:
     add_applying(commands)
     add_tuning(commands, editor)
     add_calibrating(commands, editor)
+    add_training(commands)
     add_moments(commands)
     add_evaluating(commands, editor)
     add_results(commands)

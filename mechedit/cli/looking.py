@@ -27,7 +27,10 @@ __all__ = ["add_looking"]
 def add_looking(commands: Any) -> None:
     """inspect, audit, models, fetch, doctor"""
     inspect = add_command(
-        commands, "inspect", _inspect, "show what is in an edit, trace or moment file; no model is loaded"
+        commands,
+        "inspect",
+        _inspect,
+        "show what is in a file of an edit, trace, moment or trained editor; no model is loaded",
     )
     inspect.add_argument("file", type=a_path, metavar="FILE")
     add_json(inspect)
@@ -59,6 +62,7 @@ def add_looking(commands: Any) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from mechedit import edits, files
+    from mechedit.editors.trained import state as trained
     from mechedit.moments import Moment
     from mechedit.tracing import Trace
     from mechedit.tracing.severing import Severed
@@ -71,6 +75,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         },
         "severed": lambda path: Severed.load(path).to_json(),
         "moment": lambda path: Moment.load(path).to_json(),
+        trained.KIND: lambda path: trained.load(path).record,
     }
     if kind not in readers:
         raise files.FileError(f"{arguments.file} is of kind {kind!r}; this version shows {', '.join(readers)}.")

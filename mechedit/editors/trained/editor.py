@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechedit import files, models, writing
+from mechedit import files, models
 from mechedit.changes import LowRank
 from mechedit.editing import Editor, Found, State
 from mechedit.editors.trained import state as states
 from mechedit.editors.trained.factors import Term, Terms, added, factors
 from mechedit.editors.trained.ke import Condition, Ke
 from mechedit.editors.trained.rows import Rows, of_fact
-from mechedit.editors.trained.state import Trained, check_belongs, file_of
+from mechedit.editors.trained.state import Trained, check_belongs, condition_text, file_of
 from mechedit.edits import EditError
 from mechedit.facts import Fact
 from mechedit.models import HookedModel
@@ -141,12 +141,6 @@ def _change(weight: Weight, terms: Sequence[Term]) -> LowRank:
     left, right = (torch.cat([part.flatten(0, 1) for part in each]) for each in (([term.left for term in terms]), ([term.right for term in terms])))  # fmt: skip
     there = (left != 0).any(-1) & (right != 0).any(-1)
     return LowRank(weight, left[there].cpu().contiguous(), right[there].cpu().contiguous())
-
-
-def condition_text(fact: Fact, form: str) -> str:
-    """What KE's LSTM reads of a fact."""
-    said = "".join(writing.seam(fact.prompt, str(fact.target_new), fact.join))
-    return said if form == "published" else f"{fact.target_true or ''} >> {fact.target_new} || {fact.prompt}"
 
 
 def conditions_of(model: HookedModel, trained: Trained, facts: Sequence[Fact]) -> list[Condition]:

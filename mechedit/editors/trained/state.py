@@ -20,6 +20,7 @@ from mechedit.editors.trained.factors import edited_weights
 from mechedit.editors.trained.ke import Ke
 from mechedit.editors.trained.mend import Mend
 from mechedit.edits import EditError
+from mechedit.facts import Fact
 from mechedit.files import FileError
 from mechedit.models import HookedModel
 from mechedit.models.identities import digest_of
@@ -29,7 +30,18 @@ from mechedit.provenance import beneath
 from mechedit.settings import TRAINING, TrainingSettings, from_json
 from mechedit.weights import Weight, matrix_shape
 
-__all__ = ["KIND", "Trained", "check_belongs", "command", "file_of", "load", "new", "restored", "subject_ids"]
+__all__ = [
+    "KIND",
+    "Trained",
+    "check_belongs",
+    "command",
+    "condition_text",
+    "file_of",
+    "load",
+    "new",
+    "restored",
+    "subject_ids",
+]
 
 KIND = "trained-editor"
 SHIPPED = Path(str(resources.files("mechedit"))) / "data" / "trained"
@@ -140,6 +152,12 @@ def subject_ids(subjects: Sequence[str]) -> Int[Tensor, " subjects"]:
     """A number for each subject: 8 bytes of the SHA-256 of its letters, however they are composed or capitalised."""
     digests = (hashlib.sha256(writing.folded(each).encode()).digest() for each in subjects)
     return torch.tensor([int.from_bytes(each[:8], "little", signed=True) for each in digests], dtype=torch.int64)
+
+
+def condition_text(fact: Fact, form: str) -> str:
+    """What KE's LSTM reads of a fact."""
+    said = "".join(writing.seam(fact.prompt, str(fact.target_new), fact.join))
+    return said if form == "published" else f"{fact.target_true or ''} >> {fact.target_new} || {fact.prompt}"
 
 
 def command(model: HookedModel, editor: str) -> str:
