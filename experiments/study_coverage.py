@@ -27,15 +27,15 @@ PAIRS = list(combinations(range(3), 2))
 class StudyCoverage:
     """Settings of the experiment."""
 
-    facts: tuple[int, ...] = (50, 20, 100)  # the paper's first
+    facts: tuple[int, ...] = (50, 20)  # the paper's first
     gaps: tuple[float, ...] = (0.0, 0.6, 2.0)  # between editors' qualities; 0.6 makes wins of 1.8 to 1 without leanings
     of_facts: tuple[float, ...] = (0.0, 1.0, 0.5, 1.0, 0.0)  # spread of the facts' leanings, in turn with
     of_raters: tuple[float, ...] = (0.0, 0.5, 1.0, 1.0, 1.5)  # that of the raters'
     raters: int = 3
     pages: int = 10
-    samples: int = 1000
-    draws: int = 500  # in each sample; reports have 2,000
-    large: int = 1_000_000  # rankings that stand for all facts and raters
+    samples: int = 400
+    draws: int = 300  # in each sample; reports have 2,000
+    large: int = 400_000  # rankings that stand for all facts and raters
     seed: int = 0
 
 
@@ -67,16 +67,21 @@ def measured(settings: StudyCoverage, facts: int, gap: float, of_facts: float, o
     spread = float(np.hypot(of_facts, of_raters))
     every = counts(rankings(random, gap, spread * random.normal(size=(settings.large, 3))))
     truth = {name: logs(every[at].sum(0, keepdims=True))[0] for name, (at, logs) in STATISTICS.items()}
-    share = every[0].mean(0)[0::2]
-    held: dict[str, list[np.ndarray]] = {name: [] for name in (*STATISTICS, "Wilson")}
+    chances = {"odds": 1 / (1 + np.exp(-truth["odds"])), "best picks": 1 / (1 + np.exp(-truth["best picks"]))}
+    held: dict[str, list[list[bool]]] = {name: [] for name in (*STATISTICS, "Wilson")}
     for sample in range(settings.samples):
         leaning = of_facts * random.normal(size=(facts, 3))[fact] + of_raters * random.normal(size=(len(laid.people), 3))[rater]  # fmt: skip
         own = counts(rankings(random, gap, leaning))
+        met = {"odds": own[0].sum(0).reshape(-1, 2), "best picks": np.stack([own[1].sum(0)[list(pair)] for pair in PAIRS])}  # fmt: skip
         for name, (at, logs) in STATISTICS.items():
             found = clusters.spread(own[at], logs, fact, rater, sample, settings.draws)
-            held[name].append((found.low <= truth[name]) & (truth[name] <= found.high))
-        bounds = [clusters.wilson(int(wins), len(fact)) for wins in own[0].sum(0)[0::2]]
-        held["Wilson"].append(np.array([low <= each <= high for each, (low, high) in zip(share, bounds, strict=True)]))
+            if name in chances:
+                bounds = [clusters.of_share(found, each, int(won), int(won + lost)) for each, (won, lost) in enumerate(met[name])]  # fmt: skip
+                held[name].append([low <= p <= high for p, (low, high) in zip(chances[name], bounds, strict=True)])
+            else:
+                held[name].append(list((found.low <= truth[name]) & (truth[name] <= found.high)))
+        bounds = [clusters.wilson(int(won), len(fact)) for won, _ in met["odds"]]
+        held["Wilson"].append([low <= p <= high for p, (low, high) in zip(chances["odds"], bounds, strict=True)])
     about = {"facts": facts, "people": len(laid.people), "gap": gap, "of_facts": of_facts, "of_raters": of_raters}
     for name, each in held.items():
         yield about | {"statistic": name, "coverage": float(np.mean(each)), "worst": float(np.mean(each, axis=0).min())}

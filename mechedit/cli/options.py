@@ -164,7 +164,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, without: Seque
         if name in without or flag in parser._option_string_actions:
             continue
         default = each.metadata["default"]
-        shown = "" if default is None else f" (default: {_shown(default)})"
+        shown = "" if default in (None, "") else f" (default: {_shown(default)})"
         if default is None or isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif isinstance(default, tuple):

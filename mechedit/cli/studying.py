@@ -69,15 +69,22 @@ def _make(arguments: argparse.Namespace) -> None:
     scenarios, about = _given(arguments, settings) if arguments.texts else _written(arguments, settings)
     made = study.make(scenarios, arguments.out, settings, about)
     console = console_of(arguments)
-    refused = {name: sum(bool(each.notes.get(name)) for each in scenarios) for name in made.editors}
-    for name, n in refused.items():
-        if n:
-            console.print(f"note: {n} of {len(scenarios)} edits by {name} have notes (texts.json).")
+    for note in _notes(scenarios):
+        console.print(f"note: {note}.")
     own = made.settings
     console.print(
         f"{len(made.forms)} forms of {own.pages} pages: {own.scenarios} facts, {own.raters} raters each, texts by {', '.join(made.editors)}"
     )
     show_files(console, [made.folder / "study.json", made.folder / "key.json", made.folder / "texts.json", *made.files()])  # fmt: skip
+
+
+def _notes(scenarios: list[Scenario]) -> list[str]:
+    """What whoever made the study should look at before forms go out."""
+    noted = {name: sum(bool(each.notes.get(name)) for each in scenarios) for name in scenarios[0].texts}
+    found = [f"{n} of {len(scenarios)} edits by {name} have notes (texts.json)" for name, n in noted.items() if n]
+    if alike := sum(len(set(each.texts.values())) < len(each.texts) for each in scenarios):
+        found.append(f"{alike} of {len(scenarios)} scenarios have a text twice, whose order people can only guess")
+    return found
 
 
 def _settings(arguments: argparse.Namespace) -> StudySettings:

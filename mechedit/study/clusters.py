@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["HALF", "Spread", "log_odds", "log_ratios", "log_strengths", "spread", "wilson"]
+__all__ = ["HALF", "Spread", "log_odds", "log_ratios", "log_strengths", "of_share", "spread", "wilson"]
 
 DRAWS = 2000
 HALF = 0.5  # of a page, added to a count
-STEPS = 200  # of Bradley and Terry's iteration
+STEPS, CLOSE = 1000, 1e-8  # of Bradley and Terry's iteration: at most so many, until nothing moves by more
 Logs = Callable[[np.ndarray], np.ndarray]
 
 
@@ -95,11 +95,24 @@ def log_strengths(pairs: list[tuple[int, int]], editors: int) -> Logs:
         met, won = wins + wins.transpose(0, 2, 1), wins.sum(2)
         strength = np.ones((len(sums), editors))
         for _ in range(STEPS):
-            strength = won / (met / (strength[:, :, None] + strength[:, None])).sum(2)
+            before = strength
+            strength = won / (met / (before[:, :, None] + before[:, None])).sum(2)
             strength /= np.exp(np.log(strength).mean(1, keepdims=True))
+            if np.abs(strength / before - 1).max() < CLOSE:
+                break
         return np.log(strength)
 
     return logs
+
+
+def of_share(found: Spread, at: int, wins: int, n: int) -> tuple[float, float]:
+    """The interval of the share whose log odds are value `at`: never narrower than Wilson's of `wins` of `n`, which holds where counts
+    are so small that no spread is seen. nan where the errors are."""
+    if not n or math.isnan(found.error[at]):
+        return math.nan, math.nan
+    low, high = (float(1 / (1 + np.exp(-each[at]))) for each in (found.low, found.high))
+    least, most = wilson(wins, n)
+    return min(least, low), max(most, high)
 
 
 def wilson(wins: int, n: int) -> tuple[float, float]:

@@ -16,7 +16,6 @@ import numpy as np
 
 from mechedit import cache, statistics
 from mechedit.study import agreement, clusters
-from mechedit.study.clusters import Spread
 from mechedit.study.forms import QUESTIONS, SCALE
 from mechedit.study.judged import Judged, judged, long_form
 from mechedit.study.making import Study
@@ -127,9 +126,8 @@ def _pairs(found: Judged, question: str, seed: int) -> list[dict[str, Any]]:
     rows = []
     for at, (a, b) in enumerate(found.pairs):
         won, first, second = int(wins[:, at].sum()), int(best[:, a].sum()), int(best[:, b].sum())
-        wilson = clusters.wilson(won, n)
-        share = _wider(wilson, _shares(odds, at))
-        of_picks = _wider(clusters.wilson(first, first + second), _shares(picked, at)) if first + second else (math.nan,) * 2  # fmt: skip
+        share = clusters.of_share(odds, at, won, n)
+        of_picks = clusters.of_share(picked, at, first, first + second)
         names = found.editors[a], found.editors[b]
         rows.append(
             {
@@ -138,7 +136,7 @@ def _pairs(found: Judged, question: str, seed: int) -> list[dict[str, Any]]:
                 "wins": won,
                 "pages": n,
                 "share": won / n,
-                "wilson": list(wilson),
+                "wilson": list(clusters.wilson(won, n)),
                 "by_facts_and_raters": list(share),
                 "odds": _ratio(won, n - won),
                 "odds_interval": [_odds(each) for each in share],
@@ -148,19 +146,6 @@ def _pairs(found: Judged, question: str, seed: int) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _shares(found: Spread, at: int) -> tuple[float, float]:
-    """The interval of odds as one of a share."""
-    low, high = 1 / (1 + np.exp(-found.low[at])), 1 / (1 + np.exp(-found.high[at]))
-    return float(low), float(high)
-
-
-def _wider(wilson: tuple[float, float], clustered: tuple[float, float]) -> tuple[float, float]:
-    """What both hold; unknown where it is unknown how facts or raters differ."""
-    if math.isnan(sum(clustered)):
-        return math.nan, math.nan
-    return min(wilson[0], clustered[0]), max(wilson[1], clustered[1])
 
 
 def _ratio(first: float, second: float) -> float:
