@@ -81,11 +81,24 @@ def test_biases_are_tuned_too_where_there_are_any(biased, folder):
     assert names == ["attn.W_V", "attn.W_O", "attn.b_V", "attn.b_O"]
     value, output = found.changes[2], found.changes[3]
     assert value.shape == output.shape == (1, 32)
+    keys = AttentionEdit().find(model, FACTS, replace(settings, weights=("W_Q", "W_K"), steps=1), None, {})
+    assert [change.weight.name for change in keys.changes] == ["attn.W_Q", "attn.W_K", "attn.b_Q"], (
+        "softmax sees no b_K"
+    )
     bare = AttentionEdit().find(model, FACTS, replace(settings, bias=False, steps=1), None, {})
     assert [change.weight.name for change in bare.changes] == ["attn.W_V", "attn.W_O"]
     some = AttentionEdit().find(model, FACTS, replace(settings, heads=(0, 3), steps=1), None, {})
     assert [change.weight.name for change in some.changes] == ["attn.W_V", "attn.W_O", "attn.b_V"], "b_O is no head's"
     assert some.changes[2].delta.view(4, 8).abs().amax(1).gt(0).tolist() == [True, False, False, True]
+
+
+def test_a_bias_of_rotated_keys_is_tuned(load):
+    model = load("qwen2")
+    biases = [Weight(LAYER, f"attn.{name}") for name in ("b_Q", "b_K", "b_V")]
+    with weights.restored(model, *biases) as originals:
+        for weight in biases:
+            weights.write_(model, weight, originals[weight], torch.ones(weights.matrix_shape(model, weight)).double())
+        assert [weight for weight in tuned(model, OWN) if ".b_" in weight.name] == biases
 
 
 def test_keys_that_a_group_shares_are_tuned_where_a_chosen_head_reads_them(load):

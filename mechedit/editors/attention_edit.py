@@ -6,6 +6,9 @@ token peaks; `weights` chooses others, W_O among them. `descent` has the steps.
 `heads` are query heads by number, which W_Q, b_Q and W_O have a part each for: the others' parts stay as they are, bit for bit. With
 grouped queries a key-value head is shared by a group of query heads, so that of W_K, W_V and their biases the part is tuned which a
 chosen head reads, and with it what the rest of its group reads. b_O belongs to no head: it is tuned with W_O where all heads are.
+
+b_K is left alone where keys are not rotated by their position (GPT-2): it adds the same number to a query's products with all keys, which
+softmax does not see. Its gradient is rounding, of which Adam would make whole steps.
 """
 
 from __future__ import annotations
@@ -79,6 +82,7 @@ def tuned(model: HookedModel, settings: AttentionEditSettings) -> dict[Weight, H
         weight
         for weight in (Weight(settings.layer, name) for name in biases)
         if is_used(model, weight) and not (settings.heads and weight.name == of_all)
+        if weight.name != "attn.b_K" or str(model.cfg.positional_embedding_type) == "rotary"
     ]
     return {weight: _heads(model, weight, settings.heads) for weight in chosen}
 
