@@ -71,6 +71,7 @@ _MODULES = (
     "models",
     "moments",
     "neurons",
+    "notebook",
     "organism",
     "prompts",
     "rank_one",

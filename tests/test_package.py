@@ -271,6 +271,7 @@ ORDER = [
     "calibration",
     "study",
     "viewer",
+    "notebook",
     "cli",
 ]
 """Each imports only from those before it, in its functions too; packages among them are one step."""

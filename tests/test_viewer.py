@@ -241,7 +241,7 @@ def test_two_evaluations_stand_side_by_side_with_every_prompt_before_and_after(v
     found = view(viewed.evaluation(), viewed.evaluation(editor="ft", records=29), at="#record=2")
     found.page.wait_for_selector("text=The prompt")
     said = read(found, ".details")
-    for words in ("before", "rome, after", "ft, after", "as wanted: before 0, rome, after 1, ft, after 1", "90.5", "13.5", "Story 0:"):  # fmt: skip
+    for words in ("before", "rome after", "ft after", "as wanted: before 0 · rome after 1 · ft after 1", "90.5", "13.5", "Story 0:"):  # fmt: skip
         assert words in said, words  # exp(-0.1) and exp(-2)
     assert "29 records are in both" in read(found, ".top")
     found.page.get_by_role("button", name="Table").click()

@@ -21,7 +21,7 @@ const evaluationPage = async () => {
   const columns = shownOnce(data.columns, numbers, metrics.length * records.length);
   const place = Object.fromEntries(metrics.map((each, index) => [each.name, index]));
   const valueOf = (column, name, record) => numbers[(columns[column].at * metrics.length + place[name]) * records.length + record];
-  const nameOf = (column) => (several && !column.shared ? `${results[column.result].label}, ` : '') + column.stage;
+  const nameOf = (column) => (several && !column.shared ? `${results[column.result].label} ` : '') + column.stage;
   const colourAt = (index, th) => {
     const { result, stage } = columns[index];
     return stage === 'before' ? th.soft : th.many[result === 0 ? (stage === 'after' ? 0 : 3) : (stage === 'after' ? 1 : 2)];
@@ -200,7 +200,7 @@ const evaluationPage = async () => {
     return kinds.map((kind) => {
       const lines = own.filter((each) => each[0] === kind);
       const counts = cols.map((column) => [column, lines.map((each) => isWanted(each, column.at)).filter((each) => each !== null)]).filter(([, all]) => all.length);
-      const outcome = counts.map(([column, all]) => `${nameOf(column)} ${all.filter(Boolean).length}`).join(', ');
+      const outcome = counts.map(([column, all]) => `${nameOf(column)} ${all.filter(Boolean).length}`).join(' · ');
       return el('details.kind', { open: kind === 'prompt' || kind === 'paraphrase' || lines.length <= 3 }, el('summary', {}, el('h3', {}, kind === 'prompt' ? 'The prompt' : `${kind[0].toUpperCase()}${kind.slice(1)} (${lines.length})`), outcome ? el('span.soft', {}, `as wanted: ${outcome}`) : null), el('div.scroll', { tabindex: 0, role: 'region', 'aria-label': `prompts of record ${record + 1}: ${kind}` }, table(`Prompts of kind ${kind}, with the probability of each target`, ['Prompt', ...cols.map(nameOf)], lines.map(([, text, targets, values], line) => [
         [said(text)], ...cols.map(({ at }) => {
           const p = (values[at] || []).map((each) => (isNumber(each) ? Math.exp(each) : NaN)), right = isWanted(lines[line], at);
