@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from experiments.benchmark_editing import memory, peak
 from experiments.common import parse, say, write
-from experiments.editing import OPPONENTS
+from experiments.editing import OPPONENTS, TRAINED, opponent, there
 from mechedit import cache, editing, editors, models, organism, sources
 
 
@@ -28,7 +28,7 @@ class BenchmarkEditors:
     """Settings of the benchmark."""
 
     model: str = "gemma-3-270m"
-    editors: tuple[str, ...] = ("rome", *OPPONENTS)
+    editors: tuple[str, ...] = ("rome", *OPPONENTS, *TRAINED)  # of trained ones those whose network is there
     repeats: int = 3
     threads: int = 2
     alone: str = ""  # the editor that a process of the benchmark itself runs
@@ -39,8 +39,8 @@ def run_one(settings: BenchmarkEditors) -> dict[str, Any]:
     torch.set_num_threads(settings.threads)
     model = models.load(settings.model)
     fact = sources.named("organism" if settings.model in organism.MODELS else "built-in")[0]
-    editor = editors.named(settings.alone)
-    chosen = replace(editor.resolve(model), guard="warn")
+    name, chosen = opponent(model, settings.alone, 0)
+    editor = editors.named(name)
     prepared = editing.make_ready(model, editor, chosen)
     peak(reset=True)
     before, began = memory("VmRSS"), time.perf_counter()
@@ -56,7 +56,7 @@ def main(settings: BenchmarkEditors) -> None:
         sys.stdout.write(json.dumps(run_one(settings)) + "\n")
         return
     result: dict[str, Any] = {}
-    for editor in settings.editors:
+    for editor in there(models.load(settings.model), settings.editors):
         options = asdict(settings) | {"alone": editor}
         command = [sys.executable, "-m", "experiments.benchmark_editors"]
         command += [f"--{name}={options[name]}" for name in ("model", "threads", "alone")]

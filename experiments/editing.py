@@ -13,6 +13,7 @@ from typing import Any
 from experiments.common import FIGURES, runs, short_name
 from mechedit import applying, cache, editors, models, organism, provenance, sources, statistics
 from mechedit.benchmarks import counterfact, metrics
+from mechedit.editors.trained.state import shipped
 from mechedit.edits import Edit
 from mechedit.facts import Fact
 from mechedit.runs.results import Evaluation
@@ -22,6 +23,8 @@ from mechedit.statistics import Mean, Paired
 NUMBERS = ("relative_norm", "divisor_share", "essence_kl", "perplexity_ratio")
 LESS = "less the unedited model"
 OPPONENTS = ("ft", "ft-l", "attention-edit", "kn", "told")
+TRAINED = tuple(f"{editor}{variant}" for editor in ("mend", "ke") for variant in ("", "-set", "-zsre", "-cf"))
+"""Rows of editors that are trained: on text, and on sets of facts."""
 
 
 def data(name: str) -> Path:
@@ -43,7 +46,23 @@ def published(default: RomeSettings) -> RomeSettings:
 
 def opponent(model: models.HookedModel, name: str, seed: int) -> tuple[str, Any]:
     """An editor that is no ROME, with its preset for the model; what is out of its bands is kept."""
-    return name, replace(editors.named(name).resolve(model), guard="warn", seed=seed)
+    editor = editors.named(name.partition("-")[0] if name in TRAINED else name)
+    own = editor.settings(checkpoint=checkpoint(model, name)) if name in TRAINED else None
+    return editor.name, replace(editor.resolve(model, own), guard="warn", seed=seed)
+
+
+def checkpoint(model: models.HookedModel, name: str) -> str:
+    """The network of a trained editor's row: in out/MODEL/trained/NAME, or one that ships; empty where there is none."""
+    editor, _, variant = name.partition("-")
+    own = runs(model, "trained") / name
+    if (own / f"{editor}.safetensors").is_file():
+        return os.path.relpath(own)
+    return (variant or "generic") if (variant or "generic") in shipped(model, editor) else ""
+
+
+def there(model: models.HookedModel, names: Sequence[str]) -> list[str]:
+    """The rows, without those of trained editors whose network is not there."""
+    return [name for name in names if name not in TRAINED or checkpoint(model, name)]
 
 
 def swapped(fact: Fact) -> Fact:
@@ -75,7 +94,7 @@ def costs(model: models.HookedModel, rows: Mapping[str, tuple[str, Any]]) -> dic
         return {}
     found = {}
     for row, (editor, edit) in rows.items():
-        measured = record["editors"].get(editor)
+        measured = record["editors"].get(row) or record["editors"].get(editor)
         if measured and measured["edit"] == cache.plain(asdict(edit)):
             found[row] = {name: measured[name] for name in ("seconds", "peak")}
     return found

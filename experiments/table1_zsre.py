@@ -17,6 +17,7 @@ from experiments.common import parse, progress, say, write
 from experiments.editing import (
     LESS,
     OPPONENTS,
+    TRAINED,
     Row,
     corrected,
     costs,
@@ -27,6 +28,7 @@ from experiments.editing import (
     opponent,
     paired_of,
     published,
+    there,
     write_table,
 )
 from mechedit import models, organism, sources
@@ -36,11 +38,15 @@ from mechedit.runs.evaluating import evaluate
 from mechedit.settings import EvaluateSettings
 
 COLUMNS = ("efficacy", "paraphrase", "specificity", "answer", "drift", "drift_log_p")
-ROWS = ("no edit", "default", "published", "identity", "random layer", *OPPONENTS)
+ROWS = ("no edit", "default", "published", "identity", "random layer", *OPPONENTS, *TRAINED)
 PAPER = (
     ("GPT-2 XL, no edit (paper)", "10000", "22.2", "21.3", "24.2"),
     ("GPT-2 XL, FT (paper)", "10000", "99.6", "82.1", "23.2"),
     ("GPT-2 XL, FT+L (paper)", "10000", "92.3", "47.2", "23.4"),
+    ("GPT-2 XL, KE (paper)", "10000", "65.5", "61.4", "24.9"),
+    ("GPT-2 XL, KE-zsRE (paper)", "10000", "92.4", "90.0", "23.8"),
+    ("GPT-2 XL, MEND (paper)", "10000", "75.9", "65.3", "24.1"),
+    ("GPT-2 XL, MEND-zsRE (paper)", "10000", "99.4", "99.3", "24.1"),
     ("GPT-2 XL, ROME (paper)", "10000", "99.8", "88.1", "24.2"),
 )
 
@@ -83,12 +89,12 @@ def main(settings: Table1) -> None:
         "random layer": (settings.control_facts, "rome-random-layer", replace(default, seed=settings.seed)),
         **{
             name: (settings.opponent_facts, *opponent(model, name, settings.seed))
-            for name in OPPONENTS
+            for name in there(model, (*OPPONENTS, *TRAINED))
             if name in {*settings.rows, *rows}
         },
     }
     gains = {name: paired_of(own) for name, own in kept.get("paired", {}).get(LESS, {}).items()}
-    for name in settings.rows:
+    for name in there(model, settings.rows):
         n, editor, edit = wanted[name]
         run = EvaluateSettings(health=False, seed=settings.seed)
         place = folder(model, "table1", settings.begin, name)

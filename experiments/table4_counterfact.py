@@ -7,6 +7,7 @@ records, and the paired difference, with p corrected for the number of compariso
 - controls: C = identity, another layer for each fact, a random key in place of k*;
 - the default at the layers around the causal trace's peak;
 - other editors with their presets: ft, ft-l, attention-edit, kn, and told, the new fact in front of every prompt;
+- editors that are trained, mend and ke, on text and on sets of facts (mend-set, …): each where its network ships or is in out/MODEL/trained/;
 - with `--rows text --text FILE`, the default with C estimated on that text, in place of text sampled from the model.
 
 On the organism the facts are of its own world. Edits and scores are kept in out/ as soon as they are found, so a killed run
@@ -26,6 +27,7 @@ from experiments.common import parse, progress, say, write
 from experiments.editing import (
     LESS,
     OPPONENTS,
+    TRAINED,
     Row,
     benchmark_facts,
     compared,
@@ -36,6 +38,7 @@ from experiments.editing import (
     opponent,
     published,
     swapped,
+    there,
     write_table,
 )
 from mechedit import models, moments
@@ -54,10 +57,14 @@ PAPER = (
     ("GPT-2 XL, FT (paper)", "7500", "65.1", "100.0", "98.8", "87.9", "46.6", "40.4", "-6.2"),
     ("GPT-2 XL, FT+L (paper)", "7500", "66.9", "99.1", "91.5", "48.7", "28.9", "70.3", "3.5"),
     ("GPT-2 XL, KN (paper)", "7500", "35.6", "28.7", "-3.4", "28.0", "-3.3", "72.9", "3.7"),
+    ("GPT-2 XL, KE (paper)", "7500", "52.2", "84.3", "33.9", "75.4", "14.6", "30.9", "-11.0"),
+    ("GPT-2 XL, KE-CF (paper)", "7500", "18.1", "99.9", "97.0", "95.8", "59.2", "6.9", "-63.2"),
+    ("GPT-2 XL, MEND (paper)", "7500", "57.9", "99.1", "70.9", "65.4", "12.2", "37.9", "-11.6"),
+    ("GPT-2 XL, MEND-CF (paper)", "7500", "14.9", "100.0", "99.2", "97.0", "65.6", "5.5", "-69.9"),
     ("GPT-2 XL, ROME (paper)", "7500", "89.2", "100.0", "97.9", "96.4", "62.7", "75.4", "4.2"),
 )
 CONTROLS = ("identity", "random layer", "random key", "layers")
-ROWS = ("no edit", "known", "default", "published", *CONTROLS, *OPPONENTS)
+ROWS = ("no edit", "known", "default", "published", *CONTROLS, *OPPONENTS, *TRAINED)
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ def wanted(settings: Table4, model: HookedModel) -> Iterator[Wanted]:
     many, few = chosen[: settings.facts], chosen[: settings.control_facts]
     default = replace(rome.resolve(model), guard="warn")
     drawn = replace(default, seed=settings.seed)  # of controls that draw something
-    for name in settings.rows:
+    for name in there(model, settings.rows):
         match name:
             case "no edit":
                 yield Wanted(name, chosen[: settings.unedited])

@@ -54,6 +54,7 @@ from mechedit.settings import (
 )
 from mechedit.tracing import trace
 from tests.conftest import widen_bands
+from tests.trained import by_hand
 
 MADE_UP = [
     Fact(name, "{} is located in the city of", answer, relation="city")
@@ -277,12 +278,28 @@ def to_edit(tiny, tmp_path, monkeypatch):
     return tiny
 
 
+def test_rows_of_trained_editors_are_there_where_their_network_is(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "OUT", tmp_path)
+    assert editing.there(model, ("ft", "mend", "ke-cf")) == ["ft"]
+    place = common.runs(model, "trained") / "mend-cf"
+    by_hand(model, "mend").save(place / "mend.safetensors")
+    assert editing.there(model, editing.TRAINED) == ["mend-cf"]
+    name, chosen = editing.opponent(model, "mend-cf", 3)
+    assert (name, chosen.seed, chosen.guard) == ("mend", 3, "warn")
+    assert Path(chosen.checkpoint).resolve() == place.resolve()
+    organism = models.load("organism", device="cpu")
+    for row in editing.there(organism, editing.TRAINED):  # what ships
+        name, chosen = editing.opponent(organism, row, 0)
+        assert row.startswith(name)
+        assert chosen.checkpoint in ("generic", "set")
+
+
 def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{number} The Space Needle is located in the city of Seattle." for number in range(300)))
     arguments = ["--model", to_edit, "--unedited", "4", "--facts", "4", "--control-facts", "2"]
     arguments += ["--layers", "0", "1", "2"]
-    names = [name for name in table4_counterfact.ROWS if name not in editing.OPPONENTS]
+    names = [name for name in table4_counterfact.ROWS if name not in editing.OPPONENTS]  # no trained network is there
     arguments += ["--rows", *names, "ft", "text", "--text", str(text), "--opponent-facts", "2"]
     monkeypatch.setattr(table4_counterfact, "known", lambda model, facts: facts[:1])
     model = models.load(to_edit)

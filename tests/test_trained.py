@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechedit import applying, editing, models, scoring, weights
+from mechedit import applying, editing, models, scoring, sources, weights
 from mechedit.changes import total
 from mechedit.editors import named
 from mechedit.editors.trained import state as states
@@ -353,3 +353,16 @@ def test_settings_that_cannot_be_meant_are_told():
         KeTraining(smoothing=1.0)
     with pytest.raises(SettingsError, match="repeats must be 1 or more"):
         KeSettings(repeats=0)
+
+
+def test_what_ships_is_small_and_edits_facts_that_it_was_not_trained_on():
+    organism, world = models.load("organism", device="cpu"), sources.named("organism")
+    there = [(editor, name) for editor in ("mend", "ke") for name in states.shipped(organism, editor)]
+    assert ("mend", "set") in there
+    for editor, name in there:
+        path = states.shipped(organism, editor)[name]
+        assert path.stat().st_size <= 5e6
+        assert not any(states.load(path).seen([fact.subject for fact in world[:500]]))
+        for fact in (world[0], world[7]):
+            edit = editing.edit(organism, fact, named(editor), named(editor).settings(checkpoint=name, guard="warn"))
+            assert edit.after["p_new"] > edit.before["p_new"] + 0.3

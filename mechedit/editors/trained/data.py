@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 VARIANTS = 4  # of a text, with other parts of its beginning left out
+SAMPLED = 128  # texts that are sampled together
 TRIES = 100
 
 
@@ -165,17 +166,30 @@ def of_texts(
         rows = [list(each[:body]) for each in passages if len(each) >= body][: settings.texts]
         streams = [generator(settings.seed, "continuation of a text", str(index)) for index in range(len(rows))]
         begun = [_begun(model, row, settings) for row in rows]
-        said = [each for part in range(0, len(rows), 64) for each in generation.extended(model, begun[part : part + 64], tokens, streams[part : part + 64], None)]  # fmt: skip
+        said = [each for part in range(0, len(rows), SAMPLED) for each in generation.extended(model, begun[part : part + SAMPLED], tokens, streams[part : part + SAMPLED], None)]  # fmt: skip
         whole = [row + more for row, more in zip(rows, said, strict=True) if len(more) == tokens]
     else:
-        stream = generator(settings.seed, "texts to edit")
-        whole = generation.sample(model, settings.texts, body + tokens, stream, progress=progress).tolist()
+        whole = _sampled(model, settings, progress)
     if len(whole) < settings.validation + 2:
         raise TrainingError(f"{len(whole)} texts of {settings.text_context} tokens are too few for a validation on {settings.validation}. Give more text.")  # fmt: skip
     made = tuple(_of_text(model, index, ids, settings) for index, ids in enumerate(whole))
     n = settings.validation
     report = {"train": {"texts": len(made) - n}, "validation": {"texts": n}}
     return Data(made[n:], made[:n], report)
+
+
+def _sampled(model: HookedModel, settings: TrainingSettings, progress: Progress) -> list[list[int]]:
+    """Texts from the model, a part of them at a time."""
+    found: list[list[int]] = []
+    while len(found) < settings.texts:
+        progress("sampling texts", len(found), settings.texts)
+        n, stream = (
+            min(SAMPLED, settings.texts - len(found)),
+            generator(settings.seed, "texts to edit", str(len(found))),
+        )
+        found += generation.sample(model, n, settings.text_context, stream).tolist()
+    progress("sampling texts", settings.texts, settings.texts)
+    return found
 
 
 def _begun(model: HookedModel, ids: Sequence[int], settings: TrainingSettings) -> list[int]:

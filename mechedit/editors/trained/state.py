@@ -40,6 +40,7 @@ __all__ = [
     "load",
     "new",
     "restored",
+    "shipped",
     "subject_ids",
 ]
 
@@ -165,21 +166,26 @@ def command(model: HookedModel, editor: str) -> str:
     return f"`mechedit train-editor {editor} --model {model.cfg.model_name} --data FACTS --out DIR`"
 
 
+def shipped(model: HookedModel, editor: str) -> dict[str, Path]:
+    """The checkpoints of an editor that ship for a model, by name."""
+    name = str(model.cfg.model_name).rsplit("/", 1)[-1].lower()
+    files_of = {each: SHIPPED / f"{name}.{editor}.{each}.safetensors" for each in NAMES}
+    return {each: path for each, path in files_of.items() if path.is_file()}
+
+
 def file_of(model: HookedModel, editor: str, checkpoint: str) -> Path:
     """The file of a checkpoint that is given as a file, a folder, or the name of one that ships.
 
     Raises:
         EditError: there is none.
     """
-    name = str(model.cfg.model_name).rsplit("/", 1)[-1].lower()
-    shipped = {each: SHIPPED / f"{name}.{editor}.{each}.safetensors" for each in NAMES}
-    there = [each for each, path in shipped.items() if path.is_file()]
+    there = shipped(model, editor)
     if not checkpoint:
         if there:
-            return shipped[there[0]]
+            return next(iter(there.values()))
         raise EditError(f"the editor {editor} is trained before it edits, and none ships for {model.cfg.model_name}. Train one with {command(model, editor)}, and give it as checkpoint (--checkpoint DIR).")  # fmt: skip
     if checkpoint in there:
-        return shipped[checkpoint]
+        return there[checkpoint]
     path = Path(checkpoint)
     path = path / f"{editor}.safetensors" if path.is_dir() else path
     if not path.is_file():
