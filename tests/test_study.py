@@ -26,7 +26,7 @@ pytestmark = pytest.mark.anywhere
 
 
 @given(some.integers(1, 5), some.integers(1, 6), some.integers(2, 6), some.integers(0, 3), some.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_the_design_is_balanced(raters, pages, editors, seed, data):
     """For every number of facts, raters, pages and editors that there can be."""
     step = pages // math.gcd(pages, raters)

@@ -161,7 +161,34 @@ def test_a_page_that_is_not_finished_is_told_once_and_the_end_says_what_is_missi
     page.get_by_role("button", name="End").click()
     assert page.locator("main .row button", has_text="Page").all_inner_texts() == [f"Page {at}" for at in (1, 2, 3, 4)]
     path = saved(page, "Save an unfinished response", tmp_path)
-    assert "incomplete" in study.read(made, [path]).refused[0][1]
+    assert "incomplete: page 1 has no ranking by fluency" in study.read(made, [path]).refused[0][1]
+    page.get_by_text("No file appeared?").click()
+    (tmp_path / "pasted.txt").write_text(page.get_by_label("Your response as text").input_value())
+    assert "incomplete: page 1" in study.read(made, [tmp_path / "pasted.txt"]).refused[0][1]
+
+
+def test_time_counts_while_a_page_is_seen_and_answers_are_deleted_where_that_is_wanted(opened, made):
+    page = opened(made.files()[0]).page
+    page.clock.install()
+    page.reload()
+    begin(page)
+
+    def seen(state: str) -> None:
+        page.evaluate(f"Object.defineProperty(document, 'visibilityState', {{configurable: true, get: () => '{state}'}}); document.dispatchEvent(new Event('visibilitychange'))")  # fmt: skip
+
+    page.clock.run_for(20_000)
+    seen("hidden")
+    page.clock.run_for(60_000)
+    seen("visible")
+    page.clock.run_for(10_000)
+    by_button(page, "consistency", ["B", "C", "A"], "click")
+    own = state_of(page)["pages"]
+    assert own[0]["seconds"] == pytest.approx(30, abs=3)  # the clock goes on in between
+    assert own[1]["seconds"] == 0
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete my answers").click()
+    assert page.get_by_role("heading", level=1).inner_text() == "A study of what language models write"
+    assert state_of(page)["pages"][0] == {"consistency": [], "fluency": [], "seconds": 0}
 
 
 def test_hostile_text_shows_as_text_and_pages_pass_the_accessibility_checker(opened, tmp_path):

@@ -158,16 +158,17 @@ def _said(found: Any) -> dict[str, Any]:
 
 def _report(arguments: argparse.Namespace) -> None:
     from mechedit import study
+    from mechedit.study.report import LEGEND
 
     out = arguments.out or arguments.study
     check_places(arguments.json, out / "report.json")
     found = study.report(study.load(arguments.study))
     console = console_of(arguments)
-    for line in found.lines():
-        console.print(line)
+    console.print(found.summary)
     for title, header, rows in found.tables():
         console.print(title)
         show_table(console, header, rows)
+    console.print(LEGEND)
     for comment in found.numbers["comments"]:
         console.print(f"comment: {comment}")
     show_files(console, [*found.save(out), *write_json(arguments.json, found.to_json())])

@@ -21,7 +21,7 @@ from mechedit.study.judged import Judged, judged, long_form
 from mechedit.study.making import Study
 from mechedit.study.responses import Response, kept
 
-__all__ = ["PAPER", "Report", "report"]
+__all__ = ["LEGEND", "PAPER", "Report", "report"]
 
 PAPER = {("consistency", "rome", "ft-l"): 1.8, ("fluency", "rome", "ft-l"): 1 / 1.3}
 """Ratios of Meng et al. 2022, section 3.6: of the first's to the second's."""
@@ -38,14 +38,14 @@ class Report:
         """All of it."""
         return dict(cache.plain(self.numbers))
 
-    def lines(self) -> list[str]:
-        """What it is the report of, and what the tables' columns are."""
+    @property
+    def summary(self) -> str:
+        """What it is the report of."""
         numbers = self.numbers
-        return [
+        return (
             f"{numbers['responses']} of {numbers['of']} forms came back: {numbers['pages']} pages about {numbers['facts']} facts by "
-            f"{numbers['raters']} raters.",
-            LEGEND,
-        ]
+            f"{numbers['raters']} raters."
+        )
 
     def tables(self) -> list[Table]:
         """(title, header, rows) of each table, as people read them."""
@@ -53,10 +53,10 @@ class Report:
 
     def markdown(self) -> str:
         """The tables as a page."""
-        lines = ["# Human study", *self.lines()]
+        lines = ["# Human study", self.summary]
         for title, header, rows in self.tables():
             lines += [f"## {title}", "\n".join(["| " + " | ".join(map(_cell, row)) + " |" for row in (header, ["---"] * len(header), *rows)])]  # fmt: skip
-        return "\n\n".join(lines) + "\n"
+        return "\n\n".join([*lines, LEGEND]) + "\n"
 
     def save(self, folder: str | Path) -> list[Path]:
         """`report.json` and `report.md` there."""
@@ -204,7 +204,16 @@ def _tables(numbers: dict[str, Any]) -> Iterable[Table]:
     for question, own in numbers["questions"].items():
         yield (
             f"More {QUESTIONS[question]}",
-            ("first / second", "wins", "share", "Wilson", "by facts and raters", "odds", "best picks", "paper"),
+            (
+                "first / second",
+                "wins",
+                "share",
+                "Wilson",
+                "by facts and raters",
+                "odds",
+                "best picks",
+                "paper (GPT-2 XL)",
+            ),
             [_pair_row(each, own["best"]) for each in own["pairs"]],
         )
     names = list(numbers["questions"])
