@@ -22,7 +22,7 @@ KINDS = {
     "average": viewed.mean,
     "severed": viewed.curves,
     "severed of many": lambda: [viewed.curves(index) for index in range(25)],
-    "sweep": viewed.swept,
+    "sweep": viewed.swept_record,
     "edit": viewed.edit,
     "evaluation": viewed.evaluation,
 }
@@ -263,7 +263,7 @@ def test_a_page_says_what_each_kind_of_result_holds(view):
         (viewed.curves(), ("Most lost without MLPs", "range of 2 draws", "attention severed")),
         ([viewed.curves(index) for index in range(3)], ("too few for intervals",)),
         (
-            viewed.swept(),
+            viewed.swept_record(),
             ("rome at every layer and token", "S, all three", "Does the trace foretell where an edit works?"),
         ),
         (viewed.edit(), ("80.0", "relative_norm = 1.5 is above 1", "outside", "rank one", "mlp.W_out")),
@@ -277,6 +277,8 @@ def test_an_average_is_the_same_when_it_is_read_from_its_json(tmp_path):
     found = viewed.mean()
     again = Average.from_json(json.loads(json.dumps(found.to_json())))
     assert again.to_json() == found.to_json()
+    few = viewed.swept(3)
+    assert viewer.page(few) == viewer.page(few.to_json())
     assert viewer.page(again) == viewer.page(found)
 
 
@@ -314,7 +316,7 @@ def test_the_command_makes_a_page_of_every_file_and_folder_that_has_one(run, tmp
     viewed.trace().save("Space Needle.safetensors")
     viewed.curves().save("severed.safetensors")
     edits.save(viewed.edit(), "edit.safetensors")
-    for name, record in (("average.json", viewed.mean().to_json()), ("sweep.json", viewed.swept().to_json())):
+    for name, record in (("average.json", viewed.mean().to_json()), ("sweep.json", viewed.swept_record())):
         Path(name).write_text(json.dumps(record))
     viewed.evaluation(5).save("rome")
     for place, name in (("Space Needle.safetensors", "Space Needle.html"), ("severed.safetensors", "severed.html"), ("edit.safetensors", "edit.html"), ("average.json", "average.html"), ("sweep.json", "sweep.html"), ("rome", "rome.html"), ("rome/summary.json", "rome.html"), ("rome/results.parquet", "rome.html")):  # fmt: skip
@@ -337,7 +339,7 @@ def test_the_command_says_in_a_line_what_has_no_page(run, tmp_path):
     Path("other.json").write_text('{"a": 1}')
     Path("average.json").write_text(json.dumps(viewed.mean().to_json() | {"indirect_effect": {"mlp": [[1.0]]}}))
     Path("deep.json").write_text("[" * 5000)
-    Path("sweep.json").write_text(json.dumps(viewed.swept().to_json() | {"mean": {"ES": [[1.0]]}}))
+    Path("sweep.json").write_text(json.dumps(viewed.swept_record() | {"mean": {"ES": [[1.0]]}}))
     for given, words in (
         (["missing.safetensors"], "does not exist"),
         (["empty"], "nothing that has a page"),

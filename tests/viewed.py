@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,6 +84,12 @@ def swept(facts=24) -> Sweep:
     random = np.random.default_rng(0)
     scores = {name: random.random((facts, 3, 2)) for name in ("ES", "PS", "NS")}
     return Sweep((0, 2, 4), ("subject_last", "last"), scores, random.random((facts, 3, 2)), 0, ORIGIN, {"editor": "rome", "sweep": {"draws": 2}, "edit": {"steps": 3}})  # fmt: skip
+
+
+@cache
+def swept_record() -> dict[str, Any]:
+    """What is kept of it; its intervals take seconds."""
+    return swept().to_json()
 
 
 def edit(**named) -> Edit:
