@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,8 +14,11 @@ import pytest
 
 from mechedit import cli, edits, viewer
 from mechedit.cache import WriteError
+from mechedit.runs import tracing as runs
+from mechedit.settings import TraceSettings
 from mechedit.tracing.averages import Average
 from tests import viewed
+from tests.conftest import FACT
 
 pytestmark = pytest.mark.anywhere
 
@@ -124,6 +129,13 @@ def test_pictures_are_saved_as_svg_and_png_in_light_colours(view, tmp_path):
     picture = Image.open(tmp_path / "PNG").convert("RGB")
     assert picture.width >= 1000
     assert picture.getpixel((picture.width - 3, 3)) == (255, 255, 255)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Copy SVG").nth(1).click(modifiers=["Shift"])
+    download.value.save_as(tmp_path / "lines")
+    lines = {each.text for each in ElementTree.parse(tmp_path / "lines").iter("{http://www.w3.org/2000/svg}text")}  # noqa: S314
+    assert {"States", "MLP outputs", "Attention outputs", "clean", "corrupted"} <= lines, (
+        "a picture says what its lines are"
+    )
 
 
 def test_pictures_are_copied_where_the_browser_allows_it(view):
@@ -273,6 +285,22 @@ def test_a_page_says_what_each_kind_of_result_holds(view):
             assert each in said, (each, said)
 
 
+def test_what_was_not_traced_is_a_gap_and_other_measures_are_no_percent(view):
+    trace = viewed.trace()
+    nothing = {kind: grid.clone() for kind, grid in trace.draws.items()}
+    for grid in nothing.values():
+        grid[:, 1:5] = math.nan
+    found = view(replace(trace, draws=nothing, effects={kind: grid.mean(-1) for kind, grid in nothing.items()}), at="#at=2.1&kind=mlp")  # fmt: skip
+    assert "not traced" in read(found, ".reading")
+    assert read(found, ".value b") == "–"
+    assert found.errors == []
+    logs = {kind: -8 * grid for kind, grid in trace.draws.items()}
+    found = view(replace(trace, settings=TraceSettings(measure="log_p", draws=3), draws=logs, effects={kind: grid.mean(-1) for kind, grid in logs.items()}, p_clean=-0.5, p_corrupted=-6.2), at="#at=2.1&kind=mlp")  # fmt: skip
+    assert read(found, ".value b") == f"\u2212{8 * viewed.value(1, 2, 1):.2f}"
+    assert "[−1.5" in read(found, ".legend"), "the range of draws in as many figures"
+    assert found.errors == []
+
+
 def test_an_average_is_the_same_when_it_is_read_from_its_json(tmp_path):
     found = viewed.mean()
     again = Average.from_json(json.loads(json.dumps(found.to_json())))
@@ -331,6 +359,32 @@ def test_the_command_makes_a_page_of_every_file_and_folder_that_has_one(run, tmp
     assert run("rome", "--no-open")[0] == 0
     assert opened == [(tmp_path / "both.html").as_uri()]
     assert '"label":"rome A"' in Path("both.html").read_text(encoding="utf-8"), "two that are called the same"
+
+
+def test_units_of_runs_have_pages_and_a_run_of_severed_curves_has_one(run, load, tmp_path):
+    model, facts = load("gpt2"), [FACT, replace(FACT, subject="The Eiffel Tower")]
+    runs.trace_facts(model, facts, "traces", TraceSettings(draws=1, kinds=("mlp",)))
+    runs.sever_facts(model, facts, "severed", TraceSettings(draws=1))
+    assert run("traces", "--unit", "1", "--out", "one.html") == (0, "wrote\n  one.html\n", "")
+    assert "The Eiffel Tower" in Path("one.html").read_text(encoding="utf-8").partition("</title>")[0]
+    status, _, err = run("traces")
+    assert status == 2
+    assert "name one with --unit" in err
+    assert run("severed")[0] == 0
+    assert "Severed causal traces of 2 facts" in Path("severed.html").read_text(encoding="utf-8")
+
+
+def test_a_files_name_is_text_too(run, view, opened, tmp_path):
+    for name in ("<img src=x onerror=alert(1)>", "'\"&amp;\u202e"):
+        viewed.evaluation(3).save(name)
+    first, second = "<img src=x onerror=alert(1)>", "'\"&amp;\u202e"
+    assert run(first, second, "--out", "page.html") == (0, "wrote\n  page.html\n", "")
+    found = opened(tmp_path / "page.html", at="#record=1")
+    found.page.wait_for_selector("html[data-ready]")
+    assert first in found.page.evaluate("document.body.innerText")
+    assert found.page.locator("img").count() == 0
+    found.check()
+    assert run(second)[1] == "wrote\n  '\"&amp;\\u202e.html\n"
 
 
 def test_the_command_says_in_a_line_what_has_no_page(run, tmp_path):

@@ -53,7 +53,8 @@ function promptOf(head) {
 const isNumber = (value) => typeof value === 'number' && Number.isFinite(value);
 
 /** A number in few figures: 47.2, 0.00231, 1.2e-7. */
-function figure(value, digits = 3) {
+function figure(value, wanted = 3) {
+  const digits = typeof wanted === 'number' ? wanted : 3;
   if (!isNumber(value)) return '–';
   if (value === 0) return '0';
   const size = Math.abs(value);

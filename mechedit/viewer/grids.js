@@ -15,8 +15,8 @@ function drawGrid(own, surfaceOf, th, width) {
   const size = width < 520 ? 11.5 : 12.5, room = Math.max(90, width * 0.36);
   const labels = rows.map((each) => fitted(each.label, room, size));
   const left = Math.ceil(Math.max(40, ...labels.map((each) => widthOf(each, size, 600))) + 20);
-  const right = 64, top = 14, bottom = 46;
-  const cw = Math.max(5, Math.min(44, (width - left - right) / layers.length));
+  const right = 64, top = 24, bottom = 46;
+  const cw = Math.max(5, Math.min(58, (width - left - right) / layers.length));
   const ch = Math.max(13, Math.min(30, rows.length <= 24 ? 26 : 520 / rows.length));
   const w = cw * layers.length, h = ch * rows.length, whole = Math.ceil(Math.max(left + w + right, surfaceOf ? 320 : 0));
   const height = Math.ceil(top + h + bottom + (surfaceOf ? 24 : 0)), y0 = top + (surfaceOf ? 24 : 0);
@@ -44,6 +44,7 @@ function drawGrid(own, surfaceOf, th, width) {
     const column = layers.indexOf(site.layer);
     if (site.kind === kind.name && column >= 0 && site.row !== null) surface.circle(left + (column + 0.5) * cw - 0.5, y0 + (site.row + 0.5) * ch - 0.5, clamp(Math.min(cw, ch) / 3.4, 2.2, 6), 'none', { stroke: colour(share(grid.at(site.row, column))).ink, 'stroke-width': 1.6 });
   }
+  surface.text(whole - 6, y0 - 9, short(own.measure, 40), { size: 11, fill: th.soft, anchor: 'end' });
   const bar = Math.min(h, 150), xb = left + w + 16;
   for (let step = 0; step < 50; step++) surface.rect(xb, y0 + (bar * step) / 50, 9, bar / 50 + 0.6, colour(1 - (step + 0.5) / 50).fill);
   for (const value of bar < 60 ? [scale.low, scale.high] : ticks(scale.low, scale.high, bar / 38)) {
@@ -82,7 +83,7 @@ function gridCard({ data, name, label, kinds, rows, layers, sites = [], reading,
   let over = null;  // the cell under the pointer
   const now = () => over || kept();
   const beside = el('div.reading');
-  const of = (kind) => ({ grid: kind.grid, rows, layers, kind, scale: kind.scale, form: kind.form, sites, map: data.maps[kind.map], titleOf: `${kind.title}: ${data.title}`, numbers });
+  const of = (kind) => ({ grid: kind.grid, rows, layers, kind, scale: kind.scale, form: kind.form, sites, map: data.maps[kind.map], titleOf: `${kind.title}: ${data.title}`, measure: data.label ? data.label + (data.share ? ', %' : '') : '', numbers });
   function mark() {
     const geometry = found.geometry, [row, column] = now();
     if (!geometry) return;

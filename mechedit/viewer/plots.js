@@ -66,10 +66,24 @@ const tick = (form, value) => form(value, false).replace(/\.0+$/, '');
 
 const colourOf = (each, th, index) => th.series[each.name] || th.many[index % th.many.length];
 
+/** Where the names of lines stand in a picture: rows of as many as fit. */
+function legendRows(series, width) {
+  const rows = [[]];
+  let x = 0;
+  series.forEach((each, index) => {
+    const own = 58 + widthOf(short(each.title, 40), 12);
+    if (x && x + own > width) { rows.push([]); x = 0; }
+    rows[rows.length - 1].push({ each, index, x });
+    x += own;
+  });
+  return rows;
+}
+
 /** Lines over layers, each with its interval as a band. */
-function drawLines({ series, layers, xTitle, yTitle, form, marks = [], at = null, height = 300, zero = false }, surfaceOf, th, width) {
+function drawLines({ series, layers, xTitle, yTitle, form, marks = [], at = null, zero = false, title = '' }, surfaceOf, th, width) {
+  const names = surfaceOf ? legendRows(series, width - 24) : [], extra = names.length ? 30 + 19 * names.length : 0, height = 300 + extra;
   const surface = (surfaceOf || svgSurface)(width, height);
-  const left = 58, right = 14, top = 26, bottom = 44, w = width - left - right, h = height - top - bottom;
+  const left = 58, right = 14, top = 26 + extra, bottom = 44, w = width - left - right, h = height - top - bottom;
   const all = series.flatMap((each) => [...each.mean, ...(each.low || []), ...(each.high || [])]).concat(marks.map((each) => each.value)).filter(isNumber);
   if (zero) all.push(0);
   let low = Math.min(...all), high = Math.max(...all);
@@ -79,12 +93,19 @@ function drawLines({ series, layers, xTitle, yTitle, form, marks = [], at = null
   high += pad;
   const x = (index) => left + (layers.length > 1 ? (index / (layers.length - 1)) * w : w / 2);
   const y = (value) => top + (1 - (value - low) / (high - low)) * h;
-  if (surfaceOf) surface.rect(0, 0, width, height, th.paper);
+  if (surfaceOf) {
+    surface.rect(0, 0, width, height, th.paper);
+    surface.text(12, 20, short(title, Math.floor(width / 7)), { size: 13, fill: th.ink, weight: 600 });
+    names.forEach((row, line) => row.forEach(({ each, index, x: begin }) => {
+      surface.line(12 + begin, 38 + 19 * line, 34 + begin, 38 + 19 * line, colourOf(each, th, index), 2.4, DASHES[each.name] || '');
+      surface.text(40 + begin, 42 + 19 * line, short(each.title, 40), { size: 12, fill: th.ink });
+    }));
+  }
   for (const value of ticks(low, high)) {
     surface.line(left, y(value), left + w, y(value), th.line, value === 0 ? 1.2 : 0.7);
     surface.text(left - 8, y(value) + 4, tick(form, value), { size: 11.5, fill: th.soft, anchor: 'end' });
   }
-  surface.text(left - 46, 13, short(form === percent && !yTitle.endsWith('%') ? `${yTitle}, %` : yTitle, Math.floor(width / 7)), { size: 11.5, fill: th.soft });
+  surface.text(left - 46, top - 13, short(form === percent && !yTitle.endsWith('%') ? `${yTitle}, %` : yTitle, Math.floor(width / 7)), { size: 11.5, fill: th.soft });
   const every = Math.max(1, Math.ceil((layers.length * 24) / w));
   layers.forEach((layer, index) => { if (index % every === 0) surface.text(x(index), top + h + 17, String(layer), { size: 11.5, fill: th.soft, anchor: 'middle' }); });
   surface.text(left + w / 2, height - 8, xTitle, { size: 11.5, fill: th.soft, anchor: 'middle' });
@@ -132,7 +153,7 @@ function linesCard({ title, name, data, key, cursor, tools = [], intro = [], ban
   const found = plotCard({
     title, name, tools, key: `${key}view`, body: intro,
     label: `${title}: lines over layers. Left and right arrow keys read a layer.`,
-    draw: (surfaceOf, th, width) => drawLines({ ...data(), at: surfaceOf ? null : now() }, surfaceOf, th, width),
+    draw: (surfaceOf, th, width) => drawLines({ ...data(), title: `${title}: ${document.title}`, at: surfaceOf ? null : now() }, surfaceOf, th, width),
     tableOf: () => { const d = data(); return table(title, ['Layer', ...d.series.map((each) => each.title)], d.layers.map((layer, at) => [String(layer), ...d.series.map((each) => `${d.form(each.mean[at])} ${each.low ? between(each.low[at], each.high[at], d.form) : ''}`)])); },
     keys: { ArrowLeft: () => go(now() - 1, true), ArrowRight: () => go(now() + 1, true), Home: () => go(0, true), End: () => go(1e6, true) },
     onCursor: () => read(),

@@ -133,7 +133,7 @@ const evaluationPage = async () => {
       const record = records[index];
       return el('tr', { 'aria-current': index === selected ? 'true' : null, 'data-record': index, onclick: () => select(index) },
         el('th', { scope: 'row' }, el('button.link', { type: 'button' }, said(short(record[PROMPT], 90)), ' ', el('span.arrow', {}, '→ '), el('span.answer', {}, said(short(record[NEW], 30)))), record[TRUE] ? el('span.soft', {}, ' not ', said(short(record[TRUE], 30))) : null, notes(record).length ? el('span.tag', {}, 'note') : null),
-        names.flatMap((name) => own.map((column) => { const value = valueOf(column.index, name, index); return el('td', { class: isNumber(value) && metric(name).unit === '%' && metric(name).better === 'higher' ? (value < 0.5 ? 'poor' : '') : '' }, form(name, value, false)); })));
+        names.flatMap((name) => own.map((column) => { const value = valueOf(column.index, name, index); return el('td', { class: isNumber(value) && metric(name).unit === '%' && metric(name).better === 'higher' ? (column.stage !== 'before' && value < 0.5 ? 'poor' : '') : '' }, form(name, value, false)); })));
     });
     fill(holder, el('table', {}, el('caption.unseen', {}, 'Records with their numbers'),
       el('thead', {}, el('tr', {}, sorter('fact.', 'Record', 'Sort by prompt'), names.flatMap((name) => own.map((column) => sorter(`${name}.${column.index}`, several ? `${metric(name).label} · ${short(results[column.result].label, 16)}` : metric(name).label, metric(name).meaning))))),
