@@ -34,6 +34,7 @@ from experiments import (
     moments_convergence,
     table1_zsre,
     table4_counterfact,
+    trained_editors,
 )
 from mechedit import models, provenance, scoring, sources
 from mechedit.benchmarks.zsre import Question
@@ -292,6 +293,24 @@ def test_rows_of_trained_editors_are_there_where_their_network_is(model, tmp_pat
         name, chosen = editing.opponent(organism, row, 0)
         assert row.startswith(name)
         assert chosen.checkpoint in ("generic", "set")
+
+
+def test_the_table_of_trained_editors_compares_the_tuned_with_the_generic(to_edit, tmp_path, monkeypatch):
+    monkeypatch.setattr(trained_editors, "benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])
+    model = models.load(to_edit)
+    for row in ("mend", "mend-set"):
+        made = by_hand(model, "mend")
+        with torch.no_grad():
+            made.network.rates.mul_(2.0 if row == "mend-set" else 1.0)
+        made.save(common.runs(model, "trained") / row / "mend.safetensors")
+    arguments = ["--model", to_edit, "--facts", "3", "--rows", *editing.TRAINED]
+    trained_editors.main(common.parse(trained_editors.TrainedEditors, arguments))
+    record = read(tmp_path, "trained_editors")
+    assert set(record["rows"]) == {"mend", "mend-set"}
+    assert record["rows"]["mend"]["scores"]["ES"]["n"] == 3
+    gap = record["rows"]["mend-set"]["scores"]["EM"]["mean"] - record["rows"]["mend"]["scores"]["EM"]["mean"]
+    assert record["paired"]["tuned to the set"]["mend-set less mend"]["EM"]["difference"]["mean"] == pytest.approx(gap)
+    assert record["training"]["mend"]["trained_on"] == 0
 
 
 def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path, monkeypatch):

@@ -97,6 +97,12 @@ def test_of_texts_the_model_goes_on_and_equivalent_is_what_lacks_a_part_of_the_b
                 assert len(head) - len(body) <= 4
             assert (*each.unrelated.prompt, *each.unrelated.target) == (*each.edit.prompt, *each.edit.target)
         assert len({each.subject for each in (*found.train, *found.validation)}) == 9
+    others = of_texts(model, replace(own, text_targets="others"))
+    mine, theirs = ((*each.validation, *each.train) for each in (of_texts(model, own), others))
+    assert [each.edit.target for each in theirs] == [each.edit.target for each in (*mine[1:], mine[0])]
+    assert [each.edit.prompt for each in theirs] == [each.edit.prompt for each in mine]
+    assert [each.unrelated for each in theirs] == [each.unrelated for each in mine]
+    assert theirs[0].condition[-3:] == theirs[0].edit.target
     with pytest.raises(TrainingError, match="are too few for a validation on 2. Give more text"):
         of_texts(model, replace(own, texts=3))
     with pytest.raises(TrainingError, match="no text in UTF-8"):

@@ -100,6 +100,11 @@ class TrainingSettings(Settings):
     patience: int = knob(600, "stop when no validation of so many steps was better; what is kept is the best")
     checkpoint_every: int = knob(50, "steps between checkpoints, from which a run that was stopped goes on")
     text_tokens: int = knob(10, "tokens of the model's own continuation of a text, where there are no facts")
+    text_targets: str = knob(
+        "own",
+        "the target of a text is the model's continuation of it (own), or that of another text, which it does not expect (others)",
+        ("own", "others"),
+    )
     text_context: int = knob(48, "tokens of a text, the continuation among them")
     texts: int = knob(2000, "texts sampled, where there are no facts")
     precision: str = knob(

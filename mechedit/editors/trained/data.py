@@ -4,8 +4,8 @@ Of facts: an edit is a fact's prompt and new target, equivalent are its paraphra
 answer of another fact. The first facts are for reports, the next for validation; facts of their subjects are in no other part, and no
 text of theirs is read.
 
-Of texts: an edit is a text and the model's own continuation of it, equivalent is the text without up to half of its beginning, and what
-is to stay is another text.
+Of texts: an edit is a text and the model's own continuation of it (or of another text), equivalent is the text without up to half of its
+beginning, and what is to stay is another text.
 """
 
 from __future__ import annotations
@@ -172,7 +172,10 @@ def of_texts(
         whole = _sampled(model, settings, progress)
     if len(whole) < settings.validation + 2:
         raise TrainingError(f"{len(whole)} texts of {settings.text_context} tokens are too few for a validation on {settings.validation}. Give more text.")  # fmt: skip
-    made = tuple(_of_text(model, index, ids, settings) for index, ids in enumerate(whole))
+    targets = [tuple(ids[-tokens:]) for ids in whole]
+    if settings.text_targets == "others":
+        targets = [*targets[1:], targets[0]]
+    made = tuple(_of_text(model, index, ids, target, settings) for index, (ids, target) in enumerate(zip(whole, targets, strict=True)))  # fmt: skip
     n = settings.validation
     report = {"train": {"texts": len(made) - n}, "validation": {"texts": n}}
     return Data(made[n:], made[:n], report)
@@ -197,14 +200,16 @@ def _begun(model: HookedModel, ids: Sequence[int], settings: TrainingSettings) -
     return [int(model.tokenizer.bos_token_id), *ids] if resolve_bos(model, settings.prepend_bos) else list(ids)
 
 
-def _of_text(model: HookedModel, index: int, ids: Sequence[int], settings: TrainingSettings) -> Example:
-    """A text whose last tokens are the target."""
-    head, target = ids[: -settings.text_tokens], tuple(ids[-settings.text_tokens :])
+def _of_text(
+    model: HookedModel, index: int, ids: Sequence[int], target: tuple[int, ...], settings: TrainingSettings
+) -> Example:
+    """A text that is to go on with the target; its own last tokens are another continuation."""
+    head = ids[: -settings.text_tokens]
     stream = generator(settings.seed, "beginnings left out", str(index))
     dropped = torch.randint(max(1, len(head) // 2), (VARIANTS,), generator=stream).tolist()
     own = [Line(tuple(_begun(model, head[drop:], settings)), target) for drop in (0, *dropped)]
     first, *rest = _begun(model, ids, settings)
-    return Example(f"text {index}", f"text {index}", "", own[0], tuple(own[1:]), Line((first,), tuple(rest)), tuple(ids))  # fmt: skip
+    return Example(f"text {index}", f"text {index}", "", own[0], tuple(own[1:]), Line((first,), tuple(rest)), (*head, *target))  # fmt: skip
 
 
 def drawn(
