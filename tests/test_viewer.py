@@ -190,6 +190,7 @@ def test_the_policy_lets_no_script_but_the_pages_own_run_and_no_request_out(view
 def test_a_page_of_a_large_trace_is_small(tmp_path):
     trace = viewed.trace(layers=26, tokens=tuple(f"token{index}" for index in range(20)), draws=10)
     assert viewer.save(trace, tmp_path / "page.html").stat().st_size <= 150_000
+    assert len(viewer.page(viewed.edit())) < 80_000, "a page has no script that another kind of page needs"
 
 
 def test_ten_thousand_cells_scroll_and_hover_without_lag(view):

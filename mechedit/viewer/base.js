@@ -1,6 +1,7 @@
 /* Elements, text, numbers, and the state that stands in the address. Text is only ever written as text. */
 
 const ESCAPES = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu;
+const makers = {};  // what draws the page of each kind of result
 const JOINERS = '\u200c\u200d';
 
 /** Text with what cannot be seen written out: controls, marks that turn the order of letters round, halves of pairs. */

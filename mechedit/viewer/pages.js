@@ -42,7 +42,7 @@ function unpackKinds(scaleOf) {
 
 const column = (grid, row) => data.layers.map((_, layer) => { const value = grid.at(row, layer); return isNumber(value) ? value : null; });
 
-const tracePage = () => {
+makers.trace = () => {
   const form = shown(data.share);
   const kinds = unpackKinds((kind) => ({ low: Math.min(data.corrupted, kind.lowest), high: Math.max(data.clean, kind.highest) }));
   const low = Math.min(...kinds.map((kind) => kind.scale.low)), high = Math.max(...kinds.map((kind) => kind.scale.high));
@@ -83,7 +83,7 @@ const tracePage = () => {
   ];
 };
 
-const averagePage = () => {
+makers.average = () => {
   const form = shown(data.share);
   const kinds = unpackKinds((kind) => ({ low: Math.min(0, kind.lowest), high: kind.highest }));
   let kindNow = kinds[0];
@@ -123,7 +123,7 @@ const averagePage = () => {
   ];
 };
 
-const severedPage = () => {
+makers.severed = () => {
   const form = shown(data.share), one = data.n === 1;
   const best = data.lines[0].mean.reduce((top, value, at, all) => (value > all[top] ? at : top), 0);
   const lines = linesCard({
@@ -139,7 +139,7 @@ const severedPage = () => {
   ];
 };
 
-const sweepPage = () => {
+makers.sweep = () => {
   const kinds = unpackKinds((kind) => ({ low: kind.from ?? Math.min(0, kind.lowest), high: kind.to ?? kind.highest }));
   const strengths = data.strengths ? gridOf(data.strengths, data.rows.length, data.layers.length) : null;
   let kindNow = kinds[0];
@@ -173,7 +173,7 @@ const sweepPage = () => {
   ];
 };
 
-const editPage = () => {
+makers.edit = () => {
   const places = [];
   const fact = (each) => el('section.card', {},
     data.facts.length > 1 ? el('h2', {}, promptOf(each.head)) : el('h2', {}, 'What the model says'),
@@ -205,8 +205,7 @@ function dress() {
 
 async function open() {
   dress();
-  const pages = { trace: tracePage, average: averagePage, severed: severedPage, sweep: sweepPage, edit: editPage, evaluation: evaluationPage };
-  const parts = await pages[data.kind]();
+  const parts = await makers[data.kind]();
   const main = el('main', {}, parts.flat(2));
   main.append(made(), el('footer.foot', {}, 'Made by mechedit. This file needs no connection and sends nothing.'));
   document.body.append(main, live);

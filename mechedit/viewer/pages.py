@@ -22,7 +22,8 @@ from mechedit.wording import visible
 
 __all__ = ["ViewError", "page", "save"]
 
-SCRIPTS = ("base.js", "drawing.js", "plots.js", "grids.js", "records.js", "pages.js")
+SCRIPTS = ("base.js", "drawing.js", "plots.js", "grids.js", "pages.js")
+OF_RECORDS = "records.js"  # of evaluations alone
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -49,7 +50,7 @@ def page(result: Viewable, other: Viewable | None = None, names: Sequence[str] =
         ViewError: nothing that has a page, or two that have none together.
     """
     data = contents(result, other, names)
-    style, script = _style(), _script()
+    style, script = _style(), _script(data["kind"] == "evaluation")
     return PAGE.format(
         policy=_policy(style, script), title=escape(visible(data["title"])), style=style, script=script, data=embedded(data)
     )  # fmt: skip
@@ -81,9 +82,10 @@ def embedded(data: Any) -> str:
 
 
 @cache
-def _script() -> str:
+def _script(records: bool) -> str:
     """The parts of the script, in a scope of their own."""
-    return "(() => {'use strict';\n" + "".join(map(_asset, SCRIPTS)) + "})();"
+    names = (*SCRIPTS[:-1], OF_RECORDS, SCRIPTS[-1]) if records else SCRIPTS
+    return "(() => {'use strict';\n" + "".join(map(_asset, names)) + "})();"
 
 
 @cache

@@ -15,7 +15,7 @@ function shownOnce(columns, numbers, size) {
   return all.filter((each) => each !== second);
 }
 
-const evaluationPage = async () => {
+makers.evaluation = async () => {
   const { metrics, results, records } = data, several = results.length > 1;
   const numbers = new Float32Array(await unpacked(data.numbers));
   const columns = shownOnce(data.columns, numbers, metrics.length * records.length);
