@@ -47,7 +47,7 @@ class Opened:
         found = Axe().run(self.page).response["violations"]
         return [f"{each['id']}: {node['html'][:200]} {node['failureSummary']}" for each in found for node in each["nodes"]]  # fmt: skip
 
-    def until(self, expression: str, seconds: float = 5.0) -> None:
+    def until(self, expression: str, seconds: float = 20.0) -> None:
         """Wait until a JavaScript expression is true, in pages too whose policy forbids what Playwright's own waiting does."""
         end = time.monotonic() + seconds
         while not self.page.evaluate(expression):
