@@ -292,6 +292,8 @@ def test_no_checkpoint_and_a_wrong_one_are_told_with_the_command_that_trains_one
         mend.resolve(model)
     with pytest.raises(EditError, match="found 'nowhere'. `mechedit train-editor mend"):
         mend.resolve(model, MendSettings(checkpoint="nowhere"))
+    with pytest.raises(EditError, match="cannot be read: File name too long"):
+        mend.resolve(model, MendSettings(checkpoint="x" * 300))
     own = MendSettings(checkpoint=str(trained_folder / "mend.safetensors"))
     with pytest.raises(EditError, match="is of the editor ke, not of mend"):
         mend.resolve(model, replace(own, checkpoint=str(trained_folder / "ke.safetensors")))

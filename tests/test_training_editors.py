@@ -105,6 +105,9 @@ def test_of_texts_the_model_goes_on_and_equivalent_is_what_lacks_a_part_of_the_b
     assert theirs[0].condition[-3:] == theirs[0].edit.target
     with pytest.raises(TrainingError, match="are too few for a validation on 2. Give more text"):
         of_texts(model, replace(own, texts=3))
+    (tmp_path / "short.txt").write_text("The Space Needle")
+    with pytest.raises(TrainingError, match="0 texts of 12 tokens are too few"):
+        datas.read(model, str(tmp_path / "short.txt"), own)
     with pytest.raises(TrainingError, match="no text in UTF-8"):
         datas.read(model, str(tmp_path / "none.txt"), own)
 
@@ -314,6 +317,8 @@ def test_a_checkpoint_of_another_training_or_a_damaged_one_is_refused(model, loa
     done = training.train(model, "mend", found, tmp_path, MEND)
     with pytest.raises(TrainingError, match="was trained with another form"):
         training.train(model, "mend", found, tmp_path, replace(MEND, form="published"))
+    with pytest.raises(TrainingError, match="has what was trained for the editor mend"):
+        training.train(model, "ke", found, tmp_path, KE)
     assert states.load(done).seen(["Rome Hill", FACTS[0].subject, "nobody"]) == [True, False, False]
 
 
@@ -396,6 +401,7 @@ def test_the_command_trains_reports_and_what_it_made_edits(run, tmp_path):
     )
     status, out, _ = run(*edit, "--checkpoint", str(tmp_path / "made"), "--guard", "warn")
     assert status == 0
+    assert "mlp.W_in, mlp.W_out of layers 1, 2, 3" in " ".join(out.split())
     status, out, _ = run("inspect", str(tmp_path / "made" / "mend.safetensors"), model=False)
     assert (status, "trained-editor" in out) == (0, True)
     status, _, err = run("train-editor", "mend", "--data", _facts(tmp_path), *few, "--policy", "published", "--out", str(tmp_path / "made"))  # fmt: skip

@@ -230,7 +230,8 @@ def show_edit(console: Console, edit: dict[str, Any]) -> None:
     ]
     show_table(console, (edit["prompt"], "before", "after"), rows)
     weights = ", ".join(dict.fromkeys(each["weight"] for each in edit["changes"])) or "no weight"
-    where = f"{weights} of layer {edit['layer']}" if edit["layer"] >= 0 else weights
+    layers = sorted({each["layer"] for each in edit["changes"]} or {edit["layer"]} - {-1})
+    where = f"{weights} of layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}" if layers else weights
     own = [f"{_REPORTED.get(name, name)} {value:.4g}" for name, value in report.items() if name not in _SAID]
     console.print(
         f"{edit['editor']} in {edit['seconds']:.1f} s: {where}, update norm {report['update_norm']:.3g} "

@@ -156,13 +156,13 @@ def _example(model: HookedModel, fact: Fact, settings: TrainingSettings, bos: bo
 def of_texts(
     model: HookedModel,
     settings: TrainingSettings,
-    passages: Sequence[Sequence[int]] = (),
+    passages: Sequence[Sequence[int]] | None = None,
     *,
     progress: Progress = silent,
 ) -> Data:
     """The examples of texts, given as tokens without BOS, which are cut; or of texts sampled from the model, where none are given."""
     tokens, body = settings.text_tokens, settings.text_context - settings.text_tokens
-    if passages:
+    if passages is not None:
         rows = [list(each[:body]) for each in passages if len(each) >= body][: settings.texts]
         streams = [generator(settings.seed, "continuation of a text", str(index)) for index in range(len(rows))]
         begun = [_begun(model, row, settings) for row in rows]

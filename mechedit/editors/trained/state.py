@@ -187,8 +187,12 @@ def file_of(model: HookedModel, editor: str, checkpoint: str) -> Path:
     if checkpoint in there:
         return there[checkpoint]
     path = Path(checkpoint)
-    path = path / f"{editor}.safetensors" if path.is_dir() else path
-    if not path.is_file():
+    try:
+        path = path / f"{editor}.safetensors" if path.is_dir() else path
+        found = path.is_file()
+    except OSError as error:  # its name is too long
+        raise EditError(f"the checkpoint {checkpoint[:80]}… cannot be read: {error.strerror}.") from error
+    if not found:
         also = f", or one of {', '.join(there)}" if there else ""
         raise EditError(f"a checkpoint is a file that `mechedit train-editor` made, or its folder{also}; found {checkpoint!r}. {command(model, editor)} makes one.")  # fmt: skip
     return path

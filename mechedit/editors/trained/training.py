@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from mechedit.editors.trained.objective import Losses, Multiplier, losses, obser
 from mechedit.editors.trained.state import Trained
 from mechedit.models import Blocks, HookedModel
 from mechedit.progress import Progress, silent
-from mechedit.settings import KeTraining, MendTraining, TrainingSettings
+from mechedit.settings import TRAINING, KeTraining, MendTraining, TrainingSettings
 
 __all__ = ["KIND", "train"]
 
@@ -58,6 +58,8 @@ def train(
     trained = replace(trained, subjects=states.subject_ids(sorted({each.subject for each in data.train})))
     what = trained.record | {"data": data.key}
     finished = folder / f"{editor}.safetensors"
+    if others := [each for each in TRAINING if each != editor and (folder / f"{each}.safetensors").is_file()]:
+        raise TrainingError(f"{folder} has what was trained for the editor {others[0]}; use another folder.")
     if finished.is_file():
         _check_same(
             finished, files.described(finished, states.KIND)[1], trained.record | {"training": {"data": data.key}}
@@ -104,15 +106,13 @@ class _Run:
     best_step: int = 0
     best_score: float = math.inf
     skipped: int = 0
-    log: list[dict[str, float]] = None  # type: ignore[assignment]
-    recent: list[list[float]] = None  # type: ignore[assignment]  # of the steps since the last validation
+    log: list[dict[str, float]] = field(default_factory=list)
+    recent: list[list[float]] = field(default_factory=list)  # of the steps since the last validation
 
     @classmethod
     def begun(cls, model: HookedModel, trained: Trained, data: Data) -> _Run:
         multiplier = Multiplier(trained.settings).to(models.device_of(model))
-        run = cls(
-            model, trained, data, Blocks(model), multiplier, _optimisers(trained, multiplier), {}, log=[], recent=[]
-        )
+        run = cls(model, trained, data, Blocks(model), multiplier, _optimisers(trained, multiplier), {})
         run.best = run._network()
         return run
 
