@@ -72,7 +72,7 @@ class Prepared(Protocol):
 @dataclass(frozen=True, eq=False)
 class Found:
     """What `find` gives: changes; numbers for the report, which the editor's bands are of; details as JSON values; vectors such as
-    k* and v*; what the next edit of a sequence is to know; and text that is to stand before every prompt, for editors that tell the
+    k* and v*; what the next edits of a sequence are to know of this one (`Editor.joined`); and text that is to stand before every prompt, for editors that tell the
     model something."""
 
     changes: Sequence[Change]
@@ -159,6 +159,11 @@ class Editor:
     def check(self, model: HookedModel, facts: Sequence[Fact], settings: Any, prepared: Any) -> None:
         """Raise, before anything is computed, where these facts cannot be edited together, or what was prepared (None where it is
         not yet) does not belong to the model."""
+
+    def joined(self, state: State, new: State) -> State:
+        """What the next edit of a sequence is to know, from what the latest one was given and what it hands on: that alone, by default,
+        where it hands on anything."""
+        return new or state
 
     def find(
         self,

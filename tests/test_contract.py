@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from mechedit.runs.evaluating import evaluate
 from mechedit.runs.shards import Shards
 from mechedit.runs.sweeping import sweep
 from mechedit.settings import (
+    AlphaEditSettings,
     AttentionEditSettings,
     BoundedSettings,
     EvaluateSettings,
@@ -54,6 +56,7 @@ FACTS = [
 ]
 EDITORS = {
     "rome": RomeSettings(layer=1, steps=6, prefixes=(), guard="rollback"),
+    "alphaedit": AlphaEditSettings(layer=1, steps=6, prefixes=(), c=1e-3, null=1.0, guard="rollback"),
     "ft": FineTuningSettings(layer=1, steps=6, learning_rate=5e-3, guard="rollback"),
     "ft-l": BoundedSettings(layer=1, steps=6, learning_rate=5e-3, norm_bound=0.02, guard="rollback"),
     "attention-edit": AttentionEditSettings(layer=1, steps=6, learning_rate=5e-3, norm_bound=0.02, guard="rollback"),
@@ -140,7 +143,8 @@ def test_edits_found_one_after_another_compose_apply_in_order_and_revert(model, 
     editor, settings, prepared = way
     before, found, standing = state(model), [], applying.apply(model)
     for fact in FACTS:
-        edit = editing.edit(model, fact, editor, settings, prepared=prepared, state=found[-1].state if found else None)
+        known = reduce(editor.joined, (each.state for each in found), {})
+        edit = editing.edit(model, fact, editor, settings, prepared=prepared, state=known)
         assert edit.parents == tuple(each.digest for each in found)
         found.append(edits.load(edits.save(edit, tmp_path / f"{len(found)}.safetensors")))
         standing.add(found[-1])
@@ -239,6 +243,7 @@ for name in list(guards.BANDS):
     guards.BANDS[name] = (0.0, 1e9, "nothing")
 model = models.load({folder!r}, device="cpu")
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 settings = settings_of(model, sys.argv[1], Path(sys.argv[2]).parent)
 evaluate(model, FACTS, sys.argv[2], replace(PLAIN, mode="sequential"), sys.argv[1], settings).save(sys.argv[2])

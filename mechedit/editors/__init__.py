@@ -2,6 +2,7 @@
 
     rome.py          ROME (Meng et al. 2022)
     controls.py      ROME with a part taken out: rome-identity, rome-random-layer, rome-random-key
+    many.py          memit, emmet and alphaedit: one solve for many facts at one layer
     descent.py       gradient steps on weights of one block, which the next two take
     fine_tuning.py   ft and ft-l: on `W_out` (FT, FT+L)
     attention_edit.py  attention-edit: on the attention's weights
@@ -38,6 +39,9 @@ BUILT_IN = {
     "ft": "mechedit.editors.fine_tuning:FineTuning",
     "ft-l": "mechedit.editors.fine_tuning:Bounded",
     "attention-edit": "mechedit.editors.attention_edit:AttentionEdit",
+    "memit": "mechedit.editors.many:Memit",
+    "emmet": "mechedit.editors.many:Emmet",
+    "alphaedit": "mechedit.editors.many:AlphaEdit",
     "told": "mechedit.editors.told:Told",
     "kn": "mechedit.editors.knowledge_neurons:KnowledgeNeurons",
     "mend": "mechedit.editors.trained.editor:MendEditor",

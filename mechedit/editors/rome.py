@@ -168,10 +168,7 @@ class Rome(Editor):
         *,
         progress: Progress = silent,
     ) -> Found:
-        by_subject: dict[str, list[Fact]] = {}
-        for fact in facts:
-            by_subject.setdefault(fact.subject, []).append(fact)
-        aims = [self.aim(model, own, settings, prepared, progress=progress) for own in by_subject.values()]
+        aims = self.aims(model, facts, settings, prepared, progress=progress)
         W_out = models.W_out(model, settings.layer).detach().float().cpu()
         b_out = models.b_out(model, settings.layer).float().cpu()
         stacked = {name: torch.stack([getattr(aim, name) for aim in aims]) for name in ("u", "key", "value")}
@@ -184,9 +181,24 @@ class Rome(Editor):
         return Found(
             written,
             _report(aims, written, prepared),
-            _details(aims, prepared),
+            details(aims, prepared),
             {"k*": stacked["key"].squeeze(0), "v*": stacked["value"].squeeze(0)},
         )
+
+    def aims(
+        self,
+        model: HookedModel,
+        facts: Sequence[Fact],
+        settings: RomeSettings,
+        prepared: Prepared,
+        *,
+        progress: Progress = silent,
+    ) -> list[Aim]:
+        """Key and value of each subject, in the order in which the facts name them."""
+        by_subject: dict[str, list[Fact]] = {}
+        for fact in facts:
+            by_subject.setdefault(fact.subject, []).append(fact)
+        return [self.aim(model, own, settings, prepared, progress=progress) for own in by_subject.values()]
 
     def aim(
         self,
@@ -232,7 +244,7 @@ def _report(aims: Sequence[Aim], written: Sequence[rank_one.RankOneEdit], prepar
     return report | {"divisor_share": min(shares), "cond_C": prepared.moment.cond}
 
 
-def _details(aims: Sequence[Aim], prepared: Prepared) -> dict[str, Any]:
+def details(aims: Sequence[Aim], prepared: Prepared) -> dict[str, Any]:
     """What an edit was made from; of several subjects, lists of lists."""
     losses, shares = ([list(map(list, aim.losses)) for aim in aims], [list(aim.shares) for aim in aims])
     moment = prepared.estimated

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mechedit import applying, cache, editing, edits, prompts, provenance
 from mechedit.benchmarks import benchmark as benchmarks
 from mechedit.benchmarks.answers import Judge
@@ -282,7 +280,8 @@ class _Sequence:
     def __init__(self, run: _Run, way: _Way, order: Sequence[str], store: Store[Edit], measuring: Measuring) -> None:
         self.run, self.way, self.store, self.measuring = run, way, store, measuring
         self.order, self.at = order, {name: index for index, name in enumerate(order)}
-        self.standing, self.state = applying.apply(run.model), dict[str, Tensor]()
+        self.standing = applying.apply(run.model)
+        self.state: State = {}
         self.written = 0  # how many of the edits are in the model
 
     def __call__(self, model: HookedModel, name: str) -> Edit:
@@ -318,7 +317,7 @@ class _Sequence:
         """Put the next edit of the sequence into the model; None where there is none."""
         if edit is not None:
             self.standing.add(edit)
-            self.state = edit.state or self.state
+            self.state = self.way.editor.joined(self.state, edit.state)
         self.written += 1
 
     @contextmanager

@@ -22,13 +22,16 @@ __all__ = [
     "SHARES",
     "STOPS",
     "WHOSE_KEY",
+    "AlphaEditSettings",
     "AttentionEditSettings",
     "BoundedSettings",
     "DescentSettings",
     "EditSettings",
+    "EmmetSettings",
     "FineTuningSettings",
     "KeSettings",
     "KnowledgeNeuronsSettings",
+    "MemitSettings",
     "MendSettings",
     "RomeSettings",
     "ToldSettings",
@@ -171,6 +174,46 @@ class RomeSettings(EditSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_prefixes(self.prefixes)
+
+
+@dataclass(frozen=True)
+class MemitSettings(RomeSettings):
+    """How keys and values are found, as ROME's, and what their one solve weighs a change by (`mechedit.closed_form`)."""
+
+    a: float = knob(15000.0, "weight of C: so many ordinary keys hold against the facts")
+    b: float = knob(0.0, "weight of each key that an earlier edit of the sequence wrote")
+    c: float = knob(0.0, "weight of the identity")
+    slack: float = knob(1.0, "how loosely residuals are met; 0: exactly")
+    null: float = knob(
+        0.0, "eigenvalue of C below which directions belong to its null space, where the change stays; 0: anywhere"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("a", "b", "c", "slack", "null"):
+            value = getattr(self, name)
+            require(0 <= value < float("inf"), f"{name} must be 0 or more; found {value}.")
+        require(self.a > 0 or self.c > 0, "a or c must be above 0, as nothing else weighs every direction; both are 0.")
+
+
+@dataclass(frozen=True)
+class EmmetSettings(MemitSettings):
+    """How keys and values are found, as ROME's; residuals are met exactly."""
+
+    a: float = knob(1.0, "weight of C")
+    slack: float = knob(0.0, "how loosely residuals are met; 0: exactly")
+
+
+@dataclass(frozen=True)
+class AlphaEditSettings(MemitSettings):
+    """How keys and values are found, as ROME's; the change stays in the null space of C."""
+
+    a: float = knob(0.0, "weight of C")
+    b: float = knob(1.0, "weight of each key that an earlier edit of the sequence wrote")
+    c: float = knob(10.0, "weight of the identity")
+    null: float = knob(
+        0.02, "eigenvalue of C below which directions belong to its null space, where the change stays; 0: anywhere"
+    )
 
 
 @dataclass(frozen=True)
@@ -350,6 +393,9 @@ EDITOR_SETTINGS: dict[str, type[EditSettings]] = {
     "ft": FineTuningSettings,
     "ft-l": BoundedSettings,
     "attention-edit": AttentionEditSettings,
+    "memit": MemitSettings,
+    "emmet": EmmetSettings,
+    "alphaedit": AlphaEditSettings,
     "told": ToldSettings,
     "kn": KnowledgeNeuronsSettings,
     "mend": MendSettings,

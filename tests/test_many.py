@@ -1,0 +1,131 @@
+"""Editors of many facts: each published formula on the keys and values that the edit has, alone, together and in a sequence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mechedit import applying, editing, models, moments, rank_one
+from mechedit.changes import total
+from mechedit.editors import named
+from mechedit.editors.rome import Prepared
+from mechedit.runs.evaluating import evaluate
+from mechedit.settings import (  # fmt: skip
+    AlphaEditSettings,
+    EmmetSettings,
+    EvaluateSettings,
+    MemitSettings,
+    MomentSettings,
+    RomeSettings,
+    SettingsError,
+)
+from tests.conftest import widen_bands
+from tests.test_contract import FACTS
+
+LAYER = 1
+ROME = {"layer": LAYER, "steps": 3, "prefixes": (), "prepend_bos": False, "guard": "warn"}
+
+
+@pytest.fixture
+def prepared(model, monkeypatch):
+    widen_bands(monkeypatch)
+    moment = moments.estimate_layers(model, [LAYER], settings=MomentSettings(tokens=600, context=32, prepend_bos=False))[LAYER]  # fmt: skip
+    return Prepared(moment, ("",), moment)
+
+
+def edited(model, name, settings, prepared, facts=FACTS, state=None):
+    return editing.edit(model, facts, named(name), settings, prepared=prepared, state=state)
+
+
+def problem(model, edit):
+    """K, R [n, ...] of an edit that was found on this model, in float64."""
+    keys, values = (edit.vectors[name].double().reshape(len(edit.facts), -1) for name in ("k*", "v*"))
+    W, b = models.W_out(model, LAYER).detach().double(), models.b_out(model, LAYER).detach().double()
+    return keys, values - (keys @ W + b)
+
+
+def close(change, expected):
+    torch.testing.assert_close(change, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_memit_is_its_formula(model, prepared):
+    edit = edited(model, "memit", MemitSettings(**ROME, a=50.0), prepared)
+    keys, R = problem(model, edit)
+    K, C = keys.T, prepared.moment.C.double()
+    close(total(edit.changes), (R.T @ torch.linalg.solve(50.0 * C + K @ K.T, K).T).T)
+    assert len(edit.facts) == len(edit.changes[0].left) == 3
+    met = [float((keys[i] @ total(edit.changes)) @ R[i] / (R[i] @ R[i])) for i in range(3)]
+    assert edit.report["met"] == pytest.approx(min(met))
+    assert edit.report["survives"] == 1.0
+    assert edit.state == {}, "nothing is handed on where earlier keys weigh nothing"
+
+
+def test_emmet_with_one_fact_is_rome_and_with_more_is_several_keys_at_once(model, prepared):
+    alone = edited(model, "emmet", EmmetSettings(**ROME), prepared, FACTS[:1])
+    rome = edited(model, "rome", RomeSettings(**ROME), prepared, FACTS[:1])
+    torch.testing.assert_close(total(alone.changes), total(rome.changes), rtol=1e-4, atol=1e-6)
+    together = edited(model, "emmet", EmmetSettings(**ROME), prepared)
+    assert together.report["met"] == pytest.approx(1.0)
+    keys, R = problem(model, together)
+    inverse = torch.linalg.inv(prepared.moment.C.double())
+    close(total(together.changes), (R.T @ torch.linalg.inv(keys @ inverse @ keys.T) @ keys @ inverse).T)
+
+
+def test_alphaedit_is_its_formula_and_knows_the_keys_of_earlier_edits(model, prepared):
+    values = torch.linalg.eigvalsh(prepared.moment.C.double())
+    null = float(values[len(values) // 2 - 1 : len(values) // 2 + 1].mean())
+    settings = AlphaEditSettings(**ROME, c=0.5, null=null)
+    editor, state, seen = named("alphaedit"), {}, torch.zeros_like(prepared.moment.C, dtype=torch.float64)
+    U, s, _ = torch.linalg.svd(prepared.moment.C.double())
+    P = U[:, s < null] @ U[:, s < null].T
+    with applying.edited(model):
+        standing = applying.apply(model)
+        for fact in FACTS:
+            edit = edited(model, "alphaedit", settings, prepared, [fact], state)
+            keys, R = problem(model, edit)
+            K, eye = keys.T, torch.eye(len(P), dtype=torch.float64)
+            close(total(edit.changes), torch.linalg.solve(P @ (K @ K.T + seen) + 0.5 * eye, P @ K @ R))
+            assert edit.report["survives"] == pytest.approx(float((P @ K).norm() / K.norm()) ** 2, rel=1e-5)
+            seen += K @ K.T
+            state = editor.joined(state, edit.state)
+            torch.testing.assert_close(state["earlier"], seen, rtol=1e-6, atol=1e-9)
+            standing.add(edit)
+        standing.undo()
+
+
+def test_a_sequence_hands_on_keys_and_is_the_edits_one_after_another(model, prepared, tmp_path):
+    settings = AlphaEditSettings(**ROME, c=0.5, null=float(prepared.moment.C.trace()))
+    plain = EvaluateSettings(mode="sequential", health=False, answers=False, beside=False)
+    found = evaluate(model, FACTS, tmp_path, plain, "alphaedit", settings, prepared)
+    alone, editor = [], named("alphaedit")
+    standing, state = applying.apply(model), {}
+    for fact in FACTS:
+        alone.append(edited(model, "alphaedit", settings, prepared, [fact], state))
+        state = editor.joined(state, alone[-1].state)
+        standing.add(alone[-1])
+    standing.undo()
+    assert [row["p_new"] for row in found.rows["after"]] == pytest.approx([each.after["p_new"] for each in alone], rel=1e-4)  # fmt: skip
+    forgetful = [edited(model, "alphaedit", settings, prepared, [FACTS[0]], {"earlier": 1e3 * state["earlier"]})]
+    assert forgetful[0].report["update_norm"] < 0.5 * alone[0].report["update_norm"], "the control: the state weighs"
+
+
+def test_the_layer_and_constants_are_those_of_the_models_preset_for_rome():
+    model = models.load("organism")
+    own, rome = named("memit").resolve(model), named("rome").resolve(model)
+    assert (own.layer, own.clamp, own.prefixes, own.bands) == (rome.layer, rome.clamp, rome.prefixes, rome.bands)
+    assert (own.a, own.slack) == (15000.0, 1.0)
+
+
+@pytest.mark.anywhere
+@pytest.mark.parametrize("wrong", [{"a": -1.0}, {"slack": float("nan")}, {"null": float("inf")}, {"a": 0.0}])
+def test_terms_that_cannot_be_are_refused(wrong):
+    with pytest.raises(SettingsError, match="must be"):
+        MemitSettings(**wrong)
+
+
+def test_keys_that_depend_on_each_other_are_named(model, prepared):
+    twice = [FACTS[0], replace(FACTS[0], subject="Space Needle", template="The {} is located in the city of")]
+    with pytest.raises(rank_one.RankOneError, match="2 keys must not depend"):
+        named("emmet").find(model, twice, EmmetSettings(**ROME), prepared, {})
