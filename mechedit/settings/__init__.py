@@ -4,8 +4,8 @@
     bands.py        where the numbers of sound edits lie: files of `mechedit calibrate`
     tracing.py      TraceSettings
     moments.py      MomentSettings
-    editors.py      EditSettings, of which every editor's derive; RomeSettings, ToldSettings, KnowledgeNeuronsSettings,
-                    and those of gradient steps
+    editor.py       EditSettings, of which every editor's derive
+    editors.py      those of each editor, with the constants that have names
     evaluating.py   EvaluateSettings, SweepSettings, TuneSettings
     training.py     MendTraining, KeTraining
     presets.py      what suits which model, by editor
@@ -17,17 +17,16 @@ is imported here, so that `mechedit --help` answers at once.
 
 from mechedit.settings.bands import NO_EDGE, Bands, read_bands, shipped_bands
 from mechedit.settings.base import Settings, SettingsError, check_each, filled, from_json, given, knob, knobs, require
+from mechedit.settings.editor import GUARDS, PREFIXES, EditSettings
 from mechedit.settings.editors import (
     ATTENTION_WEIGHTS,
     CONSTANTS,
     DESCENT_POLICIES,
     EDITOR_SETTINGS,
-    GUARDS,
     LOSSES,
     NEURON_MODES,
     NEURON_POLICIES,
     POLICIES,
-    PREFIXES,
     SHARES,
     STOPS,
     WHOSE_KEY,
@@ -35,7 +34,6 @@ from mechedit.settings.editors import (
     AttentionEditSettings,
     BoundedSettings,
     DescentSettings,
-    EditSettings,
     EmmetSettings,
     FineTuningSettings,
     KeSettings,

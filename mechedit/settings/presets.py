@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from mechedit.settings.editor import EditSettings
 from mechedit.settings.editors import (
     AttentionEditSettings,
     BoundedSettings,
-    EditSettings,
     FineTuningSettings,
     KnowledgeNeuronsSettings,
     RomeSettings,
