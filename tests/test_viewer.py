@@ -109,8 +109,7 @@ def test_lines_are_read_by_keys_and_colours_are_chosen(view):
 
 def test_a_touch_reads_a_cell(view):
     found = view(viewed.trace(), phone=True, at="#kind=mlp")
-    box = found.page.locator(".stage rect").nth(1).bounding_box()
-    found.page.touchscreen.tap(box["x"] + 4, box["y"] + 4)
+    found.page.locator(".stage rect").nth(1).tap(position={"x": 4, "y": 4})
     found.until("location.hash.includes('at=0.1')")
     assert read(found, ".value b").startswith(f"{100 * viewed.value(1, 0, 1):.1f}")
 
