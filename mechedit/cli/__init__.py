@@ -20,6 +20,7 @@ from mechedit.cache import CacheWarning
 from mechedit.cli.applying import add_applying
 from mechedit.cli.calibrating import add_calibrating
 from mechedit.cli.choosing import named_in
+from mechedit.cli.documenting import add_documenting
 from mechedit.cli.editing import add_editing
 from mechedit.cli.evaluating import add_evaluating
 from mechedit.cli.looking import add_looking
@@ -137,4 +138,5 @@ def _parser(editor: str) -> argparse.ArgumentParser:
     add_studying(commands)
     add_viewing(commands)
     add_looking(commands)
+    add_documenting(commands)
     return parser

@@ -32,6 +32,7 @@ __all__ = [
     "check_files",
     "check_places",
     "console_of",
+    "has_display",
     "keeping",
     "load_model",
     "no_more",
@@ -342,3 +343,8 @@ def _json(record: Any, *, is_utf: bool) -> str:
 
 class UsageError(MecheditError, ValueError):
     """Options that do not go together."""
+
+
+def has_display() -> bool:
+    """Whether a browser can be seen; without, one may start in the terminal, or hang."""
+    return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from mechedit.cli.options import a_path, add_command
-from mechedit.cli.terminal import check_places, console_of, show_files
+from mechedit.cli.terminal import check_places, console_of, has_display, show_files
 
 __all__ = ["add_viewing"]
 
@@ -34,7 +32,7 @@ def _view(arguments: argparse.Namespace) -> None:
     names = [_stem(place) for place in (arguments.result, arguments.other)] if arguments.other else []
     written = viewer.save(found, out, other, names)
     show_files(console_of(arguments), [written])
-    if arguments.open and _has_display():
+    if arguments.open and has_display():
         import webbrowser
 
         webbrowser.open(written.resolve().as_uri())
@@ -44,8 +42,3 @@ def _stem(path: Path) -> str:
     """What a page of a result is called: after the folder of an evaluation, where the path names a file in it."""
     named = path.resolve().parent if path.name in ("results.parquet", "summary.json") else path.resolve()
     return named.stem or "result"
-
-
-def _has_display() -> bool:
-    """Whether a browser can be seen; without, one may start in the terminal, or hang."""
-    return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
