@@ -86,7 +86,7 @@ class Data:
     @cached_property
     def key(self) -> str:
         """A digest of all."""
-        return content_key([list(self.train), list(self.validation)].__repr__())
+        return content_key(repr((self.train, self.validation)))
 
     @cached_property
     def near(self) -> dict[tuple[str, str], list[int]]:
