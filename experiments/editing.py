@@ -196,7 +196,8 @@ def write_table(model: models.HookedModel, name: str, names: Sequence[str], rows
     }  # fmt: skip
     note = (
         f"In percent, with 95 % intervals over facts. Differences are paired, record by record; of the table's {differences.get('comparisons', 0)} "
-        f"comparisons, corrected for their number (Holm), those with p > 0.05 to the unedited model: {', '.join(sorted(said)) or 'none'}."
+        f"comparisons, corrected for their number (Holm), those with p > 0.05 to the unedited model: {', '.join(sorted(said)) or 'none'}. "
+        "p is of random signs; an interval also allows for values that so many records may have missed, and can hold 0 where p is small."
     )
     path = FIGURES / short_name(model) / f"{name}.md"
     with cache.atomic_write(path) as temporary:
