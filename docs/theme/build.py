@@ -19,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = ("docs", "figures", "CHANGELOG.md")  # where the pages are from which links are followed
+GALLERY = ROOT / "docs" / "all-figures.md"
+NOT_SHOWN = ("figure13_noise/04.png", "figure13_noise/05.png")  # scaled wrongly, as the results' page says
 LINK = re.compile(r"(\]\()(?!\w+:|#|/)([^)#\s]+)")
 FENCE = re.compile(r"^( *```.*?^ *```\s*?$)", re.MULTILINE | re.DOTALL)
 
@@ -145,11 +147,20 @@ def gather(out: Path) -> None:
             there.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(page, there)
             continue
-        text = page.read_text(encoding="utf-8")
+        text = page.read_text(encoding="utf-8") + (_further() if page == GALLERY else "")
         _write(there, moved(text, page))
         linked = {target(page, link) for link in links(text)} - {ROOT / "README.md"}
         waiting += sorted(linked - seen)
         seen |= linked
+
+
+def _further() -> str:
+    """Pictures that the page of all figures does not have yet."""
+    own = GALLERY.read_text(encoding="utf-8")
+    every = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "figures").rglob("*.png"))]
+    new = [each for each in every if f"../{each})" not in own and not each.endswith(NOT_SHOWN)]
+    said = "\n\n".join(f"![{Path(each).stem}](../{each})\n\n*{each.removeprefix('figures/')}*" for each in new)
+    return f"\n## Further\n\n{said}\n" if new else ""
 
 
 def moved(text: str, page: Path) -> str:
