@@ -1,7 +1,8 @@
 """What does an edit by each editor cost?  python -m experiments.benchmark_editors   -> figures/MODEL/benchmark_editors.json
 
 One built-in fact (of the organism's world for an organism), each editor's preset; each edit in a process of its own, which gives its peak
-memory beside the loaded model too (the tables' last columns). What an editor prepares for all facts (C, prefixes) is there beforehand. Medians of `repeats`.
+memory beside the loaded model too (the tables' last columns). What an editor prepares for all facts (C, prefixes) is there beforehand; what it keeps of a
+fact (neurons) is not. Medians of `repeats`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -21,6 +23,8 @@ from experiments.benchmark_editing import memory, peak
 from experiments.common import parse, say, write
 from experiments.editing import OPPONENTS, TRAINED, opponent, there
 from mechedit import cache, editing, editors, models, organism, sources
+from mechedit.files import FileError
+from mechedit.neurons import Neurons
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ def run_one(settings: BenchmarkEditors) -> dict[str, Any]:
     prepared = editing.make_ready(model, editor, chosen)
     peak(reset=True)
     before, began = memory("VmRSS"), time.perf_counter()
-    with warnings.catch_warnings():
+    anew = patch.object(Neurons, "load", side_effect=FileError("as if they were never found"))
+    with warnings.catch_warnings(), anew:
         warnings.simplefilter("ignore", editing.EditWarning)
         edit = editing.edit(model, fact, editor, chosen, prepared=prepared)
     numbers = {"seconds": time.perf_counter() - began, "peak": peak() - before, "p_new": edit.after["p_new"]}
