@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from experiments.common import FIGURES, parse, say, short_name, write
-from experiments.editing import benchmark_facts
+from experiments.editing import TRAINED, benchmark_facts
 from mechedit import applying, cache, editing, generation, models, prompts
 from mechedit.editors import BUILT_IN, named
 from mechedit.edits import Edit
@@ -65,13 +65,14 @@ def main(settings: Figure6) -> None:
 
 
 def suited(model: HookedModel) -> list[str]:
-    """The editors that are no variant of another and have a preset for the model, or no layer that could suit one."""
+    """The editors that are no variant of another, need no training, and have a preset for the model, or no layer that could suit one."""
     preset = models.preset(model)
     ways = {name: named(name) for name in BUILT_IN}
     return [
         name
         for name, way in ways.items()
-        if way.of == name and (not hasattr(way.settings, "layer") or (preset and name in preset.settings))
+        if way.of == name not in TRAINED
+        and (not hasattr(way.settings, "layer") or (preset and name in preset.settings))
     ]
 
 
