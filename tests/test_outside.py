@@ -27,7 +27,7 @@ OWN = ("--editor", PUSH, "--layer", "1", "--length", "4")
 @pytest.fixture
 def run(folder, capsys, monkeypatch, tmp_path):
     """Commands in a folder that has the editor's file, and three facts."""
-    text = blocks(ROOT / "docs" / "editors.md")
+    text = blocks(ROOT / "docs" / "own-editor.md")
     begin = text.rindex("from dataclasses import dataclass", 0, text.index("class PushSettings"))
     (tmp_path / "push_editor.py").write_text(text[begin : text.index("model, fact = ", begin)])
     records = [{name: getattr(fact, name) for name in ("subject", "prompt", "target_true", "target_new", "paraphrases", "neighbours")} for fact in FACTS]  # fmt: skip

@@ -30,7 +30,8 @@ class Settings:
 
 
 def _advice(settings: type, name: str, own: list[str]) -> str:
-    others = [each.__name__ for each in _below(Settings) if name in getattr(each, "__dataclass_fields__", ())]
+    kinds = [each for each in _below(Settings) if name in getattr(each, "__dataclass_fields__", ())]
+    others = [each.__name__ for each in kinds if not any(base in kinds for base in each.__bases__)]
     close = difflib.get_close_matches(name, own, 1)
     if close and not others:
         return f"did you mean {close[0]!r}?"
