@@ -22,7 +22,7 @@ STEPS, CLOSE = 1000, 1e-8  # of Bradley and Terry's iteration: at most so many, 
 Logs = Callable[[np.ndarray], np.ndarray]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spread:
     """Estimates [value], their standard errors over facts and raters, and by how many of these their 95 % intervals reach."""
 

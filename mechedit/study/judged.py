@@ -15,7 +15,7 @@ from mechedit.study.responses import Response
 __all__ = ["Judged", "judged", "long_form"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Judged:
     """Finished pages: `facts` and `raters` [page]; `ranks` [page, editor], 0 the best, of each question; `places` [page, editor], 0 the
     first; `seconds` [page]."""

@@ -17,6 +17,7 @@ from mechedit import applying, cache, corruption, facts, generation, models, mom
 from mechedit.benchmarks import counterfact, metrics, zsre
 from mechedit.editing import EditWarning
 from mechedit.editors import rome
+from mechedit.edits import EditError
 from mechedit.moments import corpus, packaged
 from mechedit.settings import KINDS, MomentSettings, RomeSettings, TraceSettings
 from mechedit.tracing import grid, prepare, trace
@@ -57,6 +58,13 @@ def moment(gemma, tmp_path_factory):
     ]
     text.write_text("".join(lines))
     return moments.estimate(gemma, rome.resolve(gemma).layer, [text], MomentSettings(tokens=8192))
+
+
+@pytest.fixture(scope="module")
+def edit(gemma, moment):
+    """With the preset's constants; C is too poor for the preset's bands, and that is only a warning here."""
+    with pytest.warns(EditWarning):
+        return rome.edit(gemma, FACT, RomeSettings(guard="warn"), moment=moment)
 
 
 def test_logits_equal_hugging_face():
@@ -131,9 +139,16 @@ def test_the_same_seed_gives_the_same_numbers_in_another_process(gemma, tmp_path
     )
 
 
-def test_the_default_edit_holds_generalises_and_is_undone(gemma, moment):
+def test_an_edit_through_so_poor_a_C_is_refused(gemma, moment):
+    """The shipped bands are of C from the shipped text; this one makes eight times as large a change."""
     before = state(gemma)
-    edit = rome.edit(gemma, FACT, moment=moment)
+    with pytest.raises(EditError, match="relative_norm"):
+        rome.edit(gemma, FACT, moment=moment)
+    assert_same_state(gemma, before)
+
+
+def test_an_edit_holds_generalises_and_is_undone(gemma, edit):
+    before = state(gemma)
     assert edit.after["p_new"] >= 0.9
     with applying.edited(gemma, edit):
         for prompt in FACT.paraphrases:
@@ -142,9 +157,8 @@ def test_the_default_edit_holds_generalises_and_is_undone(gemma, moment):
     assert_same_state(gemma, before)
 
 
-def test_both_transformerlens_versions_give_the_numbers_of_the_first(gemma, found, moment):
+def test_both_transformerlens_versions_give_the_numbers_of_the_first(gemma, found, edit):
     """expected.json was written on TransformerLens 3.9."""
-    edit = rome.edit(gemma, FACT, moment=moment)
     numbers = {
         "p_clean": found.p_clean,
         "p_corrupted": found.p_corrupted,
