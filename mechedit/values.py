@@ -13,12 +13,15 @@ published code adds the whole of d to every row, and its averaged edit can then 
 What d cannot change is computed once: everything below the edited block, and every position before the first that d is
 added at, whose keys and values all steps share. Rows that add d at nearby positions run together.
 
-v is W_out's own output. Where a norm follows the MLP (Gemma 2 and 3) that is before the norm.
+v is W_out's own output. Where a norm follows the MLP (Gemma 2 and 3) that is before the norm. Other `parts` of the block can be changed
+in its place or with it, each by a d of its own that is kept within `clamp` lengths of what the part gives now: what the attention adds to
+the residual stream (`attn`), and the stream that leaves the block (`stream`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,23 +30,31 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechedit.interventions import mlp_outputs
+from mechedit.interventions import Activation, Change, intervened, mlp_outputs
 from mechedit.keys import Context
 from mechedit.models import Blocks, HookedModel, KeyValues, check_layer, check_plain, device_of, frozen
 from mechedit.progress import Progress, silent
 from mechedit.prompts import pad
 from mechedit.settings import RomeSettings
 
-__all__ = ["Value", "optimise"]
+__all__ = ["HOOKS", "Value", "optimise"]
 
+HOOKS = {"attn": "blocks.{}.hook_attn_out", "stream": "blocks.{}.hook_resid_post"}
+"""Where parts of a block are changed, `mlp` aside, which is `interventions.mlp_outputs`."""
+
+TOP_WEIGHT, TOP_KL = (
+    0.1,
+    0.01,
+)  # of PMET's stop: once the target is first everywhere, its loss's weight, and the KL term to reach
 GROUP_COST = 24  # what running one more group costs, in positions of a row: the weights are read once for each
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """v* [d_model] in float32, and a row for each step of the optimisation: target, KL and decay terms of the loss."""
+    """v* in float32, one for each part where `initial` had several, and a row for each step of the optimisation: target, KL and decay
+    terms of the loss."""
 
-    value: Float[Tensor, " d_model"]
+    value: Float[Tensor, "*parts d_model"]
     losses: tuple[tuple[float, float, float], ...]
 
 
@@ -65,18 +76,23 @@ def optimise(
     rows: Sequence[Context],
     essence: Context,
     targets: Sequence[Sequence[int]],
-    initial: Float[Tensor, " d_model"],
+    initial: Float[Tensor, "*parts d_model"],
     shares: Float[Tensor, " rows_and_essence"],
     layer: int,
     settings: RomeSettings,
+    parts: Sequence[str] = ("mlp",),
     *,
     progress: Progress = silent,
 ) -> Value:
-    """Find v* near `initial` (v above) for the contexts `rows`, each of which shall be answered by its ids in `targets`."""
+    """Find v* near `initial` (v above) for the contexts `rows`, each of which shall be answered by its ids in `targets`.
+
+    Of several `parts`, `initial` has a row for each, and so has v*.
+    """
     check_layer(model, layer)
     check_plain(model)
     blocks = Blocks(model)
-    initial = initial.to(device_of(model)).float()
+    shape = initial.shape
+    initial = initial.to(device_of(model)).float().view(len(parts), -1)
     with frozen(model):
         with torch.no_grad():
             groups = _prepare(model, blocks, rows, essence, targets, shares, layer)
@@ -85,31 +101,36 @@ def optimise(
         weights = torch.tensor(each, device=initial.device)
         delta = torch.zeros_like(initial, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=settings.learning_rate)
-        limit = settings.clamp * float(initial.norm())
+        sizes = initial.norm(dim=1)
         before: Tensor | None = None
         losses: list[tuple[float, float, float]] = []
         for step in range(settings.steps):
             progress("finding v*", step, settings.steps)
             with torch.enable_grad():
                 # a split's gradient is put together by one copy, a slice's by filling the whole with zeros
-                of_rows, of_essence = _predict(model, blocks, groups, layer, delta).split([len(wanted), 1])
+                of_rows, of_essence = _predict(model, blocks, groups, layer, parts, delta).split([len(wanted), 1])
                 before = of_essence.detach().clone() if before is None else before  # d is still zero in the first step
                 nll = -(of_rows.gather(1, wanted[:, None])[:, 0] * weights).sum()
+                is_top = settings.stop == "top" and bool((of_rows.argmax(1) == wanted).all())
+                nll = TOP_WEIGHT * nll if is_top else nll
                 kl = settings.kl * F.kl_div(before, of_essence, log_target=True, reduction="batchmean")
-                decay = settings.weight_decay * delta.norm() / initial.norm() ** 2
+                decay = settings.weight_decay * (delta.norm(dim=1) / sizes**2).sum()
                 (delta.grad,) = torch.autograd.grad(nll + kl + decay, [delta])
             losses.append((nll.item(), kl.item(), decay.item()))
-            if _done(losses, settings):
+            if _done(losses, settings, is_top):
                 break
             adam.step()
             with torch.no_grad():
-                delta.mul_((limit / delta.norm()).clamp(max=1.0))
+                delta.mul_((settings.clamp * sizes / delta.norm(dim=1)).clamp(max=1.0)[:, None])
         progress("finding v*", settings.steps, settings.steps)
-    return Value((initial + delta.detach()).cpu(), tuple(losses))
+    return Value((initial + delta.detach()).view(shape).cpu(), tuple(losses))
 
 
-def _done(losses: list[tuple[float, float, float]], settings: RomeSettings) -> bool:
-    """Whether the target is learnt. The published code judges the sum, penalties and all, and takes no last step."""
+def _done(losses: list[tuple[float, float, float]], settings: RomeSettings, is_top: bool = False) -> bool:
+    """Whether the target is learnt. The published code judges the sum, penalties and all, and takes no last step; PMET's asks for little
+    KL where the target is first everywhere."""
+    if settings.stop == "top":
+        return losses[-1][1] <= TOP_KL if is_top else sum(losses[-1]) < settings.stop_at
     if settings.stop == "published":
         return sum(losses[-1]) < settings.stop_at or len(losses) == settings.steps
     return losses[-1][0] < settings.stop_at
@@ -182,16 +203,32 @@ def _added(change: Float[Tensor, "rows d_model"], lookup: Int[Tensor, " rows"], 
     return output.index_put((rows, lookup), change.to(output.dtype), accumulate=True)
 
 
+def _changed(
+    model: HookedModel, layer: int, part: str, apply: Callable[[Activation], Activation | None]
+) -> AbstractContextManager[None]:
+    """Within the block `apply` changes what the part gives."""
+    if part == "mlp":
+        return mlp_outputs(model, layer, apply)
+    return intervened(model, Change(HOOKS[part].format(layer), apply))
+
+
 def _predict(
-    model: HookedModel, blocks: Blocks, groups: list[_Group], layer: int, delta: Float[Tensor, " d_model"]
+    model: HookedModel,
+    blocks: Blocks,
+    groups: list[_Group],
+    layer: int,
+    parts: Sequence[str],
+    delta: Float[Tensor, "parts d_model"],
 ) -> Float[Tensor, "reads d_vocab"]:
-    """Log-probabilities in float32 at every read position, each row with its share of d added to its value."""
+    """Log-probabilities in float32 at every read position, each row with its share of d added to its value, part by part."""
     final: list[Tensor] = []
     order: list[int] = []
     for group in groups:
-        change = group.shares[:, None] * delta
         resid = group.entering
-        with mlp_outputs(model, layer, partial(_added, change, group.lookup)):
+        with ExitStack() as stack:
+            for part, own in zip(parts, delta, strict=True):
+                change = partial(_added, group.shares[:, None] * own, group.lookup)
+                stack.enter_context(_changed(model, layer, part, change))
             for block, past in enumerate(group.past, layer):
                 resid, _ = blocks.run(block, resid, past)
         final.append(resid[group.read_rows, group.read_positions])

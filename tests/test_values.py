@@ -68,6 +68,71 @@ def test_the_value_equals_a_plain_optimisation(shape, load):
     assert_same_state(model, before)
 
 
+def slow_parts(model, rows, essence, target, initial, layer, settings, parts):
+    """Several parts of a block changed at once, each by a delta of its own: whole forward passes, one prompt at a time."""
+    delta = torch.zeros_like(initial, requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=settings.learning_rate)
+    modules = {"mlp": models.mlp_module(model, layer), **{part: model.hook_dict[hook.format(layer)] for part, hook in values.HOOKS.items()}}  # fmt: skip
+
+    def log_p(ids, subject, changes):
+        def add(change):
+            def hook(module, args, output):
+                output = output.clone()
+                output[0, subject] = output[0, subject] + change
+                return output
+
+            return hook
+
+        handles = [
+            modules[part].register_forward_hook(add(change)) for part, change in zip(parts, changes, strict=True)
+        ]
+        try:
+            return model(torch.tensor([list(ids)]))[0].log_softmax(-1)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    original = log_p(essence.ids, essence.lookup, delta)[essence.lookup].detach()
+    for _ in range(settings.steps):
+        losses, is_top = [], True
+        for row in rows:
+            predicted = log_p([*row.ids, *target[:-1]], row.lookup, delta)
+            told = [predicted[row.last + step] for step in range(len(target))]
+            is_top = is_top and all(int(each.argmax()) == token for each, token in zip(told, target, strict=True))
+            losses.append(-torch.stack([each[token] for each, token in zip(told, target, strict=True)]).mean())
+        new = log_p(essence.ids, essence.lookup, delta)[essence.lookup]
+        nll, kl = torch.stack(losses).mean(), settings.kl * (new.exp() * (new - original)).sum()
+        decay = sum(settings.weight_decay * own.norm() / first.norm() ** 2 for own, first in zip(delta, initial, strict=True))  # fmt: skip
+        if is_top and settings.stop == "top":
+            if float(kl) <= 0.01:
+                break
+            nll = 0.1 * nll
+        (delta.grad,) = torch.autograd.grad(nll + kl + decay, [delta])
+        adam.step()
+        with torch.no_grad():
+            for own, first in zip(delta, initial, strict=True):
+                own.mul_((settings.clamp * first.norm() / own.norm()).clamp(max=1.0))
+    return initial + delta.detach()
+
+
+@pytest.mark.parametrize(("shape", "parts", "stop"), [("gemma3", ("attn", "mlp"), "target"), ("gpt2", ("attn", "mlp"), "top"), ("gemma3", ("stream",), "target")])  # fmt: skip
+def test_several_parts_of_a_block_are_changed_together_and_each_is_kept_within_its_own_bound(shape, parts, stop, load):
+    model = load(shape)
+    settings = replace(BOS, steps=6, clamp=0.7, stop_at=0.0, learning_rate=0.1, kl=0.05, stop=stop)
+    rows = keys.contexts(model, FACT, ("", "Rome. "), prepend_bos=True)
+    (essence,) = keys.contexts(model, Fact(FACT.subject, "{} is a"), ("",), prepend_bos=True)
+    target = prompts.continuation(model, FACT.prompt, "Paris")
+    initial = torch.randn(len(parts), 32, generator=torch.Generator().manual_seed(1))
+    given = initial if len(parts) > 1 else initial[0]
+    fast = values.optimise(model, rows, essence, [target] * 2, given, torch.ones(3), 1, settings, parts)
+    slow = slow_parts(model, rows, essence, target, initial, 1, settings, parts)
+    torch.testing.assert_close(fast.value, slow.view(given.shape), atol=2e-3, rtol=1e-2)
+    assert fast.value.shape == given.shape
+    moved = (fast.value - given).view(initial.shape).norm(dim=1) / initial.norm(dim=1)
+    assert bool((moved <= 0.7 + 1e-5).all())
+    assert bool((moved > 0.01).all())
+
+
 def test_rows_run_together_where_that_computes_least():
     assert values._together([3, 5, 4, 9], [10, 11, 10, 12]) == [[0, 2, 1, 3]], "few rows: one group"
     many = values._together([3] * 20 + [40] * 20, [10] * 20 + [48] * 20)

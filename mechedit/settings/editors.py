@@ -38,7 +38,7 @@ __all__ = [
 
 WHOSE_KEY = ("averaged", "prompt")
 SHARES = ("own", "whole")
-STOPS = ("target", "published")
+STOPS = ("target", "published", "top")
 POLICIES: dict[str, dict[str, Any]] = {  # whose keys, whose shares, which stop; by the names of their authors
     "averaged": {"direction": "averaged", "inserted": "averaged", "shares": "own", "stop": "target"},
     "prompt": {"direction": "prompt", "inserted": "prompt", "shares": "own", "stop": "target"},
@@ -101,7 +101,8 @@ class RomeSettings(EditSettings):
     )
     stop: str = knob(
         "target",
-        "target: the loss of the target decides; published: the whole loss, and the last step is not taken",
+        "target: the loss of the target decides; published: the whole loss, and the last step is not taken; top: as PMET, where the target is "
+        "first everywhere its loss weighs a tenth and the KL term's 0.01 decides, else the whole loss",
         STOPS,
     )
     ridge: float = knob(0.0, "this share of C's mean diagonal is added to its diagonal")
