@@ -762,10 +762,11 @@ def test_a_moment_of_no_block_or_no_key_is_refused(tmp_path):
             Moment.load(wrong.save(tmp_path / "none"))
 
 
-def test_a_factor_must_be_lower_and_of_C(tmp_path):
-    C = torch.tensor([[4.0, 2.0], [2.0, 5.0]], dtype=torch.float64)
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e3])
+def test_a_factor_must_be_lower_and_of_C(size, tmp_path):
+    C = size**2 * torch.tensor([[4.0, 2.0], [2.0, 5.0]], dtype=torch.float64)
     made = Moment(0, C, 9, 1.0, "by hand", MomentSettings(tokens=9), {"name": "tiny"}, {})
-    right = torch.tensor([[2.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
+    right = size * torch.tensor([[2.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
     turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
     for factor, kept in ((right, True), (right @ turn, False), (right.float(), False), (right * (1 + 1e-7), False), (right * (1 + 1e-10), True), (right[:1], False)):  # fmt: skip
         path = files.write(tmp_path / "moment", "moment", {"C": C, "factor": factor}, made.to_json())
