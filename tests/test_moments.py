@@ -437,6 +437,26 @@ def test_a_job_that_is_stopped_goes_on_and_ends_with_the_same_bits(sampled, mode
         assert [path.name for path in (cache.root() / "moments").iterdir() if ".part." in path.name] == []
 
 
+def test_a_batch_that_was_added_to_some_layers_alone_is_in_no_checkpoint(model, tmp_path, monkeypatch):
+    grams, gram = [], estimating._gram
+
+    def interrupted(keys):
+        grams.append(gram(keys))
+        return (
+            grams[-1][:1, :2] if len(grams) == 4 else grams[-1]
+        )  # of the second batch's second layer: cannot be added
+
+    monkeypatch.setattr(estimating, "_gram", interrupted)
+    monkeypatch.setattr(estimating, "CHECKPOINT_SECONDS", -1.0)
+    batches = [(9, partial(torch.ones, 1, 10, dtype=torch.long))] * 2
+    with pytest.raises(RuntimeError):
+        estimating.accumulate(model, [0, 1], iter(batches), replace(SMALL, prepend_bos=True), tmp_path / "part")
+    kept = estimating.Sums.load(tmp_path / "part", torch.device("cpu"))
+    assert (kept.keys, kept.batches) == (9, 1)
+    for layer in (0, 1):
+        torch.testing.assert_close(kept.totals[layer], grams[layer].double())
+
+
 def test_a_damaged_checkpoint_counts_as_none(model, text, monkeypatch, small_batches):
     whole = moments.estimate(model, 1, [text], SMALL)
     monkeypatch.setenv("MECHEDIT_CACHE", str(text.parent / "damaged"))
