@@ -149,7 +149,9 @@ class Metric:
             rank_one.check_independent(gram)
         system = gram + self.terms.slack * torch.eye(len(gram), dtype=gram.dtype)
         along = along if self.basis is None else along @ self.basis.T
-        return LowRank(Weight(layer, "mlp.W_out"), along, torch.linalg.solve((system + system.T) / 2, residuals))
+        right = torch.linalg.solve((system + system.T) / 2, residuals)
+        # laid out as a file has them, so that sums over them come out alike to the last bit
+        return LowRank(Weight(layer, "mlp.W_out"), along.contiguous(), right.contiguous())
 
 
 def bounded(change: LowRank, norm: float) -> LowRank:

@@ -113,10 +113,13 @@ def tune(
     wanted = TraceSettings(kinds=(kind,), roles=(role,), draws=settings.draws, seed=settings.seed, prepend_bos=bos)
     site = best_of(average(runs.trace_facts(model, known, folder / "traces", wanted, progress=progress)))
     around = range(max(0, site.layer - settings.around), min(int(model.cfg.n_layers), site.layer + settings.around + 1))
-    if hasattr(given, "layer"):
+    has_layer = hasattr(given, "layer") and not getattr(
+        given, "layers", ()
+    )  # of several, those that are given are kept
+    if has_layer:
         way.ahead(model, replace(given, prepend_bos=bos), list(around), progress=progress)
     rows = []
-    for layer in around if hasattr(given, "layer") else (-1,):
+    for layer in around if has_layer else (-1,):
         for tried in tries:
             there = {"layer": layer} if layer != -1 else {}
             chosen = way.resolve(model, replace(given, **there, **tried, guard="warn"))

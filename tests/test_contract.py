@@ -1,6 +1,6 @@
 """What every editor must keep to: found, applied, undone, saved, composed, exported, evaluated, resumed, tuned, swept.
 
-ROME (rank-one), gradient steps on one weight and on several (dense), knowledge neurons (rows), telling (no weight at all), trained networks and an editor from outside the package
+ROME (rank-one), solves over one block and over several, gradient steps on one weight and on several (dense), knowledge neurons (rows), telling (no weight at all), trained networks and an editor from outside the package
 (low rank) pass the same tests.
 """
 
@@ -38,6 +38,7 @@ from mechedit.settings import (
     KnowledgeNeuronsSettings,
     MendSettings,
     MomentSettings,
+    PmetSettings,
     RomeSettings,
     SettingsError,
     SweepSettings,
@@ -56,7 +57,8 @@ FACTS = [
 ]
 EDITORS = {
     "rome": RomeSettings(layer=1, steps=6, prefixes=(), guard="rollback"),
-    "alphaedit": AlphaEditSettings(layer=1, steps=6, prefixes=(), c=1e-3, null=1.0, guard="rollback"),
+    "alphaedit": AlphaEditSettings(layers=(1, 2), steps=6, prefixes=(), c=1e-3, null=1.0, guard="rollback"),
+    "pmet": PmetSettings(layer=1, steps=6, prefixes=(), a=1e-3, clamp=4.0, learning_rate=0.5, guard="rollback"),
     "ft": FineTuningSettings(layer=1, steps=6, learning_rate=5e-3, guard="rollback"),
     "ft-l": BoundedSettings(layer=1, steps=6, learning_rate=5e-3, norm_bound=0.02, guard="rollback"),
     "attention-edit": AttentionEditSettings(layer=1, steps=6, learning_rate=5e-3, norm_bound=0.02, guard="rollback"),
@@ -218,8 +220,12 @@ def test_it_is_tuned_and_swept(model, way, tmp_path, monkeypatch):
     tuned = tuning.tune(model, facts, tmp_path / "tune", wanted, editor, settings)
     assert [row.tried[name] for row in tuned.rows] == list(values[:2])
     assert type(tuned.settings) is editor.settings
-    if not hasattr(settings, "layer"):
-        with pytest.raises(SettingsError, match="has no layer to choose"):
+    several = hasattr(settings, "layer") and getattr(settings, "layers", ())
+    if several:
+        assert {row.layer for row in tuned.rows} == {-1}, "the layers are those that were given"
+        assert tuned.settings.layers == settings.layers
+    if several or not hasattr(settings, "layer"):
+        with pytest.raises(SettingsError, match="has no layer to choose|leave layers out"):
             sweep(model, FACTS, tmp_path / "sweep", SweepSettings(), editor, settings)
         return
     swept = sweep(model, FACTS, tmp_path / "sweep", SweepSettings(layers=(0, 2), tokens=("subject_last", "last"), window=2, draws=2, tuned=0), editor, settings)  # fmt: skip

@@ -67,7 +67,7 @@ def add_editor(
                 f"--{option}", choices=tuple(choices), help=f"{', '.join(next(iter(choices.values())))} by a name"
             )
     add_settings(parser, settings, without)
-    parser.set_defaults(edit_settings=settings)
+    parser.set_defaults(edit_settings=settings, edit_without=tuple(without))
 
 
 def given_edit_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -76,7 +76,8 @@ def given_edit_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for option, choices in settings.bundles.items():
         given |= choices.get(str(getattr(arguments, option, None)), {})
-    given |= given_settings(arguments, settings)
+    of_command = set(arguments.edit_without)  # an option of this name is the command's own
+    given |= {name: value for name, value in given_settings(arguments, settings).items() if name not in of_command}
     settings(**given)
     return given
 

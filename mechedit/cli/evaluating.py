@@ -111,7 +111,7 @@ def _add_sweep(commands: Any, editor: str) -> None:
     )
     _add_facts(sweep)
     add_settings(sweep, SweepSettings)
-    add_editor(sweep, editor, without=("layer", "fact_token", "guard"))
+    add_editor(sweep, editor, without=("layer", "layers", "fact_token", "guard"))
     sweep.add_argument("--out", type=a_path, required=True, metavar="DIR", help="everything is kept there; run again to resume")  # fmt: skip
     add_json(sweep)
 

@@ -2,7 +2,8 @@
 
     rome.py          ROME (Meng et al. 2022)
     controls.py      ROME with a part taken out: rome-identity, rome-random-layer, rome-random-key
-    many.py          memit, emmet and alphaedit: one solve for many facts at one layer
+    many.py          memit, emmet, alphaedit and pmet: one solve for many facts
+    spread.py        what several layers write of one change
     descent.py       gradient steps on weights of one block, which the next two take
     fine_tuning.py   ft and ft-l: on `W_out` (FT, FT+L)
     attention_edit.py  attention-edit: on the attention's weights
@@ -42,6 +43,7 @@ BUILT_IN = {
     "memit": "mechedit.editors.many:Memit",
     "emmet": "mechedit.editors.many:Emmet",
     "alphaedit": "mechedit.editors.many:AlphaEdit",
+    "pmet": "mechedit.editors.many:Pmet",
     "told": "mechedit.editors.told:Told",
     "kn": "mechedit.editors.knowledge_neurons:KnowledgeNeurons",
     "mend": "mechedit.editors.trained.editor:MendEditor",

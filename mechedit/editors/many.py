@@ -1,40 +1,104 @@
-"""Editors of many facts at one layer: keys and values as ROME finds them, and one solve (`mechedit.closed_form`).
+"""Editors of many facts: keys and values as ROME finds them, and one solve a block (`mechedit.closed_form`).
 
     W_out += A^T (K A^T + slack I)^-1 R,    A = K M^-1,    M = a C + b P + c I
 
-    memit       a = 15000, slack 1: residuals are met as far as 15,000 ordinary keys let them (Meng et al. 2023, at one layer)
+    memit       a = 15000, slack 1: residuals are met as far as 15,000 ordinary keys let them (Meng et al. 2023)
     emmet       a = 1, no slack: residuals are met exactly; with one fact it is ROME (Gupta et al. 2024)
     alphaedit   b = 1, c = 10, in the null space of C: earlier edits keep their values, C's large directions are not touched
                 (Fang et al. 2025)
+    pmet        a = 6000, slack 1: while v* is sought, the attention may change too, of which nothing is written (Li et al. 2024)
 
-R is what the values v* are more than the keys return now. In a sequence each edit hands on its keys, and P is the sum of k k^T over all of
-them. MEMIT's spread over several layers is not built: one layer is edited.
+R is what the values v* are more than the keys return now. With `layers` it is spread over several blocks (`spread`), each with its own C.
+In a sequence each edit hands on its keys, block by block, and P is the sum of k k^T over all of them.
 """
 
 from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit import guards, models
+from mechedit import applying, guards, keys, models, moments, weights
+from mechedit.cache import content_key
 from mechedit.changes import LowRank
 from mechedit.closed_form import Metric, Terms
 from mechedit.editing import Found, State
-from mechedit.editors.rome import BANDS, Prepared, Rome, details
+from mechedit.editors import rome, spread
+from mechedit.editors.rome import BANDS, Aim, Prepared, Rome, details
+from mechedit.edits import EditError
 from mechedit.facts import Fact
 from mechedit.guards import Band
 from mechedit.models import HookedModel
+from mechedit.moments import Moment
 from mechedit.progress import Progress, silent
-from mechedit.settings import AlphaEditSettings, EmmetSettings, MemitSettings, RomeSettings
+from mechedit.settings import (
+    AlphaEditSettings,
+    EmmetSettings,
+    MemitSettings,
+    MomentSettings,
+    PmetSettings,
+    RomeSettings,
+    SettingsError,
+    given,
+)
+from mechedit.values import HOOKS
 
-__all__ = ["AlphaEdit", "Emmet", "Memit"]
+__all__ = ["AlphaEdit", "Emmet", "Memit", "Pmet", "Stack", "prepare"]
 
-KEYS, EARLIER = "keys", "earlier"  # in a state: of one edit, and the sum of k k^T over those before
+KEYS, EARLIER = (
+    "keys",
+    "earlier",
+)  # in a state: of one edit, and the sum of k k^T over those before; of a block of several `keys.5`
+
+
+@dataclass(frozen=True)
+class Stack(Prepared):
+    """What the last of several blocks needs, and the same for those `below` it, from the lowest."""
+
+    below: tuple[Prepared, ...] = ()
+
+    @cached_property
+    def key(self) -> str:
+        """A digest of all."""
+        return content_key(self.moment.hash, self.prefixes, *(each.moment.hash for each in self.below))
+
+
+def prepare(
+    model: HookedModel,
+    settings: MemitSettings,
+    given: Sequence[Moment] = (),
+    prefixes: Sequence[str] | None = None,
+    *,
+    progress: Progress = silent,
+) -> Prepared:
+    """`rome.prepare` of one block, or of several: C of each, from the lowest, from one pass over the text where they are not given.
+
+    Raises:
+        EditError: C does not belong to the model, block or settings, or the prefixes lack the bare prompt's.
+    """
+    layers = settings.blocks
+    if not given:
+        windows = MomentSettings(prepend_bos=settings.prepend_bos)
+        found = moments.estimate_layers(model, layers, settings=windows, progress=progress)
+        given = [found[layer] for layer in layers]
+    if len(given) != len(layers):
+        raise EditError(f"C is needed of each of the blocks {layers}, from the lowest; found {len(given)}.")
+    own = [
+        rome.prepare(model, alone(settings, layer), moment, prefixes, progress=progress)
+        for layer, moment in zip(layers, given, strict=True)
+    ]
+    return Stack(own[-1].moment, own[-1].prefixes, own[-1].estimated, tuple(own[:-1])) if own[1:] else own[0]
+
+
+def alone(settings: MemitSettings, layer: int) -> MemitSettings:
+    """The settings of an edit of this block alone."""
+    return replace(settings, layer=layer, layers=(), portions=())
 
 
 class Memit(Rome):
@@ -48,13 +112,90 @@ class Memit(Rome):
         """None of its own."""
         return {}
 
+    def defaults(self, model: HookedModel) -> Any:
+        """The model's preset for this editor, else that for ROME."""
+        preset = models.preset(model)
+        return preset.settings[self.name] if preset and self.name in preset.settings else super().defaults(model)
+
+    def resolve(self, model: HookedModel, settings: Any = None) -> Any:
+        """As every editor does it; of several blocks `layer` is the last. One block in `layers` is `layer`.
+
+        Raises:
+            SettingsError: `layer` and `layers` contradict each other.
+        """
+        own = given(settings) if isinstance(settings, self.settings) else {}
+        if own.get("layers"):
+            if own.get("layer", -1) not in (-1, settings.layers[-1]):
+                raise SettingsError(
+                    f"layer is the last of layers, where v* is sought; found layer {settings.layer} and layers {settings.layers}. Give one of the two."
+                )
+            settings = replace(settings, layer=settings.layers[-1])
+        elif own.get("layer", -1) != -1:  # that block alone, whatever the preset has
+            settings = replace(settings, layers=(), portions=())
+        chosen: Any = super().resolve(model, settings)
+        for layer in chosen.layers:
+            models.mlp_module(model, layer)
+        return chosen if chosen.layers[1:] else alone(chosen, chosen.layer)
+
     def joined(self, state: State, new: State) -> State:
-        """The sum of k k^T over the keys of all edits so far."""
-        if KEYS not in new:
-            return state
-        keys = new[KEYS].double()
-        seen = keys.T @ keys
-        return {EARLIER: state[EARLIER] + seen if EARLIER in state else seen}
+        """The sum of k k^T over the keys of all edits so far, of each block."""
+        known = dict(state)
+        for name, each in new.items():
+            if name.startswith(KEYS):
+                before, own = EARLIER + name.removeprefix(KEYS), each.double()
+                seen = own.T @ own
+                known[before] = known[before] + seen if before in known else seen
+        return known
+
+    def prepare(self, model: HookedModel, settings: Any, *, progress: Progress = silent) -> Prepared:
+        return prepare(model, settings, progress=progress)
+
+    def check(
+        self, model: HookedModel, facts: Sequence[Fact], settings: RomeSettings, prepared: Prepared | None
+    ) -> None:
+        assert isinstance(settings, MemitSettings)
+        several = bool(settings.layers) and prepared is not None
+        super().check(model, facts, settings, None if several else prepared)
+        if not several:
+            return
+        own = [*getattr(prepared, "below", ()), prepared]
+        if len(own) != len(settings.layers):
+            raise EditError(
+                f"C is needed of each of the blocks {settings.layers}; found {len(own)}. editors.many.prepare makes them."
+            )
+        with applying.underneath(
+            model
+        ):  # what stands in a block changes the keys of those above, and C stays as it was
+            for layer, each in zip(settings.layers, own, strict=True):
+                rome.check_moment(model, each.estimated, alone(settings, layer))
+
+    def averaged(
+        self, rows: Float[Tensor, "n d_mlp"], bare: Float[Tensor, "m d_mlp"], settings: RomeSettings
+    ) -> Float[Tensor, " d_mlp"]:
+        assert isinstance(settings, MemitSettings)
+        if settings.average == "even" or len(rows) == len(bare):
+            return super().averaged(rows, bare, settings)
+        others = (rows.sum(0) - bare.sum(0)) / (len(rows) - len(bare))
+        return (bare.mean(0) + others) / 2
+
+    def parts(
+        self,
+        model: HookedModel,
+        rows: Sequence[keys.Context],
+        value: Float[Tensor, " d_model"],
+        settings: Any,
+        prepared: Prepared,
+    ) -> tuple[tuple[str, ...], Float[Tensor, "*parts d_model"]]:
+        parts, layer = settings.parts, settings.layer
+        if parts == ("mlp",):
+            return parts, value
+        weighed = _averages(rows, settings, prepared).wanted
+        names = [HOOKS[part].format(layer) for part in parts if part in HOOKS]
+        *found, post = (
+            weighed @ each for each in spread.read_at(model, [*names, f"blocks.{layer}.mlp.hook_post"], layer, rows)
+        )
+        now = [*found, spread.outputs(model, layer, post[None])[0]][: len(parts)]
+        return parts, torch.stack(now).float() if len(parts) > 1 else now[0].float()
 
     def find(
         self,
@@ -66,18 +207,30 @@ class Memit(Rome):
         *,
         progress: Progress = silent,
     ) -> Found:
-        metric = Metric(terms_of(settings), prepared.moment.C, state.get(EARLIER))
         aims = self.aims(model, facts, settings, prepared, progress=progress)
-        W_out, b_out = (each(model, settings.layer).detach().double().cpu() for each in (models.W_out, models.b_out))
-        keys, values = (torch.stack([getattr(aim, name) for aim in aims]).double() for name in ("key", "value"))
-        residuals = values - (keys @ W_out + b_out)
-        change = metric.solve(settings.layer, keys, residuals)
+        ready, names = [*getattr(prepared, "below", ()), prepared], _suffixes(settings)
+        metrics = [
+            Metric(terms_of(settings), own.moment.C, state.get(EARLIER + name))
+            for own, name in zip(ready, names, strict=True)
+        ]
+        if settings.layers:
+            written, total = _spread(model, aims, settings, prepared, metrics)
+        else:
+            written, total = [_write(model, aims, settings, metrics[0])], None
+        report = {
+            "met": written[-1].met if total is None else total,
+            "survives": min(float(own.survives(each.keys).min()) for own, each in zip(metrics, written, strict=True)),
+            "cond_C": max(own.moment.cond for own in ready),
+        }
+        stacked = {
+            name: torch.stack([getattr(aim, own) for aim in aims]) for name, own in (("k*", "key"), ("v*", "value"))
+        }
         return Found(
-            [change],
-            _report(metric, change, keys, residuals) | {"cond_C": prepared.moment.cond},
-            details(aims, prepared),
-            {"k*": keys.float().squeeze(0), "v*": values.float().squeeze(0)},
-            {KEYS: keys.float()} if settings.b else {},
+            [each.change for each in written],
+            report | ({} if total is None else _by_block(settings.blocks, written)),
+            details(aims, prepared) | ({} if total is None else _moments(ready)),
+            {name: each.float().squeeze(0) for name, each in stacked.items()},
+            {KEYS + name: each.keys.float() for name, each in zip(names, written, strict=True)} if settings.b else {},
         )
 
 
@@ -86,6 +239,13 @@ class Emmet(Memit):
 
     name = "emmet"
     settings: ClassVar[type[EmmetSettings]] = EmmetSettings
+
+
+class Pmet(Memit):
+    """PMET as an editor."""
+
+    name = "pmet"
+    settings: ClassVar[type[PmetSettings]] = PmetSettings
 
 
 class AlphaEdit(Memit):
@@ -100,10 +260,57 @@ def terms_of(settings: MemitSettings) -> Terms:
     return Terms(settings.a, settings.b, settings.c, settings.slack, settings.null or None)
 
 
-def _report(
-    metric: Metric, change: LowRank, keys: Float[Tensor, "n d_mlp"], residuals: Float[Tensor, "n d_model"]
-) -> dict[str, float]:
-    """Of the fact for which it is least: the share of its residual that the change adds, and of its key that lies where one may be."""
-    added = keys @ change.left.T @ change.right
-    met = (added * residuals).sum(1) / residuals.square().sum(1)
-    return {"met": float(met.min()), "survives": float(metric.survives(keys).min())}
+def _suffixes(settings: MemitSettings) -> list[str]:
+    """What stands behind the names of a block's keys in a state."""
+    return [f".{layer}" for layer in settings.layers] or [""]
+
+
+def _averages(rows: Sequence[keys.Context], settings: MemitSettings, prepared: Prepared) -> spread.Averages:
+    """How a subject's contexts are averaged."""
+    bare = range(prepared.prefixes.index(""), len(rows), len(prepared.prefixes))
+    return spread.averages(len(rows), bare, settings.average)
+
+
+def _write(model: HookedModel, aims: Sequence[Aim], settings: MemitSettings, metric: Metric) -> spread.Written:
+    """All of the change in one block."""
+    own, wanted = (torch.stack([getattr(aim, name) for aim in aims]).double() for name in ("key", "change"))
+    if settings.parts[-1] == "stream":
+        now = spread.outputs(model, settings.layer, own)
+        wanted = spread.through_norm(now, wanted, spread.weight_after(model, settings.layer))
+    change = metric.solve(settings.layer, own, wanted)
+    return spread.Written(own, change, spread.met(_added(own, change), wanted), 1.0)
+
+
+def _added(own: Float[Tensor, "n d_mlp"], change: LowRank) -> Float[Tensor, "n d_model"]:
+    return own @ change.left.T @ change.right
+
+
+def _spread(
+    model: HookedModel, aims: Sequence[Aim], settings: MemitSettings, prepared: Prepared, metrics: Sequence[Metric]
+) -> tuple[list[spread.Written], float]:
+    """What was written in each block, and the share of all that was wanted that is there then; the model is put back."""
+    subjects = [spread.Subject(aim.rows, _averages(aim.rows, settings, prepared), aim.change) for aim in aims]
+    places = [weights.Weight(layer, "mlp.W_out") for layer in settings.layers]
+    with weights.restored(model, *places) as originals:
+        spreading = spread.Spread(model, subjects, settings)
+        written = [
+            spreading.write_(index, metric, originals[place])
+            for index, (metric, place) in enumerate(zip(metrics, places, strict=True))
+        ]
+        return written, spreading.met()
+
+
+def _by_block(layers: Sequence[int], written: Sequence[spread.Written]) -> dict[str, float]:
+    """The share of what each block was to add to the stream that it adds, and of all that was wanted what was left before it."""
+    return {
+        f"{name}.{layer}": getattr(each, name)
+        for layer, each in zip(layers, written, strict=True)
+        for name in ("met", "left")
+    }
+
+
+def _moments(ready: Sequence[Prepared]) -> dict[str, Any]:
+    """By which C each block was written."""
+    return {
+        "moments": [{"layer": each.moment.layer, "hash": each.moment.hash, "keys": each.moment.keys} for each in ready]
+    }

@@ -102,7 +102,8 @@ def prepare(
 
 @dataclass(frozen=True, eq=False)
 class Aim:
-    """What one subject's facts come to: the direction u = C^-1 k, the key that returns v*, and v*; with what they were made from."""
+    """What one subject's facts come to: the direction u = C^-1 k, the key that returns v*, v*, and by how much that is more than what is
+    there; with what they were made from."""
 
     direction: Float[Tensor, " d_mlp"]
     u: Float[Tensor, " d_mlp"]
@@ -110,6 +111,8 @@ class Aim:
     value: Float[Tensor, " d_model"]
     losses: tuple[tuple[float, float, float], ...]
     shares: tuple[float, ...]
+    change: Float[Tensor, " d_model"]
+    rows: tuple[keys.Context, ...]
 
 
 class Rome(Editor):
@@ -220,21 +223,41 @@ class Rome(Editor):
         found = keys.subject_keys(model, layer, (*rows, essence)).cpu()
         of_rows = found[: len(rows)]
         bare = of_rows[prepared.prefixes.index("") :: len(prepared.prefixes)]
-        candidates = {"averaged": of_rows.mean(0), "prompt": bare.mean(0)}
+        candidates = {"averaged": self.averaged(of_rows, bare, settings), "prompt": bare.mean(0)}
         along, key = candidates[settings.direction], candidates[settings.inserted]
         u = prepared.moment.solve(along[None])[0]
         own = (found.double() @ u / (key.double() @ u)).float()
         shares = own if settings.shares == "own" else torch.ones(len(found))
         W_out, b_out = models.W_out(model, layer).detach().float().cpu(), models.b_out(model, layer).float().cpu()
+        parts, initial = self.parts(model, rows, key @ W_out + b_out, settings, prepared)
         value = values.optimise(
-            model, rows, essence, wanted, key @ W_out + b_out, shares, layer, settings, progress=progress
+            model, rows, essence, wanted, initial, shares, layer, settings, parts, progress=progress
         )
         if settings.strengthen and len(value.losses) == 1 and settings.steps > 1:
             raise EditError(
                 f"the model already says {facts[0].target_new!r} after {facts[0].prompt!r} with a loss of {value.losses[0][0]:.2g}, "
                 f"and v* is sought until it is below stop_at = {settings.stop_at:g}. Lower stop_at to strengthen it further."
             )
-        return Aim(along, u, key, value.value, value.losses, tuple(shares.tolist()))
+        new, old = (each.reshape(len(parts), -1)[-1] for each in (value.value, initial))
+        return Aim(along, u, key, new, value.losses, tuple(shares.tolist()), new - old, tuple(rows))
+
+    def averaged(
+        self, rows: Float[Tensor, "n d_mlp"], bare: Float[Tensor, "m d_mlp"], settings: RomeSettings
+    ) -> Float[Tensor, " d_mlp"]:
+        """The key of contexts, of which some are bare prompts."""
+        return rows.mean(0)
+
+    def parts(
+        self,
+        model: HookedModel,
+        rows: Sequence[keys.Context],
+        value: Float[Tensor, " d_model"],
+        settings: Any,
+        prepared: Prepared,
+    ) -> tuple[tuple[str, ...], Float[Tensor, "*parts d_model"]]:
+        """Which parts of the block are changed while v* is sought, the one that is written last, and what they give now; `value` is what the
+        key returns."""
+        return ("mlp",), value
 
 
 def _report(aims: Sequence[Aim], written: Sequence[rank_one.RankOneEdit], prepared: Prepared) -> dict[str, float]:

@@ -279,11 +279,15 @@ def _at(editor: Editor, settings: Any, layer: int) -> Any:
     """The settings, or those that nobody gave, at a layer.
 
     Raises:
-        SettingsError: the editor has none.
+        SettingsError: the editor has none, or these spread a change over several.
     """
     settings = settings if settings is not None else editor.settings()
     if not hasattr(settings, "layer"):
         raise SettingsError(f"a sweep edits at every layer, and the editor {editor.name} has no layer to choose.")
+    if getattr(settings, "layers", ()):
+        raise SettingsError(
+            f"a sweep edits one layer at a time, and these settings spread a change over {settings.layers}; leave layers out."
+        )
     return replace(settings, layer=layer)
 
 

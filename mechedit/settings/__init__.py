@@ -5,7 +5,7 @@
     tracing.py      TraceSettings
     moments.py      MomentSettings
     editor.py       EditSettings, of which every editor's derive
-    editors.py      those of each editor, with the constants that have names
+    rome.py, many.py, editors.py   those of each editor, with the constants that have names
     evaluating.py   EvaluateSettings, SweepSettings, TuneSettings
     training.py     MendTraining, KeTraining
     presets.py      what suits which model, by editor
@@ -20,33 +20,37 @@ from mechedit.settings.base import Settings, SettingsError, check_each, filled, 
 from mechedit.settings.editor import GUARDS, PREFIXES, EditSettings
 from mechedit.settings.editors import (
     ATTENTION_WEIGHTS,
-    CONSTANTS,
     DESCENT_POLICIES,
     EDITOR_SETTINGS,
     LOSSES,
     NEURON_MODES,
     NEURON_POLICIES,
-    POLICIES,
-    SHARES,
-    STOPS,
-    WHOSE_KEY,
-    AlphaEditSettings,
     AttentionEditSettings,
     BoundedSettings,
     DescentSettings,
-    EmmetSettings,
     FineTuningSettings,
     KeSettings,
     KnowledgeNeuronsSettings,
-    MemitSettings,
     MendSettings,
-    RomeSettings,
     ToldSettings,
     TrainedSettings,
 )
 from mechedit.settings.evaluating import MODES, CalibrateSettings, EvaluateSettings, SweepSettings, TuneSettings
+from mechedit.settings.many import (
+    AVERAGES,
+    MANY_CONSTANTS,
+    MANY_POLICIES,
+    MEASURED,
+    SPREADS,
+    TARGETS,
+    AlphaEditSettings,
+    EmmetSettings,
+    MemitSettings,
+    PmetSettings,
+)
 from mechedit.settings.moments import MomentSettings
 from mechedit.settings.presets import PRESETS, Preset
+from mechedit.settings.rome import CONSTANTS, POLICIES, SHARES, STOPS, WHOSE_KEY, RomeSettings
 from mechedit.settings.studying import UNEDITED, StudySettings
 from mechedit.settings.tracing import (
     CENTRES,
@@ -75,6 +79,7 @@ from mechedit.settings.training import (
 
 __all__ = [
     "ATTENTION_WEIGHTS",
+    "AVERAGES",
     "CENTRES",
     "CONSTANTS",
     "CORRUPTIONS",
@@ -87,6 +92,9 @@ __all__ = [
     "KINDS",
     "KNOWN_KINDS",
     "LOSSES",
+    "MANY_CONSTANTS",
+    "MANY_POLICIES",
+    "MEASURED",
     "MEASURES",
     "MEND_POLICIES",
     "MODES",
@@ -102,8 +110,10 @@ __all__ = [
     "SCALES",
     "SEVERED_TITLES",
     "SHARES",
+    "SPREADS",
     "STATE_KINDS",
     "STOPS",
+    "TARGETS",
     "TRAINING",
     "UNEDITED",
     "WHOSE_KEY",
@@ -124,6 +134,7 @@ __all__ = [
     "MendSettings",
     "MendTraining",
     "MomentSettings",
+    "PmetSettings",
     "Preset",
     "RomeSettings",
     "Settings",

@@ -1,4 +1,4 @@
-"""The options of each editor, with the constants that have names."""
+"""The options of editors that are no closed form (`rome`, `many`), with the constants that have names; and those of every editor by name."""
 
 from __future__ import annotations
 
@@ -7,53 +7,31 @@ from typing import Any, ClassVar
 
 from mechedit.settings.base import knob, require
 from mechedit.settings.editor import PREFIXES, EditSettings, check_prefixes
-from mechedit.settings.tracing import FACT_TOKENS
+from mechedit.settings.many import AlphaEditSettings, EmmetSettings, MemitSettings, PmetSettings
+from mechedit.settings.rome import RomeSettings
 
 __all__ = [
     "ATTENTION_WEIGHTS",
-    "CONSTANTS",
     "DESCENT_POLICIES",
     "EDITOR_SETTINGS",
     "LOSSES",
     "NEURON_MODES",
     "NEURON_POLICIES",
-    "POLICIES",
-    "SHARES",
-    "STOPS",
-    "WHOSE_KEY",
-    "AlphaEditSettings",
     "AttentionEditSettings",
     "BoundedSettings",
     "DescentSettings",
-    "EmmetSettings",
     "FineTuningSettings",
     "KeSettings",
     "KnowledgeNeuronsSettings",
-    "MemitSettings",
     "MendSettings",
-    "RomeSettings",
     "ToldSettings",
     "TrainedSettings",
 ]
 
-WHOSE_KEY = ("averaged", "prompt")
-SHARES = ("own", "whole")
-STOPS = ("target", "published", "top")
-POLICIES: dict[str, dict[str, Any]] = {  # whose keys, whose shares, which stop; by the names of their authors
-    "averaged": {"direction": "averaged", "inserted": "averaged", "shares": "own", "stop": "target"},
-    "prompt": {"direction": "prompt", "inserted": "prompt", "shares": "own", "stop": "target"},
-    "published": {"direction": "averaged", "inserted": "prompt", "shares": "whole", "stop": "published"},
-    "r-rome": {"direction": "averaged", "inserted": "averaged", "shares": "whole", "stop": "published"},
-    "p-rome": {"direction": "prompt", "inserted": "prompt", "shares": "whole", "stop": "published"},
-}
 LOSSES = ("masked", "last")
 ATTENTION_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O")
 DESCENT_POLICIES: dict[str, dict[str, Any]] = {  # of gradient steps: the published code's
     "published": {"loss": "last", "bias": True, "batch": 128, "steps": 25, "stop_at": 0.01},
-}
-CONSTANTS: dict[str, dict[str, float]] = {  # of v*: what the published code has, and what the paper's text says
-    "published": {"clamp": 4.0, "steps": 20, "learning_rate": 0.5, "weight_decay": 0.5, "kl": 0.0625, "stop_at": 0.05},
-    "paper": {"clamp": 4.0, "steps": 20, "learning_rate": 0.5, "weight_decay": 1.5e-3, "kl": 100.0, "stop_at": 0.05},
 }
 NEURON_MODES = ("update", "erase", "suppress", "amplify")
 NEURON_POLICIES: dict[str, dict[str, Any]] = {
@@ -70,88 +48,6 @@ NEURON_POLICIES: dict[str, dict[str, Any]] = {
         "l2": 1.0,
     }
 }
-
-
-@dataclass(frozen=True)
-class RomeSettings(EditSettings):
-    """How ROME finds k* and v* (section 3.1; constants as published unless a preset says otherwise)."""
-
-    layer: int = knob(-1, "block whose W_out is edited, from 0; -1 means the model's preset")
-    clamp: float = knob(4.0, "longest allowed change of the value, in lengths of the original value")
-    steps: int = knob(20, "Adam steps on v*")
-    learning_rate: float = knob(0.5, "Adam's learning rate")
-    weight_decay: float = knob(0.5, "weight of |delta| / |value|^2 in the loss")
-    kl: float = knob(0.0625, "weight of the essence term: KL of what '{subject} is a' predicts, at the subject")
-    stop_at: float = knob(0.05, "stop once the target's own loss, -log p, averaged over prefixes, is below this")
-    prefixes: tuple[tuple[int, int], ...] = knob(
-        PREFIXES["default"],
-        f"sampled prefixes as (tokens, how many), or {', '.join(PREFIXES)}; the bare prompt is added",
-    )
-    fact_token: str = knob("subject_last", "token whose key is edited", FACT_TOKENS)
-    direction: str = knob(
-        "averaged",
-        "whose key gives the direction of the change: that averaged over prefixes, or the prompt's",
-        WHOSE_KEY,
-    )
-    inserted: str = knob("averaged", "whose key returns v* after the edit", WHOSE_KEY)
-    shares: str = knob(
-        "own",
-        "own: while v* is sought, each prefix sees the share of it that its key will get; whole: all of it, as published",
-        SHARES,
-    )
-    stop: str = knob(
-        "target",
-        "target: the loss of the target decides; published: the whole loss, and the last step is not taken; top: as PMET, where the target is "
-        "first everywhere its loss weighs a tenth and the KL term's 0.01 decides, else the whole loss",
-        STOPS,
-    )
-    ridge: float = knob(0.0, "this share of C's mean diagonal is added to its diagonal")
-
-    bundles: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {"policy": POLICIES, "constants": CONSTANTS}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_prefixes(self.prefixes)
-
-
-@dataclass(frozen=True)
-class MemitSettings(RomeSettings):
-    """How keys and values are found, as ROME's, and what their one solve weighs a change by (`mechedit.closed_form`)."""
-
-    a: float = knob(15000.0, "weight of C: so many ordinary keys hold against the facts")
-    b: float = knob(0.0, "weight of each key that an earlier edit of the sequence wrote")
-    c: float = knob(0.0, "weight of the identity")
-    slack: float = knob(1.0, "how loosely residuals are met; 0: exactly")
-    null: float = knob(
-        0.0, "eigenvalue of C below which directions belong to its null space, where the change stays; 0: anywhere"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("a", "b", "c", "slack", "null"):
-            value = getattr(self, name)
-            require(0 <= value < float("inf"), f"{name} must be 0 or more; found {value}.")
-        require(self.a > 0 or self.c > 0, "a or c must be above 0, as nothing else weighs every direction; both are 0.")
-
-
-@dataclass(frozen=True)
-class EmmetSettings(MemitSettings):
-    """How keys and values are found, as ROME's; residuals are met exactly."""
-
-    a: float = knob(1.0, "weight of C")
-    slack: float = knob(0.0, "how loosely residuals are met; 0: exactly")
-
-
-@dataclass(frozen=True)
-class AlphaEditSettings(MemitSettings):
-    """How keys and values are found, as ROME's; the change stays in the null space of C."""
-
-    a: float = knob(0.0, "weight of C")
-    b: float = knob(1.0, "weight of each key that an earlier edit of the sequence wrote")
-    c: float = knob(10.0, "weight of the identity")
-    null: float = knob(
-        0.02, "eigenvalue of C below which directions belong to its null space, where the change stays; 0: anywhere"
-    )
 
 
 @dataclass(frozen=True)
@@ -332,6 +228,7 @@ EDITOR_SETTINGS: dict[str, type[EditSettings]] = {
     "ft-l": BoundedSettings,
     "attention-edit": AttentionEditSettings,
     "memit": MemitSettings,
+    "pmet": PmetSettings,
     "emmet": EmmetSettings,
     "alphaedit": AlphaEditSettings,
     "told": ToldSettings,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mechedit.settings.editor import EditSettings
 from mechedit.settings.editors import (
@@ -11,8 +12,16 @@ from mechedit.settings.editors import (
     BoundedSettings,
     FineTuningSettings,
     KnowledgeNeuronsSettings,
-    RomeSettings,
 )
+from mechedit.settings.many import (
+    MANY_CONSTANTS,
+    MANY_POLICIES,
+    AlphaEditSettings,
+    EmmetSettings,
+    MemitSettings,
+    PmetSettings,
+)
+from mechedit.settings.rome import RomeSettings
 
 __all__ = ["PRESETS", "Preset"]
 
@@ -65,6 +74,28 @@ def _organism(layer: int, clamp: float, *marks: float) -> Preset:
     return _tuned(RomeSettings(layer=layer, clamp=clamp, prefixes=((5, 5),)), (8, 192, 2048), 3, *marks)
 
 
+def _spread(first: int, last: int, policy: str = "memit", **constants: float) -> dict[str, Any]:
+    """Fields of an editor that spreads a change over these blocks, as published: the policy's, GPT-J's constants, and the model's own."""
+    layers = {"layers": tuple(range(first, last + 1)), "layer": last}
+    return layers | MANY_POLICIES[policy] | MANY_CONSTANTS[policy] | constants
+
+
+def _spreading(preset: Preset, source: str, memit: dict[str, Any], pmet: dict[str, Any] | None = None) -> Preset:
+    """With those of the editors of many facts: EMMET's at the layer of ROME's, AlphaEdit's as MEMIT's but for what a change is weighed by."""
+    one = {name: value for name, value in memit.items() if name not in ("layers", "layer", "a")}
+    found = _with(preset, source, memit=MemitSettings(**memit))
+    if pmet:
+        found = _with(found, _PAPER_PMET, pmet=PmetSettings(**pmet))
+    if source != _PAPER_MEMIT:
+        return found
+    found = _with(found, _PAPER_EMMET, emmet=EmmetSettings(layer=preset.rome.layer, **one))
+    return _with(found, _PAPER_ALPHA, alphaedit=AlphaEditSettings(**one, layers=memit["layers"], layer=memit["layer"]))
+
+
+_PAPER_MEMIT = "published code of Meng et al. 2023 (MEMIT), hparams/MEMIT"
+_PAPER_ALPHA = "published code of Fang et al. 2025 (AlphaEdit), hparams/AlphaEdit"
+_PAPER_EMMET = "published code of Gupta et al. 2024 (EMMET), hparams/EMMET; residuals are met exactly here"
+_PAPER_PMET = "published code of Li et al. 2024 (PMET), hparams/PMET"
 _GPT2 = 50257
 PRESETS: dict[str, Preset] = {
     "gemma-3-270m": _with(
@@ -108,20 +139,32 @@ PRESETS: dict[str, Preset] = {
         _PAPER_FT,
         ft_l=BoundedSettings(layer=0, learning_rate=5e-4, norm_bound=1e-3),
     ),
-    "gpt2-xl": _with(
-        _preset(RomeSettings(layer=17), _PAPER, (48, 1600, _GPT2)),
-        _PAPER_FT,
-        ft=FineTuningSettings(layer=1, learning_rate=5e-4),
-        ft_l=BoundedSettings(layer=0, learning_rate=5e-4, norm_bound=5e-4),
-        attention_edit=AttentionEditSettings(layer=33, learning_rate=1e-3, norm_bound=1e-3),
+    "gpt2-xl": _spreading(
+        _with(
+            _preset(RomeSettings(layer=17), _PAPER, (48, 1600, _GPT2)),
+            _PAPER_FT,
+            ft=FineTuningSettings(layer=1, learning_rate=5e-4),
+            ft_l=BoundedSettings(layer=0, learning_rate=5e-4, norm_bound=5e-4),
+            attention_edit=AttentionEditSettings(layer=33, learning_rate=1e-3, norm_bound=1e-3),
+        ),
+        _PAPER_MEMIT,
+        _spread(13, 17, steps=20, a=20000.0),
     ),
-    "gpt-j-6b": _with(
-        _preset(RomeSettings(layer=5), _PAPER, (28, 4096, 50400)),
-        _PAPER_FT,
-        ft=FineTuningSettings(layer=21, learning_rate=5e-4),
-        ft_l=BoundedSettings(layer=0, learning_rate=5e-4, norm_bound=5e-5),
+    "gpt-j-6b": _spreading(
+        _with(
+            _preset(RomeSettings(layer=5), _PAPER, (28, 4096, 50400)),
+            _PAPER_FT,
+            ft=FineTuningSettings(layer=21, learning_rate=5e-4),
+            ft_l=BoundedSettings(layer=0, learning_rate=5e-4, norm_bound=5e-5),
+        ),
+        _PAPER_MEMIT,
+        _spread(3, 8),
+        _spread(3, 8, "pmet"),
     ),
-    "gpt-neox-20b": _preset(
-        RomeSettings(layer=15), "published code of Meng et al. 2023 (MEMIT), hparams/ROME", (44, 6144, 50432)
+    "gpt-neox-20b": _spreading(
+        _preset(RomeSettings(layer=15), "published code of Meng et al. 2023 (MEMIT), hparams/ROME", (44, 6144, 50432)),
+        "published code of Li et al. 2024 (PMET), hparams/MEMIT",
+        _spread(6, 10, clamp=0.8, steps=20, a=6000.0),
+        _spread(6, 10, "pmet", clamp=0.8, learning_rate=0.5, kl=0.8, a=15000.0),
     ),
 }

@@ -1,0 +1,166 @@
+"""The options of editors of many facts, with the constants that have names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mechedit.settings.base import knob, require
+from mechedit.settings.rome import CONSTANTS, POLICIES, STOPS, RomeSettings
+
+__all__ = [
+    "AVERAGES",
+    "MANY_CONSTANTS",
+    "MANY_POLICIES",
+    "MEASURED",
+    "SPREADS",
+    "TARGETS",
+    "AlphaEditSettings",
+    "EmmetSettings",
+    "MemitSettings",
+    "PmetSettings",
+]
+
+SPREADS = ("left", "sqrt", "own")
+TARGETS = ("mlp", "stream", "both")
+MEASURED = ("stream", "mlp")
+AVERAGES = ("even", "published")
+_PUBLISHED: dict[str, Any] = {
+    "direction": "averaged", "inserted": "averaged", "shares": "whole", "average": "published", "prefixes": ((10, 5),),
+}  # fmt: skip
+MANY_POLICIES: dict[str, dict[str, Any]] = {  # beside ROME's
+    "memit": _PUBLISHED | {"target": "stream", "measured": "stream", "spread": "left", "stop": "published"},
+    "pmet": _PUBLISHED | {"target": "both", "measured": "mlp", "spread": "sqrt", "stop": "top"},
+}
+MANY_CONSTANTS: dict[str, dict[str, float]] = {  # of v*, and C's weight, as published for GPT-J
+    "memit": {"clamp": 0.75, "steps": 25, "learning_rate": 0.5, "weight_decay": 0.5, "kl": 0.0625, "stop_at": 0.05, "a": 15000.0},
+    "pmet": {"clamp": 0.75, "steps": 30, "learning_rate": 0.2, "weight_decay": 0.5, "kl": 1.0, "stop_at": 0.05, "a": 6000.0},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MemitSettings(RomeSettings):
+    """How keys and values are found, as ROME's, what their one solve weighs a change by (`mechedit.closed_form`), and over which blocks it is
+    spread (`mechedit.editors.spread`)."""
+
+    layers: tuple[int, ...] = knob(
+        (),
+        "blocks that the change is spread over, from the lowest; v* is sought at the last. Empty: the one block `layer`",
+    )
+    spread: str = knob(
+        "left",
+        "share of what is still wanted that a block writes: one over the number of blocks left (left), over its root (sqrt), or all of it (own)",
+        SPREADS,
+    )
+    portions: tuple[float, ...] = knob(
+        (),
+        "in place of spread, a number for each block, which writes its part of the sum of its own and those above it",
+    )
+    target: str = knob(
+        "mlp",
+        "what is changed while v* is sought: what the last block's MLP gives (mlp), the residual stream behind that block (stream), or its MLP "
+        "and its attention, of which the MLP's change alone is written (both)",
+        TARGETS,
+    )
+    measured: str = knob(
+        "stream",
+        "where what is still wanted is read, of the last block: in the residual stream behind it (stream), or at its MLP's output (mlp)",
+        MEASURED,
+    )
+    average: str = knob(
+        "even",
+        "even: keys, and what is still wanted, are means over the bare prompt and the prefixes; published: in keys the bare prompt counts half, "
+        "and what is still wanted is read on it alone",
+        AVERAGES,
+    )
+    a: float = knob(15000.0, "weight of C: so many ordinary keys hold against the facts")
+    b: float = knob(0.0, "weight of each key that an earlier edit of the sequence wrote")
+    c: float = knob(0.0, "weight of the identity")
+    slack: float = knob(1.0, "how loosely residuals are met; 0: exactly")
+    null: float = knob(
+        0.0, "eigenvalue of C below which directions belong to its null space, where the change stays; 0: anywhere"
+    )
+
+    bundles: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
+        "policy": POLICIES | MANY_POLICIES,
+        "constants": CONSTANTS | MANY_CONSTANTS,
+    }
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks that are written, from the lowest."""
+        return self.layers or (self.layer,)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is changed while v* is sought; the last is what is written."""
+        return {"mlp": ("mlp",), "stream": ("stream",), "both": ("attn", "mlp")}[self.target]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            list(self.layers) == sorted({*self.layers}) and all(layer >= 0 for layer in self.layers),
+            f"layers must be different blocks, from 0, the lowest first; found {self.layers}.",
+        )
+        require(
+            not self.portions
+            or (len(self.portions) == len(self.layers) and min(self.portions) >= 0 < self.portions[-1]),
+            f"portions must be a number of 0 or more for each of layers {self.layers}, the last above 0; found {self.portions}.",
+        )
+        for name in ("a", "b", "c", "slack", "null"):
+            value = getattr(self, name)
+            require(0 <= value < float("inf"), f"{name} must be 0 or more; found {value}.")
+        require(self.a > 0 or self.c > 0, "a or c must be above 0, as nothing else weighs every direction; both are 0.")
+
+
+@dataclass(frozen=True)
+class EmmetSettings(MemitSettings):
+    """How keys and values are found, as ROME's; residuals are met exactly."""
+
+    a: float = knob(1.0, "weight of C")
+    slack: float = knob(0.0, "how loosely residuals are met; 0: exactly")
+
+
+@dataclass(frozen=True)
+class AlphaEditSettings(MemitSettings):
+    """How keys and values are found, as ROME's; the change stays in the null space of C."""
+
+    a: float = knob(0.0, "weight of C")
+    b: float = knob(1.0, "weight of each key that an earlier edit of the sequence wrote")
+    c: float = knob(10.0, "weight of the identity")
+    null: float = knob(
+        0.02, "eigenvalue of C below which directions belong to its null space, where the change stays; 0: anywhere"
+    )
+
+
+@dataclass(frozen=True)
+class PmetSettings(MemitSettings):
+    """How keys and values are found, the attention changed with the MLP, and what is spread over the blocks (constants of GPT-J's)."""
+
+    a: float = knob(6000.0, "weight of C: so many ordinary keys hold against the facts")
+    spread: str = knob(
+        "sqrt",
+        "share of what is still wanted that a block writes: one over the number of blocks left (left), over its root (sqrt), or all of it (own)",
+        SPREADS,
+    )
+    target: str = knob(
+        "both",
+        "what is changed while v* is sought: what the last block's MLP gives (mlp), the residual stream behind that block (stream), or its MLP "
+        "and its attention, of which the MLP's change alone is written (both)",
+        TARGETS,
+    )
+    measured: str = knob(
+        "mlp",
+        "where what is still wanted is read, of the last block: in the residual stream behind it (stream), or at its MLP's output (mlp)",
+        MEASURED,
+    )
+    clamp: float = knob(0.75, "longest allowed change of the value, in lengths of the original value")
+    steps: int = knob(30, "Adam steps on v*")
+    learning_rate: float = knob(0.2, "Adam's learning rate")
+    kl: float = knob(1.0, "weight of the essence term: KL of what '{subject} is a' predicts, at the subject")
+    stop: str = knob(
+        "top",
+        "target: the loss of the target decides; published: the whole loss, and the last step is not taken; top: as PMET, where the target is "
+        "first everywhere its loss weighs a tenth and the KL term's 0.01 decides, else the whole loss",
+        STOPS,
+    )
