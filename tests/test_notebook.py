@@ -131,9 +131,27 @@ def test_views_are_drawn_from_one_bundle_without_a_request_and_hostile_tokens_ar
     said = found.page.evaluate("document.body.innerText").replace("\u2060", "").replace("\u00a0", " ")
     assert said.count("<bos>") >= 2
     assert said.count("</script><script>document.title='ran'</script>") >= 4
+    assert not re.search("[\u202a-\u202e\u2028\u2029\x00\x1b]", said), "marks that move or end text are written out"
+    assert all(r"\u202eright to left" in each for each in (said, shown[1].text, shown[3].text)), "and can be read"
     assert "Causal trace" in frame.evaluate("document.body.innerText")
     frame.click("text=Attention outputs")
     assert "attn" not in found.page.url, "the state of a frame stays in it"
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 6])
+def test_a_hostile_prompt_is_text_in_every_view_of_a_model(model, at):
+    text = viewed.HOSTILE[at][:50]  # the tiny model reads no more
+    prompt = f"The {text} is"
+    for shown in (
+        notebook.attention(model, prompt, 1, prepend_bos=False),
+        notebook.answers(model, prompt, f"Paris {text[:9]}", k=2, prepend_bos=False),
+        notebook.neurons(model, prompt, [(1, 5)], prepend_bos=False),
+    ):
+        around = re.sub(r"const props = .*?; let left", "", shown.html)
+        assert len(re.findall("<script", around)) == len(re.findall("</script", around)) == len(props(shown))
+        assert "<img" not in around
+        for whole in (shown.html, shown.text):
+            assert not re.search("[\u202a-\u202e\u2028\u2029\x00\x1b]", whole)
 
 
 @pytest.mark.anywhere

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,3 +149,31 @@ def evaluation(records=30, editor="rome", neighbours=3, texts=2, length=40, harm
     what = {"editor": editor, "settings": {"mode": "independent"}, "model": {"name": "a model"}, "benchmark": "counterfact"}  # fmt: skip
     kept = {"prompts": prompts, "texts": written}
     return Evaluation(tuple(facts), {"before": before, "after": after}, what, 0, lambda name: iter(kept[name]))
+
+
+def like_counterfact(records=1000, editor="rome", seed=0) -> Evaluation:
+    """An evaluation of COUNTERFACT's shape: two paraphrases, ten neighbours, these behind the new fact too, and ten texts of a hundred
+    tokens before and after. Texts are words of the documentation at random, as often as it has them: as hard to compress as prose, and
+    before an edit the same whatever the editor."""
+    pages = sorted(Path(__file__).parents[1].glob("docs/*.md"))
+    words = np.array(re.findall(r"[A-Za-z]+[.,]?", " ".join(page.read_text(encoding="utf-8") for page in pages)))
+    names = ("ES", "EM", "PS", "PM", "NS", "NM", "p_new", "rewrite_acc", "rephrase_acc", "N+", "SR", "drift", "GE")
+    facts, rows, prompts, written = [], {"before": [], "after": []}, [], []
+    random = {"before": np.random.default_rng(0), "after": np.random.default_rng(seed + 1)}
+    wording = np.random.default_rng(0)
+    for index in range(records):
+        told = [" ".join(line) for line in words[wording.integers(len(words), size=(13, 6))]]
+        new, true, *subject = words[wording.integers(len(words), size=4)]
+        asked = [("prompt", told[0]), *(("paraphrase", each) for each in told[1:3])]
+        asked += [(kind, before + each) for kind, before in (("neighbour", ""), ("neighbour behind", f"{told[0]} {new}. ")) for each in told[3:]]  # fmt: skip
+        facts.append({"id": str(index), "subject": " ".join(subject), "prompt": told[0], "target_new": str(new), "target_true": str(true), "relation": f"P{index % 34}", "reason": ""})  # fmt: skip
+        for stage, drawn in random.items():
+            rows[stage].append(dict(zip(names, drawn.random(len(names)).tolist(), strict=True)))
+            log_p = iter((-15 * drawn.random(2 * len(asked))).tolist())
+            prompts += [{"stage": stage, "record": index, "kind": kind, "prompt": prompt, "target": str(target), "log_p": [next(log_p)], "first": [True]} for kind, prompt in asked for target in (new, true)]  # fmt: skip
+            for each, line in enumerate(words[drawn.integers(len(words), size=(10, 70))]):
+                begin = f"{' '.join(subject)} {('lives in', 'is known for', 'often travels to')[each % 3]}"
+                written.append({"stage": stage, "record": index, "prompt": begin, "text": f"{begin} {' '.join(line)}"})
+    what = {"editor": editor, "settings": {"mode": "independent"}, "model": {"name": "a model"}, "benchmark": "counterfact"}  # fmt: skip
+    kept = {"prompts": prompts, "texts": written}
+    return Evaluation(tuple(facts), rows, what, 0, lambda name: iter(kept[name]))

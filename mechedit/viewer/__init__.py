@@ -2,6 +2,7 @@
 
     contents.py     what a page shows of a trace, an average, severed curves, a sweep, an edit
     evaluations.py  of an evaluation, or of two side by side
+    packing.py      many texts and numbers in few characters
     pages.py        the file: data, style and script in one, under a policy that lets nothing else in
     reading.py      a result from a path, as `mechedit show` finds it
 

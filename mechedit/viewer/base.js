@@ -101,11 +101,31 @@ function drawsOf(levels, columns) {
   };
 }
 
-/** What was compressed; browsers before 2023 cannot. */
+/** What was compressed; browsers before 2023 cannot. Five of 85 letters are four bytes; the last group may be short. */
+const LETTERS = '0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%:()*+-;.=/?@^_`{|}~';
 async function unpacked(text) {
   if (typeof DecompressionStream === 'undefined') throw new Error('this browser cannot unpack the data; a newer one can');
-  const stream = new Blob([bytes(text)]).stream().pipeThrough(new DecompressionStream('gzip'));
-  return new Response(stream).arrayBuffer();
+  const value = new Uint8Array(128), groups = Math.ceil(text.length / 5), found = new DataView(new ArrayBuffer(4 * groups));
+  for (let index = 0; index < 85; index++) value[LETTERS.charCodeAt(index)] = index;
+  for (let group = 0; group < groups; group++) {
+    let number = 0;
+    for (let at = 5 * group; at < 5 * group + 5; at++) number = 85 * number + (at < text.length ? value[text.charCodeAt(at)] : 84);
+    found.setUint32(4 * group, number);
+  }
+  const whole = new Uint8Array(found.buffer, 0, text.length - groups);
+  return new Response(new Blob([whole]).stream().pipeThrough(new DecompressionStream('gzip'))).arrayBuffer();
+}
+
+/** Text that was coded word by word (viewer/packing.py). */
+async function textOf(packed, words) {
+  const codes = new Uint8Array(await unpacked(packed)), decoder = new TextDecoder(), found = [];
+  for (let at = 0; at < codes.length; at++) {
+    const code = codes[at];
+    if (code < 192) found.push(words[code]);
+    else if (code < 255) found.push(words[192 + 256 * (code - 192) + codes[++at]]);
+    else { found.push(decoder.decode(codes.subarray(at + 2, at + 2 + codes[at + 1]))); at += 1 + codes[at + 1]; }
+  }
+  return found.join('');
 }
 
 // --- state, in the address

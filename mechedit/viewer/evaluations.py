@@ -1,13 +1,12 @@
 """What a page shows of an evaluation, or of two side by side: the table of means, every record's numbers, and what these are made of.
 
 Records of two are matched by what they say, as `runs.comparing` does. A column is a result at a stage. Numbers of records, and their
-prompts and texts by blocks of fifty, are compressed; the browser unpacks a block when a record of it is looked at.
+prompts and texts by blocks of fifty, are compressed; the browser unpacks a block when a record of it is looked at. What a column has
+in common with one before it (the unedited model's texts in both results) is that column's number.
 """
 
 from __future__ import annotations
 
-import base64
-import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from mechedit.benchmarks.metrics import metric
 from mechedit.cache import plain
 from mechedit.runs.comparing import compare, places
 from mechedit.runs.results import Evaluation
+from mechedit.viewer.packing import Words, packed
 
 __all__ = ["DETAILED", "of_evaluations"]
 
@@ -59,7 +59,7 @@ def of_evaluations(results: Sequence[Evaluation], names: Sequence[str] = ()) -> 
         else [],
         "compared": {"records": compared.common, "stages": list(compared.stages)} if compared else None,
         "block": BLOCK,
-        "details": _details(results, keys, every[:DETAILED], columns),
+        **_details(results, keys, every[:DETAILED], columns),
         "made": [
             [f"{label}: {name}" if len(results) > 1 else name, value]
             for each, label in zip(results, labels, strict=True)
@@ -100,9 +100,9 @@ def _numbers(results: Any, keys: Any, every: Any, columns: Any, names: Sequence[
     return found
 
 
-def _details(results: Sequence[Evaluation], keys: Sequence[Mapping[Any, int]], every: Sequence[Any], columns: Any) -> list[str]:  # fmt: skip
-    """Of each record [prompts, texts], in packed blocks. A prompt is [kind, prompt, targets, log-probabilities by column], a text
-    [prompt, texts by column]."""
+def _details(results: Sequence[Evaluation], keys: Sequence[Mapping[Any, int]], every: Sequence[Any], columns: Any) -> dict[str, Any]:  # fmt: skip
+    """Of each record [prompts, texts], in packed blocks, and the words that these are coded with. A prompt is [kind, prompt, targets,
+    log-probabilities by column], a text [prompt, texts by column]."""
     found: list[tuple[dict[Any, Any], dict[Any, Any]]] = [({}, {}) for _ in every]
     at = {(each["result"], each["stage"]): column for column, each in enumerate(columns)}
     for index, result in enumerate(results):
@@ -113,13 +113,19 @@ def _details(results: Sequence[Evaluation], keys: Sequence[Mapping[Any, int]], e
                 if line["record"] in place and (index, line["stage"]) in at:
                     add(found[place[line["record"]]], line, at[index, line["stage"]], len(columns), seen)
     if not any(prompts or texts for prompts, texts in found):
-        return []
-    lines = iter([[[*key, *value] for key, value in prompts.items()], [[key[0], value] for key, value in texts.items()]] for prompts, texts in found)  # fmt: skip
+        return {"details": [], "words": ""}
+    lines = iter([[[*key, targets, _once(values)] for key, (targets, values) in prompts.items()], [[key[0], _once(value)] for key, value in texts.items()]] for prompts, texts in found)  # fmt: skip
     blocks = []
     while block := list(islice(lines, BLOCK)):
         text = json.dumps(plain(block), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        blocks.append(packed(text.encode("utf-8", "backslashreplace")))
-    return blocks
+        blocks.append(text.encode("utf-8", "backslashreplace").decode())
+    words = Words(blocks)
+    return {"details": [packed(words.coded(each)) for each in blocks], "words": words.packed()}
+
+
+def _once(values: Sequence[Any]) -> list[Any]:
+    """Values by column, with the number of the first column that has the same in the place of a repeated one."""
+    return [first if each and (first := values.index(each)) < at else each for at, each in enumerate(values)]
 
 
 def _add_prompt(own: Any, line: Any, column: int, columns: int, seen: dict[Any, int]) -> None:
@@ -129,7 +135,12 @@ def _add_prompt(own: Any, line: Any, column: int, columns: int, seen: dict[Any, 
     log_p, into = line["log_p"], values[column]
     into += [None] * (len(targets) - len(into))
     mean = sum(log_p) / len(log_p) if log_p else float("nan")
-    into[targets.index(line["target"])] = round(mean, 4) if mean == mean else None
+    into[targets.index(line["target"])] = _rounded(mean) if mean == mean else None
+
+
+def _rounded(log_p: float) -> float:
+    """As exactly as its probability is shown: in percent with a decimal, and where it is small in two figures."""
+    return round(log_p, 4 if log_p > -2.5 else 3 if log_p > -5 else 2)
 
 
 def _add_text(own: Any, line: Any, column: int, columns: int, seen: dict[Any, int]) -> None:
@@ -144,8 +155,3 @@ def _said(name: str, value: Any) -> list[list[str]]:
     if isinstance(value, Mapping):
         return [each for key, inner in value.items() for each in _said(f"{name} {key}".strip().replace("_", " "), inner)]  # fmt: skip
     return [] if value in (None, "", [], ()) else [[name, str(value)]]
-
-
-def packed(data: bytes) -> str:
-    """Bytes as text, compressed; the same bytes give the same text."""
-    return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode()

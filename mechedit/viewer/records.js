@@ -100,7 +100,8 @@ makers.evaluation = async () => {
       const own = shownColumns(), column = own[found[1] && found[1].toLowerCase() === 'b' ? 1 : 0];
       if (!column) return false;
       const value = valueOf(column.index, name, index) * metric(name).scale, edge = Number(found[4]);
-      return { '<': value < edge - 1e-6, '<=': value <= edge + 1e-6, '>': value > edge + 1e-6, '>=': value >= edge - 1e-6, '=': Math.abs(value - edge) < 0.05 }[found[3]];
+      const slack = 1e-6 * (1 + Math.abs(edge));  // seven of ten are 69.9999988 % in single precision
+      return { '<': value < edge - slack, '<=': value <= edge + slack, '>': value > edge + slack, '>=': value >= edge - slack, '=': Math.abs(value - edge) < 0.05 }[found[3]];
     });
   }
   function chosen() {
@@ -180,10 +181,14 @@ makers.evaluation = async () => {
 
   const detail = el('div.details');
   const blocks = new Map();
+  let vocabulary = null;
+  /** A line with every column's value, where a number stands for that of the column before it which is the same. */
+  const everyColumn = (line) => { const values = line.at(-1); return [...line.slice(0, -1), values.map((each) => (typeof each === 'number' ? values[each] : each))]; };
   function block(record) {
     const at = Math.floor(record / data.block);
     if (at >= data.details.length) return Promise.resolve(null);
-    if (!blocks.has(at)) blocks.set(at, unpacked(data.details[at]).then((raw) => JSON.parse(new TextDecoder().decode(raw))));
+    vocabulary = vocabulary || unpacked(data.words).then((raw) => JSON.parse(new TextDecoder().decode(raw)));
+    if (!blocks.has(at)) blocks.set(at, vocabulary.then((all) => textOf(data.details[at], all)).then((text) => JSON.parse(text).map((own) => own.map((each) => each.map(everyColumn)))));
     return blocks.get(at).then((all) => all[record % data.block]);
   }
   const both = (record) => columns.map((each, index) => ({ ...each, index })).filter((each) => each.shared || records[record][NOTE + each.result] !== null);
