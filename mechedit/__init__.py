@@ -20,6 +20,7 @@ functions whose names end in `_`.
 | values.optimise    | yes     | yes      | no                | no    | no                    |
 | rank_one.solve     | no      | no       | no                | no    | no                    |
 | closed_form.Metric | no      | no       | no                | no    | no                    |
+| recursive.least_squares | no | no       | no                | no    | no                    |
 | rank_one.edited    | no      | no       | and puts them back| no    | no                    |
 | changes.total      | no      | no       | no                | no    | no                    |
 | editing.make_ready | yes     | no       | and puts them back| cache | own generator         |
@@ -40,6 +41,7 @@ functions whose names end in `_`.
 | scoring.score      | yes     | no       | no                | no    | no                    |
 | counterfact.scores | yes     | no       | no                | no    | no                    |
 | runs.evaluate      | yes     | yes      | and puts them back| folder, cache | own generator |
+| runs.sequence      | yes     | yes      | and puts them back| folder, cache | own generator |
 | runs.sweep         | yes     | yes      | and puts them back| folder, cache | own generator |
 | study.write_scenarios | yes  | yes      | and puts them back| folder, cache | own generator |
 """
@@ -75,6 +77,7 @@ _MODULES = (
     "organism",
     "prompts",
     "rank_one",
+    "recursive",
     "runs",
     "scoring",
     "settings",

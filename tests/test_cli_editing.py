@@ -145,6 +145,41 @@ def test_edits_of_many_facts_are_kept_and_can_be_composed_compared_and_exported(
     assert "is not empty; export into a new folder" in err
 
 
+def test_a_sequence_is_kept_resumed_shown_and_written_as_one_edit(run, counterfact, tmp_path):
+    quick = ("--layer", "1", "--steps", "2", "--prefixes", "none", "--editor", "sequential", "--sequence")
+    folder = tmp_path / "run"
+    status, out, _ = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder), "--limit", "1")
+    assert (status, "1 of 1 facts stand" in out) == (0, True)
+    record = tmp_path / "sequence.json"
+    status, out, _ = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder), "--json", str(record))
+    assert (status, "2 of 2 facts stand, by 2 rows in 2 batches; 0 conflicts" in out) == (0, True)
+    assert [look["edits"] for look in json.loads(record.read_text())["looks"]] == [1, 2]
+    assert run("apply", str(folder / "edit.safetensors"))[0] == 0
+    status, out, _ = run("show", str(folder), model=False)
+    assert (status, "2 of 2 facts stand" in out, "perplexity ratio" in out) == (0, True, True)
+    status, _, err = run("edit", "--facts", str(counterfact), *quick, "--steps", "3", "--out", str(folder))
+    assert (status, "begun with steps = 2, and this is 3" in err) == (2, True)
+    state = folder / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-9])
+    status, _, err = run("show", str(folder), model=False)
+    assert (status, len(err.splitlines())) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--sequence", "--prompt-less"), "--sequence"),
+        (("--together", "3"), "--together is of --sequence"),
+        (("--sequence", "--together", "0"), "together must be at least 1"),
+    ],
+)
+def test_options_of_sequences_that_cannot_be_are_errors_before_a_model_is_loaded(options, message, run, counterfact, tmp_path):  # fmt: skip
+    facts = () if "--prompt-less" in options else ("--facts", str(counterfact), "--out", str(tmp_path / "run"))
+    given = [each for each in options if each != "--prompt-less"]
+    status, _, err = run("edit", *facts, *given)
+    assert (status, message in err) == (2, True), err
+
+
 def test_edits_that_write_nothing_are_said_to(run, counterfact, tmp_path, monkeypatch):
     path, other = (tmp_path / f"{name}.safetensors" for name in ("edit", "other"))
     monkeypatch.setitem(guards.BANDS, "relative_norm", (1e3, 1e4, "nothing is"))

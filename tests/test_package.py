@@ -252,6 +252,7 @@ ORDER = [
     "organism",
     "rank_one",
     "closed_form",
+    "recursive",
     "keys",
     "neurons",
     "sites",

@@ -75,7 +75,7 @@ REFERENCE: dict[str, tuple[str, str, tuple[str, ...]]] = {  # page: title, what 
     "mathematics": (
         "Keys, values and the closed form",
         "The steps of ROME, each a function of tensors.",
-        ("keys", "values", "rank_one", "closed_form"),
+        ("keys", "values", "rank_one", "closed_form", "recursive"),
     ),
     "moments": ("mechedit.moments", "", ("moments",)),
     "neurons": ("mechedit.neurons", "", ("neurons", "neurons.result")),
@@ -114,6 +114,8 @@ REFERENCE: dict[str, tuple[str, str, tuple[str, ...]]] = {  # page: title, what 
             "runs.evaluating",
             "runs.results",
             "runs.comparing",
+            "runs.extending",
+            "runs.sequence",
             "runs.sweeping",
             "runs.status",
             "runs.engines",

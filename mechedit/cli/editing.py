@@ -1,4 +1,4 @@
-"""The command edit: one fact, or every fact of a file."""
+"""The command edit: one fact, or every fact of a file, each alone or one on top of the other."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechedit.cli.choosing import add_editor, chosen_editor, given_edit_settings, resolved
 from mechedit.cli.options import PRESET, a_path, add_command, add_json, add_prompt, add_text, an_integer
+from mechedit.cli.sequencing import add_sequencing, check_sequencing, edit_in_sequence
 from mechedit.cli.terminal import (
     UsageError,
     check_files,
@@ -52,6 +53,7 @@ def add_editing(commands: Any, editor: str) -> None:
     )
     edit.add_argument("--limit", type=an_integer, metavar="N", help="of --facts, the first N")
     add_editor(edit, editor)
+    add_sequencing(edit)
     add_text(edit)
     edit.add_argument(
         "--moment", type=a_path, metavar="FILE", help="of ROME: C from a file of mechedit, or a published .npz"
@@ -69,6 +71,7 @@ def _edit(arguments: argparse.Namespace) -> None:
     given = given_edit_settings(arguments)  # mistakes are reported before the model is loaded
     editor = chosen_editor(arguments)
     _check_moment_options(arguments, editor)
+    check_sequencing(arguments)
     if arguments.facts:
         chosen = _facts_to_edit(arguments)
     elif None in (arguments.prompt, arguments.subject, arguments.target):
@@ -83,6 +86,8 @@ def _edit(arguments: argparse.Namespace) -> None:
     settings = resolved(model, editor, given)
     with progress_bars() as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", EditWarning)  # `show_edit` has the reasons
+        if arguments.sequence:
+            return edit_in_sequence(arguments, model, chosen, editor, settings, progress)
         prepared = _prepared(arguments, model, settings, moment, progress)
         if arguments.facts:
             return _edit_facts(arguments, model, chosen, editor, settings, prepared, progress)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechedit.cli.options import a_path, add_command, add_json
+from mechedit.cli.sequencing import show_sequence
 from mechedit.cli.terminal import (
     UsageError,
     check_places,
@@ -33,7 +34,7 @@ __all__ = ["add_results", "show_evaluation"]
 
 MANY_RUNS = 12  # of which `status` shows each stage's sum
 MANY_UNITS = 20  # of a run, that `show` names
-SHOWN = "an edit, trace, severed or moment file, or a folder of evaluate, sweep, tune, trace --facts or edit --facts"
+SHOWN = "an edit, sequence, trace, severed or moment file, or a folder of evaluate, sweep, tune, trace --facts or edit --facts (--sequence)"
 
 
 def add_results(commands: Any) -> None:
@@ -83,6 +84,8 @@ def _of_folder(console: Console, folder: Path) -> dict[str, Any]:
         found = Evaluation.load(folder)
         show_evaluation(console, found)
         return found.to_json()
+    if (folder / "state.safetensors").is_file():
+        return _of_blob(console, folder / "state.safetensors")
     for name in ("sweep.json", "tuned.json", "average.json"):
         if (folder / name).is_file():
             return _of_json(console, folder / name)
@@ -103,11 +106,12 @@ def _of_file(console: Console, path: Path) -> dict[str, Any]:
 
 
 def _of_blob(console: Console, place: Path | Blob) -> dict[str, Any]:
-    """An edit, a trace, severed curves, a second moment, or the scores of a record."""
+    """An edit, a sequence, a trace, severed curves, a second moment, or the scores of a record."""
     import json
 
     from mechedit import edits, files
     from mechedit.moments import Moment
+    from mechedit.runs import sequence
     from mechedit.tracing import Trace
     from mechedit.tracing.severing import Severed
 
@@ -126,6 +130,8 @@ def _of_blob(console: Console, place: Path | Blob) -> dict[str, Any]:
         show_trace(console, trace)
         show_sites(console, trace)
         return trace.to_json()
+    if kind == sequence.KIND and isinstance(place, Path):
+        return show_sequence(console, sequence.load(place))
     if kind == "severed":
         return _plain(console, place, Severed.load(place).to_json())
     if kind == "moment" and isinstance(place, Path):

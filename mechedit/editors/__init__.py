@@ -2,7 +2,7 @@
 
     rome.py          ROME (Meng et al. 2022)
     controls.py      ROME with a part taken out: rome-identity, rome-random-layer, rome-random-key
-    many.py          memit, emmet, alphaedit and pmet: one solve for many facts
+    many.py          memit, emmet, alphaedit, pmet and sequential: one solve for many facts
     spread.py        what several layers write of one change
     descent.py       gradient steps on weights of one block, which the next two take
     fine_tuning.py   ft and ft-l: on `W_out` (FT, FT+L)
@@ -44,6 +44,7 @@ BUILT_IN = {
     "emmet": "mechedit.editors.many:Emmet",
     "alphaedit": "mechedit.editors.many:AlphaEdit",
     "pmet": "mechedit.editors.many:Pmet",
+    "sequential": "mechedit.editors.many:Sequential",
     "told": "mechedit.editors.told:Told",
     "kn": "mechedit.editors.knowledge_neurons:KnowledgeNeurons",
     "mend": "mechedit.editors.trained.editor:MendEditor",

@@ -7,6 +7,8 @@
     alphaedit   b = 1, c = 10, in the null space of C: earlier edits keep their values, C's large directions are not touched
                 (Fang et al. 2025)
     pmet        a = 6000, slack 1: while v* is sought, the attention may change too, of which nothing is written (Li et al. 2024)
+    sequential  b = 1, slack 1, a = d_mlp / 20: the default for long runs. After any number of edits W is what one solve for all of them
+                gives (`mechedit.recursive`), and `mechedit.runs.sequence` keeps, resumes, watches and takes apart such runs
 
 R is what the values v* are more than the keys return now. With `layers` it is spread over several blocks (`spread`), each with its own C.
 In a sequence each edit hands on its keys, block by block, and P is the sum of k k^T over all of them.
@@ -44,12 +46,15 @@ from mechedit.settings import (
     MomentSettings,
     PmetSettings,
     RomeSettings,
+    SequentialSettings,
     SettingsError,
     given,
 )
 from mechedit.values import HOOKS
 
-__all__ = ["AlphaEdit", "Emmet", "Memit", "Pmet", "Stack", "prepare"]
+__all__ = ["EARLIER", "AlphaEdit", "Emmet", "Memit", "Pmet", "Sequential", "Stack", "prepare", "terms_of"]
+
+ORDINARY = 20.0  # d_mlp is k C^-1 k of an ordinary key k, on average: so much less than such a key C weighs
 
 KEYS, EARLIER = (
     "keys",
@@ -253,6 +258,18 @@ class AlphaEdit(Memit):
 
     name = "alphaedit"
     settings: ClassVar[type[AlphaEditSettings]] = AlphaEditSettings
+
+
+class Sequential(Memit):
+    """The default for long runs, as an editor."""
+
+    name = "sequential"
+    settings: ClassVar[type[SequentialSettings]] = SequentialSettings
+
+    def resolve(self, model: HookedModel, settings: Any = None) -> Any:
+        resolved = super().resolve(model, settings)
+        d_mlp = models.W_out(model, resolved.layer).shape[0]
+        return resolved if resolved.a or resolved.c else replace(resolved, a=d_mlp / ORDINARY)
 
 
 def terms_of(settings: MemitSettings) -> Terms:

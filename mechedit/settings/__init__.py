@@ -7,6 +7,7 @@
     editor.py       EditSettings, of which every editor's derive
     rome.py, many.py, editors.py   those of each editor, with the constants that have names
     evaluating.py   EvaluateSettings, SweepSettings, TuneSettings
+    sequences.py    SequenceSettings
     training.py     MendTraining, KeTraining
     presets.py      what suits which model, by editor
     studying.py     StudySettings
@@ -47,10 +48,12 @@ from mechedit.settings.many import (
     EmmetSettings,
     MemitSettings,
     PmetSettings,
+    SequentialSettings,
 )
 from mechedit.settings.moments import MomentSettings
 from mechedit.settings.presets import PRESETS, Preset
 from mechedit.settings.rome import CONSTANTS, POLICIES, SHARES, STOPS, WHOSE_KEY, RomeSettings
+from mechedit.settings.sequences import ON_COLLAPSE, SequenceSettings
 from mechedit.settings.studying import UNEDITED, StudySettings
 from mechedit.settings.tracing import (
     CENTRES,
@@ -101,6 +104,7 @@ __all__ = [
     "NEURON_MODES",
     "NEURON_POLICIES",
     "NO_EDGE",
+    "ON_COLLAPSE",
     "POLICIES",
     "PRECISIONS",
     "PREFIXES",
@@ -137,6 +141,8 @@ __all__ = [
     "PmetSettings",
     "Preset",
     "RomeSettings",
+    "SequenceSettings",
+    "SequentialSettings",
     "Settings",
     "SettingsError",
     "StudySettings",

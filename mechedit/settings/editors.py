@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from mechedit.settings.base import knob, require
 from mechedit.settings.editor import PREFIXES, EditSettings, check_prefixes
-from mechedit.settings.many import AlphaEditSettings, EmmetSettings, MemitSettings, PmetSettings
+from mechedit.settings.many import AlphaEditSettings, EmmetSettings, MemitSettings, PmetSettings, SequentialSettings
 from mechedit.settings.rome import RomeSettings
 
 __all__ = [
@@ -231,6 +231,7 @@ EDITOR_SETTINGS: dict[str, type[EditSettings]] = {
     "pmet": PmetSettings,
     "emmet": EmmetSettings,
     "alphaedit": AlphaEditSettings,
+    "sequential": SequentialSettings,
     "told": ToldSettings,
     "kn": KnowledgeNeuronsSettings,
     "mend": MendSettings,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mechedit.settings.base import knob, require
+from mechedit.settings.editor import GUARDS
 from mechedit.settings.rome import CONSTANTS, POLICIES, STOPS, RomeSettings
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "EmmetSettings",
     "MemitSettings",
     "PmetSettings",
+    "SequentialSettings",
 ]
 
 SPREADS = ("left", "sqrt", "own")
@@ -110,6 +112,9 @@ class MemitSettings(RomeSettings):
         for name in ("a", "b", "c", "slack", "null"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), f"{name} must be 0 or more; found {value}.")
+        self._check_weights()
+
+    def _check_weights(self) -> None:
         require(self.a > 0 or self.c > 0, "a or c must be above 0, as nothing else weighs every direction; both are 0.")
 
 
@@ -164,3 +169,21 @@ class PmetSettings(MemitSettings):
         "first everywhere its loss weighs a tenth and the KL term's 0.01 decides, else the whole loss",
         STOPS,
     )
+
+
+@dataclass(frozen=True)
+class SequentialSettings(MemitSettings):
+    """How keys and values are found, as ROME's; earlier edits weigh as much as new ones."""
+
+    guard: str = knob(
+        "warn",
+        "an edit out of its bands is an error (refuse), a warning (warn), or empty, with the reason (rollback); a sequence is watched as a whole",
+        GUARDS,
+    )
+    a: float = knob(
+        0.0, "weight of C: so many ordinary keys hold against the facts; 0: as the model's width has it, d_mlp / 20"
+    )
+    b: float = knob(1.0, "weight of each key that an earlier edit of the sequence wrote")
+
+    def _check_weights(self) -> None:
+        """None that cannot be: what is 0 is filled in for the model."""

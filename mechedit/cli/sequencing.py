@@ -1,0 +1,97 @@
+"""`edit --sequence`: facts written one on top of the other, and how such a run is shown."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence as Several
+from typing import TYPE_CHECKING, Any
+
+from mechedit.cli.options import add_settings, given_settings
+from mechedit.cli.terminal import UsageError, console_of, keeping, show_files, show_table, write_json
+from mechedit.settings import SequenceSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mechedit.editing import Editor
+    from mechedit.facts import Fact
+    from mechedit.models import HookedModel
+    from mechedit.progress import Progress
+    from mechedit.runs.sequence import Sequence
+
+__all__ = ["add_sequencing", "check_sequencing", "edit_in_sequence", "show_sequence"]
+
+LOOKS = ("success", "others", "perplexity_ratio", "next_token_kl", "change", "spectrum")
+
+
+def add_sequencing(parser: argparse.ArgumentParser) -> None:
+    """--sequence, and the options of sequences."""
+    parser.add_argument(
+        "--sequence",
+        action="store_true",
+        help="of --facts: each on what the ones before it left, kept in --out DIR and resumed from there (`--editor sequential` is made for it)",
+    )
+    add_settings(parser, SequenceSettings)
+
+
+def check_sequencing(arguments: argparse.Namespace) -> None:
+    """Raise for options of sequences without one."""
+    given = given_settings(arguments, SequenceSettings)
+    SequenceSettings(**given)
+    if arguments.sequence and not arguments.facts:
+        raise UsageError("--sequence is of many facts: give --facts FILE and --out DIR.")
+    if given and not arguments.sequence:
+        raise UsageError(f"--{next(iter(given)).replace('_', '-')} is of --sequence; give it too.")
+    if arguments.sequence and (arguments.text or arguments.moment):
+        raise UsageError("--text and --moment are of single edits; a sequence estimates its C.")
+
+
+def edit_in_sequence(
+    arguments: argparse.Namespace,
+    model: HookedModel,
+    chosen: Several[Fact],
+    editor: Editor,
+    settings: Any,
+    progress: Progress,
+) -> None:
+    """All facts, and one edit of what stands."""
+    from mechedit import edits
+    from mechedit.runs.extending import run_sequence
+    from mechedit.runs.sequence import as_edit
+
+    how = SequenceSettings(**given_settings(arguments, SequenceSettings))
+    with keeping(f"the sequence so far is kept in {arguments.out}, and the same command goes on from there"):
+        found = run_sequence(model, chosen, arguments.out, how, editor, settings, progress=progress)
+    written = [arguments.out / name for name in ("state.safetensors", "looks.json")]
+    if found.standing:
+        written.append(edits.save(as_edit(found), arguments.out / "edit.safetensors"))
+    written += write_json(arguments.json, found.to_json())
+    console = console_of(arguments)
+    show_sequence(console, found)
+    show_files(console, written)
+    if not found.standing:
+        raise edits.EditError(f"none of the {len(found.entries)} facts stands: {found.entries[0].why}.")
+
+
+def show_sequence(console: Console, found: Sequence) -> dict[str, Any]:
+    """How many stand, why the others do not, and each look; all of it as JSON values too."""
+    record = found.to_json()
+    console.print(
+        f"{record['editor']} on {record['model']}: {record['standing']} of {record['facts']} facts stand, by {record['rows']} rows in "
+        f"{record['batches']} batches; {record['conflicts']} conflicts"
+    )
+    for why, n in record["why"].items():
+        console.print(f"{n} not: {why}")
+    rows = [
+        (
+            str(look["edits"]),
+            *("" if look[name] is None else f"{look[name]:.3g}" for name in LOOKS),
+            ", ".join(look["out"]),
+        )
+        for look in found.looks
+    ]
+    if rows:
+        show_table(console, ("edits", *(name.replace("_", " ") for name in LOOKS), "out of its band"), rows)
+    if collapse := found.collapse:
+        console.print(f"it broke by edit {collapse['edits']}: {', '.join(collapse['out'])}")
+    return record

@@ -1,0 +1,77 @@
+"""Many edits of one layer as one least-squares problem, whatever the order in which they came.
+
+Keys k with values v, written one after another by the solve of `mechedit.closed_form` that counts the keys of earlier edits
+(b = 1, slack = 1), leave the change that one solve for all of them gives:
+
+    D = (a C + c I + P)^-1 Q,    P = sum of k k^T,    Q = sum of k r^T,    r = v - (k W0 + b_out)
+
+so P and Q are all that an edit needs to know of those before it, and an edit is taken out by taking its k k^T and k r^T out of them.
+Everything is float64 on the CPU. A solve costs one factor of d_mlp by d_mlp and d_model right sides, however many edits there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechedit import rank_one
+from mechedit.closed_form import ClosedFormError, Metric, Terms
+
+__all__ = ["Sums", "check_recursive", "least_squares"]
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """P and Q of the edits so far."""
+
+    P: Float[Tensor, "d_mlp d_mlp"] = field(repr=False)
+    Q: Float[Tensor, "d_mlp d_model"] = field(repr=False)
+
+    @classmethod
+    def none(cls, d_mlp: int, d_model: int) -> Sums:
+        """Of no edits."""
+        return cls(torch.zeros(d_mlp, d_mlp, dtype=torch.float64), torch.zeros(d_mlp, d_model, dtype=torch.float64))
+
+    def plus(self, keys: Float[Tensor, "n d_mlp"], residuals: Float[Tensor, "n d_model"]) -> Sums:
+        """With these edits, whose residuals are to what the keys return without any edit."""
+        keys, residuals = keys.detach().cpu().double(), residuals.detach().cpu().double()
+        return Sums(self.P + keys.T @ keys, self.Q + keys.T @ residuals)
+
+    def minus(self, keys: Float[Tensor, "n d_mlp"], residuals: Float[Tensor, "n d_model"]) -> Sums:
+        """Without these edits, which are among them."""
+        keys, residuals = keys.detach().cpu().double(), residuals.detach().cpu().double()
+        return Sums(self.P - keys.T @ keys, self.Q - keys.T @ residuals)
+
+
+def check_recursive(terms: Terms) -> None:
+    """Raise unless edits with these terms, one after another, are one least-squares problem.
+
+    Raises:
+        ClosedFormError: earlier keys do not weigh as much as those that are written.
+    """
+    if terms.b * terms.slack != 1:
+        raise ClosedFormError(
+            f"edits can be taken out of a sequence whose earlier keys weigh as much as new ones, b = 1 / slack; found b = {terms.b:g} and "
+            f"slack = {terms.slack:g}."
+        )
+
+
+def least_squares(metric: Metric, sums: Sums) -> Float[Tensor, "d_mlp d_model"]:
+    """D, for a metric without earlier keys; inside the null space of C where its terms have one.
+
+    Raises:
+        ClosedFormError: terms with which edits are no such problem.
+        RankOneError: NaN or infinity, or a matrix that is not positive definite.
+    """
+    terms = metric.terms
+    check_recursive(terms)
+    rank_one.check_finite(P=sums.P, Q=sums.Q)
+    P, Q, basis = sums.P + terms.slack * terms.a * metric.C.detach().cpu().double(), sums.Q, metric.basis
+    if basis is not None:
+        P, Q = basis.T @ P @ basis, basis.T @ Q
+    P = (P + P.T) / 2 + terms.slack * terms.c * torch.eye(len(P), dtype=P.dtype)
+    D = torch.cholesky_solve(Q, rank_one.factor(P))
+    return D if basis is None else basis @ D

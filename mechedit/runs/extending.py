@@ -1,0 +1,307 @@
+"""Go on with a sequence of edits: batch after batch, each found on the model with those before it, kept as it grows.
+
+Facts about one subject share one value (MEMIT-Merge, arXiv 2502.07322): when another comes, the row of the earlier ones is taken out, and one value
+is found that answers them all. Of facts that contradict each other, by subject and relation, the later wins, and the earlier one's
+key goes out first; or it is refused. What cannot be edited is left out, and says why. All of it holds for exact editors; with the others
+the later fact is written over the earlier.
+
+The folder has `state.safetensors`, `good.safetensors` (as it was at the last look without a measure out of its band) and `looks.json`. A
+run that was killed goes on from the state, and ends bit for bit as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence as Several
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mechedit import cache, editing, prompts, scoring
+from mechedit.benchmarks.health import unedited
+from mechedit.changes import Dense, by_weight, total
+from mechedit.closed_form import Metric
+from mechedit.editing import Editor, Prepared
+from mechedit.editors import named
+from mechedit.editors.many import terms_of
+from mechedit.edits import Edit, EditError
+from mechedit.facts import Fact, FactError
+from mechedit.models import HookedModel
+from mechedit.progress import Progress, silent
+from mechedit.runs.editing import attempt
+from mechedit.runs.sequence import (  # fmt: skip
+    Entry,
+    Row,
+    Sequence,
+    SequenceError,
+    begin,
+    check_of,
+    load,
+    parts_of,
+    save,
+    solved,
+    without,
+    written,
+)
+from mechedit.runs.store import check_plain
+from mechedit.runs.watching import look
+from mechedit.settings import SequenceSettings
+
+__all__ = ["extend", "run_sequence"]
+
+STATE, GOOD = "state.safetensors", "good.safetensors"
+SAID = "the model says it already"
+
+
+def run_sequence(
+    model: HookedModel,
+    facts: Several[Fact],
+    folder: str | Path,
+    how: SequenceSettings | None = None,
+    editor: str | Editor = "sequential",
+    settings: Any = None,
+    prepared: Prepared | None = None,
+    *,
+    progress: Progress = silent,
+) -> Sequence:
+    """The sequence of all facts, kept in `folder`, from where it is. The model is left as it is.
+
+    Raises:
+        SequenceError: the folder has a sequence of another model, other settings or other facts.
+        FileError: its state was cut off or changed.
+    """
+    folder, how = Path(folder), how or SequenceSettings()
+    cache.check_writable(folder / STATE)
+    check_plain(model)
+    editor = named(editor)
+    settings = editor.resolve(model, settings)
+    prepared = prepared if prepared is not None else editing.make_ready(model, editor, settings, progress=progress)
+    sequence = begin(model, editor, settings, prepared)
+    if (place := folder / STATE).exists():
+        found = load(place)
+        check_of(model, found, sequence)
+        _check_facts(found, facts, how)
+        sequence = found
+    return extend(model, sequence, facts[len(sequence.entries) :], how, editor, settings, prepared, folder=folder, progress=progress)  # fmt: skip
+
+
+def _check_facts(sequence: Sequence, facts: Several[Fact], how: SequenceSettings) -> None:
+    for index, (entry, fact) in enumerate(zip(sequence.entries, facts, strict=False)):
+        if entry.fact["subject"] != fact.subject or entry.as_fact != fact:
+            raise SequenceError(
+                f"the folder's sequence has {entry.as_fact.prompt!r} as edit {index}, and this run {fact.prompt!r}; give the facts that it was "
+                "begun with, more behind them, or another folder."
+            )
+    if len(facts) < len(sequence.entries):
+        raise SequenceError(
+            f"the folder's sequence has {len(sequence.entries)} facts already, and this run {len(facts)}; give them all, or another folder."
+        )
+    if len(sequence.entries) % how.together and len(facts) > len(sequence.entries):
+        raise SequenceError(
+            f"the folder's sequence ends after {len(sequence.entries)} facts, within a batch of {how.together}; give the batch it was begun with."
+        )
+
+
+def extend(
+    model: HookedModel,
+    sequence: Sequence,
+    facts: Several[Fact],
+    how: SequenceSettings,
+    editor: Editor,
+    settings: Any,
+    prepared: Any,
+    *,
+    folder: Path | None = None,
+    progress: Progress = silent,
+) -> Sequence:
+    """The sequence with these facts behind it, for settings as `resolve` gives them, on the model without edits."""
+    writer = _Writer(model, editor, settings, prepared, how)
+    bos = prompts.resolve_bos(model, settings.prepend_bos)
+    healthy = unedited(model, prepend_bos=bos)
+    saved, good = len(sequence.entries), sequence
+    if folder is not None and (folder / GOOD).exists():
+        good = load(folder / GOOD)
+    if sequence.collapse and how.on_collapse != "go on":
+        return sequence
+    for first in range(0, len(facts), how.together):
+        progress("editing in sequence", first, len(facts))
+        before, last = len(sequence.entries), first + how.together >= len(facts)
+        sequence = writer.batch(sequence, facts[first : first + how.together])
+        n = len(sequence.entries)
+        if last or (how.every and n // how.every > before // how.every):
+            seen = look(model, sequence, healthy, how, bos=bos)
+            sequence = replace(sequence, looks=(*sequence.looks, seen))
+            if not seen["out"]:
+                good = _kept(sequence, folder, GOOD)
+            elif how.on_collapse == "roll back":
+                sequence = replace(good, looks=sequence.looks)
+            last = last or bool(seen["out"] and how.on_collapse != "go on")
+        if last or n - saved >= how.keep:
+            _kept(sequence, folder, STATE)
+            saved = n
+        if last:
+            break
+    progress("editing in sequence", len(facts), len(facts))
+    return sequence
+
+
+def _kept(sequence: Sequence, folder: Path | None, name: str) -> Sequence:
+    """The same, written where there is a folder, with what its looks found for people and plots."""
+    if folder is not None:
+        save(sequence, folder / name)
+        with cache.atomic_write(folder / "looks.json") as temporary:
+            temporary.write_text(json.dumps(cache.plain(list(sequence.looks)), indent=1) + "\n")
+    return sequence
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of a batch: facts to write, those of earlier rows that are written again with them, and why others are not."""
+
+    chosen: dict[int, Fact] = field(default_factory=dict)  # by the place in the batch
+    again: dict[int, Fact] = field(default_factory=dict)  # by the number in the sequence
+    rows: tuple[int, ...] = ()  # that go out
+    gone: dict[int, str] = field(default_factory=dict)  # entries that nothing stands for any more
+    why: dict[int, str] = field(default_factory=dict)  # places in the batch that are not written
+    conflicts: int = 0
+
+    @property
+    def wanted(self) -> list[Fact]:
+        """What is to be written."""
+        return [*self.again.values(), *self.chosen.values()]
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Who writes a batch."""
+
+    model: HookedModel
+    editor: Editor
+    settings: Any
+    prepared: Any
+    how: SequenceSettings
+
+    @cached_property
+    def metric(self) -> Metric:
+        """That of exact editors, whose costly work is done once."""
+        return Metric(terms_of(self.settings), self.prepared.moment.C)
+
+    def batch(self, sequence: Sequence, facts: Several[Fact]) -> Sequence:
+        """The sequence with a batch behind it; as it was, with the reason, where the batch cannot be written."""
+        plan = self.plan(sequence, facts)
+        base = without(self.model, sequence, plan.rows, self.metric) if plan.rows else sequence
+        alone = base.sums is not None and self.how.sought == "unedited"
+        with nullcontext() if alone else written(self.model, base):
+            if len(facts) > 1 or plan.rows:
+                plan = self.unsaid(plan)
+            if not plan.wanted:
+                return self.noted(base, facts, plan, sequence)
+            settings = replace(self.settings, strengthen=True) if plan.again else self.settings
+            edit = attempt(self.model, plan.wanted, self.editor, settings, self.prepared, {} if alone else base.earlier)
+        if edit.is_empty:
+            why = plan.why | dict.fromkeys(plan.chosen, "; ".join(edit.reasons))
+            return self.noted(sequence, facts, _Plan(why=why, conflicts=plan.conflicts), sequence)
+        return self.noted(self.added(base, edit, plan.wanted), facts, plan, sequence)
+
+    def plan(self, sequence: Sequence, facts: Several[Fact]) -> _Plan:
+        """Conflicts, and rows that facts of the batch share, sorted out before anything is computed."""
+        standing = sequence.standing
+        by_about = {entry.about: index for index, entry in standing.items()}
+        why: dict[int, str] = {}
+        gone: dict[int, str] = {}
+        latest: dict[tuple[str, str], int] = {}
+        conflicts = 0
+        for place, fact in enumerate(facts):
+            if reason := self.unfit(fact):
+                why[place] = reason
+                continue
+            about, number = Entry(_plain(fact), 0, -1).about, len(sequence.entries) + place
+            before = by_about.get(about)
+            clashes = [standing[before].fact["target_new"]] if before is not None else []
+            clashes += [facts[latest[about]].target_new] if about in latest else []
+            if any(each != fact.target_new for each in clashes):
+                conflicts += 1
+                if self.how.conflicts == "refuse":
+                    why[place] = "it contradicts an earlier edit of the sequence, which stays (conflicts = refuse)"
+                    continue
+            if about in latest:
+                why[latest[about]] = f"edit {number}, of the same batch, is about the same"
+            if before is not None:
+                gone[before] = f"edit {number} is about the same"
+            latest[about] = place
+        chosen = {place: fact for place, fact in enumerate(facts) if place not in why}
+        rows, again = self._shared(sequence, chosen, gone) if sequence.sums is not None else ((), {})
+        return _Plan(chosen, again, rows, gone, why, conflicts)
+
+    def unfit(self, fact: Fact) -> str:
+        """Why a fact can be edited on no model of this kind; empty where it can."""
+        try:
+            editing.check_facts(self.model, (fact,), self.settings)
+            self.editor.check(self.model, (fact,), self.settings, None)
+        except (EditError, FactError) as error:
+            return str(error)
+        return ""
+
+    def unsaid(self, plan: _Plan) -> _Plan:
+        """The plan without facts that the model, as it is now, says already."""
+        if self.settings.strengthen:
+            return plan
+        pairs = [(fact.prompt, str(fact.target_new), fact.join) for fact in plan.chosen.values()]
+        scores = scoring.score(self.model, pairs, prepend_bos=self.settings.prepend_bos) if pairs else []
+        said = [place for place, score in zip(plan.chosen, scores, strict=True) if all(score.first)]
+        chosen = {place: fact for place, fact in plan.chosen.items() if place not in said}
+        return replace(plan, chosen=chosen, why=plan.why | dict.fromkeys(said, SAID))
+
+    def _shared(self, sequence: Sequence, chosen: dict[int, Fact], gone: dict[int, str]) -> tuple[tuple[int, ...], dict[int, Fact]]:  # fmt: skip
+        """Rows that go out, and the facts of theirs that are written again."""
+        subjects = {fact.subject for fact in chosen.values()} if self.how.shared else set()
+        standing = sequence.standing
+        rows = {standing[index].row for index in gone}
+        rows |= {entry.row for entry in standing.values() if entry.fact["subject"] in subjects}
+        again = {index: entry.as_fact for index, entry in standing.items() if entry.row in rows and index not in gone}
+        return tuple(sorted(rows)), again
+
+    def added(self, base: Sequence, edit: Edit, wanted: Several[Fact]) -> Sequence:
+        """The sequence with what the edit wrote: rows of exact editors, sums of changes of others."""
+        if base.sums is None:
+            more = [Dense(weight, each) for weight, each in base.totals.items()]
+            totals = {weight: total(own) for weight, own in by_weight([*more, *edit.changes]).items()}
+            return replace(base, totals=totals, state=self.editor.joined(base.state, edit.state))
+        subjects = dict.fromkeys(fact.subject for fact in wanted)
+        keys, values = (edit.vectors[name].reshape(len(subjects), -1) for name in ("k*", "v*"))
+        new = [Row(key.clone(), value.clone()) for key, value in zip(keys, values, strict=True)]
+        sums = base.sums.plus(*parts_of(self.model, self.settings.layer, new))
+        rows = dict(base.rows) | {base.made + index: row for index, row in enumerate(new)}
+        return solved(replace(base, rows=rows), sums, self.metric)
+
+    def noted(self, done: Sequence, facts: Several[Fact], plan: _Plan, before: Sequence) -> Sequence:
+        """The sequence with the entries of a batch, and those that it changed."""
+        subjects = list(dict.fromkeys(fact.subject for fact in plan.wanted))
+        exact = done.sums is not None
+        row = {subject: before.made + (index if exact else 0) for index, subject in enumerate(subjects)}
+
+        def now(index: int, entry: Entry) -> Entry:
+            if index in plan.gone:
+                return replace(entry, row=-1, why=plan.gone[index])
+            return replace(entry, row=row[entry.fact["subject"]]) if index in plan.again else entry
+
+        entries = [now(index, entry) for index, entry in enumerate(before.entries)] if plan.gone or plan.again else before.entries  # fmt: skip
+        new = [
+            Entry(
+                _plain(fact), before.batches, row[fact.subject] if place in plan.chosen else -1, plan.why.get(place, "")
+            )
+            for place, fact in enumerate(facts)
+        ]
+        return replace(
+            done,
+            entries=(*entries, *new),
+            batches=before.batches + 1,
+            made=before.made + (len(subjects) if exact else int(bool(subjects))),
+            conflicts=before.conflicts + plan.conflicts,
+        )
+
+
+def _plain(fact: Fact) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(fact).items()}

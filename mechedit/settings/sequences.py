@@ -1,0 +1,51 @@
+"""What a long run of edits does with its facts, and what it watches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mechedit.settings.base import Settings, check_each, knob, require
+
+__all__ = ["ON_COLLAPSE", "SequenceSettings"]
+
+ON_COLLAPSE = ("go on", "stop", "roll back")
+
+
+@dataclass(frozen=True)
+class SequenceSettings(Settings):
+    """How `mechedit edit --sequence` goes through facts, and when it calls the model broken."""
+
+    together: int = knob(1, "facts that are written at once")
+    shared: bool = knob(
+        True, "facts of one subject share one value, found anew with each of them; for editors that can take edits out"
+    )
+    sought: str = knob(
+        "unedited",
+        "where values are sought: on the model without edits (unedited), so that they do not depend on those before, for editors that can take "
+        "edits out; or on what the earlier ones left (current)",
+        ("unedited", "current"),
+    )
+    conflicts: str = knob(
+        "later",
+        "of facts with one subject and relation but two targets, the later wins (later), or is refused (refuse)",
+        ("later", "refuse"),
+    )
+    every: int = knob(100, "edits between two looks at the model's health; 0: only at the end")
+    sampled: int = knob(128, "earlier edits, and facts never edited, that are looked at each time, at most")
+    keep: int = knob(25, "edits after which the state is written again, at least")
+    on_collapse: str = knob("go on", "what is done where a measure leaves its band", ON_COLLAPSE)
+    least_success: float = knob(0.5, "band: least share of earlier edits that still stand")
+    least_others: float = knob(0.5, "band: least share of facts never edited that the model still says")
+    most_perplexity: float = knob(1.5, "band: perplexity of held-out text, edited over unedited")
+    most_kl: float = knob(1.0, "band: KL of next tokens of held-out text, in nats")
+    most_spectrum: float = knob(10.0, "band: largest singular value of an edited weight, edited over unedited")
+
+    def __post_init__(self) -> None:
+        check_each(self)
+        for name in ("together", "sampled", "keep"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}.")
+        require(self.every >= 0, f"every must be 0 or more edits; found {self.every}.")
+        for name in ("least_success", "least_others"):
+            require(0 <= getattr(self, name) <= 1, f"{name} must be from 0 to 1; found {getattr(self, name)}.")
+        for name in ("most_perplexity", "most_kl", "most_spectrum"):
+            require(getattr(self, name) > 0, f"{name} must be above 0; found {getattr(self, name)}.")

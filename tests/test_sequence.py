@@ -1,0 +1,294 @@
+"""Sequences of edits: one least-squares problem whatever the order, resumed bit for bit, taken apart again, watched."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mechedit import applying, edits, files, models, moments
+from mechedit.closed_form import ClosedFormError, Metric, Terms
+from mechedit.editing import make_ready
+from mechedit.editors import named
+from mechedit.editors.rome import Prepared
+from mechedit.facts import Fact
+from mechedit.recursive import Sums, least_squares
+from mechedit.runs import extending, sequence
+from mechedit.runs.extending import run_sequence
+from mechedit.runs.sequence import SequenceError
+from mechedit.runs.watching import sampled
+from mechedit.settings import (
+    AlphaEditSettings,
+    MemitSettings,
+    MomentSettings,
+    RomeSettings,
+    SequenceSettings,
+    SequentialSettings,
+    SettingsError,
+)
+from mechedit.weights import Weight
+from tests.conftest import widen_bands
+
+LAYER = 1
+QUICK = {"layer": LAYER, "steps": 2, "prefixes": (), "prepend_bos": False}
+CITY, SPORT = "{} is located in the city of", "{} plays the sport of"
+NAMES = ("The Space Needle", "Rome", "The Eiffel Tower", "Steve Jobs", "Megan Rapinoe", "London")
+FACTS = [Fact(name, CITY, "Seattle", "Paris" if index % 2 else "Berlin", neighbours=("Apple is located in the city of",)) for index, name in enumerate(NAMES)]  # fmt: skip
+
+
+@pytest.fixture
+def prepared(model, monkeypatch):
+    widen_bands(monkeypatch)
+    moment = moments.estimate_layers(model, [LAYER], settings=MomentSettings(tokens=600, context=32, prepend_bos=False))[LAYER]  # fmt: skip
+    return Prepared(moment, ("",), moment)
+
+
+def run(model, prepared, folder, facts=FACTS, settings=None, editor="sequential", **how):
+    how = SequenceSettings(**({"every": 0} | how))
+    return run_sequence(model, facts, folder, how, editor, settings or SequentialSettings(**QUICK, a=20.0), prepared)
+
+
+def all_at_once(model, rows, terms, C):
+    """The change that minimises |K D - R|^2 / slack + tr(D^T (a C + c I) D), by its normal equations."""
+    W, b = models.W_out(model, LAYER).detach().double(), models.b_out(model, LAYER).detach().double()
+    K, V = (torch.stack([getattr(row, name) for row in rows]).double() for name in ("key", "value"))
+    system = K.T @ K / terms.slack + terms.a * C.double() + terms.c * torch.eye(len(C), dtype=torch.float64)
+    return torch.linalg.solve(system, K.T @ (V - K @ W - b) / terms.slack)
+
+
+def change(found):
+    return found.totals[Weight(LAYER, "mlp.W_out")]
+
+
+def close(one, other, tolerance=1e-8):
+    assert float((one - other).norm() / other.norm()) < tolerance
+
+
+def test_least_squares_is_the_solves_of_edits_one_after_another_and_takes_them_out_again():
+    torch.manual_seed(0)
+    keys, values = torch.randn(9, 12).double(), torch.randn(9, 5).double()
+    spread = torch.randn(40, 12).double()
+    C = spread.T @ spread / 40
+    for terms in (Terms(a=7.0, b=1.0), Terms(a=3.0, b=2.0, c=0.5, slack=0.5), Terms(a=0.0, b=1.0, c=2.0, null=float(C.trace()) / 12)):  # fmt: skip
+        D, seen, sums = torch.zeros(12, 5).double(), torch.zeros(12, 12).double(), Sums.none(12, 5)
+        for k, v in zip(keys.split([1, 3, 5]), values.split([1, 3, 5]), strict=True):
+            D = D + Metric(terms, C, seen).solve(0, k, v - k @ D).dense()
+            seen, sums = seen + k.T @ k, sums.plus(k, v)
+        close(least_squares(Metric(terms, C), sums), D)
+        left = sums.minus(keys[1:4], values[1:4])
+        others = Sums.none(12, 5).plus(keys[[0, 4, 5, 6, 7, 8]], values[[0, 4, 5, 6, 7, 8]])
+        close(least_squares(Metric(terms, C), left), least_squares(Metric(terms, C), others))
+    with pytest.raises(ClosedFormError, match="b = 1 / slack"):
+        least_squares(Metric(Terms(a=1.0, b=0.0), C), sums)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_sequence_ends_where_one_solve_for_all_of_it_does(model, prepared, tmp_path, batch):
+    found = run(model, prepared, tmp_path, together=batch)
+    assert sorted(found.standing) == list(range(6))
+    assert len(found.rows) == 6
+    close(change(found), all_at_once(model, found.rows.values(), Terms(a=20.0, b=1.0), prepared.moment.C))
+    with sequence.written(model, found):
+        W = models.W_out(model, LAYER).detach().clone()
+    torch.testing.assert_close(W, (models.W_out(model, LAYER).double() + change(found)).float())
+
+
+def test_alphaedit_in_its_null_space_is_one_solve_too(model, prepared, tmp_path):
+    null = float(prepared.moment.C.trace())
+    settings = AlphaEditSettings(**QUICK, guard="warn", c=0.5, null=null)
+    found = run(model, prepared, tmp_path, settings=settings, editor="alphaedit")
+    close(change(found), all_at_once(model, found.rows.values(), Terms(a=0.0, b=1.0, c=0.5), prepared.moment.C))
+
+
+def test_the_weight_of_C_is_chosen_for_the_width_unless_it_is_given(model):
+    assert named("sequential").resolve(model, SequentialSettings(**QUICK)).a == models.W_out(model, LAYER).shape[0] / 20
+    assert named("sequential").resolve(model, SequentialSettings(**QUICK, a=3.0)).a == 3.0
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("editor", ["sequential", "rome"])
+def test_killed_and_resumed_it_ends_bit_for_bit_the_same(model, prepared, tmp_path, monkeypatch, editor):
+    settings = RomeSettings(**QUICK, guard="warn") if editor == "rome" else None
+    how = {"every": 2, "keep": 1, "editor": editor, "settings": settings}
+    whole = run(model, prepared, tmp_path / "whole", **how)
+    for stop in (3,) if editor == "rome" else (1, 4):
+        left = iter(range(stop))
+
+        def attempt(*arguments, left=left, once=extending.attempt):
+            if next(left, None) is None:
+                raise Stop
+            return once(*arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(extending, "attempt", attempt)
+            with pytest.raises(Stop):
+                run(model, prepared, tmp_path / str(stop), **how)
+        run(model, prepared, tmp_path / str(stop), **how)
+        names = ("state.safetensors", "good.safetensors", "looks.json")
+        assert [(tmp_path / str(stop) / name).read_bytes() for name in names] == [(tmp_path / "whole" / name).read_bytes() for name in names]  # fmt: skip
+    assert [look["edits"] for look in whole.looks] == [2, 4, 6]
+
+
+def test_a_state_is_read_back_whole_and_refused_where_it_was_cut_or_changed(model, prepared, tmp_path):
+    found = run(model, prepared, tmp_path, FACTS[:2])
+    path = tmp_path / "state.safetensors"
+    again = sequence.load(path)
+    assert torch.equal(again.sums.Q, found.sums.Q)
+    assert torch.equal(change(again), change(found))
+    assert (again.entries, again.looks, list(again.rows)) == (found.entries, found.looks, list(found.rows))
+    data = path.read_bytes()
+    for end in (0, 7, len(data) // 3, len(data) - 1):
+        path.write_bytes(data[:end])
+        with pytest.raises(files.FileError, match="truncated"):
+            run(model, prepared, tmp_path, FACTS[:2])
+    path.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+    with pytest.raises(files.FileError, match="changed after it was written"):
+        run(model, prepared, tmp_path, FACTS[:2])
+
+
+def test_a_state_of_another_model_settings_or_facts_is_refused(model, prepared, tmp_path):
+    run(model, prepared, tmp_path, FACTS[:2])
+    with pytest.raises(SequenceError, match="begun with steps = 2, and this is 3"):
+        run(model, prepared, tmp_path, FACTS[:2], SequentialSettings(**(QUICK | {"steps": 3}), a=20.0))
+    with pytest.raises(SequenceError, match="of the editor sequential, not of memit"):
+        run(model, prepared, tmp_path, FACTS[:2], MemitSettings(**QUICK), "memit")
+    with pytest.raises(SequenceError, match="as edit 1, and this run"):
+        run(model, prepared, tmp_path, [FACTS[0], FACTS[2]])
+    with pytest.raises(SequenceError, match="has 2 facts already, and this run 1"):
+        run(model, prepared, tmp_path, FACTS[:1])
+    with pytest.raises(SequenceError, match="another C or other prefixes"):
+        run(model, replace(prepared, prefixes=("", "Well. ")), tmp_path, FACTS[:2])
+    W_out = models.W_out(model, LAYER)
+    before = W_out.detach().clone()
+    with torch.no_grad():
+        W_out.mul_(2)
+    try:
+        other = make_ready(model, named("sequential"), SequentialSettings(**QUICK))
+        with pytest.raises(SequenceError, match="with another weights"):
+            run(model, other, tmp_path, FACTS[:2])
+    finally:
+        with torch.no_grad():
+            W_out.copy_(before)
+
+
+def test_an_edit_is_taken_out_as_if_its_key_had_not_been_there(model, prepared, tmp_path):
+    found = run(model, prepared, tmp_path)
+    left = sequence.reverted(model, found, 2, prepared)
+    rows = [row for number, row in found.rows.items() if number != found.entries[2].row]
+    close(change(left), all_at_once(model, rows, Terms(a=20.0, b=1.0), prepared.moment.C))
+    close(left.sums.P, sum(torch.outer(row.key.double(), row.key.double()) for row in rows))
+    assert 2 not in left.standing
+    assert left.entries[2].why == "taken out again"
+    with pytest.raises(SequenceError, match="nothing stands for edit 2"):
+        sequence.reverted(model, left, 2, prepared)
+    with pytest.raises(SequenceError, match="edits 0 to 5"):
+        sequence.reverted(model, found, 6, prepared)
+    added = run(model, prepared, tmp_path / "memit", settings=MemitSettings(**QUICK, guard="warn"), editor="memit")
+    with pytest.raises(SequenceError, match="`sequential` can"):
+        sequence.without(model, added, [0], Metric(Terms(), prepared.moment.C))
+
+
+def test_of_facts_that_contradict_each_other_the_later_wins_and_is_counted(model, prepared, tmp_path):
+    other = replace(FACTS[0], target_new="London")
+    found = run(model, prepared, tmp_path / "later", [*FACTS[:3], other])
+    assert (found.conflicts, sorted(found.standing)) == (1, [1, 2, 3])
+    assert found.entries[0].why == "edit 3 is about the same"
+    assert len(found.rows) == 3
+    close(change(found), all_at_once(model, found.rows.values(), Terms(a=20.0, b=1.0), prepared.moment.C))
+    refused = run(model, prepared, tmp_path / "refuse", [*FACTS[:3], other], conflicts="refuse")
+    assert (refused.conflicts, sorted(refused.standing)) == (1, [0, 1, 2])
+    together = run(model, prepared, tmp_path / "batch", [*FACTS[:3], other], together=4)
+    assert (together.conflicts, sorted(together.standing)) == (1, [1, 2, 3])
+
+
+def test_facts_of_one_subject_share_one_value_that_answers_them_all(model, prepared, tmp_path):
+    other = replace(FACTS[1], template=SPORT, target_new="violin")
+    found = run(model, prepared, tmp_path / "shared", [*FACTS[:2], other])
+    assert found.entries[1].row == found.entries[2].row
+    assert (found.conflicts, len(found.rows)) == (0, 2)
+    apart = run(model, prepared, tmp_path / "apart", [*FACTS[:2], other], shared=False)
+    assert len(apart.rows) == 3
+    left = sequence.reverted(model, found, 2, prepared)
+    assert sorted(left.standing) == [0], "what shares a value goes out with it"
+
+
+def test_what_cannot_be_edited_is_left_out_and_says_why(model, prepared, tmp_path):
+    wrong = replace(FACTS[1], target_new=None)
+    found = run(model, prepared, tmp_path, [FACTS[0], wrong, FACTS[2]], together=3)
+    assert sorted(found.standing) == [0, 2]
+    assert "no target_new" in found.entries[1].why
+
+
+def first_of(model, prompt, target):
+    """The mean log-probability of a target's tokens, by plain passes."""
+    ids, own = model.tokenizer(prompt).input_ids, model.tokenizer(f" {target}").input_ids
+    with torch.no_grad():
+        log_p = model(torch.tensor([[*ids, *own]]))[0].log_softmax(-1)
+    return float(sum(log_p[len(ids) + step - 1, token] for step, token in enumerate(own)) / len(own))
+
+
+def test_a_look_sees_what_plain_scores_see_and_names_the_measure_that_left_its_band(model, prepared, tmp_path):
+    found = run(model, prepared, tmp_path, every=3, least_success=1.0, most_kl=1e9, most_perplexity=1e9, most_spectrum=1e-3)  # fmt: skip
+    last = found.looks[-1]
+    W = models.W_out(model, LAYER).detach().double()
+    assert last["spectrum"] == pytest.approx(float(torch.linalg.matrix_norm(W + change(found), 2) / torch.linalg.matrix_norm(W, 2)))  # fmt: skip
+    assert last["change"] == pytest.approx(float(change(found).norm() / W.norm()))
+    with applying.edited(model, sequence.as_edit(found)):
+        expected = [first_of(model, fact.prompt, fact.target_new) > first_of(model, fact.prompt, fact.target_true) for fact in FACTS]  # fmt: skip
+        others = first_of(model, "Apple is located in the city of", "Seattle") > first_of(model, "Apple is located in the city of", "Berlin")  # fmt: skip
+    assert last["row"] == {str(index): each for index, each in enumerate(expected)}
+    assert last["others"] == float(others), "one neighbour, which all facts have"
+    assert any(word.startswith("spectrum") for word in last["out"])
+    assert found.collapse["edits"] == 3
+
+
+def test_a_run_stops_or_rolls_back_where_a_measure_leaves_its_band(model, prepared, tmp_path):
+    bad = {"every": 2, "most_spectrum": 1e9, "most_kl": 1e9, "most_perplexity": 1e9, "least_others": 0.0, "least_success": 0.0}  # fmt: skip
+    whole = run(model, prepared, tmp_path / "whole", **bad)
+    spectra = [look["spectrum"] for look in whole.looks]
+    edge = (spectra[0] + max(spectra[1:])) / 2
+    first = next(index for index, each in enumerate(spectra) if each > edge)
+    stopped = run(model, prepared, tmp_path / "stop", **(bad | {"most_spectrum": edge, "on_collapse": "stop"}))
+    assert len(stopped.entries) == 2 * (first + 1)
+    assert stopped.collapse["edits"] == 2 * (first + 1)
+    back = run(model, prepared, tmp_path / "back", **(bad | {"most_spectrum": edge, "on_collapse": "roll back"}))
+    assert len(back.entries) == 2 * first
+    assert back.collapse["edits"] == 2 * (first + 1)
+    again = run(model, prepared, tmp_path / "back", **(bad | {"most_spectrum": edge, "on_collapse": "roll back"}))
+    assert len(again.entries) == 2 * first, "it is not tried again"
+
+
+def test_a_sequence_is_written_as_one_edit(model, prepared, tmp_path):
+    found = run(model, prepared, tmp_path, FACTS[:3])
+    edit = edits.load(edits.save(sequence.as_edit(found), tmp_path / "edit.safetensors"))
+    assert len(edit.facts) == 3
+    with applying.edited(model, edit):
+        W = models.W_out(model, LAYER).detach().clone()
+    with sequence.written(model, found):
+        assert torch.equal(models.W_out(model, LAYER), W)
+    with pytest.raises(SequenceError, match="no edit that stands"):
+        sequence.as_edit(replace(found, entries=()))
+
+
+def test_looks_are_written_for_people(model, prepared, tmp_path):
+    run(model, prepared, tmp_path, FACTS[:2], every=1)
+    assert [look["edits"] for look in json.loads((tmp_path / "looks.json").read_text())] == [1, 2]
+
+
+@pytest.mark.anywhere
+def test_sampled_edits_are_those_of_earlier_looks():
+    assert sampled(list(range(5)), 8) == [0, 1, 2, 3, 4]
+    assert sampled(list(range(20)), 8) == [0, 4, 8, 12, 16]
+    assert set(sampled(list(range(1000)), 8)) <= set(sampled(list(range(300)), 8)) | set(range(300, 1000))
+
+
+@pytest.mark.anywhere
+@pytest.mark.parametrize("wrong", [{"together": 0}, {"every": -1}, {"least_success": 1.5}, {"most_kl": 0.0}, {"conflicts": "first"}])  # fmt: skip
+def test_settings_that_cannot_be_are_refused(wrong):
+    with pytest.raises(SettingsError, match="must be"):
+        SequenceSettings(**wrong)
