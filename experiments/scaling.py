@@ -2,10 +2,11 @@
 
     figures/MODEL/scaling.json, .png
 
-The facts that are edited are not said in the held-out text, so that its perplexity speaks of what has nothing to do with them. Up to `singles`
-edits come one by one; more in a run of its own, in batches of `together`. At each size: S and its parts and the generated answer, of edits
-sampled over the run and of its first hundred, beside the same facts edited alone; perplexity; seconds an edit, and the process's peak memory.
-Runs are kept in out/MODEL/scaling, and go on where they were stopped; seconds are of the parts that were not there.
+The facts that are edited are not said in the held-out text, so that its perplexity speaks of what has nothing to do with them. The first
+`mixed` come in the world's order, which mixes subjects; behind them those of one subject stand together, so that few are written again. Values are
+sought on the model without edits, so that the end does not depend on the batch (`together`). At each size: S and its parts and the generated
+answer, of edits sampled over the run and of its first hundred, beside the same facts edited alone; perplexity; seconds an edit, and the process's
+peak memory. The run is kept in out/MODEL, and goes on where it was stopped; seconds are of the parts that were not there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +45,7 @@ class Scaling:
     model: str = "organism"
     editor: str = "sequential"
     sizes: tuple[int, ...] = (1, 10, 100, 1000, 10000)
-    singles: int = 1000
+    mixed: int = 1000
     together: int = 100
     scored: int = 100
     every: int = 100
@@ -88,20 +88,21 @@ def sample(facts: Sequence[Fact], n: int) -> list[Fact]:
     )
 
 
-def picture(rows: Sequence[dict[str, Any]]) -> Figure:
-    """A panel a number, over the number of edits."""
+def picture(rows: Sequence[dict[str, Any]], once: dict[str, float]) -> Figure:
+    """A panel a number, over the number of edits; dashed, the same facts edited alone."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 2.9), dpi=150, layout="constrained")
     for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         scale = 1.0 if name == "perplexity_ratio" else 100.0
-        for kind, colour in (("one by one", "tab:green"), ("in batches", "tab:purple")):
-            own = [row for row in rows if row["kind"] == kind and name in row]
-            axes.plot([row["edits"] for row in own], [scale * row[name] for row in own], "o-", color=colour, label=kind)
+        axes.plot([row["edits"] for row in rows], [scale * row[name] for row in rows], "o-", color="tab:green")
+        if name in once:
+            axes.axhline(scale * once[name], color="0.6", linestyle="--", label="edited alone")
         axes.set_xscale("log")
         axes.set_xlabel("edits", fontsize=9)
         axes.set_title(title, fontsize=9)
-        axes.set_ylim(*((0, 103) if scale > 1 else (None, None)))
+        if scale > 1:
+            axes.set_ylim(0, 103)
     figure.axes[0].legend(fontsize=8, loc="lower left")
     return figure
 
@@ -116,40 +117,37 @@ def main(settings: Scaling) -> None:
     edit = editor.resolve(model, editor.settings(guard="warn", **own))
     prepared = make_ready(model, editor, edit)
     facts = apart(model, sources.named("organism"))
-    place = runs(model, f"scaling-{cache.content_key(str(edit))}")
-    rows: list[dict[str, Any]] = []
-    once = alone(model, sample(facts[: settings.singles], settings.scored), editor, edit, prepared)
+    rank = {subject: index for index, subject in enumerate(dict.fromkeys(fact.subject for fact in facts))}
+    facts = facts[: settings.mixed] + sorted(facts[settings.mixed :], key=lambda fact: rank[fact.subject])
+    folder = runs(model, f"scaling-{cache.content_key(str(edit))}")
+    how = SequenceSettings(together=settings.together, every=settings.every, keep=settings.together)
+    once = alone(model, sample(facts[: settings.mixed], settings.scored), editor, edit, prepared)
     say(f"alone: {once}")
+    rows: list[dict[str, Any]] = []
     for n in settings.sizes:
-        batches = n > settings.singles
-        how = SequenceSettings(together=settings.together if batches else 1, every=settings.every * (10 if batches else 1), keep=50)  # fmt: skip
-        folder = place / ("batches" if batches else "singles")
-        had = len(sequence.load(folder / "state.safetensors").entries) if (folder / "state.safetensors").exists() else 0
+        state = folder / "state.safetensors"
+        had = len(sequence.load(state).entries) if state.exists() else 0
+        if had > n:
+            continue
         began = time.perf_counter()
         found = run_sequence(model, facts[:n], folder, how, editor, edit, prepared, progress=progress(20))
         spent = time.perf_counter() - began
         with sequence.written(model, found):
-            row = scored(model, sample(facts[:n], settings.scored))
-            row["ES first"] = scored(model, sample(facts[: min(n, 100)], settings.scored))["ES"]
-        look = found.looks[-1]
-        row |= {name: look[name] for name in ("success", "others", "perplexity_ratio", "next_token_kl", "change", "spectrum")}  # fmt: skip
-        row |= {"kind": "in batches" if batches else "one by one", "edits": n, "standing": len(found.standing), "conflicts": found.conflicts}  # fmt: skip
+            row: dict[str, Any] = scored(model, sample(facts[:n], settings.scored))
+            row["ES first"] = scored(model, facts[: min(n, 100)])["ES"]
+        row |= {name: found.looks[-1][name] for name in ("success", "others", "perplexity_ratio", "next_token_kl", "change", "spectrum")}  # fmt: skip
+        row |= {"edits": n, "standing": len(found.standing), "rows": len(found.rows), "conflicts": found.conflicts}
         row |= {"seconds": spent, "seconds_an_edit": spent / (n - had) if n > had else None, "peak": peak()}
         say(str(row))
         rows.append(row)
-        result = {"alone": once, "rows": rows, "forgetting": {kind: _looks(place / kind) for kind in ("singles", "batches")}}  # fmt: skip
-        result |= {"edit": cache.plain(vars(edit)), "facts": len(facts)}
-        for path in [*figures.write(picture(rows), FIGURES / short_name(model) / "scaling"), write("scaling", model, settings, cache.plain(result))]:  # fmt: skip
+        result = {"alone": once, "rows": rows, "forgetting": _looks(found), "edit": vars(edit), "facts": len(facts)}
+        for path in [*figures.write(picture(rows, once), FIGURES / short_name(model) / "scaling"), write("scaling", model, settings, cache.plain(result))]:  # fmt: skip
             say(f"wrote {path}")
 
 
-def _looks(folder: Path) -> list[dict[str, Any]]:
+def _looks(found: sequence.Sequence) -> list[dict[str, Any]]:
     """Rows of the forgetting matrix: at each look, which of the sampled earlier edits stand (1 or 0, by their numbers)."""
-    state = folder / "state.safetensors"
-    looks = sequence.load(state).looks if state.exists() else ()
-    return [
-        {"edits": look["edits"], "stand": {index: int(held) for index, held in look["row"].items()}} for look in looks
-    ]
+    return [{"edits": look["edits"], "stand": {index: int(held) for index, held in look["row"].items()}} for look in found.looks]  # fmt: skip
 
 
 if __name__ == "__main__":

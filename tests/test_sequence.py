@@ -95,6 +95,15 @@ def test_a_sequence_ends_where_one_solve_for_all_of_it_does(model, prepared, tmp
     torch.testing.assert_close(W, (models.W_out(model, LAYER).double() + change(found)).float())
 
 
+def test_values_sought_on_the_model_without_edits_end_the_same_in_any_order_and_batch(model, prepared, tmp_path):
+    first = run(model, prepared, tmp_path / "1")
+    close(change(run(model, prepared, tmp_path / "2", together=4)), change(first), 1e-4)
+    close(change(run(model, prepared, tmp_path / "3", FACTS[::-1])), change(first), 1e-4)
+    current = run(model, prepared, tmp_path / "4", sought="current")
+    close(change(current), all_at_once(model, current.rows.values(), Terms(a=20.0, b=1.0), prepared.moment.C))
+    assert float((change(current) - change(first)).norm() / change(first).norm()) > 1e-2, "the control"
+
+
 def test_alphaedit_in_its_null_space_is_one_solve_too(model, prepared, tmp_path):
     null = float(prepared.moment.C.trace())
     settings = AlphaEditSettings(**QUICK, guard="warn", c=0.5, null=null)
@@ -226,7 +235,7 @@ def test_what_cannot_be_edited_is_left_out_and_says_why(model, prepared, tmp_pat
 
 def first_of(model, prompt, target):
     """The mean log-probability of a target's tokens, by plain passes."""
-    ids, own = model.tokenizer(prompt).input_ids, model.tokenizer(f" {target}").input_ids
+    ids, own = (model.tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, f" {target}"))
     with torch.no_grad():
         log_p = model(torch.tensor([[*ids, *own]]))[0].log_softmax(-1)
     return float(sum(log_p[len(ids) + step - 1, token] for step, token in enumerate(own)) / len(own))

@@ -82,12 +82,12 @@ def run_sequence(
     if (place := folder / STATE).exists():
         found = load(place)
         check_of(model, found, sequence)
-        _check_facts(found, facts, how)
+        _check_facts(found, facts)
         sequence = found
     return extend(model, sequence, facts[len(sequence.entries) :], how, editor, settings, prepared, folder=folder, progress=progress)  # fmt: skip
 
 
-def _check_facts(sequence: Sequence, facts: Several[Fact], how: SequenceSettings) -> None:
+def _check_facts(sequence: Sequence, facts: Several[Fact]) -> None:
     for index, (entry, fact) in enumerate(zip(sequence.entries, facts, strict=False)):
         if entry.fact["subject"] != fact.subject or entry.as_fact != fact:
             raise SequenceError(
@@ -97,10 +97,6 @@ def _check_facts(sequence: Sequence, facts: Several[Fact], how: SequenceSettings
     if len(facts) < len(sequence.entries):
         raise SequenceError(
             f"the folder's sequence has {len(sequence.entries)} facts already, and this run {len(facts)}; give them all, or another folder."
-        )
-    if len(sequence.entries) % how.together and len(facts) > len(sequence.entries):
-        raise SequenceError(
-            f"the folder's sequence ends after {len(sequence.entries)} facts, within a batch of {how.together}; give the batch it was begun with."
         )
 
 
