@@ -112,7 +112,7 @@ def test_alphaedit_in_its_null_space_is_one_solve_too(model, prepared, tmp_path)
 
 
 def test_the_weight_of_C_is_chosen_for_the_width_unless_it_is_given(model):
-    assert named("sequential").resolve(model, SequentialSettings(**QUICK)).a == models.W_out(model, LAYER).shape[0] / 20
+    assert named("sequential").resolve(model, SequentialSettings(**QUICK)).a == models.W_out(model, LAYER).shape[0] / 4
     assert named("sequential").resolve(model, SequentialSettings(**QUICK, a=3.0)).a == 3.0
 
 

@@ -7,7 +7,7 @@
     alphaedit   b = 1, c = 10, in the null space of C: earlier edits keep their values, C's large directions are not touched
                 (Fang et al. 2025)
     pmet        a = 6000, slack 1: while v* is sought, the attention may change too, of which nothing is written (Li et al. 2024)
-    sequential  b = 1, slack 1, a = d_mlp / 20: the default for long runs. After any number of edits W is what one solve for all of them
+    sequential  b = 1, slack 1, a = d_mlp / 4: the default for long runs. After any number of edits W is what one solve for all of them
                 gives (`mechedit.recursive`), and `mechedit.runs.sequence` keeps, resumes, watches and takes apart such runs
 
 R is what the values v* are more than the keys return now. With `layers` it is spread over several blocks (`spread`), each with its own C.
@@ -54,7 +54,7 @@ from mechedit.values import HOOKS
 
 __all__ = ["EARLIER", "AlphaEdit", "Emmet", "Memit", "Pmet", "Sequential", "Stack", "prepare", "terms_of"]
 
-ORDINARY = 20.0  # d_mlp is k C^-1 k of an ordinary key k, on average: so much less than such a key C weighs
+ORDINARY = 4.0  # d_mlp is k C^-1 k of an ordinary key k, on average: so much less than such a key C weighs
 
 KEYS, EARLIER = (
     "keys",

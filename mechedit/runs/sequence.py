@@ -158,7 +158,12 @@ class Sequence:
 
 def begin(model: HookedModel, editor: Editor, settings: Any, prepared: Prepared | None) -> Sequence:
     """A sequence without edits, for settings as `resolve` gives them."""
-    exact = isinstance(editor, Memit) and settings.b * settings.slack == 1 and settings.parts == ("mlp",) and not settings.layers
+    exact = (
+        isinstance(editor, Memit)
+        and settings.b * settings.slack == 1
+        and settings.parts == ("mlp",)
+        and not settings.layers
+    )
     sums = Sums.none(*models.W_out(model, settings.layer).shape) if exact else None
     plain = cache.plain(asdict(settings))
     return Sequence(editor.name, plain, provenance.origin(model), prepared.key if prepared else "", sums=sums)

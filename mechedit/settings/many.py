@@ -181,7 +181,7 @@ class SequentialSettings(MemitSettings):
         GUARDS,
     )
     a: float = knob(
-        0.0, "weight of C: so many ordinary keys hold against the facts; 0: as the model's width has it, d_mlp / 20"
+        0.0, "weight of C: so many ordinary keys hold against the facts; 0: as the model's width has it, d_mlp / 4"
     )
     b: float = knob(1.0, "weight of each key that an earlier edit of the sequence wrote")
 
