@@ -43,9 +43,11 @@ from mechedit.editors.knowledge_neurons import KnowledgeNeurons, Prefixes
 from mechedit.editors.told import Told
 from mechedit.editors.trained.editor import MendEditor
 from mechedit.facts import Fact
+from mechedit.recursive import Sums, least_squares
 from mechedit.runs import tracing as runs
 from mechedit.runs.editing import edit_facts
 from mechedit.runs.evaluating import evaluate
+from mechedit.runs.extending import run_sequence
 from mechedit.runs.sweeping import sweep
 from mechedit.settings import (
     AttentionEditSettings,
@@ -56,6 +58,7 @@ from mechedit.settings import (
     MendSettings,
     MomentSettings,
     RomeSettings,
+    SequentialSettings,
     StudySettings,
     SweepSettings,
     ToldSettings,
@@ -133,6 +136,7 @@ def steps(model, folder, tmp_path, monkeypatch):
         "neurons.find": lambda: neurons.find(model, FACT, KnowledgeNeuronsSettings(steps=2, seed=5)),
         "rank_one.solve": lambda: rank_one.solve(LAYER, weight, bias, key, value, C),
         "closed_form.Metric": lambda: Metric(Terms(), C).solve(LAYER, key[None], value[None]),
+        "recursive.least_squares": lambda: least_squares(Metric(Terms(b=1.0), C), Sums.none(*weight.shape)),
         "rank_one.edited": lambda: within(rank_one.edited(model, change)),
         "models.identity": lambda: models.identity(model),
         "weights.restored": lambda: within(weights.restored(model, Weight(LAYER, "attn.W_Q"))),
@@ -167,6 +171,14 @@ def steps(model, folder, tmp_path, monkeypatch):
         "counterfact.scores": lambda: counterfact.scores(model, [FACT]),
         "runs.evaluate": lambda: evaluate(
             model, [FACT], tmp_path / "scores", EvaluateSettings(), "rome", SETTINGS, ready
+        ),
+        "runs.sequence": lambda: run_sequence(
+            model,
+            [FACT],
+            tmp_path / "sequence",
+            None,
+            "sequential",
+            SequentialSettings(layer=LAYER, steps=2, prefixes=((3, 1),), seed=11),
         ),
         "runs.sweep": lambda: sweep(
             model,
