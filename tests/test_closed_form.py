@@ -152,6 +152,53 @@ def test_batch_after_batch_ends_where_one_solve_of_all_facts_does():
     assert float((forgetting - once).abs().max()) > 1e-3, "the control: without earlier keys it does not"
 
 
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_an_updated_factor_is_that_of_the_sum(n):
+    generator = torch.Generator().manual_seed(n)
+    own, keys = (torch.randn(rows, 75, generator=generator, dtype=torch.float64) for rows in (200, n))
+    found = closed_form.updated(torch.linalg.cholesky(own.T @ own), keys)
+    expected = np.linalg.cholesky((own.T @ own + keys.T @ keys).numpy())
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-12 * float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("terms", [Terms(a=40.0, b=1.5), Terms(a=0.5, b=2.0, c=0.3, slack=0.0), Terms(a=0.0, b=1.0, c=0.1, null=5.0)])  # fmt: skip
+def test_a_metric_that_takes_in_key_after_key_solves_as_one_made_anew(terms, monkeypatch):
+    layer = Layer(n=60, seed=2)
+    metric = Metric(terms, layer.C, layer.earlier)
+    metric.solve(0, layer.keys[:1], layer.residuals[:1])
+    updates = []
+    monkeypatch.setattr(closed_form, "updated", lambda *given, plain=closed_form.updated: updates.append(1) or plain(*given))  # fmt: skip
+    for index in range(50):
+        metric = metric.plus(layer.keys[index : index + 1])
+    assert len(updates) == 50
+    anew = Metric(terms, layer.C, layer.earlier + layer.keys[:50].T @ layer.keys[:50])
+    torch.testing.assert_close(metric.earlier, anew.earlier)
+    close(
+        metric.solve(0, layer.keys[50:53], layer.residuals[50:53]),
+        anew.solve(0, layer.keys[50:53], layer.residuals[50:53]).dense(),
+    )
+    assert metric.is_updated
+
+
+def test_many_keys_or_a_factor_that_is_off_are_a_reason_to_make_it_anew(layer, monkeypatch):
+    terms = Terms(b=1.0)
+    metric = Metric(terms, layer.C)
+    metric.solve(0, layer.keys, layer.residuals)
+    assert not metric.plus(layer.keys).is_updated, "five keys of 24 numbers are many"
+    assert not Metric(terms, layer.C).plus(layer.keys[:1]).is_updated, "there is nothing to update"
+    near = metric.plus(layer.keys[:1])
+    anew = Metric(terms, layer.C, layer.keys[:1].T @ layer.keys[:1]).solve(0, layer.keys, layer.residuals).dense()
+    near.factor[3] *= 1 + 1e-13
+    close(near.solve(0, layer.keys, layer.residuals), anew)
+    assert near.is_updated, "so little is corrected"
+    off = metric.plus(layer.keys[:1])
+    off.factor[3] *= 1.01
+    close(off.solve(0, layer.keys, layer.residuals), anew)
+    assert not off.is_updated
+    with pytest.raises(RankOneError, match="keys must be finite"):
+        metric.plus(layer.keys / 0)
+
+
 def test_keys_may_be_single_precision_and_the_solve_is_not(layer):
     found = Metric(Terms(), layer.C.float()).solve(0, layer.keys.float(), layer.residuals.float())
     assert found.left.dtype == found.right.dtype == torch.float64
