@@ -87,11 +87,12 @@ def heat_map(trace: Trace, kind: str) -> Figure:
         aspect="auto",
         interpolation="nearest",
     )
-    (*labels, label), fonts = _shown([*labels, trace.label])
+    runs = f"{trace.origin['name']}: {trace.p_clean:.3f} clean, {trace.p_corrupted:.3f} corrupted"
+    (*labels, label, runs), fonts = _shown([*labels, trace.label, runs])
     axes.set_yticks(range(len(labels)), labels, fontsize=9, fontfamily=fonts)
     axes.set_xticks(range(0, grid.shape[1], 1 if grid.shape[1] <= 12 else 5 if grid.shape[1] > 24 else 2))
     axes.set_xlabel(AXES.get(kind, f"layer at the centre of the restored {kind}") + "   (* subject)", fontsize=9)
-    axes.set_title(kind_title(kind, trace.settings.window), fontsize=10)
+    axes.set_title(f"{kind_title(kind, trace.settings.window)}\n{runs}", fontsize=9, fontfamily=fonts)
     figure.colorbar(image, ax=axes).set_label(label, fontsize=9, fontfamily=fonts)
     return figure
 

@@ -182,7 +182,7 @@ def _check_file(path: Path) -> None:
     except OSError as error:  # its name is too long, or its links go in a circle
         raise FileError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not is_file:
-        raise FileError(f"{path} does not exist or is no file.")
+        raise FileError(f"{path} does not exist or is no file; give the path of a file that mechedit wrote.")
     if path.suffix == ".json":
         raise FileError(f"{path} is a JSON file, for people to read; what mechedit reads again ends in .safetensors.")
 

@@ -9,6 +9,7 @@ whose state) restores most at the prompt's last token. The early site is where f
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import nan
 
 import torch
 from jaxtyping import Float
@@ -22,6 +23,9 @@ from mechedit.tracing.roles import ROLES, TITLES
 __all__ = ["Site", "SiteError", "early", "late"]
 
 
+LEAST = 0.05  # of what the corruption takes away
+
+
 class SiteError(MecheditError, ValueError):
     """A trace that cannot show the site asked for."""
 
@@ -33,7 +37,8 @@ class Site:
     In one trace, `position` and `token` say which token it is, and `elsewhere` is where another one restores more, if any does:
     there the rule's token does not decide. In an average, `near` are all layers that these facts do not tell from the best one,
     itself among them: the interval of the paired difference reaches zero. It is empty where facts are too few for one. Of
-    `facts` facts, `exceptions` are decided at another token.
+    `facts` facts, `exceptions` are decided at another token. `clean` and `corrupted` are the measure where nothing is corrupted, and
+    where nothing is restored.
     """
 
     kind: str
@@ -47,10 +52,19 @@ class Site:
     elsewhere: Site | None = None
     facts: int = 1
     exceptions: int = 0
+    clean: float = nan
+    corrupted: float = nan
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether less than a twentieth comes back there of what the corruption takes away."""
+        return self.p - self.corrupted < LEAST * max(0.0, self.clean - self.corrupted)
 
     def __str__(self) -> str:
         token = f" {self.token!r}" if self.token is not None else ""
         said = f"{self.kind} at layer {self.layer}, {TITLES[self.role]}{token}: {self.measure} = {self.p:.3f}"
+        if self.is_empty:
+            said += f", where {self.corrupted:.3f} is the corrupted run's and {self.clean:.3f} the clean one's: next to nothing comes back"
         if len(self.near) > 1:
             said += f" (layers {', '.join(map(str, self.near))} are as good)"
         if self.facts > 1 and not self.near:
@@ -79,8 +93,8 @@ def early(trace: Trace | Average) -> Site:
     if float(grid[layer, column]) <= site.p:
         return site
     place = here[column]
-    there = Site(site.kind, layer, trace.roles[place], float(grid[layer, column]), place, trace.tokens[place])
-    return replace(site, elsewhere=replace(there, measure=site.measure))
+    there = replace(site, layer=layer, role=trace.roles[place], p=float(grid[layer, column]), position=place, token=trace.tokens[place])  # fmt: skip
+    return replace(site, elsewhere=there)
 
 
 def late(trace: Trace | Average) -> Site:
@@ -104,11 +118,11 @@ def _best(trace: Trace | Average, kind: str, role: str) -> Site:
         # a subject that ends the prompt is both
         position = trace.subject_range[1] - 1 if role == "subject_last" else len(trace.tokens) - 1
         layer, p = _highest(grids[kind][:, position], role)
-        return Site(kind, layer, role, p, position, trace.tokens[position], measure=measure)
+        return Site(kind, layer, role, p, position, trace.tokens[position], measure=measure, clean=trace.p_clean, corrupted=trace.p_corrupted)  # fmt: skip
     column = ROLES.index(role)
     layer, p = _highest(grids[kind][:, column], role)
     near = (trace.behind[kind][:, column] >= 0).nonzero()[:, 0].tolist()
-    return Site(kind, layer, role, p, near=tuple(near), measure=measure, facts=trace.n_role[column])
+    return Site(kind, layer, role, p, near=tuple(near), measure=measure, facts=trace.n_role[column], clean=trace.clean.mean, corrupted=trace.corrupted.mean)  # fmt: skip
 
 
 def _highest(column: Float[Tensor, " layer"], role: str) -> tuple[int, float]:

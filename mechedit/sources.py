@@ -15,8 +15,9 @@ from mechedit import facts, records, writing
 from mechedit.facts import Fact, FactError
 from mechedit.organism import world
 from mechedit.records import Part
+from mechedit.wording import meant
 
-__all__ = ["Question", "named", "questions"]
+__all__ = ["SETS", "Question", "named", "questions"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class Question:
     fact: Fact
     unrelated: str
     answer: str
+
+
+SETS = ("built-in", "organism")
+"""Sets of facts that have a name."""
 
 
 def named(name: str | Path, need: Sequence[str] = ()) -> tuple[Fact, ...]:
@@ -38,6 +43,10 @@ def named(name: str | Path, need: Sequence[str] = ()) -> tuple[Fact, ...]:
     """
     if name == "organism":
         return world.make().facts
+    if name != "built-in" and not Path(name).suffix and not Path(name).exists():
+        raise FactError(
+            f"{name} is neither a file nor a set of facts, which are {' and '.join(SETS)}{meant(str(name), SETS)}."
+        )
     return facts.built_in() if name == "built-in" else facts.read(name, need)
 
 

@@ -124,7 +124,7 @@ def test_evaluations_are_compared_on_their_common_records(run, two, alone, tmp_p
     command = ("compare", *map(str, two))
     status, said, err = run(*command, "--json", str(tmp_path / "compared.json"), model=False)
     assert (status, err) == (0, "")
-    assert "2 records of counterfact are common to all (of 3, 2)" in " ".join(said.split())
+    assert "2 records, with the numbers of counterfact, are common to all (of 3, 2)" in " ".join(said.split())
     assert max(map(len, said.splitlines())) <= 80 + len(str(tmp_path))
     record = json.loads((tmp_path / "compared.json").read_text())
     (ES,) = [each for each in record["overall"] if each["name"] == "ES"]

@@ -81,7 +81,7 @@ def test_relations_have_their_own_records(two):
 def test_only_common_records_are_compared_and_how_many_they_are_is_said(two):
     first, second = two
     found = compare([evaluation(first), evaluation(second[4:], begin=4)])
-    assert str(found) == "8 records of counterfact are common to all (of 12, 8)"
+    assert str(found) == "8 records, with the numbers of counterfact, are common to all (of 12, 8)"
     (ES,) = [each for each in found.overall if each.name == "ES"]
     assert ES.difference.mean == pytest.approx((second - first)[4:, 0].mean())
 

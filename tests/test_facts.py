@@ -255,7 +255,10 @@ def test_half_a_character_is_told_with_the_records_number_and_id_when_it_is_read
         ("{}", "must hold a list"),
         ("[]", "must hold a list"),
         ('[{"a": 1}]', "form of the records is not known. It must be one of: subject, prompt .or template"),
-        (json.dumps([PLAIN | {"prompts": ["x"]}]), "record 0:? .*prompts is no field of a fact; there are generations"),
+        (
+            json.dumps([PLAIN | {"prompts": ["x"]}]),
+            r"record 0:? .*prompts \(did you mean prompt\?\) is no field of a fact; there are generations",
+        ),
         (json.dumps([PLAIN | {"paraphrases": "one text"}]), "paraphrases must be a list of texts"),
         (json.dumps([PLAIN | {"subject": "Rome"}]), "record 0: .*is not in the prompt"),
         (json.dumps([KNOWN, {"subject": "x"}]), "record 1:? .*it lacks template"),

@@ -46,3 +46,17 @@ def test_a_site_says_where_another_token_decides(model, fact):
     assert "another token" not in str(sites.early(odd))
     logs = replace(odd, settings=replace(SMALL, measure="log_p"))
     assert "log_p = 0.800" in str(sites.early(logs))
+
+
+def test_a_site_where_nothing_comes_back_says_so(model, fact):
+    found = replace(trace(model, fact, SMALL), p_clean=0.9, p_corrupted=0.1)
+    grid = torch.full_like(found.effects["mlp"], 0.139)
+    for p, empty in ((0.139, True), (0.141, False)):
+        grid[:, found.subject_range[1] - 1] = p
+        early = sites.early(replace(found, effects=found.effects | {"mlp": grid}))
+        assert early.is_empty == empty
+        assert (
+            "where 0.100 is the corrupted run's and 0.900 the clean one's: next to nothing comes back" in str(early)
+        ) == empty
+    unknown = replace(found, p_clean=0.001, p_corrupted=0.2)
+    assert sites.early(replace(unknown, effects=found.effects | {"mlp": 0 * grid + 0.15})).is_empty

@@ -3,6 +3,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +19,7 @@ from mechedit.tracing.cells import (
     ATTN_OUT,
     COMPONENTS,
     MLP_OUT,
+    POST,
     RESID_POST,
     Cell,
     Component,
@@ -141,6 +143,10 @@ def test_prompts_of_any_length_share_a_batch(shape, load):
         (single(MLP_OUT, [4], 1), "block from 0 to 3; found 4"),
         (single(MLP_OUT, [-1], 1), "block from 0 to 3; found -1"),
         (single(MLP_OUT, [1], 99), "position from 0 to"),
+        (single(Z, [1], 1, (9,)), r"index of a patch of z must be from 0 to 3; found 9"),
+        (single(Z, [1], 0, (9,)), r"index of a patch of z must be from 0 to 3; found 9"),
+        (single(MLP_OUT, [1], 1, (0, -1)), r"index of a patch of mlp_out must be from 0 to 31; found 0, -1"),
+        (single(POST, [1], 1, (128,)), r"index of a patch of post must be from 0 to 127; found 128"),
         (single(Component("q9", "blocks.{layer}.attn.hook_q9"), [1], 1), "has no q9: there is no hook point"),
     ],
 )
@@ -446,3 +452,19 @@ def test_every_patch_of_every_cell_is_looked_at(cell, message, model):
     with pytest.raises(models.ModelError, match=message):
         engine.sweep(model, [job])
     engine.sweep(model, [replace(job, cells=job.cells[:1])])
+
+
+def test_an_index_that_a_component_of_ones_own_has_not_is_refused(model, fact):
+    own = Component("queries", "blocks.{layer}.attn.hook_q")
+    restore(model, fact, lambda prompt: [single(own, [1], prompt.last_subject, (model.cfg.n_heads - 1,))], SMALL)
+    with pytest.raises(models.ModelError, match=r"index of a patch of queries must be from 0 to 3; found 4"):
+        restore(model, fact, lambda prompt: [single(own, [1], prompt.last_subject, (4,))], SMALL)
+
+
+def test_what_is_no_cell_is_refused_in_a_sentence(model, fact, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own checks, which users do not have
+    with pytest.raises(SettingsError, match=r"a patch is of a Component, one of RESID_PRE, .* or your own; found 'z'"):
+        single("z", [1], 1)
+    for cells in (single(MLP_OUT, [1], 1), [MLP_OUT], lambda prompt: single(MLP_OUT, [1], 1)):
+        with pytest.raises(SettingsError, match="restore takes cells in a list"):
+            restore(model, fact, cells, SMALL)

@@ -127,14 +127,21 @@ def _models(arguments: argparse.Namespace) -> None:
             raise models.ModelError(f"the logits of {arguments.check} are not Hugging Face's.")
         return
     rows = [
-        (each.name, each.source, "yes" if each.here else "no", _preset_line(each.preset)) for each in models.listing()
+        (each.name, each.source, "yes" if each.here else "no", _size(each.preset), _preset_line(each.preset))
+        for each in models.listing()
     ]
     show_table(
         console,
-        ("name", "from", "here", "editing preset"),
-        [*rows, ("FOLDER", "any folder in Hugging Face's format", "", "")],
+        ("name", "from", "here", "blocks x width", "editing preset"),
+        [*rows, ("FOLDER", "any folder in Hugging Face's format", "", "", "")],
     )
-    write_json(arguments.json, [dict(zip(("name", "source", "here", "preset"), row, strict=True)) for row in rows])
+    write_json(
+        arguments.json, [dict(zip(("name", "source", "here", "size", "preset"), row, strict=True)) for row in rows]
+    )
+
+
+def _size(preset: Any) -> str:
+    return f"{preset.shape[0]} x {preset.shape[1]}" if preset else ""
 
 
 def _preset_line(preset: Any) -> str:

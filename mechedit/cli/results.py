@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["add_results", "show_evaluation"]
 
 MANY_RUNS = 12  # of which `status` shows each stage's sum
+FEW = 100  # records, of which intervals are explained
+SHORT = 14  # characters of a result's name in the head of a column
 MANY_UNITS = 20  # of a run, that `show` names
 SHOWN = "an edit, sequence, trace, severed or moment file, or a folder of evaluate, sweep, tune, trace --facts or edit --facts (--sequence)"
 
@@ -239,10 +241,13 @@ def show_evaluation(console: Console, result: Evaluation) -> None:
     """A row for each number, a column for each stage: tables of many numbers are too wide for a terminal."""
     from mechedit.benchmarks.metrics import metric
 
+    console.print(result.caption)
     header, rows = result.cells()
     labels = [metric(name).label for name in header[1:]]
     turned = [list(column) for column in zip(*rows, strict=True)]
     show_table(console, (header[0], *turned[0]), list(zip(labels, *zip(*turned[1:], strict=True), strict=True)))
+    if 1 < len(result.facts) < FEW:
+        console.print(f"Of {len(result.facts)} records an interval reaches far on one side: it allows for one more record as bad, or as good, as can be.")  # fmt: skip
     without = [fact for fact in result.facts if fact.get("reason")]
     if without:
         have = "record has" if len(without) == 1 else "records have"
@@ -257,23 +262,25 @@ def _compare(arguments: argparse.Namespace) -> None:
         raise UsageError(f"compare takes two folders or more; found {len(arguments.results)}.")
     check_places(arguments.json)
     names = [str(path) for path in arguments.results]
-    found = compare([Evaluation.load(path) for path in arguments.results], names, stage=arguments.stage)
+    results = [Evaluation.load(path) for path in arguments.results]
+    found = compare(results, names, stage=arguments.stage)
     written, console = write_json(arguments.json, found.to_json()), console_of(arguments)
     console.print(str(found))
-    for index, (name, stage) in enumerate(zip(found.names, found.stages, strict=True)):
-        console.print(f"{_letter(index)} is {name}, {stage}")
+    called = _called(names)
+    for own, name, stage, result in zip(called, names, found.stages, results, strict=True):
+        console.print(f"{own} is {name}, {stage}: {result.subject}")
     for other in range(1, len(names)):
-        of = (_letter(0), _letter(other))
-        _show_differences(console, ("", *of, f"{of[1]} - {of[0]}", "could see", "p", "p corr."), [each for each in found.overall if each.result == other], lambda each: each.name)  # fmt: skip
+        of = (called[0], called[other])
+        _show_differences(console, ("", *of, f"{of[1]} - {of[0]}", "could see", "p", "p corr."), [each for each in found.overall if each.result == other], lambda each: each.name, found.common)  # fmt: skip
         if own := [each for each in found.by_relation if each.result == other]:
-            _show_differences(console, ("by relation", *of, f"{of[1]} - {of[0]}", "could see", "p", "p corr."), own, lambda each: f"{each.relation} {each.name}")  # fmt: skip
+            _show_differences(console, ("by relation", *of, f"{of[1]} - {of[0]}", "could see", "p", "p corr."), own, lambda each: f"{each.relation} {each.name}", 0)  # fmt: skip
     counted = [sum(each.p == each.p for each in own) for own in (found.overall, found.by_relation)]
-    console.print(f"p: sign-flip test over records; p corr.: corrected for the {counted[0]} comparisons of all records, and for the {counted[1]} by relation (Holm); could see: the smallest difference that so many records show in 80 of 100 repetitions, two-sided at 5 %")  # fmt: skip
+    console.print(f"p: sign-flip test over records; p corr.: corrected for the {counted[0]} comparisons of all records, and for the {counted[1]} by relation (Holm); could see: the smallest difference that so many records show in 80 of 100 repetitions, two-sided at 5 %. An interval also allows for what so few records may have missed, and so can hold 0 where p is small: then report both")  # fmt: skip
     show_files(console, written)
 
 
 def _show_differences(
-    console: Console, header: Sequence[str], found: Sequence[Difference], named: Callable[[Difference], str]
+    console: Console, header: Sequence[str], found: Sequence[Difference], named: Callable[[Difference], str], n: int
 ) -> None:
     from mechedit.benchmarks.metrics import metric
 
@@ -285,7 +292,7 @@ def _show_differences(
             named(each) + (", %" if metric(each.name).unit == "%" else ""),
             alone(each.name, each.first),
             alone(each.name, each.second),
-            metric(each.name).shown(each.difference) + f", n = {each.difference.n}",
+            metric(each.name).shown(each.difference, n),
             alone(each.name, each.could_see) if each.could_see == each.could_see else "",
             *("" if p != p else "<.001" if p < 0.001 else f"{p:.3f}" for p in (each.p, each.p_corrected)),
         )
@@ -301,8 +308,12 @@ def _bare(value: float) -> Mean:
     return Mean(value, float("nan"), float("nan"), 1)
 
 
-def _letter(index: int) -> str:
-    return chr(ord("A") + index) if index < 26 else f"R{index + 1}"
+def _called(names: Sequence[str]) -> list[str]:
+    """What results are called in a table: the names of their folders where these are short and differ, else letters."""
+    own = [Path(name).name for name in names]
+    if len(set(own)) == len(own) and max(map(len, own)) <= SHORT:
+        return own
+    return [chr(ord("A") + index) if index < 26 else f"R{index + 1}" for index in range(len(names))]
 
 
 def _status(arguments: argparse.Namespace) -> None:

@@ -128,20 +128,35 @@ def progress_bars() -> Iterator[Progress]:
 
 
 def _progress_lines() -> Progress:
-    """A line on standard error when a step has lasted a while, every so often after that, and at the end of what was spoken of."""
-    said, begun = time.monotonic(), set[str]()
+    """A line on standard error when a step has lasted a while, every so often after that, and at the end of what was spoken of; with the
+    time left, if all goes on as fast."""
+    said, begun, spoken = time.monotonic(), dict[str, tuple[float, int]](), set[str]()
 
     def report(what: str, done: int, of: int) -> None:
         nonlocal said
-        if time.monotonic() - said >= SECONDS_A_LINE or (done == of and what in begun):
-            said = time.monotonic()
-            begun.add(what)
-            if done == of:
-                begun.remove(what)
-            sys.stderr.write(f"{visible(what)}: {done} of {of}\n")
+        now = time.monotonic()
+        since, first = begun.setdefault(what, (now, done))
+        if now - said >= SECONDS_A_LINE or (done == of and what in spoken):
+            said = now
+            spoken.add(what)
+            left = (now - since) * (of - done) / (done - first) if first < done < of else 0.0
+            sys.stderr.write(f"{visible(what)}: {done} of {of}{f', about {_lasting(left)} left' if left else ''}\n")
             sys.stderr.flush()
+        if done == of:
+            begun.pop(what)
+            spoken.discard(what)
 
     return report
+
+
+def _lasting(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 @contextmanager
@@ -236,8 +251,8 @@ def show_edit(console: Console, edit: dict[str, Any]) -> None:
     own = [f"{_REPORTED.get(name, name)} {value:.4g}" for name, value in report.items() if name not in _SAID]
     console.print(
         f"{edit['editor']} in {edit['seconds']:.1f} s: {where}, update norm {report['update_norm']:.3g} "
-        f"({report['relative_norm']:.1%} of the weight's); {', '.join([*own, ''])}perplexity of other text x {report['perplexity_ratio']:.3f}, "
-        f"KL after '{edit['subject']} is a' {report['essence_kl']:.2f}",
+        f"({report['relative_norm']:.1%} of the weight's); perplexity of other text x {report['perplexity_ratio']:.3f} (1: unharmed), "
+        f"KL after '{edit['subject']} is a' {report['essence_kl']:.2f} (0: as before){''.join(f'; {each}' for each in own)}",
     )
     for reason in edit["reasons"]:
         console.print(f"out of its band: {reason}")

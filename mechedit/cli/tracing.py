@@ -133,9 +133,11 @@ def _demo(arguments: argparse.Namespace) -> None:
     show_edit(console, edit.to_json())
 
     console.rule("3. What changed, and what did not?")
-    prompts = [("paraphrase", each) for each in fact.paraphrases[:2]] + [
-        ("neighbour", each) for each in fact.neighbours[:4]
-    ]
+    own = scoring.score(model, [(each, str(fact.target_true)) for each in fact.neighbours])
+    best = sorted(zip(fact.neighbours, own, strict=True), key=lambda each: -each[1].p)[
+        :4
+    ]  # where there is most to lose
+    prompts = [("paraphrase", each) for each in fact.paraphrases[:2]] + [("neighbour", each) for each, _ in best]
     pairs = [(prompt, str(target)) for _, prompt in prompts for target in (fact.target_true, fact.target_new)]
     story = fact.generations[0]
     before, text_before = scoring.score(model, pairs), generation.complete(model, story, 30)
@@ -145,6 +147,9 @@ def _demo(arguments: argparse.Namespace) -> None:
     for index, (role, prompt) in enumerate(prompts):
         cells = [f"{scores[2 * index].p:.3f} / {scores[2 * index + 1].p:.3f}" for scores in (before, after)]
         rows.append((role, prompt, *cells))
+    console.print(
+        f"The {len(best)} neighbours of {len(own)} where P({fact.target_true}) was highest: an edit has most to lose there."
+    )
     show_table(console, ("", "prompt", f"before: P({fact.target_true}) / P({fact.target_new})", "after"), rows)
     show_table(console, ("", f"{story} …"), [("before", text_before), ("after", text_after)])
 

@@ -28,6 +28,7 @@ from mechedit.errors import MecheditError
 from mechedit.facts import Fact
 from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
+from mechedit.wording import meant
 
 __all__ = ["BUILT_IN", "GROUP", "EditorError", "edit", "named", "names"]
 
@@ -75,7 +76,9 @@ def named(editor: str | Editor) -> Editor:
     )
     module, colon, attribute = place.partition(":")
     if not colon:
-        raise EditorError(f"no editor is called {editor!r}; there are {', '.join(names())}, and package.module:Class.")
+        raise EditorError(
+            f"no editor is called {editor!r}{meant(editor, names())}; there are {', '.join(names())}, and package.module:Class."
+        )
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:

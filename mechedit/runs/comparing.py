@@ -72,7 +72,9 @@ class Comparison:
     def __str__(self) -> str:
         of = ", ".join(map(str, self.records))
         whole = len(set(self.records)) == 1 and self.records[0] == self.common
-        return f"{self.common} records of {self.benchmark} are common to all" + ("" if whole else f" (of {of})")
+        return f"{self.common} records, with the numbers of {self.benchmark}, are common to all" + (
+            "" if whole else f" (of {of})"
+        )
 
 
 def compare(

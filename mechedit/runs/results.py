@@ -112,15 +112,19 @@ class Evaluation:
         return ""
 
     @property
-    def caption(self) -> str:
-        """What the table is of, in a sentence."""
+    def subject(self) -> str:
+        """The model, the benchmark, the editor and the mode."""
         editor, mode = self.what["editor"], self.what["settings"]["mode"]
         how = [editor, mode] if editor != "none" else ["not edited"]
+        return ", ".join([self.what["model"]["name"], self.what["benchmark"], *how])
+
+    @property
+    def caption(self) -> str:
+        """What the table is of, in a sentence."""
         source = self.what.get("source")
         where = f" of {Path(source['facts']).name} from {source['begin']} on" if source else ""
         return (
-            f"{self.what['model']['name']}, {self.what['benchmark']}, {', '.join(how)}: means over records{where} "
-            f"(n = {len(self.facts)}) with 95 % intervals; shares in percent."
+            f"{self.subject}: means over records{where} (n = {len(self.facts)}) with 95 % intervals; shares in percent."
         )
 
     def cells(self) -> tuple[list[str], list[list[str]]]:

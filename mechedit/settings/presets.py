@@ -51,7 +51,7 @@ class Preset:
 
 _PAPER = "published code of Meng et al. 2022, hparams/ROME"
 _PAPER_FT = "published code of Meng et al. 2022, hparams/FT"
-_TUNED = "tuned here; see experiments/README.md"
+_TUNED = "tuned here"
 
 
 def _preset(rome: RomeSettings, source: str, shape: tuple[int, int, int]) -> Preset:

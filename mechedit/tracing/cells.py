@@ -13,7 +13,7 @@ from mechedit import models, prompts
 from mechedit.models import HookedModel
 from mechedit.settings import SettingsError, TraceSettings
 
-__all__ = ["ATTN_OUT", "COMPONENTS", "MLP_OUT", "POST", "RESID_MID", "RESID_POST", "RESID_PRE", "STATES", "WINDOWED", "Cell", "Component", "Patch", "Z", "resolve", "restored_blocks", "single", "window"]  # fmt: skip
+__all__ = ["ATTN_OUT", "COMPONENTS", "MLP_OUT", "POST", "RESID_MID", "RESID_POST", "RESID_PRE", "STATES", "WINDOWED", "Cell", "Component", "Patch", "Z", "check_index", "resolve", "restored_blocks", "single", "window"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class Patch:
     position: int
     index: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.component, Component):
+            names = ", ".join(each.name.upper() for each in COMPONENTS.values())
+            raise SettingsError(f"a patch is of a Component, one of {names} in mechedit.tracing.cells or your own; found {self.component!r}.")  # fmt: skip
+
     @property
     def start(self) -> int:
         """The first block that must be computed for it."""
@@ -77,6 +82,16 @@ class Cell:
     def __post_init__(self) -> None:
         if not self.restored:
             raise ValueError("a cell must restore something; without it the run is the corrupted one.")
+
+
+def check_index(patch: Patch, width: int | None) -> None:
+    """Raise where a patch picks parts that its activation, of so many, has not.
+
+    Raises:
+        ModelError: it does.
+    """
+    if patch.index and width is not None and not (min(patch.index) >= 0 and max(patch.index) < width):
+        raise models.ModelError(f"the index of a patch of {patch.component.name} must be from 0 to {width - 1}; found {', '.join(map(str, patch.index))}.")  # fmt: skip
 
 
 def window(layer: int, width: int, n_layers: int, centre: str = "code") -> range:

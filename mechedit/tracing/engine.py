@@ -23,7 +23,7 @@ from mechedit.models import HookedModel, ModelError, alone, check_plain
 from mechedit.progress import Progress, silent
 from mechedit.settings import SettingsError
 from mechedit.tracing.baseline import Job, Runs, bytes_kept
-from mechedit.tracing.cells import Cell, Component, Patch
+from mechedit.tracing.cells import COMPONENTS, POST, Cell, Component, Patch, Z, check_index
 from mechedit.tracing.passes import Effect, Member, Pass, is_local
 
 __all__ = ["GIGABYTE", "Swept", "sweep"]
@@ -151,6 +151,7 @@ def _check(model: HookedModel, jobs: Sequence[Job]) -> None:
                     raise ModelError(
                         f"a patch must stand at a position from 0 to {len(job.ids) - 1}; found {patch.position}."
                     )
+                check_index(patch, _width(model, patch.component))
                 if (patch.component, patch.layer) in seen:
                     continue
                 if not 0 <= patch.layer < n_layers:
@@ -161,6 +162,13 @@ def _check(model: HookedModel, jobs: Sequence[Job]) -> None:
                         f"{patch.component.at(patch.layer)}. `model.hook_dict` has those there are."
                     )
                 seen.add((patch.component, patch.layer))
+
+
+def _width(model: HookedModel, component: Component) -> int | None:
+    """How many parts an activation has that `index` picks from; None of a component that mechedit does not know."""
+    if component not in COMPONENTS.values():
+        return None
+    return int({Z: model.cfg.n_heads, POST: model.cfg.d_mlp}.get(component, model.cfg.d_model))
 
 
 def _effect(cell: Cell, job: Job, begin: int, n_layers: int) -> Effect | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from mechedit.interventions import Change, intervened
 from mechedit.models import Sharing, parts
 from mechedit.tracing.baseline import Runs, bytes_a_token
-from mechedit.tracing.cells import Component, Patch
+from mechedit.tracing.cells import Component, Patch, check_index
 
 __all__ = ["Effect", "Member", "Pass", "is_local"]
 
@@ -121,6 +121,7 @@ class Pass:
         self.at, self.width = 0, 0  # first row and number of positions of the block call under way, for the hooks
 
     def _plan(self, place: int, patch: Patch, values: Tensor) -> None:
+        check_index(patch, values.shape[1])  # of components that mechedit does not know
         writes = (
             self.hooks.setdefault((patch.component, patch.layer), _Writes())
             if patch.component.enters is None

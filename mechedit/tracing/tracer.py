@@ -205,6 +205,8 @@ def restore(
     settings = resolve(model, settings)
     prepared = prepare(model, fact, settings, family=family, statistics=statistics, other=other)
     chosen = cells(prepared.prompt) if callable(cells) else cells
+    if isinstance(chosen, Cell) or not all(isinstance(each, Cell) for each in chosen):
+        raise SettingsError("restore takes cells in a list, or a function of the prompt that returns such a list.")
     (found,) = run_jobs(model, [prepared.job(chosen)], settings, progress)
     return measured(settings, found.cells), float(measured(settings, found.clean)), measured(settings, found.corrupted)
 

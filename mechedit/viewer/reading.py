@@ -11,7 +11,7 @@ from mechedit.runs.parquet import RESULTS
 from mechedit.runs.results import Evaluation
 from mechedit.runs.store import PLAN, RunError
 from mechedit.tracing import Trace
-from mechedit.tracing.averages import Average
+from mechedit.tracing.averages import Average, average
 from mechedit.tracing.severing import Severed
 from mechedit.viewer.contents import Viewable
 
@@ -23,7 +23,7 @@ HAS = "a trace, severed or edit file, average.json, sweep.json, or a folder of t
 
 def read(path: str | Path, unit: str | None = None) -> Viewable:
     """The result that a path holds; of a run's folder the unit that is named by its number or the beginning of its name. A folder of
-    severed curves is all of them.
+    severed curves is all of them, and one of traces their average.
 
     Raises:
         FileError: a file that is missing, damaged, or nothing that has a page.
@@ -47,8 +47,11 @@ def _of_folder(folder: Path) -> Viewable:
             return _of_json(folder / name)
     if (folder / PLAN).is_file():
         every = list(units.read_all(folder))
-        if all(not each.data.startswith(b"{") and files.kind(each) == "severed" for each in every):
+        kinds = {"scores" if each.data.startswith(b"{") else files.kind(each) for each in every}
+        if kinds == {"severed"}:
             return [Severed.load(each) for each in every]
+        if kinds == {"trace"}:
+            return average([Trace.load(each) for each in every])
         raise RunError(f"{folder} is a run of {len(every)} units; name one with --unit (`mechedit show {folder}` lists them).")  # fmt: skip
     raise RunError(f"{folder} is nothing that has a page: it must be {HAS}.")
 
