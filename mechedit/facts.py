@@ -288,8 +288,7 @@ def _plain(part: Part, index: int) -> Fact | None:
     """The fields of `Fact` themselves, a whole `prompt` in the template's place if that is there."""
     names = {each.name for each in fields(Fact)} | {"prompt"}
     if unknown := sorted(part.value.keys() - names):
-        near = [f"{each}{meant(each, names)}" for each in unknown]
-        part.mistakes.append(f"{', '.join(near)} is no field of a fact; there are {', '.join(sorted(names))}")
+        part.mistakes.append(f"{', '.join(each + meant(each, names) for each in unknown)} is no field of a fact; there are {', '.join(sorted(names))}")  # fmt: skip
     part.aside(*part.value)
     subject, template = (part.text("subject"), part.text("template")) if "template" in part.value else _whole(part)
     return _fact(

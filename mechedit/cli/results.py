@@ -267,8 +267,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     written, console = write_json(arguments.json, found.to_json()), console_of(arguments)
     console.print(str(found))
     called = _called(names)
-    for own, name, stage, result in zip(called, names, found.stages, results, strict=True):
-        console.print(f"{own} is {name}, {stage}: {result.subject}")
+    for short, name, stage, result in zip(called, names, found.stages, results, strict=True):
+        console.print(f"{short} is {name}, {stage}: {result.subject}")
     for other in range(1, len(names)):
         of = (called[0], called[other])
         _show_differences(console, ("", *of, f"{of[1]} - {of[0]}", "could see", "p", "p corr."), [each for each in found.overall if each.result == other], lambda each: each.name, found.common)  # fmt: skip
