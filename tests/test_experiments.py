@@ -18,6 +18,7 @@ from experiments import (
     benchmark_scaling,
     benchmark_scoring,
     benchmark_tracing,
+    better_edits,
     common,
     editing,
     figure1_trace,
@@ -551,6 +552,34 @@ def test_policies_are_compared_by_what_they_break(to_edit, tmp_path):
     for name, one_key in (("default", True), ("published", False), ("published constants, one key", True)):
         share = policies[name]["quantiles"]["divisor_share"]["0.5"]
         assert (share == pytest.approx(1.0)) == one_key
+
+
+def test_ways_to_edit_better_are_compared_with_the_default(to_edit, tmp_path, monkeypatch):
+    record = {"roles": ["last", "subject_last"], "indirect_effect": {"mlp": [[9.0, 0.1], [9.0, 0.4], [9.0, 0.2], [9.0, 0.0]]}}  # fmt: skip
+    monkeypatch.setattr(better_edits, "benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])
+    monkeypatch.setattr(better_edits, "FIGURES", tmp_path)
+    options = ["--model", to_edit, "--facts", "2", "--layers", "1", "2", "--others", "2", "--sentences", "2"]
+    settings = common.parse(better_edits.BetterEdits, options)
+    with pytest.raises(SystemExit, match="needs .*figure2_average_effects"):
+        better_edits.main(settings)
+    model = models.load(to_edit)
+    place = tmp_path / common.short_name(model) / "figure2_average_effects.json"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(json.dumps(record))
+    said = [" Paris, Berlin is what London is in.", " London is found in Paris, they say.", " It is Paris.", " nothing"]
+    monkeypatch.setattr(better_edits.generation, "completions", lambda model, prompts, *rest, **named: said[: len(prompts)])  # fmt: skip
+    better_edits.main(settings)
+    found = read(tmp_path, "better_edits")
+    assert list(found["rows"]) == list(better_edits.ROWS)
+    assert set(found["paired"]["less the default"]) == set(better_edits.ROWS[1:])
+    assert found["rows"]["default"]["scores"] != found["rows"]["spread"]["scores"]
+    assert "spread by effect" in next(tmp_path.rglob("better_edits.md")).read_text()
+    assert better_edits.effects(model, (1, 2, 3)) == (0.4, 0.2, 1e-3)
+    told = better_edits.paraphrases(model, TO_EDIT[1], prepend_bos=False)
+    assert [fact.prompt for fact in told] == ["London is found in"]
+    assert better_edits.sentences(settings) == ["Berlin is located in the city of London. ", "Seattle is located in the city of Apple. "]  # fmt: skip
+    with pytest.raises(SystemExit, match="rows are default, spread"):
+        better_edits.main(replace(settings, rows=("better",)))
 
 
 def test_more_keys_bring_the_direction_closer(to_edit, tmp_path):

@@ -20,6 +20,7 @@ from mechedit.settings import (  # fmt: skip
     MemitSettings,
     MomentSettings,
     PmetSettings,
+    RomeSettings,
     SettingsError,
 )
 from mechedit.weights import Weight
@@ -258,3 +259,11 @@ def test_a_layer_that_is_given_alone_is_edited_alone_whatever_the_preset_spreads
     assert (alone.layers, alone.layer, alone.target) == ((), 0, "stream")
     assert editor.resolve(model, resolved) == resolved
     assert editor.resolve(model, MemitSettings(layers=(0, 3))).layer == 3
+
+
+def test_where_a_model_has_no_preset_for_pmet_its_constants_are_pmets_and_its_layer_is_romes(model, monkeypatch):
+    preset = replace(PRESETS["gpt2"], shape=(4, 32, 400), settings={"rome": RomeSettings(layer=1, clamp=0.6)})
+    monkeypatch.setitem(PRESETS, model.cfg.model_name, preset)
+    found = named("pmet").resolve(model)
+    assert (found.layer, found.clamp, found.stop, found.learning_rate, found.kl) == (1, 0.6, "top", 0.2, 1.0)
+    assert named("memit").resolve(model).stop == "target"

@@ -94,6 +94,7 @@ def prepare(
         given = [found[layer] for layer in layers]
     if len(given) != len(layers):
         raise EditError(f"C is needed of each of the blocks {layers}, from the lowest; found {len(given)}.")
+    prefixes = keys.prefixes(model, settings) if prefixes is None else prefixes
     own = [
         rome.prepare(model, alone(settings, layer), moment, prefixes, progress=progress)
         for layer, moment in zip(layers, given, strict=True)
@@ -251,6 +252,13 @@ class Pmet(Memit):
 
     name = "pmet"
     settings: ClassVar[type[PmetSettings]] = PmetSettings
+
+    def defaults(self, model: HookedModel) -> Any:
+        """The model's preset for this editor, else PMET's own constants with the layer, clamp and prefixes of that for ROME."""
+        found = super().defaults(model)
+        if isinstance(found, self.settings):
+            return found
+        return self.settings(**{name: getattr(found, name) for name in ("layer", "clamp", "prefixes")})
 
 
 class AlphaEdit(Memit):
