@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from experiments.common import FIGURES, parse, progress, runs, say, short_name, write
-from experiments.editing import published
-from experiments.scaling import apart
-from mechedit import cache, figures, models, sources
+from experiments.editing import benchmark_facts, published
+from experiments.scaling import MANY, apart
+from mechedit import cache, figures, models
 from mechedit.editing import make_ready
 from mechedit.editors import named
 from mechedit.models import HookedModel
@@ -40,12 +40,14 @@ class Collapse:
     every: int = 20
     sampled: int = 64
     rows: tuple[str, ...] = tuple(COLOURS)
+    layer: int = -1
     threads: int = 2
 
 
-def ways(model: HookedModel) -> dict[str, tuple[str, Any]]:
+def ways(model: HookedModel, layer: int) -> dict[str, tuple[str, Any]]:
     """Editors and settings by the names of the rows."""
-    rome, memit, sequential = (named(name).resolve(model) for name in ("rome", "memit", "sequential"))
+    own: dict[str, Any] = {"layer": layer} if layer >= 0 else {}
+    rome, memit, sequential = (each.resolve(model, each.settings(**own)) for each in map(named, ("rome", "memit", "sequential")))  # fmt: skip
     return {
         "ROME, published": ("rome", published(rome)),
         "MEMIT, published": ("memit", replace(memit, guard="warn", clamp=4.0)),
@@ -79,10 +81,10 @@ def picture(found: dict[str, dict[str, Any]]) -> Figure:
 def main(settings: Collapse) -> None:
     torch.set_num_threads(settings.threads)
     model = models.load(settings.model)
-    facts = apart(model, sources.named("organism"))[: settings.edits]
+    facts = apart(model, benchmark_facts(settings.model, 0, MANY))[: settings.edits]
     how = SequenceSettings(every=settings.every, sampled=settings.sampled, on_collapse="stop")
     found: dict[str, dict[str, Any]] = {}
-    for row, (name, edit) in ways(model).items():
+    for row, (name, edit) in ways(model, settings.layer).items():
         if row not in settings.rows:
             continue
         editor = named(name)

@@ -20,7 +20,8 @@ import torch
 
 from experiments.benchmark_editing import peak
 from experiments.common import FIGURES, parse, progress, runs, say, short_name, write
-from mechedit import applying, cache, figures, generation, guards, models, sources
+from experiments.editing import benchmark_facts
+from mechedit import applying, cache, figures, generation, guards, models
 from mechedit.benchmarks import answers, counterfact
 from mechedit.editing import make_ready
 from mechedit.editors import named
@@ -34,6 +35,7 @@ from mechedit.settings import SequenceSettings
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MANY = 100_000  # more than there are
 PARTS = ("ES", "PS", "NS")
 PANELS = (("S", "S, %"), ("answer", "generated answer, %"), ("ES first", "ES of the first 100, %"), ("perplexity_ratio", "perplexity / unedited"))  # fmt: skip
 
@@ -116,7 +118,7 @@ def main(settings: Scaling) -> None:
     }
     edit = editor.resolve(model, editor.settings(guard="warn", **own))
     prepared = make_ready(model, editor, edit)
-    facts = apart(model, sources.named("organism"))
+    facts = apart(model, benchmark_facts(settings.model, 0, MANY))
     rank = {subject: index for index, subject in enumerate(dict.fromkeys(fact.subject for fact in facts))}
     facts = facts[: settings.mixed] + sorted(facts[settings.mixed :], key=lambda fact: rank[fact.subject])
     folder = runs(model, f"scaling-{cache.content_key(str(edit))}")

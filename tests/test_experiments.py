@@ -19,6 +19,7 @@ from experiments import (
     benchmark_scoring,
     benchmark_tracing,
     better_edits,
+    collapse,
     common,
     editing,
     figure1_trace,
@@ -33,6 +34,7 @@ from experiments import (
     key_policies,
     localisation,
     moments_convergence,
+    scaling,
     table1_zsre,
     table4_counterfact,
     trained_editors,
@@ -294,6 +296,25 @@ def test_rows_of_trained_editors_are_there_where_their_network_is(model, tmp_pat
         name, chosen = editing.opponent(organism, row, 0)
         assert row.startswith(name)
         assert chosen.checkpoint in ("generic", "set")
+
+
+def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, monkeypatch):
+    for module in (scaling, collapse):
+        monkeypatch.setattr(module, "benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])
+        monkeypatch.setattr(module, "FIGURES", tmp_path)
+    quick = ["--model", to_edit, "--layer", "1"]
+    scaling.main(common.parse(scaling.Scaling, [*quick, "--sizes", "2", "4", "--together", "2", "--scored", "2"]))
+    record = read(tmp_path, "scaling")
+    assert [row["edits"] for row in record["rows"]] == [2, 4]
+    assert all(0 <= row[name] <= 1 for row in [record["alone"], *record["rows"]] for name in ("S", "answer", "NS"))
+    assert [look["edits"] for look in record["forgetting"]] == [2, 4]
+    collapse.main(common.parse(collapse.Collapse, [*quick, "--edits", "2", "--every", "1", "--rows", "ROME, published", "sequential"]))  # fmt: skip
+    rows = read(tmp_path, "collapse")["rows"]
+    assert list(rows) == ["ROME, published", "sequential"]
+    for row in rows.values():
+        assert row["broke"] is None or row["looks"][-1]["out"] == row["broke"]["by"]
+        assert [look["edits"] for look in row["looks"]] == list(range(1, row["edits"] + 1))
+    assert next(tmp_path.rglob("collapse.png")).stat().st_size > 5000
 
 
 def test_the_table_of_trained_editors_compares_the_tuned_with_the_generic(to_edit, tmp_path, monkeypatch):
