@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -104,6 +105,23 @@ def test_links_to_the_project_are_links_into_the_site(build):
     assert build.moved("[up](../README.md)", ROOT / "experiments" / "localisation.md") == "[up](../index.md)"
     with pytest.raises(SystemExit, match=r"docs/tracing.md links to gone.md, which is no file"):
         build.moved("[a](gone.md)", page)
+
+
+def test_a_notebook_is_a_page_with_its_pictures(build, tmp_path):
+    outputs = [
+        {"output_type": "stream", "name": "stdout", "text": ["P = 0.9\n"]},
+        {"output_type": "execute_result", "data": {"image/png": "QUJD", "text/plain": "<Figure>"}},
+        {"output_type": "execute_result", "data": {"text/html": "<script>1</script>", "text/plain": "a view"}},
+    ]
+    cells = [{"cell_type": "markdown", "source": ["# Title\n", "words"]}, {"cell_type": "code", "source": ["1"], "outputs": outputs}]  # fmt: skip
+    (tmp_path / "one.ipynb").write_text(json.dumps({"cells": cells}))
+    said = build.notebook(tmp_path / "one.ipynb", tmp_path / "site" / "one.md")
+    assert said.startswith("# Title\nwords\n\n```python\n1\n```\n\n```text\nP = 0.9\n```\n\n<img ")
+    assert (tmp_path / "site" / "one-1.png").read_bytes() == b"ABC"
+    assert "interactive view" in said
+    assert "script" not in said
+    link = build.moved("[a](../experiments/notebooks/1_trace_a_fact.ipynb)", ROOT / "docs" / "tracing.md")
+    assert link == "[a](experiments/notebooks/1_trace_a_fact.md)"
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Build the docs as a site: `python docs/theme/build.py` puts the pages together in build/docs, and mkdocs makes site/ of them.
 
 The pages stay plain Markdown, whose links work in a checkout and on a hosting site. Here a link to another file of the project brings that
-file in: Markdown as a page, Python as text, the rest as it is. The reference is written from the docstrings, settings from their fields.
+file in: Markdown as a page, a notebook as one with its pictures, Python as text, the rest as it is. The reference is written from the docstrings, settings from their fields.
 Nothing of this is known to mkdocs, so that another generator can take its place.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
+import json
 import os
 import posixpath
 import re
@@ -145,6 +147,10 @@ def gather(out: Path) -> None:
     while waiting:
         page = waiting.pop()
         there = out / address(page)
+        if page.suffix == ".ipynb":
+            text = moved(notebook(page, there), page)
+            _write(there, text)
+            continue
         if page.suffix != ".md":
             there.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(page, there)
@@ -170,6 +176,26 @@ def moved(text: str, page: Path) -> str:
     parts = FENCE.split(text)
     parts[::2] = [_relinked(_indented(part), page) for part in parts[::2]]
     return "".join(parts)
+
+
+def notebook(page: Path, there: Path) -> str:
+    """A notebook's cells and outputs as a page; its pictures are written beside it. Views that run scripts are left out."""
+    parts = []
+    for number, cell in enumerate(json.loads(page.read_text(encoding="utf-8"))["cells"]):
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if picture := data.get("image/png"):
+                name = f"{page.stem}-{number}.png"
+                there.parent.mkdir(parents=True, exist_ok=True)
+                (there.parent / name).write_bytes(base64.b64decode("".join(picture)))
+                parts.append(f'<img src="{name}" alt="the picture that this cell draws">')
+            elif "text/html" not in data:
+                parts.append("```text\n" + "".join(output.get("text") or data.get("text/plain", "")).rstrip() + "\n```")
+            else:
+                parts.append("*Here the notebook shows an interactive view.*")
+    return "\n\n".join(parts) + "\n"
 
 
 def links(text: str) -> list[str]:
@@ -223,7 +249,9 @@ def address(path: Path) -> str:
     own = path.relative_to(ROOT).as_posix().removeprefix("docs/")
     if own == "README.md":
         return "index.md"
-    return own + ".txt" if path.suffix == ".py" else own
+    return (
+        own.removesuffix(".ipynb") + ".md" if path.suffix == ".ipynb" else own + ".txt" if path.suffix == ".py" else own
+    )
 
 
 def target(page: Path, link: str) -> Path:
