@@ -203,8 +203,9 @@ class Metric:
         system = gram + self.terms.slack * torch.eye(len(gram), dtype=gram.dtype)
         along = along if self.basis is None else along @ self.basis.T
         right = torch.linalg.solve((system + system.T) / 2, residuals)
-        # laid out as a file has them, so that sums over them come out alike to the last bit
-        return LowRank(Weight(layer, "mlp.W_out"), along.contiguous(), right.contiguous())
+        # laid out as a file has them, one row too, so that sums over them come out alike to the last bit
+        along, right = (each.clone(memory_format=torch.contiguous_format) for each in (along, right))
+        return LowRank(Weight(layer, "mlp.W_out"), along, right)
 
 
 def updated(factor: Float[Tensor, "d d"], keys: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:

@@ -281,7 +281,8 @@ def _rank_one(weight: Weight, record: dict[str, Any], own: dict[str, Tensor]) ->
 
 _KINDS: dict[str, Callable[[Weight, dict[str, Any], dict[str, Tensor]], Change]] = {
     "rank_one": _rank_one,
-    "low_rank": lambda weight, record, own: LowRank(weight, own["left"], own["right"]),
+    # copies: where numbers begin in a file, sums over them may come out otherwise in their last bit
+    "low_rank": lambda weight, record, own: LowRank(weight, own["left"].clone(), own["right"].clone()),
     "rows": lambda weight, record, own: Rows(weight, own["index"], own["values"], _height(record["height"])),
     "dense": lambda weight, record, own: Dense(weight, own["delta"]),
 }

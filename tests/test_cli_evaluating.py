@@ -361,7 +361,7 @@ def test_an_editor_without_a_choice_of_token_is_swept_over_layers(run, records, 
         ("clamp=", "--try 'clamp=': could not convert string to float"),
         ("steps=1.5", "--try 'steps=1.5': invalid literal for int()"),
         ("clamp=1,-2", "clamp must be positive; found -2.0"),
-        ("stop=target,never", "stop must be one of target, published; found 'never'"),
+        ("stop=target,never", "stop must be one of target, published, top; found 'never'"),
         ("norm-bound=1", "found 'norm-bound=1'"),
     ],
 )

@@ -254,7 +254,7 @@ def test_the_demo_runs_on_any_model_with_a_preset(run, folder, tmp_path, monkeyp
     ):
         assert said in out
     assert out.count("paraphrase") == 2
-    assert out.count("neighbour") == 4
+    assert out.count("neighbour") == 5, "four rows, and the sentence above them"
     assert (tmp_path / "demo" / "trace_mlp.png").stat().st_size > 5000
     assert json.loads((tmp_path / "demo" / "edit.json").read_text())["target_new"] == "Paris"
     monkeypatch.setattr("mechedit.runs.tracing.trace", None)  # a second time needs no sweep

@@ -167,6 +167,15 @@ def optimised(model, **changes):
     return found, initial
 
 
+def test_a_block_that_is_not_there_is_refused(model):
+    context = keys.contexts(model, FACT, ("",), prepend_bos=True)[0]
+    for layer in (-1, 4):
+        with pytest.raises(ModelError, match="layer"):
+            values.optimise(
+                model, [context], context, [[33]], torch.ones(32), torch.ones(2), layer, RomeSettings(steps=1)
+            )
+
+
 def test_the_change_of_the_value_is_clamped(model):
     found, initial = optimised(model, clamp=0.3, stop_at=0.0)
     assert float((found.value - initial).norm()) == pytest.approx(0.3 * float(initial.norm()), rel=1e-4)
