@@ -68,17 +68,17 @@ def _split(options: str) -> list[str]:
 COUNTERFACT, ZSRE = {"gemma-3-270m": "counterfact_flat.json"}, {"gemma-3-270m": "zsre.json"}
 OPPONENTS = "told ft ft-l attention-edit kn"
 ROWS = (
-    Row("1: one fact's trace", "figure1_trace", {"gemma-3-270m": Run(1), "organism": Run(0.5, '--prompt "Fairma Glaibri is employed by" --subject "Fairma Glaibri"')}),
+    Row("1: one fact's trace", "figure1_trace", {"gemma-3-270m": Run(1), "organism": Run(None, '--prompt "Fairma Glaibri is employed by" --subject "Fairma Glaibri"')}),
     Row("2: average effects", "figure2_average_effects", {"gemma-3-270m": Run(40, "--draws 3"), "organism": Run(3, "--facts 500")}),
-    Row("3: severed paths", "figure3_severed", {"gemma-3-270m": Run(8, "--draws 3"), "organism": Run(2)}),
-    Row("5: edits by layer and token", "figure5_sweep", {"gemma-3-270m": Run(120, "--facts 5"), "organism": Run(25, "--facts 40 --every 1")}, COUNTERFACT),
+    Row("3: severed paths", "figure3_severed", {"gemma-3-270m": Run(8, "--draws 3"), "organism": Run(None)}),
+    Row("5: edits by layer and token", "figure5_sweep", {"gemma-3-270m": Run(None, "--facts 5"), "organism": Run(25, "--facts 40 --every 1")}, COUNTERFACT),
     Row("6: generated texts", "figure6_generations", {"gemma-3-270m": Run(None), "organism": Run(2, "--begin 400")}, COUNTERFACT),
-    Row("7: average effects in lines", "figure7_lines", {"gemma-3-270m": Run(0.5), "organism": Run(0.5)}),
+    Row("7: average effects in lines", "figure7_lines", {"gemma-3-270m": Run(None), "organism": Run(None)}),
     Row("13 to 15: noise and windows", "figure13_noise", {"gemma-3-270m": Run(20, "--draws 2"), "organism": Run(None, "--draws 2")}),
     Row("16: gradients", "figure16_attribution", {"gemma-3-270m": Run(30, "--draws 3"), "organism": Run(None, "--draws 3")}),
     Row("table 4: COUNTERFACT", "table4_counterfact", {"gemma-3-270m": Run(75, f'--unedited 150 --known-among 600 --facts 40 --control-facts 40 --opponent-facts 40 --rows "no edit" known default {OPPONENTS}'), "organism": Run(30, f'--facts 500 --control-facts 200 --opponent-facts 500 --rows "no edit" known default published {OPPONENTS} identity "random layer" "random key"')}, COUNTERFACT),
-    Row("23 and 24: attention edits", "figure23_attention", {"gemma-3-270m": Run(1, "--facts 40"), "organism": Run(1, "--facts 500")}, COUNTERFACT),
-    Row("table 1: zsRE", "table1_zsre", {"gemma-3-270m": Run(150, '--rows "no edit" default published identity'), "organism": Run(15, '--facts 500 --control-facts 200 --rows "no edit" default published identity "random layer"')}, ZSRE),
+    Row("23 and 24: attention edits", "figure23_attention", {"gemma-3-270m": Run(None, "--facts 40"), "organism": Run(None, "--facts 500")}, COUNTERFACT),
+    Row("table 1: zsRE", "table1_zsre", {"gemma-3-270m": Run(75, '--unedited 300 --facts 40 --control-facts 40 --opponent-facts 40 --rows "no edit" default told ft ft-l attention-edit'), "organism": Run(15, '--facts 500 --control-facts 200 --rows "no edit" default published identity "random layer"')}, ZSRE),
     Row("broken models", "key_policies", {"gemma-3-270m": Run(None, "--one-key 20")}, COUNTERFACT),
     Row("how many keys C needs", "moments_convergence", {"gemma-3-270m": Run(25, "--times-d-mlp 1.5 3 5 10 20 --edit-facts 10")}, COUNTERFACT),
     Row("trained editors", "trained_editors", {"organism": Run(None)}),

@@ -7,8 +7,9 @@
     alphaedit   b = 1, c = 10, in the null space of C: earlier edits keep their values, C's large directions are not touched
                 (Fang et al. 2025)
     pmet        a = 6000, slack 1: while v* is sought, the attention may change too, of which nothing is written (Li et al. 2024)
-    sequential  b = 1, slack 1, a = d_mlp / 4: the default for long runs. After any number of edits W is what one solve for all of them
-                gives (`mechedit.recursive`), and `mechedit.runs.sequence` keeps, resumes, watches and takes apart such runs
+    sequential  b = 1, slack 1, a = d_mlp / 4 (between two values tried on 200 facts of the organism; not tuned), for long runs. After any
+                number of edits W is what one solve for all of them gives (`mechedit.recursive`), and `mechedit.runs.sequence` keeps,
+                resumes, watches and takes apart such runs
 
 R is what the values v* are more than the keys return now. With `layers` it is spread over several blocks (`spread`), each with its own C.
 In a sequence each edit hands on its keys, block by block, and P is the sum of k k^T over all of them.
