@@ -17,6 +17,7 @@ functions whose names end in `_`.
 | moments.estimate   | yes     | no       | no                | cache | own generator         |
 | keys               | yes     | no       | no                | cache | own generator         |
 | neurons.find       | yes     | yes      | no                | cache | own generator         |
+| above.prepare      | yes     | no       | no                | no    | no                    |
 | values.optimise    | yes     | yes      | no                | no    | no                    |
 | rank_one.solve     | no      | no       | no                | no    | no                    |
 | closed_form.Metric | no      | no       | no                | no    | no                    |
@@ -54,6 +55,7 @@ from typing import Any
 __version__ = "0.2.0"
 
 _MODULES = (
+    "above",
     "applying",
     "benchmarks",
     "calibration",

@@ -30,6 +30,7 @@ from mechedit.settings import KnowledgeNeuronsSettings, RomeSettings, SettingsEr
 __all__ = ["Context", "contexts", "prefixes", "subject_keys"]
 
 TOP_K = 5
+ROWS = 256  # contexts that are read at once: a few MB for each thousand neurons
 RULE = "top 5, joined by full stops"  # of the prefixes; part of the cache's key
 
 
@@ -106,6 +107,12 @@ def contexts(
 @torch.no_grad()
 def subject_keys(model: HookedModel, layer: int, rows: tuple[Context, ...]) -> Float[Tensor, "rows d_mlp"]:
     """The key of each context, in float32: input of `W_out` at the position that it looks up."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))  # so that little is padded
+    found = [_read(model, layer, [rows[index] for index in order[begin : begin + ROWS]]) for begin in range(0, len(rows), ROWS)]  # fmt: skip
+    return torch.cat(found)[torch.tensor(order, device=found[0].device).argsort()]
+
+
+def _read(model: HookedModel, layer: int, rows: list[Context]) -> Float[Tensor, "rows d_mlp"]:
     tokens: Int[Tensor, "rows pos"] = pad(model, [list(row.ids) for row in rows])
     kept: list[Tensor] = []
     with intervened(model, read(f"blocks.{layer}.mlp.hook_post", kept.append)):

@@ -7,46 +7,44 @@ optimised by Adam and kept within `clamp` lengths of v. The essence prompt is "{
 token, as the code does. Only d changes: no parameter needs a gradient.
 
 A rank-one write that gives the key k* the value v + d gives another key k the share (k @ u) / (k* @ u) of d. Each row is
-optimised with the share that its own key will get (`shares`), so that what is optimised is what will be written; the
+optimised with the share that its own key will get (`Sought.shares`), so that what is optimised is what will be written; the
 published code adds the whole of d to every row, and its averaged edit can then miss the very prompt it was made for.
 
-What d cannot change is computed once: everything below the edited block, and every position before the first that d is
-added at, whose keys and values all steps share. Rows that add d at nearby positions run together.
+Values of many facts are sought together, each with its own d, steps, clamp and end: the sum of their losses has for each d the slope
+that its own loss has, so what is found is what one after another would find. Rows of a fact that is done are run no more. What no d
+can change is computed once (`mechedit.above`).
 
 v is W_out's own output. Where a norm follows the MLP (Gemma 2 and 3) that is before the norm. Other `parts` of the block can be changed
-in its place or with it, each by a d of its own that is kept within `clamp` lengths of what the part gives now: what the attention adds to
-the residual stream (`attn`), and the stream that leaves the block (`stream`).
+in its place or with it, each by a d of its own that is kept within `clamp` lengths of what the part gives now (`above.HOOKS`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechedit.interventions import Activation, Change, intervened, mlp_outputs
+from mechedit import above
+from mechedit.above import HOOKS, Row
 from mechedit.keys import Context
-from mechedit.models import Blocks, HookedModel, KeyValues, check_layer, check_plain, device_of, frozen
+from mechedit.models import Blocks, HookedModel, check_layer, check_plain, device_of, frozen
 from mechedit.progress import Progress, silent
-from mechedit.prompts import pad
 from mechedit.settings import RomeSettings
 
-__all__ = ["HOOKS", "Value", "optimise"]
+__all__ = ["HOOKS", "Sought", "Value", "optimise", "optimise_all"]
 
-HOOKS = {"attn": "blocks.{}.hook_attn_out", "stream": "blocks.{}.hook_resid_post"}
-"""Where parts of a block are changed, `mlp` aside, which is `interventions.mlp_outputs`."""
-
+MEMORY = 2**29  # bytes of what is kept of the rows of facts whose values are sought at once
+MOMENTS = (0.9, 0.999, 1e-8)  # of Adam: how much of both averages of slopes stays, and what is added to the divisor
 TOP_WEIGHT, TOP_KL = (
     0.1,
     0.01,
 )  # of PMET's stop: once the target is first everywhere, its loss's weight, and the KL term to reach
-GROUP_COST = 24  # what running one more group costs, in positions of a row: the weights are read once for each
+
+Losses = tuple[tuple[float, float, float], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,20 +53,35 @@ class Value:
     terms of the loss."""
 
     value: Float[Tensor, "*parts d_model"]
-    losses: tuple[tuple[float, float, float], ...]
+    losses: Losses
 
 
 @dataclass(frozen=True, eq=False)
-class _Group:
-    """Rows that run together, from the first position that d is added at in any of them."""
+class Sought:
+    """A value near `initial` (v above) with which the model answers each context of `rows` by its ids in `targets`. Of several parts
+    `initial` has a row for each."""
 
-    entering: Float[Tensor, "rows pos d_model"]  # the edited block
-    past: tuple[KeyValues | None, ...]  # of the edited block and those above, for the positions before
-    lookup: Int[Tensor, " rows"]  # where each row adds d, and how much of it
-    shares: Float[Tensor, " rows"]
-    read_rows: Int[Tensor, " reads"]
-    read_positions: Int[Tensor, " reads"]
-    order: tuple[int, ...]  # where each read belongs among all reads
+    rows: Sequence[Context]
+    essence: Context
+    targets: Sequence[Sequence[int]]
+    initial: Float[Tensor, "*parts d_model"]
+    shares: Float[Tensor, " rows_and_essence"]
+
+    @property
+    def as_rows(self) -> list[Row]:
+        """The contexts with their targets, then the essence."""
+        found = [
+            Row((*row.ids, *target[:-1]), row.lookup, tuple(range(row.last, row.last + len(target))))
+            for row, target in zip(self.rows, self.targets, strict=True)
+        ]
+        at = self.essence.lookup  # what follows it is not read
+        return [*found, Row(tuple(self.essence.ids[: at + 1]), at, (at,))]
+
+    @property
+    def wanted(self) -> list[tuple[int, float]]:
+        """The token wanted at each read, and its weight, rows counting alike; of the essence -1 and 0."""
+        found = [(token, 1 / (len(self.rows) * len(target))) for target in self.targets for token in target]
+        return [*found, (-1, 0.0)]
 
 
 def optimise(
@@ -84,49 +97,164 @@ def optimise(
     *,
     progress: Progress = silent,
 ) -> Value:
-    """Find v* near `initial` (v above) for the contexts `rows`, each of which shall be answered by its ids in `targets`.
+    """Find v* of one fact (`Sought`)."""
+    one = Sought(rows, essence, targets, initial, shares)
+    return optimise_all(model, [one], layer, settings, parts, progress=progress)[0]
 
-    Of several `parts`, `initial` has a row for each, and so has v*.
-    """
+
+def optimise_all(
+    model: HookedModel,
+    sought: Sequence[Sought],
+    layer: int,
+    settings: RomeSettings,
+    parts: Sequence[str] = ("mlp",),
+    *,
+    progress: Progress = silent,
+) -> list[Value]:
+    """Find v* of each fact, together: as many at once as `MEMORY` lets."""
     check_layer(model, layer)
     check_plain(model)
-    blocks = Blocks(model)
-    shape = initial.shape
-    initial = initial.to(device_of(model)).float().view(len(parts), -1)
+    found: list[Value] = []
+    of = len(sought) * settings.steps
     with frozen(model):
-        with torch.no_grad():
-            groups = _prepare(model, blocks, rows, essence, targets, shares, layer)
-        wanted = torch.tensor([token for target in targets for token in target], device=initial.device)
-        each = [1 / (len(rows) * len(target)) for target in targets for _ in target]  # rows count alike
-        weights = torch.tensor(each, device=initial.device)
-        delta = torch.zeros_like(initial, requires_grad=True)
-        adam = torch.optim.Adam([delta], lr=settings.learning_rate)
-        sizes = initial.norm(dim=1)
-        before: Tensor | None = None
-        losses: list[tuple[float, float, float]] = []
-        for step in range(settings.steps):
-            progress("finding v*", step, settings.steps)
+        for batch in _batches(model, sought, layer):
+            done, search = len(found) * settings.steps, _Search(model, batch, layer, settings, parts)
+            for step in range(settings.steps):
+                progress("finding v*", done + step * len(batch), of)
+                if not search.step():
+                    break
+            found += search.found()
+    progress("finding v*", of, of)
+    return found
+
+
+def _batches(model: HookedModel, sought: Sequence[Sought], layer: int) -> Iterator[list[Sought]]:
+    """Facts in their order, as many at once as the memory lets."""
+    batch: list[Sought] = []
+    size = 0
+    for each in sought:
+        own = above.kept_bytes(model, each.as_rows, layer)
+        if batch and size + own > MEMORY:
+            yield batch
+            batch, size = [], 0
+        batch.append(each)
+        size += own
+    if batch:
+        yield batch
+
+
+class _Search:
+    """The values of some facts, as far as they are found: d, Adam's averages and the losses so far, of each."""
+
+    def __init__(
+        self, model: HookedModel, sought: Sequence[Sought], layer: int, settings: RomeSettings, parts: Sequence[str]
+    ) -> None:
+        self.model, self.layer, self.settings, self.parts = model, layer, settings, parts
+        self.blocks, device = Blocks(model), device_of(model)
+        self.given = [each.initial.shape for each in sought]
+        initial = torch.stack([each.initial.view(len(parts), -1) for each in sought]).to(device)
+        self.initial = initial.to(torch.promote_types(initial.dtype, torch.float32))
+        self.size = self.initial.norm(dim=2, keepdim=True)
+        self.delta, self.mean, self.square = (torch.zeros_like(self.initial) for _ in range(3))
+        self.losses: list[list[tuple[float, float, float]]] = [[] for _ in sought]
+        self.done = torch.zeros(len(sought), dtype=torch.bool, device=device)
+        self.rows_of = torch.tensor([len(each.rows) for each in sought], device=device)
+        self.steps = 0
+        rows = [(fact, row) for fact, each in enumerate(sought) for row in each.as_rows]
+        self.fact = torch.tensor([fact for fact, _ in rows], device=device)  # of each row
+        self.share = torch.cat([each.shares for each in sought]).to(self.initial)
+        self.row = torch.tensor([index for index, (_, row) in enumerate(rows) for _ in row.reads], device=device)
+        self.learnt = torch.zeros(len(rows)).to(self.initial)  # the latest share of each row in the target's loss
+        self.gone = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        tokens, weights = zip(*(wanted for each in sought for wanted in each.wanted), strict=True)
+        self.token, self.weight = torch.tensor(tokens, device=device), torch.tensor(weights).to(self.initial)
+        self.is_essence = torch.zeros_like(self.gone).index_fill(0, self.row[self.token < 0], True)
+        self.groups = above.prepare(model, self.blocks, [row for _, row in rows], layer)
+        self.run_at_once = [part for group in self.groups for part in group.parts(model)]
+        self.before = self._unchanged()
+
+    def step(self) -> bool:
+        """Take the loss of each fact that is not done, and a step where it is not good enough; False where all are done."""
+        terms, is_top, slope = self._terms()
+        done = self.done.clone()
+        for fact in (~self.done).nonzero()[:, 0].tolist():
+            self.losses[fact].append(tuple(terms[fact].tolist()))
+            done[fact] = _done(self.losses[fact], self.settings, bool(is_top[fact]))
+        self.done = done
+        self._leave()
+        self._adam(slope)
+        return not bool(done.all())
+
+    def _leave(self) -> None:
+        """Rows of facts that are done are run no more; nor, where that is wanted, rows that are learnt."""
+        gone = self.gone | self.done[self.fact]
+        if self.settings.leave_learnt:
+            is_learnt = self.learnt * self.rows_of[self.fact] < self.settings.stop_at
+            gone |= is_learnt & ~self.is_essence
+        if not torch.equal(gone, self.gone):
+            self.gone = gone
+            self.groups = [left for each in self.groups if (left := each.without(gone)) is not None]
+            self.run_at_once = [part for group in self.groups for part in group.parts(self.model)]
+
+    def _adam(self, slope: Float[Tensor, "facts parts d_model"]) -> None:
+        """A step of Adam for each fact that is not done, to `clamp` lengths of v at most."""
+        first, second, least = MOMENTS
+        self.steps += 1
+        self.mean.lerp_(slope, 1 - first)
+        self.square.mul_(second).addcmul_(slope, slope, value=1 - second)
+        divisor = (self.square / (1 - second**self.steps)).sqrt() + least
+        new = self.delta - self.settings.learning_rate / (1 - first**self.steps) * self.mean / divisor
+        new = new * (self.settings.clamp * self.size / new.norm(dim=2, keepdim=True)).clamp(max=1.0)
+        self.delta = torch.where(self.done[:, None, None], self.delta, new)
+
+    def _terms(
+        self,
+    ) -> tuple[Float[Tensor, "facts 3"], Bool[Tensor, " facts"], Float[Tensor, "facts parts d_model"]]:
+        """Target, KL and decay terms of each fact's loss; whether its target is first everywhere; and the slope of the loss. Of a fact that is
+        done they say nothing; of a row that has left its last loss counts, and no slope."""
+        target, kl, missed = (torch.zeros(len(self.delta)).to(self.initial) for _ in range(3))
+        of_target, of_kl = (torch.zeros_like(self.initial) for _ in range(2))
+        for part in self.run_at_once:
+            token, row = self.token[part.reads], self.row[part.reads]
+            fact, essence = self.fact[row], (token < 0).nonzero()[:, 0]
+            share = self.share[part.rows, None, None]
+            changes = (share * self.delta[self.fact[part.rows]]).requires_grad_()
             with torch.enable_grad():
-                # a split's gradient is put together by one copy, a slice's by filling the whole with zeros
-                of_rows, of_essence = _predict(model, blocks, groups, layer, parts, delta).split([len(wanted), 1])
-                before = of_essence.detach().clone() if before is None else before  # d is still zero in the first step
-                nll = -(of_rows.gather(1, wanted[:, None])[:, 0] * weights).sum()
-                is_top = settings.stop == "top" and bool((of_rows.argmax(1) == wanted).all())
-                nll = TOP_WEIGHT * nll if is_top else nll
-                kl = settings.kl * F.kl_div(before, of_essence, log_target=True, reduction="batchmean")
-                decay = settings.weight_decay * (delta.norm(dim=1) / sizes**2).sum()
-                (delta.grad,) = torch.autograd.grad(nll + kl + decay, [delta])
-            losses.append((nll.item(), kl.item(), decay.item()))
-            if _done(losses, settings, is_top):
-                break
-            adam.step()
-            with torch.no_grad():
-                delta.mul_((settings.clamp * sizes / delta.norm(dim=1)).clamp(max=1.0)[:, None])
-        progress("finding v*", settings.steps, settings.steps)
-    return Value((initial + delta.detach()).view(shape).cpu(), tuple(losses))
+                final = part.run(self.model, self.blocks, self.layer, self.parts, changes)
+                log_p, drift, below = self.blocks.said(final, token.clamp(min=0), essence, self.before[fact[essence]])
+                nll, drift = -log_p * self.weight[part.reads], self.settings.kl * drift
+                (slopes,) = torch.autograd.grad(nll.sum() + drift.sum(), [changes])
+            for into, kind in ((of_target, ~self.is_essence[part.rows]), (of_kl, self.is_essence[part.rows])):
+                into.index_add_(0, self.fact[part.rows[kind]], (share * slopes)[kind])
+            self.learnt[part.rows] = 0.0
+            self.learnt.index_add_(0, row, nll.detach())
+            kl.index_add_(0, fact[essence], drift.detach())
+            missed.index_add_(0, fact, ((below > 0) & (token >= 0)).to(missed))
+        target.index_add_(0, self.fact, self.learnt)
+        is_top = (missed == 0) & (self.settings.stop == "top")
+        weigh = torch.where(is_top, TOP_WEIGHT, 1.0).to(target)
+        decay = self.settings.weight_decay / self.size**2
+        slope = weigh[:, None, None] * of_target + of_kl + decay * F.normalize(self.delta, dim=2)
+        decayed = (decay * self.delta.norm(dim=2, keepdim=True)).sum((1, 2))
+        return torch.stack([weigh * target, kl, decayed], 1), is_top, slope
+
+    def _log_p(self, final: Float[Tensor, "reads d_model"]) -> Float[Tensor, "reads d_vocab"]:
+        return self.blocks.logits(final).to(self.initial.dtype).log_softmax(-1)
+
+    @torch.no_grad()
+    def _unchanged(self) -> Float[Tensor, "facts d_vocab"]:
+        """What each essence says without d."""
+        reads, final = (torch.cat([getattr(group, name) for group in self.groups]) for name in ("reads", "unchanged"))
+        essence = (self.token[reads] < 0).nonzero()[:, 0]
+        return self._log_p(final[essence[reads[essence].argsort()]])
+
+    def found(self) -> list[Value]:
+        """As far as they are found."""
+        values = (self.initial + self.delta).cpu()
+        return [Value(value.view(shape), tuple(own)) for value, shape, own in zip(values, self.given, self.losses, strict=True)]  # fmt: skip
 
 
-def _done(losses: list[tuple[float, float, float]], settings: RomeSettings, is_top: bool = False) -> bool:
+def _done(losses: Sequence[tuple[float, float, float]], settings: RomeSettings, is_top: bool = False) -> bool:
     """Whether the target is learnt. The published code judges the sum, penalties and all, and takes no last step; PMET's asks for little
     KL where the target is first everywhere."""
     if settings.stop == "top":
@@ -134,104 +262,3 @@ def _done(losses: list[tuple[float, float, float]], settings: RomeSettings, is_t
     if settings.stop == "published":
         return sum(losses[-1]) < settings.stop_at or len(losses) == settings.steps
     return losses[-1][0] < settings.stop_at
-
-
-def _prepare(
-    model: HookedModel,
-    blocks: Blocks,
-    rows: Sequence[Context],
-    essence: Context,
-    targets: Sequence[Sequence[int]],
-    shares: Float[Tensor, " rows_and_essence"],
-    layer: int,
-) -> list[_Group]:
-    """Run every row once without d, and keep what d leaves as it is. Reads are the targets' in order, then the essence's."""
-    ids = [[*row.ids, *target[:-1]] for row, target in zip(rows, targets, strict=True)] + [list(essence.ids)]
-    lookups = [row.lookup for row in (*rows, essence)]
-    reads = [(index, row.last + step) for index, row in enumerate(rows) for step in range(len(targets[index]))]
-    reads.append((len(rows), essence.lookup))
-    groups = []
-    for members in _together(lookups, [len(row) for row in ids]):
-        begin = min(lookups[index] for index in members)
-        resid = blocks.embed(pad(model, [ids[index] for index in members]))
-        past: list[KeyValues | None] = []
-        for block in range(int(model.cfg.n_layers)):
-            if block == layer:
-                entering = resid[:, begin:]
-            resid, present = blocks.run(block, resid)
-            if block >= layer:
-                past.append(present.before(begin) if begin else None)
-        own = [
-            (order, members.index(row), position - begin)
-            for order, (row, position) in enumerate(reads)
-            if row in members
-        ]
-        order, read_rows, read_positions = zip(*own, strict=True)
-        places = ([lookups[index] - begin for index in members], read_rows, read_positions)
-        lookup, row, position = (torch.tensor(each, device=resid.device) for each in places)
-        share = shares[members].to(resid.device).float()
-        groups.append(_Group(entering, tuple(past), lookup, share, row, position, order))
-    return groups
-
-
-def _together(lookups: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Which rows to run together, so that few positions are computed for nothing and few groups are made.
-
-    A group computes, for each of its rows, the positions from its first lookup to its longest row's end. Rows in order of
-    lookup are cut where that costs least, found from the end backwards.
-    """
-    rows = sorted(range(len(lookups)), key=lambda index: (lookups[index], lengths[index]))
-    # for each row, what it and those after it cost at best, and where the first of their groups ends
-    best: list[tuple[float, int]] = [(0.0, 0)] * (len(rows) + 1)
-    for begin in reversed(range(len(rows))):
-        options = []
-        longest = 0
-        for end in range(begin + 1, len(rows) + 1):
-            longest = max(longest, lengths[rows[end - 1]])
-            positions = (end - begin) * (longest - lookups[rows[begin]])
-            options.append((GROUP_COST + positions + best[end][0], end))
-        best[begin] = min(options)
-    groups, begin = [], 0
-    while begin < len(rows):
-        groups.append(rows[begin : best[begin][1]])
-        begin = best[begin][1]
-    return groups
-
-
-def _added(change: Float[Tensor, "rows d_model"], lookup: Int[Tensor, " rows"], output: Tensor) -> Tensor:
-    rows = torch.arange(len(output), device=output.device)
-    return output.index_put((rows, lookup), change.to(output.dtype), accumulate=True)
-
-
-def _changed(
-    model: HookedModel, layer: int, part: str, apply: Callable[[Activation], Activation | None]
-) -> AbstractContextManager[None]:
-    """Within the block `apply` changes what the part gives."""
-    if part == "mlp":
-        return mlp_outputs(model, layer, apply)
-    return intervened(model, Change(HOOKS[part].format(layer), apply))
-
-
-def _predict(
-    model: HookedModel,
-    blocks: Blocks,
-    groups: list[_Group],
-    layer: int,
-    parts: Sequence[str],
-    delta: Float[Tensor, "parts d_model"],
-) -> Float[Tensor, "reads d_vocab"]:
-    """Log-probabilities in float32 at every read position, each row with its share of d added to its value, part by part."""
-    final: list[Tensor] = []
-    order: list[int] = []
-    for group in groups:
-        resid = group.entering
-        with ExitStack() as stack:
-            for part, own in zip(parts, delta, strict=True):
-                change = partial(_added, group.shares[:, None] * own, group.lookup)
-                stack.enter_context(_changed(model, layer, part, change))
-            for block, past in enumerate(group.past, layer):
-                resid, _ = blocks.run(block, resid, past)
-        final.append(resid[group.read_rows, group.read_positions])
-        order += group.order
-    back = torch.tensor(order, device=delta.device).argsort()
-    return blocks.logits(torch.cat(final)[back]).float().log_softmax(-1)

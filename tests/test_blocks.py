@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mechedit.models import Blocks, Sharing, Stepper, is_bridge, parts
+from mechedit.models import Blocks, Sharing, Stepper, is_bridge, parts, vocabulary
 from mechedit.models import blocks as blocks_module
 from tests.conftest import SHAPES, assert_same_state, state
 
@@ -120,3 +120,30 @@ def test_tokens_step_by_step_equal_the_forward_pass(shape, load):
         stepper.next_logits(TOKENS[:, :5])
         stepper.next_logits(TOKENS[:, 5:7])
         torch.testing.assert_close(stepper.next_logits(TOKENS[:, 7:]), model(TOKENS)[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_states_say_of_tokens_and_how_far_that_is_from_others_has_the_slopes_of_whole_rows(
+    shape, whole, load, monkeypatch
+):
+    monkeypatch.setattr(vocabulary, "PART", 37)
+    model = load(shape)
+    blocks = Blocks(model)
+    if whole:
+        blocks._streams = False
+    generator = torch.Generator().manual_seed(3)
+    states = (4 * torch.randn(6, int(model.cfg.d_model), generator=generator)).requires_grad_()
+    tokens, apart = torch.tensor([5, 399, 36, 37, 0, 200]), torch.tensor([4, 1])
+    q = torch.randn(2, 400, generator=generator).log_softmax(-1)
+    weigh = torch.randn(8, generator=generator)
+    log_p = blocks.logits(states).log_softmax(-1)
+    kl = torch.stack([(log_p[i].exp() * (log_p[i] - own)).sum() for i, own in zip(apart.tolist(), q, strict=True)])
+    own = log_p[torch.arange(6), tokens]
+    (slope,) = torch.autograd.grad((torch.cat([own, kl]) * weigh).sum(), [states])
+    found, found_kl, below = blocks.said(states, tokens, apart, q)
+    (found_slope,) = torch.autograd.grad((torch.cat([found, found_kl]) * weigh).sum(), [states])
+    torch.testing.assert_close(found, own, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found_kl, kl, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(below, log_p.max(1).values - own, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found_slope, slope, atol=1e-4 * float(slope.abs().max()), rtol=1e-3)

@@ -18,6 +18,7 @@ from experiments import (
     benchmark_scaling,
     benchmark_scoring,
     benchmark_tracing,
+    benchmark_values,
     better_edits,
     collapse,
     common,
@@ -537,6 +538,31 @@ def test_the_neurons_benchmark_finds_all_ways_equal(tiny, tmp_path, monkeypatch)
         assert record[name]["largest_difference_of_largest"] < 1e-5
         assert record[name]["of"] == 4 * record["prompts"] == 36
         assert record[f"{name}_over_batch"] > 1
+
+
+def test_the_values_benchmark_finds_both_ways_equal_and_times_another_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "FIGURES", tmp_path)
+    ran = []
+
+    def worker(command, *, env, **options):
+        ran.append((Path(env["PYTHONPATH"]).name, command[-2:]))
+        own = [{"seconds": float(len(ran)), "steps": 3}, {"seconds": 4.0 - len(ran) / 2, "steps": 4}]
+        return type("Done", (), {"stdout": json.dumps(own)})
+
+    monkeypatch.setattr(benchmark_values.subprocess, "run", worker)
+    monkeypatch.setattr(benchmark_values, "commit_of", lambda folder: "1234567")
+    few = ["--model", "organism", "--facts", "3", "--repeats", "2", "--threads", "1", "--edits", "2", "--old", str(tmp_path / "old")]  # fmt: skip
+    benchmark_values.main(common.parse(benchmark_values.BenchmarkValues, few))
+    record = read(tmp_path, "benchmark_values")
+    assert record["facts"] == 3
+    assert record["largest difference"] < 1e-4
+    assert record["times faster"] == pytest.approx(
+        record["seconds"]["one after another"] / record["seconds"]["together"]
+    )
+    assert [name for name, _ in ran[:2]] == ["old", Path(benchmark_values.__file__).parents[1].name]
+    assert ran[0][1] == ["2", "1"]
+    assert record["single edit"]["seconds"] == {"old": (1.0 + 2.5) / 2, "new": (2.0 + 2.0) / 2}
+    assert record["single edit"]["new over old"] == pytest.approx(2.0 / 1.75)
 
 
 def test_the_engines_benchmark_finds_both_engines_equal(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import torch
 
 import mechedit
 from mechedit import (
+    above,
     applying,
     cache,
     calibration,
@@ -130,6 +131,7 @@ def steps(model, folder, tmp_path, monkeypatch):
         "keys": lambda: keys.subject_keys(
             model, LAYER, keys.contexts(model, FACT, keys.prefixes(model, replace(SETTINGS, seed=9)))
         ),
+        "above.prepare": lambda: above.prepare(model, models.Blocks(model), [above.Row((1, 2, 3), 1, (2,))], LAYER),
         "values.optimise": lambda: values.optimise(
             model, rows, essence, [[40]] * len(rows), value, torch.ones(3), LAYER, SETTINGS
         ),
@@ -272,6 +274,7 @@ ORDER = [
     "sources",
     "edits",
     "moments",
+    "above",
     "values",
     "benchmarks",
     "huggingface",

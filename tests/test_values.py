@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechedit import keys, models, prompts, values
+from mechedit import above, keys, models, prompts, values
 from mechedit.facts import Fact
 from mechedit.models import ModelError
 from mechedit.settings import RomeSettings
@@ -133,16 +133,119 @@ def test_several_parts_of_a_block_are_changed_together_and_each_is_kept_within_i
     assert bool((moved > 0.01).all())
 
 
+SEVERAL = [
+    (FACT, "Paris"),
+    (replace(FACT, subject="The Eiffel Tower"), "zebra"),  # of several tokens
+    (Fact("Rome", "{} is where the piano of"), "Apple"),
+    (Fact("Steve Jobs", "The founder, {}, plays"), "soccer"),
+]
+
+
+@pytest.fixture(scope="module", params=["gpt2", "gemma3"])
+def double(request, folder):
+    return models.load(str(folder(request.param)), device="cpu", dtype=torch.float64)
+
+
+def sought(model, fact, target, before=("", "Rome. ", "London Berlin. ")):
+    rows = keys.contexts(model, fact, before, prepend_bos=True)
+    (essence,) = keys.contexts(model, Fact(fact.subject, "{} is a"), ("",), prepend_bos=True)
+    ids = prompts.continuation(model, fact.prompt, target)
+    key = keys.subject_keys(model, 1, rows)[0].to(models.W_out(model, 1).dtype)
+    initial = (key @ models.W_out(model, 1) + models.b_out(model, 1)).detach()
+    shares = torch.linspace(1.0, 0.6, len(rows) + 1, dtype=initial.dtype)
+    return values.Sought(rows, essence, [ids] * len(rows), initial, shares)
+
+
+def test_values_sought_together_are_what_plain_optimisations_of_each_find(double):
+    settings = replace(BOS, steps=4, clamp=0.8, stop_at=0.0, kl=0.5, learning_rate=0.1)
+    every = [sought(double, fact, target) for fact, target in SEVERAL]
+    for each, own in zip(every, values.optimise_all(double, every, 1, settings), strict=True):
+        with models.frozen(double):
+            slow = slow_value(double, each.rows, each.essence, each.targets[0], each.initial, each.shares, 1, settings)
+        assert own.value.dtype == torch.float64
+        torch.testing.assert_close(own.value, slow, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("stop", ["target", "published", "top"])
+def test_each_of_several_facts_stops_by_itself_and_is_run_no_more(double, stop, monkeypatch):
+    settings = replace(BOS, steps=5, clamp=3.0, stop_at=0.0, kl=0.01, stop=stop)
+    every = [sought(double, fact, target) for fact, target in SEVERAL]
+    third = sorted(sum(each.losses[2]) for each in values.optimise_all(double, every, 1, settings))
+    settings = replace(settings, stop_at=(third[1] + third[2]) / 2)
+    alone = [values.optimise_all(double, [each], 1, settings)[0] for each in every]
+    ran, plain = [], above.Group.run
+    monkeypatch.setattr(above.Group, "run", lambda group, *given: ran.append(len(group.rows)) or plain(group, *given))
+    together = values.optimise_all(double, every, 1, settings)
+    taken = [len(each.losses) for each in alone]
+    assert len(set(taken)) > 1, "they do not all end at once"
+    assert [len(each.losses) for each in together] == taken
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(other.value, one.value, rtol=0, atol=1e-9)
+        torch.testing.assert_close(torch.tensor(other.losses), torch.tensor(one.losses), rtol=1e-6, atol=1e-9)
+    assert sum(ran) == sum(steps * (len(each.rows) + 1) for steps, each in zip(taken, every, strict=True))
+
+
+@pytest.mark.parametrize("module", [above, values])
+def test_with_little_memory_few_rows_run_at_once_and_find_the_same(double, module, monkeypatch):
+    settings = replace(BOS, steps=3, stop_at=0.0)
+    every = [sought(double, fact, target) for fact, target in SEVERAL]
+    bars, plain = [], values.optimise_all(double, every, 1, settings)
+    monkeypatch.setattr(module, "MEMORY", 1)
+    found = values.optimise_all(double, every, 1, settings, progress=lambda what, done, of: bars.append((done, of)))
+    for one, other in zip(plain, found, strict=True):
+        torch.testing.assert_close(other.value, one.value, rtol=0, atol=1e-9)
+    assert bars == [(done, 12) for done in ([0, 4, 8, 12] if module is above else range(13))]
+
+
+def test_a_prompt_that_is_learnt_is_left_out_and_its_last_loss_counts(double, monkeypatch):
+    """Against the plain optimisation with its rows taken away by hand, step after step."""
+    settings = replace(BOS, steps=3, clamp=3.0, kl=0.0, weight_decay=0.0, learning_rate=0.3, leave_learnt=True)
+    each = sought(double, FACT, "Paris", ("", "Rome. ", "London Berlin. ", "Apple. "))
+
+    def losses(rows, value):
+        change = value - each.initial
+        found = []
+        for index in rows:
+            row = each.rows[index]
+            handle = models.mlp_module(double, 1).register_forward_hook(lambda module, args, output, row=row, index=index: output.index_put((torch.tensor([0]), torch.tensor([row.lookup])), each.shares[index] * change, accumulate=True))  # fmt: skip
+            with torch.no_grad():
+                said = double(torch.tensor([list(row.ids)]))[0, -1].log_softmax(-1)
+            handle.remove()
+            found.append(-float(said[each.targets[0][0]]))
+        return found
+
+    assert len(each.targets[0]) == 1
+    at = [losses(range(4), values.optimise_all(double, [each], 1, replace(settings, steps=n, stop_at=0.0))[0].value) for n in range(3)]  # fmt: skip
+    first = sorted(at[0])
+    stop_at = (first[0] + min(first[1], sum(first) / 4)) / 2  # one of four is below it before any step
+    ran, plain = [], above.Group.run
+    monkeypatch.setattr(above.Group, "run", lambda group, *given: ran.append(len(group.rows)) or plain(group, *given))
+    found = values.optimise_all(double, [each], 1, replace(settings, stop_at=stop_at))[0]
+    assert found.losses[0][0] == pytest.approx(sum(at[0]) / 4)
+    left = [index for index in range(4) if at[0][index] >= stop_at]
+    assert ran[0] == 5
+    assert ran[1] == 4
+    (now,) = values.optimise_all(
+        double, [each], 1, replace(settings, stop_at=0.0, steps=1)
+    )  # the first step is all rows'
+    expected = (sum(losses(left, now.value)) + sum(at[0][index] for index in range(4) if index not in left)) / 4
+    assert found.losses[1][0] == pytest.approx(expected)
+
+
+def test_of_no_facts_nothing_is_sought(model):
+    assert values.optimise_all(model, [], 1, BOS) == []
+
+
 def test_rows_run_together_where_that_computes_least():
-    assert values._together([3, 5, 4, 9], [10, 11, 10, 12]) == [[0, 2, 1, 3]], "few rows: one group"
-    many = values._together([3] * 20 + [40] * 20, [10] * 20 + [48] * 20)
+    assert above.together([3, 5, 4, 9], [10, 11, 10, 12]) == [[0, 2, 1, 3]], "few rows: one group"
+    many = above.together([3] * 20 + [40] * 20, [10] * 20 + [48] * 20)
     assert [len(group) for group in many] == [20, 20]
     lookups, lengths = [5, 2, 9, 2, 30, 31], [9, 12, 20, 4, 40, 41]
-    found = values._together(lookups, lengths)
+    found = above.together(lookups, lengths)
     assert sorted(index for group in found for index in group) == list(range(6))
 
     def cost(groups):
-        return sum(values.GROUP_COST + len(group) * (max(lengths[i] for i in group) - min(lookups[i] for i in group)) for group in groups)  # fmt: skip
+        return sum(above.GROUP_COST + len(group) * (max(lengths[i] for i in group) - min(lookups[i] for i in group)) for group in groups)  # fmt: skip
 
     order = sorted(range(6), key=lambda index: (lookups[index], lengths[index]))
     cuts = itertools.chain.from_iterable(itertools.combinations(range(1, 6), size) for size in range(6))
@@ -153,7 +256,7 @@ def test_rows_run_together_where_that_computes_least():
 @pytest.mark.parametrize("cost", [0, 1000])
 def test_one_group_or_many_give_the_same_value(cost, model, monkeypatch):
     together, _ = optimised(model, stop_at=0.0)
-    monkeypatch.setattr(values, "GROUP_COST", cost)
+    monkeypatch.setattr(above, "GROUP_COST", cost)
     torch.testing.assert_close(optimised(model, stop_at=0.0)[0].value, together.value, atol=1e-4, rtol=1e-3)
 
 

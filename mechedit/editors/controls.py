@@ -22,7 +22,8 @@ from mechedit.benchmarks.metrics import worth
 from mechedit.cache import content_key
 from mechedit.corruption import generator
 from mechedit.editing import Found, State
-from mechedit.editors.rome import Aim, Prepared, Rome
+from mechedit.editors.aims import Aim, by_subject
+from mechedit.editors.rome import Prepared, Rome
 from mechedit.edits import EditError
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel, hooked, identity
@@ -55,7 +56,7 @@ class RandomKey(Rome):
 
     name = "rome-random-key"
 
-    def aim(
+    def aims(
         self,
         model: HookedModel,
         facts: Sequence[Fact],
@@ -63,13 +64,17 @@ class RandomKey(Rome):
         prepared: Prepared,
         *,
         progress: Progress = silent,
-    ) -> Aim:
-        found = super().aim(model, facts, settings, prepared, progress=progress)
-        stream = generator(settings.seed, "random key", facts[0].prompt)
-        other = torch.randn(len(found.key), generator=stream, dtype=torch.float64)
-        other *= found.key.double().norm() / other.norm()
-        u = prepared.moment.solve(other[None])[0]
-        return replace(found, direction=other, u=u, key=other)
+    ) -> list[Aim]:
+        found = super().aims(model, facts, settings, prepared, progress=progress)
+        return [_at_random(aim, own[0], settings, prepared) for aim, own in zip(found, by_subject(facts), strict=True)]
+
+
+def _at_random(aim: Aim, fact: Fact, settings: RomeSettings, prepared: Prepared) -> Aim:
+    """With a random key as long as the fact's own."""
+    stream = generator(settings.seed, "random key", fact.prompt)
+    other = torch.randn(len(aim.key), generator=stream, dtype=torch.float64)
+    other *= aim.key.double().norm() / other.norm()
+    return replace(aim, direction=other, u=prepared.moment.solve(other[None])[0], key=other)
 
 
 @dataclass(frozen=True)

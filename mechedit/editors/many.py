@@ -33,7 +33,8 @@ from mechedit.changes import LowRank
 from mechedit.closed_form import Metric, Terms
 from mechedit.editing import Found, State
 from mechedit.editors import rome, spread
-from mechedit.editors.rome import BANDS, Aim, Prepared, Rome, details
+from mechedit.editors.aims import Aim
+from mechedit.editors.rome import BANDS, Prepared, Rome, details
 from mechedit.edits import EditError
 from mechedit.facts import Fact
 from mechedit.guards import Band

@@ -25,9 +25,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit import editing, guards, keys, models, moments, prompts, rank_one, values
+from mechedit import editing, guards, keys, models, moments, rank_one, values
 from mechedit.cache import content_key
 from mechedit.editing import Editor, Found, State
+from mechedit.editors.aims import Aim, Begun, asked_of, by_subject, check_learnt, chosen_of, shares_of
 from mechedit.edits import Edit, EditError
 from mechedit.errors import check_list
 from mechedit.facts import Fact
@@ -98,21 +99,6 @@ def prepare(
     C = rank_one.regularised(found.C, settings.ridge)
     ready = replace(found, C=C, cond=moments.condition(C)) if settings.ridge else found
     return Prepared(ready, tuple(sorted(before, key=bool)), found)  # the bare prompt first, the others in their order
-
-
-@dataclass(frozen=True, eq=False)
-class Aim:
-    """What one subject's facts come to: the direction u = C^-1 k, the key that returns v*, v*, and by how much that is more than what is
-    there; with what they were made from."""
-
-    direction: Float[Tensor, " d_mlp"]
-    u: Float[Tensor, " d_mlp"]
-    key: Float[Tensor, " d_mlp"]
-    value: Float[Tensor, " d_model"]
-    losses: tuple[tuple[float, float, float], ...]
-    shares: tuple[float, ...]
-    change: Float[Tensor, " d_model"]
-    rows: tuple[keys.Context, ...]
 
 
 class Rome(Editor):
@@ -197,49 +183,43 @@ class Rome(Editor):
         *,
         progress: Progress = silent,
     ) -> list[Aim]:
-        """Key and value of each subject, in the order in which the facts name them."""
-        by_subject: dict[str, list[Fact]] = {}
-        for fact in facts:
-            by_subject.setdefault(fact.subject, []).append(fact)
-        return [self.aim(model, own, settings, prepared, progress=progress) for own in by_subject.values()]
+        """Key and value of each subject, in the order in which the facts name them; the values are sought together."""
+        begun = self.begun(model, facts, settings, prepared)
+        (parts,) = {each.parts for each in begun}
+        sought = [each.sought for each in begun]
+        found = values.optimise_all(model, sought, settings.layer, settings, parts, progress=progress)
+        for each, value in zip(begun, found, strict=True):
+            check_learnt(each.facts[0], value, settings)
+        return [each.aim(value) for each, value in zip(begun, found, strict=True)]
 
-    def aim(
-        self,
-        model: HookedModel,
-        facts: Sequence[Fact],
-        settings: RomeSettings,
-        prepared: Prepared,
-        *,
-        progress: Progress = silent,
-    ) -> Aim:
-        """Key and value of facts about one subject."""
-        bos, token, layer = settings.prepend_bos, settings.fact_token, settings.layer
-        targets = [prompts.continuation(model, fact.prompt, str(fact.target_new), fact.join) for fact in facts]
-        rows = [row for fact in facts for row in keys.contexts(model, fact, prepared.prefixes, token, prepend_bos=bos)]
-        wanted = [target for target in targets for _ in prepared.prefixes]
-        for row, target in zip(rows, wanted, strict=True):
-            prompts.check_length(model, len(row.ids) + len(target) - 1)
-        (essence,) = keys.contexts(model, Fact(facts[0].subject, "{} is a"), ("",), token, prepend_bos=bos)
-        found = keys.subject_keys(model, layer, (*rows, essence)).cpu()
-        of_rows = found[: len(rows)]
-        bare = of_rows[prepared.prefixes.index("") :: len(prepared.prefixes)]
-        candidates = {"averaged": self.averaged(of_rows, bare, settings), "prompt": bare.mean(0)}
-        along, key = candidates[settings.direction], candidates[settings.inserted]
-        u = prepared.moment.solve(along[None])[0]
-        own = (found.double() @ u / (key.double() @ u)).float()
-        shares = own if settings.shares == "own" else torch.ones(len(found))
-        W_out, b_out = models.W_out(model, layer).detach().float().cpu(), models.b_out(model, layer).float().cpu()
-        parts, initial = self.parts(model, rows, key @ W_out + b_out, settings, prepared)
-        value = values.optimise(
-            model, rows, essence, wanted, initial, shares, layer, settings, parts, progress=progress
-        )
-        if settings.strengthen and len(value.losses) == 1 and settings.steps > 1:
-            raise EditError(
-                f"the model already says {facts[0].target_new!r} after {facts[0].prompt!r} with a loss of {value.losses[0][0]:.2g}, "
-                f"and v* is sought until it is below stop_at = {settings.stop_at:g}. Lower stop_at to strengthen it further."
-            )
-        new, old = (each.reshape(len(parts), -1)[-1] for each in (value.value, initial))
-        return Aim(along, u, key, new, value.losses, tuple(shares.tolist()), new - old, tuple(rows))
+    def begun(
+        self, model: HookedModel, facts: Sequence[Fact], settings: RomeSettings, prepared: Prepared
+    ) -> list[Begun]:
+        """Of each subject what its value is sought from; all keys are from one pass."""
+        every = by_subject(facts)
+        asked = [asked_of(model, own, settings, prepared.prefixes) for own in every]
+        found = keys.subject_keys(model, settings.layer, tuple(row for each in asked for row in each.contexts)).cpu()
+        of_each = found.split([len(each.contexts) for each in asked])
+        pairs = [self._keys(own[:-1], settings, prepared) for own in of_each]
+        us = prepared.moment.solve(torch.stack([along for along, _ in pairs]))
+        W_out = models.W_out(model, settings.layer).detach().float().cpu()
+        b_out = models.b_out(model, settings.layer).float().cpu()
+        begun = []
+        for own, each, found, u, (along, key) in zip(every, asked, of_each, us, pairs, strict=True):
+            parts, initial = self.parts(model, each.rows, key @ W_out + b_out, settings, prepared)
+            shares, chosen = shares_of(found, u, key, settings), chosen_of(len(each.rows), prepared.prefixes, settings)
+            rows, wanted = [each.rows[index] for index in chosen], [each.wanted[index] for index in chosen]
+            sought = values.Sought(rows, each.essence, wanted, initial, shares[[*chosen, -1]])
+            begun.append(Begun(tuple(own), along, u, key, each.rows, parts, sought))
+        return begun
+
+    def _keys(
+        self, rows: Float[Tensor, "rows d_mlp"], settings: RomeSettings, prepared: Prepared
+    ) -> tuple[Float[Tensor, " d_mlp"], Float[Tensor, " d_mlp"]]:
+        """Of the keys of a subject's rows: the one that gives the direction, and the one that returns v*."""
+        bare = rows[prepared.prefixes.index("") :: len(prepared.prefixes)]
+        candidates = {"averaged": self.averaged(rows, bare, settings), "prompt": bare.mean(0)}
+        return candidates[settings.direction], candidates[settings.inserted]
 
     def averaged(
         self, rows: Float[Tensor, "n d_mlp"], bare: Float[Tensor, "m d_mlp"], settings: RomeSettings

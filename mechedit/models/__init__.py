@@ -6,6 +6,7 @@
     keeping.py    what is kept with a model, and what shows that it changed
     identities.py which model this is: digests of parameters, configuration, tokenizer
     blocks.py     single blocks on rows of residual states, and generation that remembers keys and values
+    vocabulary.py what final states say of some tokens, in one pass over the vocabulary
     conversion.py a HookedTransformer (3.9) of Hugging Face's model: configuration, angles, weights
     wrap.py       the hooked model around Hugging Face's: HookedTransformer (3.9) or TransformerBridge (4.x)
     checking.py   whether a hooked model computes what Hugging Face's does

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechedit.models import parts
+from mechedit.models import parts, vocabulary
 from mechedit.models.locks import alone
 from mechedit.models.surface import HookedModel, device_of, is_bridge, without_forward_hooks
 
@@ -51,7 +51,7 @@ class KeyValues:
             self.keys.narrow(self.axis, 0, position), self.values.narrow(self.axis, 0, position), self.axis
         )
 
-    def rows(self, index: Int[Tensor, " rows"]) -> KeyValues:
+    def rows(self, index: slice | Int[Tensor, " rows"]) -> KeyValues:
         """Those of the given rows, in that order, repeats allowed."""
         return KeyValues(self.keys[index], self.values[index], self.axis)
 
@@ -173,6 +173,23 @@ class Blocks:
         if self._streams:
             return self._capped(torch.addmm(self.model.unembed.b_U, self._normed(resid), self.model.unembed.W_U))
         return self._logits_of_a_pass(resid)
+
+    def said(
+        self,
+        final: Float[Tensor, "reads d_model"],
+        tokens: Int[Tensor, " reads"],
+        apart: Int[Tensor, " compared"],
+        q: Float[Tensor, "compared d_vocab"],
+    ) -> tuple[Float[Tensor, " reads"], Float[Tensor, " compared"], Float[Tensor, " reads"]]:
+        """`vocabulary.said` of final residual states, with slopes for them."""
+        if self._streams and final.dtype == q.dtype:
+            W_U, b_U = self.model.unembed.W_U.detach(), self.model.unembed.b_U.detach()
+            cap = float(getattr(self.model.cfg, "output_logits_soft_cap", 0.0) or 0.0)
+            return vocabulary.said(self._normed(final), W_U, b_U, cap, tokens, apart, q)
+        logits = self.logits(final).to(q.dtype)
+        log_p, own = logits.log_softmax(-1), logits.detach().gather(1, tokens[:, None])[:, 0]
+        kl = (log_p[apart].exp() * (log_p[apart] - q)).sum(1)
+        return log_p.gather(1, tokens[:, None])[:, 0], kl, logits.detach().amax(1) - own
 
     def _logits_of_a_pass(self, resid: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_vocab"]:
         """A bridge's own logits, by a forward pass whose last state is replaced."""

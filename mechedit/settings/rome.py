@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mechedit.settings.base import knob
+from mechedit.settings.base import knob, require
 from mechedit.settings.editor import PREFIXES, EditSettings, check_prefixes
 from mechedit.settings.tracing import FACT_TOKENS
 
@@ -60,6 +60,11 @@ class RomeSettings(EditSettings):
         "first everywhere its loss weighs a tenth and the KL term's 0.01 decides, else the whole loss",
         STOPS,
     )
+    sought_with: int = knob(
+        0,
+        "prompts of each fact that v* is sought with, evenly taken from those behind prefixes, the bare prompt first; 0: all",
+    )
+    leave_learnt: bool = knob(False, "while v* is sought, leave a prompt out as soon as its own loss is below stop_at")
     ridge: float = knob(0.0, "this share of C's mean diagonal is added to its diagonal")
 
     bundles: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {"policy": POLICIES, "constants": CONSTANTS}
@@ -67,3 +72,4 @@ class RomeSettings(EditSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_prefixes(self.prefixes)
+        require(self.sought_with >= 0, f"sought_with must be 0 (all prompts) or more; found {self.sought_with}.")

@@ -1,0 +1,180 @@
+"""Rows of a model, run again and again with something else added, at one position of each, to what a part of one block gives.
+
+What is added changes nothing below the block, and nothing at earlier positions: all that is computed once (`prepare`), and every run
+(`Group.run`) goes on from there, with the keys and values of the positions before. Rows that are changed at nearby positions are a
+group. What a run needs for gradients bounds how many rows of it run at once (`Group.parts`).
+
+The part is `mlp`, W_out's own output, before any norm that follows it; `attn`, what the attention adds to the residual stream; or
+`stream`, that stream as it leaves the block. Several can be changed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechedit.interventions import Activation, Change, intervened, mlp_outputs
+from mechedit.models import Blocks, HookedModel, KeyValues
+from mechedit.prompts import pad
+
+__all__ = ["HOOKS", "Group", "Row", "kept_bytes", "prepare", "together"]
+
+HOOKS = {"attn": "blocks.{}.hook_attn_out", "stream": "blocks.{}.hook_resid_post"}
+"""Where parts of a block are changed, `mlp` aside, which is `interventions.mlp_outputs`."""
+
+GROUP_COST = 24  # what running one more group costs, in positions of a row: the weights are read once for each
+MEMORY = (
+    2**29
+)  # bytes for gradients, of the rows that run at once: some hundred positions, and more at once are hardly faster
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids; the position that is changed; and those whose final states are read."""
+
+    ids: tuple[int, ...]
+    lookup: int
+    reads: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Rows that run together, from the first position that is changed in any of them; positions count from there."""
+
+    entering: Float[Tensor, "rows pos d_model"]  # the block
+    past: tuple[KeyValues | None, ...]  # of the block and those above, for the positions before
+    rows: Int[Tensor, " rows"]  # the number of each among all rows
+    lengths: Int[Tensor, " rows"]
+    lookup: Int[Tensor, " rows"]
+    read_rows: Int[Tensor, " reads"]
+    read_positions: Int[Tensor, " reads"]
+    reads: Int[Tensor, " reads"]  # the number of each among the reads of all rows
+    unchanged: Float[Tensor, "reads d_model"]  # the final state at each read, with nothing added
+
+    def run(
+        self,
+        model: HookedModel,
+        blocks: Blocks,
+        layer: int,
+        parts: Sequence[str],
+        changes: Float[Tensor, "rows parts d_model"],
+    ) -> Float[Tensor, "reads d_model"]:
+        """The final residual state at each read, with each row's changes added to the parts."""
+        resid = self.entering
+        with ExitStack() as stack:
+            for part, own in zip(parts, changes.unbind(1), strict=True):
+                stack.enter_context(_changed(model, layer, part, partial(_added, own, self.lookup)))
+            for block, past in enumerate(self.past, layer):
+                resid, _ = blocks.run(block, resid, past)
+        return resid[self.read_rows, self.read_positions]
+
+    def some(self, rows: slice | Int[Tensor, " some"]) -> Group:
+        """Of these rows alone, no longer than they need."""
+        lengths = self.lengths[rows]
+        index = torch.arange(len(self.rows), device=lengths.device)[rows]
+        place = torch.full_like(self.rows, -1).index_copy(0, index, torch.arange(len(index), device=lengths.device))
+        at = place[self.read_rows]
+        read = at >= 0
+        return Group(
+            self.entering[rows, : int(lengths.max())],
+            tuple(past and past.rows(rows) for past in self.past),
+            *(each[rows] for each in (self.rows, self.lengths, self.lookup)),
+            *(each[read] for each in (at, self.read_positions, self.reads, self.unchanged)),
+        )
+
+    def without(self, gone: Bool[Tensor, " all_rows"]) -> Group | None:
+        """Without some of all rows; None where none are left."""
+        stay = (~gone[self.rows]).nonzero()[:, 0]
+        return self if len(stay) == len(self.rows) else self.some(stay) if len(stay) else None
+
+    def parts(self, model: HookedModel) -> Iterator[Group]:
+        """As many rows at once as `MEMORY` lets, at least one."""
+        cfg, n = model.cfg, len(self.rows)
+        row = 4 * len(self.past) * (10 * int(cfg.d_model) + 6 * int(cfg.d_mlp)) * self.entering.shape[1]
+        most = max(1, MEMORY // row)
+        yield from [self] if n <= most else (self.some(slice(begin, begin + most)) for begin in range(0, n, most))
+
+
+@torch.no_grad()
+def prepare(model: HookedModel, blocks: Blocks, rows: Sequence[Row], layer: int) -> list[Group]:
+    """Run every row once as it is, and keep what no change reaches. Reads are numbered in the order of the rows."""
+    firsts = torch.tensor([0] + [len(row.reads) for row in rows]).cumsum(0).tolist()
+    groups = together([row.lookup for row in rows], [len(row.ids) for row in rows])
+    return [_prepared(model, blocks, rows, members, firsts, layer) for members in groups]
+
+
+def _prepared(
+    model: HookedModel, blocks: Blocks, rows: Sequence[Row], members: list[int], firsts: Sequence[int], layer: int
+) -> Group:
+    begin = min(rows[index].lookup for index in members)
+    resid = blocks.embed(pad(model, [list(rows[index].ids) for index in members]))
+    past: list[KeyValues | None] = []
+    for block in range(int(model.cfg.n_layers)):
+        if block == layer:
+            entering = resid[:, begin:]
+        resid, present = blocks.run(block, resid)
+        if block >= layer:
+            past.append(present.before(begin) if begin else None)
+    of_rows = [(index, len(rows[index].ids) - begin, rows[index].lookup - begin) for index in members]
+    of_reads = [
+        (place, position - begin, firsts[index] + number)
+        for place, index in enumerate(members)
+        for number, position in enumerate(rows[index].reads)
+    ]
+    number, length, lookup = torch.tensor(of_rows, device=resid.device).unbind(1)
+    row, position, read = torch.tensor(of_reads, device=resid.device).unbind(1)
+    unchanged = resid[row, position + begin]
+    return Group(entering, tuple(past), number, length, lookup, row, position, read, unchanged)
+
+
+def kept_bytes(model: HookedModel, rows: Sequence[Row], layer: int) -> int:
+    """About what `prepare` keeps of rows: for each position either what enters the block, or keys and values of it and those above."""
+    above = int(model.cfg.n_layers) - layer
+    return sum(8 * above * int(model.cfg.d_model) * len(row.ids) for row in rows)
+
+
+def together(lookups: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Which rows to run together, so that few positions are computed for nothing and few groups are made.
+
+    A group computes, for each of its rows, the positions from its first lookup to its longest row's end. Rows in order of
+    lookup are cut where that costs least, found from the end backwards; rows that are alike stay together.
+    """
+    order = sorted(range(len(lookups)), key=lambda index: (lookups[index], lengths[index]))
+    alike = [list(own) for _, own in groupby(order, key=lambda index: (lookups[index], lengths[index]))]
+    # for each kind of row, what it and those after it cost at best, and where the first of their groups ends
+    best: list[tuple[float, int]] = [(0.0, 0)] * (len(alike) + 1)
+    for begin in reversed(range(len(alike))):
+        options = []
+        longest, rows = 0, 0
+        for end in range(begin + 1, len(alike) + 1):
+            longest = max(longest, lengths[alike[end - 1][0]])
+            rows += len(alike[end - 1])
+            positions = rows * (longest - lookups[alike[begin][0]])
+            options.append((GROUP_COST + positions + best[end][0], end))
+        best[begin] = min(options)
+    groups, begin = [], 0
+    while begin < len(alike):
+        groups.append([row for own in alike[begin : best[begin][1]] for row in own])
+        begin = best[begin][1]
+    return groups
+
+
+def _changed(
+    model: HookedModel, layer: int, part: str, apply: Callable[[Activation], Activation | None]
+) -> AbstractContextManager[None]:
+    """Within the block `apply` changes what the part gives."""
+    if part == "mlp":
+        return mlp_outputs(model, layer, apply)
+    return intervened(model, Change(HOOKS[part].format(layer), apply))
+
+
+def _added(change: Float[Tensor, "rows d_model"], lookup: Int[Tensor, " rows"], output: Tensor) -> Tensor:
+    rows = torch.arange(len(output), device=output.device)
+    return output.index_put((rows, lookup), change.to(output.dtype), accumulate=True)
