@@ -43,7 +43,7 @@ def named(name: str | Path, need: Sequence[str] = ()) -> tuple[Fact, ...]:
     """
     if name == "organism":
         return world.make().facts
-    if name != "built-in" and not Path(name).suffix and not Path(name).exists():
+    if name != "built-in" and not Path(name).exists():
         raise FactError(
             f"{name} is neither a file nor a set of facts, which are {' and '.join(SETS)}{meant(str(name), SETS)}."
         )

@@ -530,6 +530,12 @@ def test_sets_have_names():
     assert len(sources.named("organism")) == 10200
 
 
+def test_what_is_no_file_is_told_the_sets_that_have_names(tmp_path):
+    for name in (tmp_path / "mine.json", "organsm"):
+        with pytest.raises(FactError, match="is neither a file nor a set of facts, which are built-in and organism"):
+            sources.named(name)
+
+
 def test_a_file_is_a_set_by_its_path_and_may_have_to_have_more(tmp_path):
     path = tmp_path / "facts.json"
     path.write_text(json.dumps([{"subject": "Paris", "prompt": "Paris is in", "target_true": "France"}]))
