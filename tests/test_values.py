@@ -146,6 +146,11 @@ def double(request, folder):
     return models.load(str(folder(request.param)), device="cpu", dtype=torch.float64)
 
 
+def near(model, tolerance):
+    """The tolerance, or that of single precision where Hugging Face's norms compute in it whatever the model's numbers are."""
+    return 1e-4 if models.is_bridge(model) and model.cfg.architecture == "Gemma3ForCausalLM" else tolerance
+
+
 def sought(model, fact, target, before=("", "Rome. ", "London Berlin. ")):
     rows = keys.contexts(model, fact, before, prepend_bos=True)
     (essence,) = keys.contexts(model, Fact(fact.subject, "{} is a"), ("",), prepend_bos=True)
@@ -163,7 +168,7 @@ def test_values_sought_together_are_what_plain_optimisations_of_each_find(double
         with models.frozen(double):
             slow = slow_value(double, each.rows, each.essence, each.targets[0], each.initial, each.shares, 1, settings)
         assert own.value.dtype == torch.float64
-        torch.testing.assert_close(own.value, slow, rtol=0, atol=1e-7)
+        torch.testing.assert_close(own.value, slow, rtol=0, atol=near(double, 1e-7))
 
 
 @pytest.mark.parametrize("stop", ["target", "published", "top"])
@@ -180,8 +185,8 @@ def test_each_of_several_facts_stops_by_itself_and_is_run_no_more(double, stop, 
     assert len(set(taken)) > 1, "they do not all end at once"
     assert [len(each.losses) for each in together] == taken
     for one, other in zip(alone, together, strict=True):
-        torch.testing.assert_close(other.value, one.value, rtol=0, atol=1e-9)
-        torch.testing.assert_close(torch.tensor(other.losses), torch.tensor(one.losses), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(other.value, one.value, rtol=0, atol=near(double, 1e-9))
+        torch.testing.assert_close(torch.tensor(other.losses), torch.tensor(one.losses), rtol=near(double, 1e-6), atol=near(double, 1e-9))  # fmt: skip
     assert sum(ran) == sum(steps * (len(each.rows) + 1) for steps, each in zip(taken, every, strict=True))
 
 
@@ -193,7 +198,7 @@ def test_with_little_memory_few_rows_run_at_once_and_find_the_same(double, modul
     monkeypatch.setattr(module, "MEMORY", 1)
     found = values.optimise_all(double, every, 1, settings, progress=lambda what, done, of: bars.append((done, of)))
     for one, other in zip(plain, found, strict=True):
-        torch.testing.assert_close(other.value, one.value, rtol=0, atol=1e-9)
+        torch.testing.assert_close(other.value, one.value, rtol=0, atol=near(double, 1e-9))
     assert bars == [(done, 12) for done in ([0, 4, 8, 12] if module is above else range(13))]
 
 
