@@ -113,6 +113,30 @@ def test_sequential_edits_build_on_each_other_and_are_scored_twice(model, moment
     assert_same_state(model, before)
 
 
+def test_a_sequence_may_go_in_batches_each_scored_right_after_it(model, moment, ready, tmp_path):
+    before = state(model)
+    gone = Fact("Paris", "{} is " + "a city and " * 40 + "in", "Seattle", "Berlin")  # longer than the context
+    records, settings = [FACTS[0], gone, FACTS[1], FACTS[2]], replace(PLAIN, mode="sequential", together=3)
+    found = evaluate(model, records, tmp_path, settings, "rome", QUICK, ready)
+    with weights.restored(model, Weight(1, "mlp.W_out")):
+        rank_one.write_(model, *rome.edit(model, [FACTS[0], FACTS[1]], QUICK, moment).changes)
+        after = counterfact.scores(model, FACTS[:2])
+        rank_one.write_(model, *rome.edit(model, FACTS[2], QUICK, moment).changes)
+        after += counterfact.scores(model, FACTS[2:])
+        end = counterfact.scores(model, FACTS)
+    fit = [0, 2, 3]
+    same([{name: found.rows["after"][index][name] for name in after[0]} for index in fit], after)
+    same([found.rows["at the end"][index] for index in fit], end)
+    assert [row["edited"] for row in found.rows["after"]] == [1.0, 0.0, 1.0, 1.0]
+    assert "must fit the context" in found.facts[1]["reason"] and "fit" not in found.facts[0]["reason"]
+    assert [len(each.facts) for each in kept(tmp_path)] == [2, 1]
+    again = evaluate(model, records, tmp_path, settings, "rome", QUICK, ready)
+    same(again.rows["after"], found.rows["after"])
+    assert_same_state(model, before)
+    with pytest.raises(SettingsError, match="together is for mode sequential"):
+        EvaluateSettings(together=2)
+
+
 @pytest.mark.parametrize("editor", ["rome", "ft"])
 def test_sequential_edits_know_their_parents_and_compose_to_the_model_at_the_end(editor, model, ready, tmp_path):
     settings = {"rome": QUICK, "ft": FineTuningSettings(layer=2, steps=5, learning_rate=5e-3)}[editor]

@@ -83,7 +83,7 @@ class Made:
     reasons: list[str]
     notes: list[str]
     cond_C: dict[str, float]
-    scored: dict[str, Any] | None  # right after it, in a sequence
+    scored: list[dict[str, Any]] | None  # in a sequence, each of its records right after it
 
     @classmethod
     def of(cls, edit: Edit) -> Made:

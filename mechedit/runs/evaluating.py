@@ -223,19 +223,18 @@ class _Run:
         return refused, {"after": after}
 
     def sequential(self, way: _Way) -> tuple[list[Made], dict[str, Sequence[Scored]]]:
-        """Each record's edit, found on the model with those before it, scored right after it; and all records at the end."""
-        order = [f"{index:07d}-{unit}" for index, unit in enumerate(self.by_unit)]
-        what = self.described | way.described | {"order": cache.content_key(order)}
+        """Edits of `together` records each, found on the model with those before, scored right after; and all records at the end."""
+        groups = _groups(list(self.by_unit), self.settings.together)
+        what = self.described | way.described | {"order": cache.content_key(list(groups))}
         store, measuring = edit_store(self.edits_in, what), self.with_neighbours(self.healthy())
-        sequence = _Sequence(self, way, order, store, measuring)
+        sequence = _Sequence(self, way, groups, store, measuring)
         try:
-            edited = store.run(order, sequence, Local(self.model), self.progress, failed=sequence.failed)
-            made = [Made(**note) for note in edited.notes]
+            edited = store.run(list(groups), sequence, Local(self.model), self.progress, failed=sequence.failed)
+            each = [own for name, note in zip(groups, edited.notes, strict=True) for own in sequence.each(name, Made(**note))]  # fmt: skip
             end = self.here(what, measuring, lambda: sequence.all_of(edited))
         finally:
             sequence.standing.take_out()
-        after = [Scored.of(each.scored) if each.scored else Scored({}, "; ".join(each.reasons)) for each in made]
-        return made, {"after": after, "at the end": end}
+        return [made for made, _ in each], {"after": [scored for _, scored in each], "at the end": end}
 
     def here(
         self, what: dict[str, Any], measuring: Measuring, edited: Callable[[], AbstractContextManager[object]]
@@ -275,11 +274,11 @@ class _Run:
 
 
 class _Sequence:
-    """The edits of a sequence, each found on the model with those before it, as they come."""
+    """The edits of a sequence, each of a group of records, found on the model with those before it, as they come."""
 
-    def __init__(self, run: _Run, way: _Way, order: Sequence[str], store: Store[Edit], measuring: Measuring) -> None:
-        self.run, self.way, self.store, self.measuring = run, way, store, measuring
-        self.order, self.at = order, {name: index for index, name in enumerate(order)}
+    def __init__(self, run: _Run, way: _Way, groups: dict[str, list[str]], store: Store[Edit], measuring: Measuring) -> None:  # fmt: skip
+        self.run, self.way, self.store, self.measuring, self.groups = run, way, store, measuring, groups
+        self.order, self.at = list(groups), {name: index for index, name in enumerate(groups)}
         self.standing = applying.apply(run.model)
         self.state: State = {}
         self.written = 0  # how many of the edits are in the model
@@ -287,21 +286,40 @@ class _Sequence:
     def __call__(self, model: HookedModel, name: str) -> Edit:
         for earlier in self.order[self.written : self.at[name]]:  # of a run that was stopped
             self.write(self.store.get(earlier))
-        record = self.run.by_unit[name.partition("-")[2]]
-        edit = self.found(model, self.run.benchmark.fact(record))
+        facts = self.facts(name)
+        reasons = [_refusal(model, fact, self.way) for fact in facts] if len(facts) > 1 else [""]
+        chosen = [fact for fact, reason in zip(facts, reasons, strict=True) if not reason]
+        edit = self.found(model, chosen or facts)
         self.write(edit)
-        return replace(edit, details=edit.details | {"scored": asdict(self.scored(model, name.partition("-")[2]))})
+        scored = [asdict(self.scored(model, unit)) | {"refused": reason} for unit, reason in zip(self.groups[name], reasons, strict=True)]  # fmt: skip
+        return replace(edit, details=edit.details | {"scored": scored})
 
-    def found(self, model: HookedModel, fact: Fact) -> Edit:
+    def facts(self, name: str) -> list[Fact]:
+        """Those of a group."""
+        return [self.run.benchmark.fact(self.run.by_unit[unit]) for unit in self.groups[name]]
+
+    def found(self, model: HookedModel, facts: Sequence[Fact]) -> Edit:
         """The edit, or why there is none, whatever that is: it is kept, because those after it are found without it."""
         try:
-            edit = self.way.attempt(model, [fact], self.state)
+            edit = self.way.attempt(model, facts, self.state)
             edits.save(edit, Blob(""))  # what cannot be kept does not go into the model
         except Exception as error:
             line, trace = told(error)
-            refused = editing.refused(model, [fact], self.way.editor, self.way.settings, line)
-            return replace(refused, details={"traceback": trace})
+            return replace(self.refused(facts, line), details={"traceback": trace})
         return edit
+
+    def refused(self, facts: Sequence[Fact], reason: str) -> Edit:
+        """No edit of these facts."""
+        return editing.refused(self.run.model, facts, self.way.editor, self.way.settings, reason)
+
+    def each(self, name: str, made: Made) -> Iterator[tuple[Made, Scored]]:
+        """Of each record of a group, its edit, which is the group's unless it was left out, and its scores right after."""
+        for index, fact in enumerate(self.facts(name)):
+            if not made.scored:
+                yield made, Scored({}, "; ".join(made.reasons))
+                continue
+            own = made.scored[index]
+            yield (Made.of(self.refused([fact], own["refused"])) if own["refused"] else made), Scored.of(own)
 
     def scored(self, model: HookedModel, unit: str) -> Scored:
         try:
@@ -310,8 +328,7 @@ class _Sequence:
             return Scored({}, told(error)[0])
 
     def failed(self, done: Done[Any]) -> Edit:
-        fact = self.run.benchmark.fact(self.run.by_unit[done.unit.partition("-")[2]])
-        return editing.refused(self.run.model, [fact], self.way.editor, self.way.settings, done.error)
+        return self.refused(self.facts(done.unit), done.error)
 
     def write(self, edit: Edit | None) -> None:
         """Put the next edit of the sequence into the model; None where there is none."""
@@ -326,6 +343,12 @@ class _Sequence:
         for edit in edited[self.written :]:
             self.write(edit)
         yield
+
+
+def _groups(units: Sequence[str], together: int) -> dict[str, list[str]]:
+    """Units in their order, `together` at a time, by names in that order."""
+    groups = [list(units[first : first + together]) for first in range(0, len(units), together)]
+    return {f"{index:07d}-{own[0] if together == 1 else cache.content_key(own)}": own for index, own in enumerate(groups)}  # fmt: skip
 
 
 def _unscored(done: Done[Any]) -> Scored:

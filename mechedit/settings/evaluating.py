@@ -99,6 +99,7 @@ class EvaluateSettings(Settings):
         "the ones before it left, scored right after it and again at the end",
         MODES,
     )
+    together: int = knob(1, "sequential: records whose facts are written at once, before the next ones")
     generate: bool = knob(False, "also generate text: entropy, consistency with --references, exact match")
     tokens: int = knob(100, "tokens of each generated text, its prompt's included")
     top_k: int = knob(5, "tokens that generation chooses among at each step")
@@ -116,5 +117,9 @@ class EvaluateSettings(Settings):
 
     def __post_init__(self) -> None:
         check_each(self)
-        for name in ("tokens", "top_k"):
+        for name in ("tokens", "top_k", "together"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}.")
+        require(
+            self.together == 1 or self.mode == "sequential",
+            f"together is for mode sequential; found {self.together} with mode {self.mode}.",
+        )
