@@ -40,7 +40,17 @@ from mechedit.settings import EmmetSettings, EvaluateSettings, RomeSettings, giv
 from mechedit.weights import value
 
 COLUMNS = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "answer", "drift", "drift_log_p")
-ROWS = ("default", "spread", "spread by effect", "spread in full", "sentences", "paraphrases", "bound", "null space", "quick")
+ROWS = (
+    "default",
+    "spread",
+    "spread by effect",
+    "spread in full",
+    "sentences",
+    "paraphrases",
+    "bound",
+    "null space",
+    "quick",
+)
 ASKED = ("{} In other words:", "{} That is to say,", "{} Put differently,", "{} To say it in another way:")
 
 

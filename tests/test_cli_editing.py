@@ -12,7 +12,7 @@ from mechedit import applying, cli, edits, guards, models
 from mechedit.cli.applying import model_of
 from mechedit.cli.terminal import UsageError
 from mechedit.editors import rome
-from mechedit.runs import units
+from mechedit.runs import sequence, units
 from tests import hand_made
 from tests.command_line import EDIT, PROMPT, command_line
 
@@ -157,6 +157,15 @@ def test_a_sequence_is_kept_resumed_shown_and_written_as_one_edit(run, counterfa
     assert run("apply", str(folder / "edit.safetensors"))[0] == 0
     status, out, _ = run("show", str(folder), model=False)
     assert (status, "2 of 2 facts stand" in out, "perplexity ratio" in out) == (0, True, True)
+    status, out, _ = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder), "--take-out", "0")
+    assert (status, "1 of 2 facts stand, by 1 rows" in out, "1 not: taken out again" in out) == (0, True, True), out
+    kept = sequence.load(folder / "state.safetensors")
+    (key,) = (row.key.double() for row in kept.rows.values())
+    assert torch.allclose(kept.sums.P, torch.outer(key, key)), "the other's key is left, and nothing of the first"
+    assert [look["edits"] for look in kept.looks] == [1, 2, 2]
+    assert run("apply", str(folder / "edit.safetensors"))[0] == 0
+    status, _, err = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder), "--take-out", "2")
+    assert (status, "has edits 0 to 1; found 2" in err) == (2, True)
     status, _, err = run("edit", "--facts", str(counterfact), *quick, "--steps", "3", "--out", str(folder))
     assert (status, "begun with steps = 2, and this is 3" in err) == (2, True)
     state = folder / "state.safetensors"
@@ -170,6 +179,7 @@ def test_a_sequence_is_kept_resumed_shown_and_written_as_one_edit(run, counterfa
     [
         (("--sequence", "--prompt-less"), "--sequence"),
         (("--together", "3"), "--together is of --sequence"),
+        (("--take-out", "3"), "--take-out is of --sequence"),
         (("--sequence", "--together", "0"), "together must be at least 1"),
     ],
 )

@@ -128,7 +128,8 @@ def test_a_sequence_may_go_in_batches_each_scored_right_after_it(model, moment, 
     same([{name: found.rows["after"][index][name] for name in after[0]} for index in fit], after)
     same([found.rows["at the end"][index] for index in fit], end)
     assert [row["edited"] for row in found.rows["after"]] == [1.0, 0.0, 1.0, 1.0]
-    assert "must fit the context" in found.facts[1]["reason"] and "fit" not in found.facts[0]["reason"]
+    assert "must fit the context" in found.facts[1]["reason"]
+    assert "fit" not in found.facts[0]["reason"]
     assert [len(each.facts) for each in kept(tmp_path)] == [2, 1]
     again = evaluate(model, records, tmp_path, settings, "rome", QUICK, ready)
     same(again.rows["after"], found.rows["after"])

@@ -31,6 +31,14 @@ def add_sequencing(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of --facts: each on what the ones before it left, kept in --out DIR and resumed from there (`--editor sequential` is made for it)",
     )
+    parser.add_argument(
+        "--take-out",
+        type=int,
+        nargs="+",
+        metavar="I",
+        default=[],
+        help="take these edits, by their facts' numbers from 0, out of the finished sequence in --out again; the others stay",
+    )
     add_settings(parser, SequenceSettings)
 
 
@@ -38,6 +46,8 @@ def check_sequencing(arguments: argparse.Namespace) -> None:
     """Raise for options of sequences without one."""
     given = given_settings(arguments, SequenceSettings)
     SequenceSettings(**given)
+    if arguments.take_out and not arguments.sequence:
+        raise UsageError("--take-out is of --sequence; give it too.")
     if arguments.sequence and not arguments.facts:
         raise UsageError("--sequence is of many facts: give --facts FILE and --out DIR.")
     if given and not arguments.sequence:
@@ -56,12 +66,14 @@ def edit_in_sequence(
 ) -> None:
     """All facts, and one edit of what stands."""
     from mechedit import edits
-    from mechedit.runs.extending import run_sequence
+    from mechedit.runs.extending import run_sequence, take_out
     from mechedit.runs.sequence import as_edit
 
     how = SequenceSettings(**given_settings(arguments, SequenceSettings))
     with keeping(f"the sequence so far is kept in {arguments.out}, and the same command goes on from there"):
         found = run_sequence(model, chosen, arguments.out, how, editor, settings, progress=progress)
+    if arguments.take_out:
+        found = take_out(model, arguments.take_out, arguments.out, how)
     written = [arguments.out / name for name in ("state.safetensors", "looks.json")]
     if found.standing:
         written.append(edits.save(as_edit(found), arguments.out / "edit.safetensors"))

@@ -40,6 +40,7 @@ from mechedit.runs.sequence import (  # fmt: skip
     check_of,
     load,
     parts_of,
+    reverted,
     save,
     solved,
     without,
@@ -47,9 +48,9 @@ from mechedit.runs.sequence import (  # fmt: skip
 )
 from mechedit.runs.store import check_plain
 from mechedit.runs.watching import look
-from mechedit.settings import SequenceSettings
+from mechedit.settings import SequenceSettings, from_json
 
-__all__ = ["extend", "run_sequence"]
+__all__ = ["extend", "run_sequence", "take_out"]
 
 STATE, GOOD = "state.safetensors", "good.safetensors"
 SAID = "the model says it already"
@@ -141,6 +142,31 @@ def extend(
             break
     progress("editing in sequence", len(facts), len(facts))
     return sequence
+
+
+def take_out(
+    model: HookedModel, numbers: Several[int], folder: str | Path, how: SequenceSettings | None = None
+) -> Sequence:
+    """The sequence kept in `folder` without these edits (a fact's number, from 0), with a look at it, kept in its place. The model, as it was
+    before any edit, is left so. An edit for which nothing stands any more is passed over.
+
+    Raises:
+        SequenceError: no such edit, edits of another model, or of an editor that can take none out.
+        FileError: there is no state, or it was cut off or changed.
+    """
+    folder, how = Path(folder), how or SequenceSettings()
+    check_plain(model)
+    sequence = load(folder / STATE)
+    editor = named(sequence.editor)
+    settings = from_json(editor.settings, sequence.settings)
+    prepared = editing.make_ready(model, editor, settings)
+    check_of(model, sequence, begin(model, editor, settings, prepared))
+    for number in numbers:
+        if not 0 <= number < len(sequence.entries) or sequence.entries[number].row >= 0:
+            sequence = reverted(model, sequence, number, prepared)
+    bos = prompts.resolve_bos(model, settings.prepend_bos)
+    seen = look(model, sequence, unedited(model, prepend_bos=bos), how, bos=bos)
+    return _kept(replace(sequence, looks=(*sequence.looks, seen)), folder, STATE)
 
 
 def _kept(sequence: Sequence, folder: Path | None, name: str) -> Sequence:
