@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -30,6 +34,7 @@ from mechedit.settings import (
 )
 from mechedit.weights import Weight
 from tests.conftest import widen_bands
+from tests.killing import killed_after
 
 LAYER = 1
 QUICK = {"layer": LAYER, "steps": 2, "prefixes": (), "prepend_bos": False}
@@ -301,3 +306,31 @@ def test_sampled_edits_are_those_of_earlier_looks():
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(SettingsError, match="must be"):
         SequenceSettings(**wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)  # twelve processes that load the organism
+def test_five_hundred_edits_killed_at_ten_random_moments_end_in_the_same_bytes(tmp_path):
+    environment = {**os.environ, "MECHEDIT_CACHE": str(tmp_path / "cache")}
+    command = [
+        sys.executable,
+        "-m",
+        "mechedit.cli",
+        "edit",
+        "--model",
+        "organism",
+        "--facts",
+        "organism",
+        "--limit",
+        "500",
+    ]
+    command += ["--editor", "sequential", "--sequence", "--together", "5", "--keep", "20", "--guard", "warn", "--out"]
+    subprocess.run([*command, str(tmp_path / "peace")], check=True, env=environment, stdout=subprocess.DEVNULL)
+    draws, war = random.Random(0), tmp_path / "war"
+    for _ in range(10):
+        killed_after([*command, str(war)], environment, war / "state.safetensors", draws.random())
+    assert len(sequence.load(war / "state.safetensors").entries) < 500, "it was killed in the middle"
+    subprocess.run([*command, str(war)], check=True, env=environment, stdout=subprocess.DEVNULL)
+    assert len(sequence.load(war / "state.safetensors").entries) == 500
+    for name in ("state.safetensors", "looks.json", "edit.safetensors"):
+        assert (war / name).read_bytes() == (tmp_path / "peace" / name).read_bytes(), name

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from mechedit.models import Blocks
 from mechedit.settings import KeTraining, MendSettings, MendTraining
 from tests.command_line import command_line
 from tests.conftest import FACT, widen_bands
+from tests.killing import killed_after
 from tests.trained import by_hand, scrambled
 
 PLACES = ("Seattle", "Paris", "London", "Berlin")
@@ -436,15 +435,8 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_bytes(folder, tmp_path
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "peace")], check=True, env=environment)
     draws, war = random.Random(0), tmp_path / "war"
     for _ in range(10):
-        at = (war / "checkpoint.safetensors").stat().st_mtime_ns if war.is_dir() and any(war.glob("checkpoint*")) else 0
-        process = subprocess.Popen([sys.executable, "-c", script, str(war)], env=environment)
-        while process.poll() is None:  # until it has gone on, and a little longer
-            if (war / "checkpoint.safetensors").is_file() and (war / "checkpoint.safetensors").stat().st_mtime_ns > at:
-                break
-            time.sleep(0.005)
-        time.sleep(draws.random() * 0.2)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        command = [sys.executable, "-c", script, str(war)]
+        killed_after(command, environment, war / "checkpoint.safetensors", draws.random() * 0.2)
     assert not (war / "mend.safetensors").exists(), "it was killed in the middle"
     subprocess.run([sys.executable, "-c", script, str(war)], check=True, env=environment)
     assert (war / "mend.safetensors").read_bytes() == (tmp_path / "peace" / "mend.safetensors").read_bytes()
