@@ -56,7 +56,7 @@ class ClosedFormError(MecheditError, ValueError):
 @dataclass(frozen=True)
 class Terms:
     """What a change is weighed by. `a` weighs C, `b` the keys of earlier edits, `c` the identity; `slack` is 0 where residuals must be met;
-    `null` is the eigenvalue of C below which directions belong to its null space, where the change is to stay.
+    `loose` is slack in means of k M^-1 k over the keys that are written, so that it means the same whatever weighs a change. `null` is the eigenvalue of C below which directions belong to its null space, where the change is to stay.
 
     Raises:
         ClosedFormError: a negative number, or nothing that a change would be weighed by.
@@ -67,9 +67,10 @@ class Terms:
     c: float = 0.0
     slack: float = 1.0
     null: float | None = None
+    loose: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("a", "b", "c", "slack"):
+        for name in ("a", "b", "c", "slack", "loose"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ClosedFormError(f"{name} must be 0 or more; found {getattr(self, name)}.")
         if self.a == self.c == 0:
@@ -198,9 +199,10 @@ class Metric:
         own = keys if self.basis is None else keys @ self.basis
         along = self._along(own)
         gram = own @ along.T
-        if not self.terms.slack:
+        slack = self.terms.slack + self.terms.loose * float(gram.diagonal().mean())
+        if not slack:
             rank_one.check_independent(gram)
-        system = gram + self.terms.slack * torch.eye(len(gram), dtype=gram.dtype)
+        system = gram + slack * torch.eye(len(gram), dtype=gram.dtype)
         along = along if self.basis is None else along @ self.basis.T
         right = torch.linalg.solve((system + system.T) / 2, residuals)
         # laid out as a file has them, one row too, so that sums over them come out alike to the last bit

@@ -1,11 +1,13 @@
 """Many edits of one layer as one least-squares problem, whatever the order in which they came.
 
-Keys k with values v, written one after another by the solve of `mechedit.closed_form` that counts the keys of earlier edits
-(b = 1, slack = 1), leave the change that one solve for all of them gives:
+Keys k with targets t, written one after another by the solve of `mechedit.closed_form` that counts the keys of earlier edits
+(b = 1), leave the change that one solve for all of them gives:
 
-    D = (a C + c I + P)^-1 Q,    P = sum of k k^T,    Q = sum of k r^T,    r = v - (k W0 + b_out)
+    D = (a C + c I + P)^-1 Q,    P = sum of k k^T,    Q = sum of k r^T,    r = t - (k W0 + b_out)
 
-so P and Q are all that an edit needs to know of those before it, and an edit is taken out by taking its k k^T and k r^T out of them.
+With slack 1 the target is v*, which is then met as far as `a` lets. With less slack v* is met more nearly, and the target that has this as
+its least-squares solution lies beyond it, by the solve's right factor f = (K M^-1 K^T + slack I)^-1 R: t is what the key returns after the write,
+and f. A fact that was lost is met again in the same way, its target being raised by f (`Sums.raised`). So P and Q are all that an edit needs to know of those before it, and an edit is taken out by taking its k k^T and k r^T out of them.
 Everything is float64 on the CPU. A solve costs one factor of d_mlp by d_mlp and d_model right sides, however many edits there are.
 """
 
@@ -45,18 +47,19 @@ class Sums:
         keys, residuals = keys.detach().cpu().double(), residuals.detach().cpu().double()
         return Sums(self.P - keys.T @ keys, self.Q - keys.T @ residuals)
 
+    def raised(self, keys: Float[Tensor, "n d_mlp"], more: Float[Tensor, "n d_model"]) -> Sums:
+        """With the targets of these edits, which are among them, changed by so much."""
+        return Sums(self.P, self.Q + keys.detach().cpu().double().T @ more.detach().cpu().double())
+
 
 def check_recursive(terms: Terms) -> None:
     """Raise unless edits with these terms, one after another, are one least-squares problem.
 
     Raises:
-        ClosedFormError: earlier keys do not weigh as much as those that are written.
+        ClosedFormError: earlier keys weigh nothing.
     """
-    if terms.b * terms.slack != 1:
-        raise ClosedFormError(
-            f"edits can be taken out of a sequence whose earlier keys weigh as much as new ones, b = 1 / slack; found b = {terms.b:g} and "
-            f"slack = {terms.slack:g}."
-        )
+    if not terms.b:
+        raise ClosedFormError("edits are one least-squares problem where earlier keys weigh something; found b = 0.")
 
 
 def least_squares(metric: Metric, sums: Sums) -> Float[Tensor, "d_mlp d_model"]:
@@ -69,9 +72,9 @@ def least_squares(metric: Metric, sums: Sums) -> Float[Tensor, "d_mlp d_model"]:
     terms = metric.terms
     check_recursive(terms)
     rank_one.check_finite(P=sums.P, Q=sums.Q)
-    P, Q, basis = sums.P + terms.slack * terms.a * metric.C.detach().cpu().double(), sums.Q, metric.basis
+    P, Q, basis = sums.P + terms.a / terms.b * metric.C.detach().cpu().double(), sums.Q, metric.basis
     if basis is not None:
         P, Q = basis.T @ P @ basis, basis.T @ Q
-    P = (P + P.T) / 2 + terms.slack * terms.c * torch.eye(len(P), dtype=P.dtype)
+    P = (P + P.T) / 2 + terms.c / terms.b * torch.eye(len(P), dtype=P.dtype)
     D = torch.cholesky_solve(Q, rank_one.factor(P))
     return D if basis is None else basis @ D

@@ -7,9 +7,9 @@
     alphaedit   b = 1, c = 10, in the null space of C: earlier edits keep their values, C's large directions are not touched
                 (Fang et al. 2025)
     pmet        a = 6000, slack 1: while v* is sought, the attention may change too, of which nothing is written (Li et al. 2024)
-    sequential  b = 1, slack 1, a = d_mlp / 4 (between two values tried on 200 facts of the organism; not tuned), for long runs. After any
-                number of edits W is what one solve for all of them gives (`mechedit.recursive`), and `mechedit.runs.sequence` keeps,
-                resumes, watches and takes apart such runs
+    sequential  b = 1, a = 5 d_mlp, slack a fifth of k M^-1 k, for long runs: C weighs so much that a fact is written with the least
+                change of all else, and the small slack writes it all the same. After any number of edits W is what one solve for all of
+                them gives (`mechedit.recursive`), and `mechedit.runs.sequence` keeps, resumes, watches and takes apart such runs
 
 R is what the values v* are more than the keys return now. With `layers` it is spread over several blocks (`spread`), each with its own C.
 In a sequence each edit hands on its keys, block by block, and P is the sum of k k^T over all of them.
@@ -56,7 +56,7 @@ from mechedit.values import HOOKS
 
 __all__ = ["EARLIER", "AlphaEdit", "Emmet", "Memit", "Pmet", "Sequential", "Stack", "prepare", "terms_of"]
 
-ORDINARY = 4.0  # d_mlp is k C^-1 k of an ordinary key k, on average: so much less than such a key C weighs
+ORDINARY = 5.0  # d_mlp is k C^-1 k of an ordinary key k, on average: so much more than such a key C weighs
 
 KEYS, EARLIER = (
     "keys",
@@ -279,12 +279,12 @@ class Sequential(Memit):
     def resolve(self, model: HookedModel, settings: Any = None) -> Any:
         resolved = super().resolve(model, settings)
         d_mlp = models.W_out(model, resolved.layer).shape[0]
-        return resolved if resolved.a or resolved.c else replace(resolved, a=d_mlp / ORDINARY)
+        return resolved if resolved.a or resolved.c else replace(resolved, a=ORDINARY * d_mlp)
 
 
 def terms_of(settings: MemitSettings) -> Terms:
     """What the settings weigh a change by."""
-    return Terms(settings.a, settings.b, settings.c, settings.slack, settings.null or None)
+    return Terms(settings.a, settings.b, settings.c, settings.slack, settings.null or None, settings.loose)
 
 
 def _suffixes(settings: MemitSettings) -> list[str]:

@@ -19,10 +19,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mechedit import cache, editing, prompts, scoring
 from mechedit.benchmarks.health import unedited
 from mechedit.changes import Dense, by_weight, total
 from mechedit.closed_form import Metric
+from mechedit.corruption import generator
 from mechedit.editing import Editor, Prepared
 from mechedit.editors import named
 from mechedit.editors.many import terms_of
@@ -40,6 +43,7 @@ from mechedit.runs.sequence import (  # fmt: skip
     check_of,
     load,
     parts_of,
+    returned,
     reverted,
     save,
     solved,
@@ -213,19 +217,45 @@ class _Writer:
     def batch(self, sequence: Sequence, facts: Several[Fact]) -> Sequence:
         """The sequence with a batch behind it; as it was, with the reason, where the batch cannot be written."""
         plan = self.plan(sequence, facts)
+        lost = self.lost(sequence, plan)
         base = without(self.model, sequence, plan.rows, self.metric) if plan.rows else sequence
         alone = base.sums is not None and self.how.sought == "unedited"
         with nullcontext() if alone else written(self.model, base):
-            if len(facts) > 1 or plan.rows:
+            if len(facts) > 1 or plan.rows or lost:
                 plan = self.unsaid(plan)
             if not plan.wanted:
                 return self.noted(base, facts, plan, sequence)
-            settings = replace(self.settings, strengthen=True) if plan.again else self.settings
-            edit = attempt(self.model, plan.wanted, self.editor, settings, self.prepared, {} if alone else base.earlier)
+            edit, lost = self.sought(plan, lost, {} if alone else base.earlier)
         if edit.is_empty:
             why = plan.why | dict.fromkeys(plan.chosen, "; ".join(edit.reasons))
             return self.noted(sequence, facts, _Plan(why=why, conflicts=plan.conflicts), sequence)
-        return self.noted(self.added(base, edit, plan.wanted), facts, plan, sequence)
+        return self.noted(self.added(base, edit, plan.wanted, lost), facts, plan, sequence)
+
+    def sought(self, plan: _Plan, lost: dict[int, list[Fact]], state: Any) -> tuple[Edit, dict[int, list[Fact]]]:
+        """The edit of what is wanted and of what was lost, which is let go where the two cannot be found together."""
+        more = [fact for own in lost.values() for fact in own]
+        settings = replace(self.settings, strengthen=True) if plan.again or more else self.settings
+        edit = attempt(self.model, [*plan.wanted, *more], self.editor, settings, self.prepared, state)
+        return self.sought(plan, {}, state) if more and edit.is_empty else (edit, lost)
+
+    def lost(self, sequence: Sequence, plan: _Plan) -> dict[int, list[Fact]]:
+        """Of earlier facts that are drawn to be asked again, the rows of those that the model does not say any more, with all their
+        facts: one row at most for each fact that is new."""
+        how, turn = self.how, [each for each in sequence.standing.values() if each.row not in plan.rows]
+        if not turn or not (how.rehearsed and how.shared and sequence.sums is not None and how.sought == "current"):
+            return {}
+        n = min(len(turn), how.rehearsed * how.together)
+        stream = generator(self.settings.seed, "rehearsed", str(sequence.batches))
+        asked = [turn[index] for index in torch.randperm(len(turn), generator=stream)[:n].sort().values.tolist()]
+        with written(self.model, sequence):
+            stands = self.says([entry.as_fact for entry in asked])
+        rows = list(dict.fromkeys(entry.row for entry, stood in zip(asked, stands, strict=True) if not stood))
+        return {row: [entry.as_fact for entry in turn if entry.row == row] for row in rows[: how.together]}
+
+    def says(self, facts: Several[Fact]) -> list[bool]:
+        """Whether the model, as it is now, says each fact's new target first."""
+        pairs = [(fact.prompt, str(fact.target_new), fact.join) for fact in facts]
+        return [all(score.first) for score in scoring.score(self.model, pairs, prepend_bos=self.settings.prepend_bos)]
 
     def plan(self, sequence: Sequence, facts: Several[Fact]) -> _Plan:
         """Conflicts, and rows that facts of the batch share, sorted out before anything is computed."""
@@ -270,9 +300,8 @@ class _Writer:
         """The plan without facts that the model, as it is now, says already."""
         if self.settings.strengthen:
             return plan
-        pairs = [(fact.prompt, str(fact.target_new), fact.join) for fact in plan.chosen.values()]
-        scores = scoring.score(self.model, pairs, prepend_bos=self.settings.prepend_bos) if pairs else []
-        said = [place for place, score in zip(plan.chosen, scores, strict=True) if all(score.first)]
+        says = self.says(list(plan.chosen.values())) if plan.chosen else []
+        said = [place for place, is_said in zip(plan.chosen, says, strict=True) if is_said]
         chosen = {place: fact for place, fact in plan.chosen.items() if place not in said}
         return replace(plan, chosen=chosen, why=plan.why | dict.fromkeys(said, SAID))
 
@@ -285,17 +314,32 @@ class _Writer:
         again = {index: entry.as_fact for index, entry in standing.items() if entry.row in rows and index not in gone}
         return tuple(sorted(rows)), again
 
-    def added(self, base: Sequence, edit: Edit, wanted: Several[Fact]) -> Sequence:
-        """The sequence with what the edit wrote: rows of exact editors, sums of changes of others."""
+    def added(self, base: Sequence, edit: Edit, wanted: Several[Fact], lost: dict[int, list[Fact]]) -> Sequence:
+        """The sequence with what the edit wrote: rows of exact editors, new or raised; sums of changes of others."""
         if base.sums is None:
             more = [Dense(weight, each) for weight, each in base.totals.items()]
             totals = {weight: total(own) for weight, own in by_weight([*more, *edit.changes]).items()}
             return replace(base, totals=totals, state=self.editor.joined(base.state, edit.state))
-        subjects = dict.fromkeys(fact.subject for fact in wanted)
-        keys, values = (edit.vectors[name].reshape(len(subjects), -1) for name in ("k*", "v*"))
-        new = [Row(key.clone(), value.clone()) for key, value in zip(keys, values, strict=True)]
-        sums = base.sums.plus(*parts_of(self.model, self.settings.layer, new))
-        rows = dict(base.rows) | {base.made + index: row for index, row in enumerate(new)}
+        n = len(dict.fromkeys(fact.subject for fact in wanted))
+        keys, values = (edit.vectors[name].reshape(n + len(lost), -1) for name in ("k*", "v*"))
+        sums, rows = base.sums, dict(base.rows)
+        if self.how.sought == "current":
+            (change,) = edit.changes
+            factors = change.factors()
+            assert factors is not None
+            more = factors[1] / self.settings.b
+            values = (
+                returned(self.model, base, keys[:n]) + keys[:n].double() @ change.dense().double() + more[:n]
+            ).float()
+            rows |= {
+                row: Row(rows[row].key, (rows[row].value + own).float())
+                for row, own in zip(lost, more[n:], strict=True)
+            }
+            if lost:
+                sums = sums.raised(torch.stack([rows[row].key for row in lost]), torch.stack([rows[row].value.double() - base.rows[row].value.double() for row in lost]))  # fmt: skip
+        new = [Row(key.clone(), value.clone()) for key, value in zip(keys[:n], values, strict=True)]
+        sums = sums.plus(*parts_of(self.model, self.settings.layer, new))
+        rows |= {base.made + index: row for index, row in enumerate(new)}
         return solved(replace(base, rows=rows), sums, self.metric)
 
     def noted(self, done: Sequence, facts: Several[Fact], plan: _Plan, before: Sequence) -> Sequence:

@@ -158,12 +158,7 @@ class Sequence:
 
 def begin(model: HookedModel, editor: Editor, settings: Any, prepared: Prepared | None) -> Sequence:
     """A sequence without edits, for settings as `resolve` gives them."""
-    exact = (
-        isinstance(editor, Memit)
-        and settings.b * settings.slack == 1
-        and settings.parts == ("mlp",)
-        and not settings.layers
-    )
+    exact = isinstance(editor, Memit) and settings.b > 0 and settings.parts == ("mlp",) and not settings.layers
     sums = Sums.none(*models.W_out(model, settings.layer).shape) if exact else None
     plain = cache.plain(asdict(settings))
     return Sequence(editor.name, plain, provenance.origin(model), prepared.key if prepared else "", sums=sums)
@@ -215,6 +210,14 @@ def parts_of(model: HookedModel, layer: int, rows: Several[Row]) -> tuple[Tensor
     W_out, b_out = (each(model, layer).detach().double().cpu() for each in (models.W_out, models.b_out))
     keys, values = (torch.stack([getattr(row, name) for row in rows]).double() for name in ("key", "value"))
     return keys, values - (keys @ W_out + b_out)
+
+
+def returned(model: HookedModel, sequence: Sequence, keys: Float[Tensor, "n d_mlp"]) -> Float[Tensor, "n d_model"]:
+    """What keys return with all edits of the sequence, the model without edits given."""
+    layer = int(sequence.settings["layer"])
+    W_out, b_out = (each(model, layer).detach().double().cpu() for each in (models.W_out, models.b_out))
+    total = sequence.totals.get(Weight(layer, "mlp.W_out"))
+    return keys.double() @ (W_out if total is None else W_out + total.double()) + b_out
 
 
 def without(model: HookedModel, sequence: Sequence, rows: Several[int], metric: Metric) -> Sequence:

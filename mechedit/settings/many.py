@@ -79,6 +79,7 @@ class MemitSettings(RomeSettings):
     b: float = knob(0.0, "weight of each key that an earlier edit of the sequence wrote")
     c: float = knob(0.0, "weight of the identity")
     slack: float = knob(1.0, "how loosely residuals are met; 0: exactly")
+    loose: float = knob(0.0, "more slack, in means of k M^-1 k over the keys that are written")
     null: float = knob(
         0.0, "eigenvalue of C below which directions belong to its null space, where the change stays; 0: anywhere"
     )
@@ -109,7 +110,7 @@ class MemitSettings(RomeSettings):
             or (len(self.portions) == len(self.layers) and min(self.portions) >= 0 < self.portions[-1]),
             f"portions must be a number of 0 or more for each of layers {self.layers}, the last above 0; found {self.portions}.",
         )
-        for name in ("a", "b", "c", "slack", "null"):
+        for name in ("a", "b", "c", "slack", "null", "loose"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), f"{name} must be 0 or more; found {value}.")
         self._check_weights()
@@ -173,17 +174,21 @@ class PmetSettings(MemitSettings):
 
 @dataclass(frozen=True)
 class SequentialSettings(MemitSettings):
-    """How keys and values are found, as ROME's; earlier edits weigh as much as new ones."""
+    """How keys and values are found, as ROME's by smaller steps to a nearer end; earlier edits weigh as much as new ones, and C holds on to all else."""
 
     guard: str = knob(
         "warn",
         "an edit out of its bands is an error (refuse), a warning (warn), or empty, with the reason (rollback); a sequence is watched as a whole",
         GUARDS,
     )
+    learning_rate: float = knob(0.15, "Adam's learning rate")
+    stop_at: float = knob(0.15, "stop once the target's own loss, -log p, averaged over prefixes, is below this")
     a: float = knob(
-        0.0, "weight of C: so many ordinary keys hold against the facts; 0: as the model's width has it, d_mlp / 4"
+        0.0, "weight of C: so many ordinary keys hold against the facts; 0: as the model's width has it, 5 d_mlp"
     )
     b: float = knob(1.0, "weight of each key that an earlier edit of the sequence wrote")
+    slack: float = knob(0.0, "how loosely residuals are met; 0: exactly")
+    loose: float = knob(0.2, "more slack, in means of k M^-1 k over the keys that are written")
 
     def _check_weights(self) -> None:
         """None that cannot be: what is 0 is filled in for the model."""

@@ -20,10 +20,15 @@ class SequenceSettings(Settings):
         True, "facts of one subject share one value, found anew with each of them; for editors that can take edits out"
     )
     sought: str = knob(
-        "unedited",
-        "where values are sought: on the model without edits (unedited), so that they do not depend on those before, for editors that can take "
-        "edits out; or on what the earlier ones left (current)",
-        ("unedited", "current"),
+        "current",
+        "where values are sought: on what the earlier edits left (current); or on the model without edits (unedited), so that they do not depend "
+        "on those before, for editors that can take edits out",
+        ("current", "unedited"),
+    )
+    rehearsed: int = knob(
+        5,
+        "earlier facts that are asked again before each new one, drawn anew; of those that the model does not say any more one at most is learnt "
+        "again with it. For editors that can take edits out, shared values, sought on the current model; 0: none",
     )
     conflicts: str = knob(
         "later",
@@ -44,7 +49,8 @@ class SequenceSettings(Settings):
         check_each(self)
         for name in ("together", "sampled", "keep"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}.")
-        require(self.every >= 0, f"every must be 0 or more edits; found {self.every}.")
+        for name in ("every", "rehearsed"):
+            require(getattr(self, name) >= 0, f"{name} must be 0 or more edits; found {getattr(self, name)}.")
         for name in ("least_success", "least_others"):
             require(0 <= getattr(self, name) <= 1, f"{name} must be from 0 to 1; found {getattr(self, name)}.")
         for name in ("most_perplexity", "most_kl", "most_spectrum"):
