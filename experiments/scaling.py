@@ -3,8 +3,7 @@
     figures/MODEL/scaling.json, .png
 
 The facts that are edited are not said in the held-out text, so that its perplexity speaks of what has nothing to do with them. The first
-`mixed` come in the world's order, which mixes subjects; behind them those of one subject stand together, so that few are written again. Values are
-sought on the model without edits, so that the end does not depend on the batch (`together`). At each size: S and its parts and the generated
+`mixed` come in the world's order, which mixes subjects; behind them those of one subject stand together, so that few are written again. At each size: S and its parts and the generated
 answer, of edits sampled over the run and of its first hundred, beside the same facts edited alone; perplexity; seconds an edit, and the process's
 peak memory. The run is kept in out/MODEL, and goes on where it was stopped; seconds are of the parts that were not there.
 """
