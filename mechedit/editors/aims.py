@@ -109,10 +109,10 @@ def chosen_of(rows: int, prefixes: Sequence[str], settings: RomeSettings) -> lis
     return [begin + place for begin in range(0, rows, len(prefixes)) for place in places]
 
 
-def check_learnt(fact: Fact, value: values.Value, settings: RomeSettings) -> None:
-    """Raise where a fact was to be strengthened and nothing was learnt."""
-    if settings.strengthen and len(value.losses) == 1 and settings.steps > 1:
+def check_learnt(facts: Sequence[Fact], found: Sequence[values.Value], settings: RomeSettings) -> None:
+    """Raise where facts were to be strengthened and of none of them anything was learnt."""
+    if settings.strengthen and settings.steps > 1 and all(len(value.losses) == 1 for value in found):
         raise EditError(
-            f"the model already says {fact.target_new!r} after {fact.prompt!r} with a loss of {value.losses[0][0]:.2g}, "
+            f"the model already says {facts[0].target_new!r} after {facts[0].prompt!r} with a loss of {found[0].losses[0][0]:.2g}, "
             f"and v* is sought until it is below stop_at = {settings.stop_at:g}. Lower stop_at to strengthen it further."
         )

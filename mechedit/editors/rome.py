@@ -188,8 +188,7 @@ class Rome(Editor):
         (parts,) = {each.parts for each in begun}
         sought = [each.sought for each in begun]
         found = values.optimise_all(model, sought, settings.layer, settings, parts, progress=progress)
-        for each, value in zip(begun, found, strict=True):
-            check_learnt(each.facts[0], value, settings)
+        check_learnt([each.facts[0] for each in begun], found, settings)
         return [each.aim(value) for each, value in zip(begun, found, strict=True)]
 
     def begun(

@@ -240,7 +240,7 @@ class _Writer:
 
     def lost(self, sequence: Sequence, plan: _Plan) -> dict[int, list[Fact]]:
         """Of earlier facts that are drawn to be asked again, the rows of those that the model does not say any more, with all their
-        facts: one row at most for each fact that is new."""
+        facts: `again` rows at most for each fact that is new."""
         how, turn = self.how, [each for each in sequence.standing.values() if each.row not in plan.rows]
         if not turn or not (how.rehearsed and how.shared and sequence.sums is not None and how.sought == "current"):
             return {}
@@ -250,7 +250,7 @@ class _Writer:
         with written(self.model, sequence):
             stands = self.says([entry.as_fact for entry in asked])
         rows = list(dict.fromkeys(entry.row for entry, stood in zip(asked, stands, strict=True) if not stood))
-        return {row: [entry.as_fact for entry in turn if entry.row == row] for row in rows[: how.together]}
+        return {row: [entry.as_fact for entry in turn if entry.row == row] for row in rows[: how.again * how.together]}
 
     def says(self, facts: Several[Fact]) -> list[bool]:
         """Whether the model, as it is now, says each fact's new target first."""

@@ -26,10 +26,11 @@ class SequenceSettings(Settings):
         ("current", "unedited"),
     )
     rehearsed: int = knob(
-        5,
-        "earlier facts that are asked again before each new one, drawn anew; of those that the model does not say any more one at most is learnt "
-        "again with it. For editors that can take edits out, shared values, sought on the current model; 0: none",
+        10,
+        "earlier facts that are asked again for each new one, drawn anew; those that the model does not say any more are learnt again with it. "
+        "For editors that can take edits out, shared values, sought on the current model; 0: none",
     )
+    again: int = knob(2, "facts at most that are learnt again with each new one")
     conflicts: str = knob(
         "later",
         "of facts with one subject and relation but two targets, the later wins (later), or is refused (refuse)",
@@ -47,7 +48,7 @@ class SequenceSettings(Settings):
 
     def __post_init__(self) -> None:
         check_each(self)
-        for name in ("together", "sampled", "keep"):
+        for name in ("together", "sampled", "keep", "again"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}.")
         for name in ("every", "rehearsed"):
             require(getattr(self, name) >= 0, f"{name} must be 0 or more edits; found {getattr(self, name)}.")
