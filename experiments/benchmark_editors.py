@@ -2,7 +2,7 @@
 
 One built-in fact (of the organism's world for an organism), each editor's preset; each edit in a process of its own, which gives its peak
 memory beside the loaded model too (the tables' last columns). What an editor prepares for all facts (C, prefixes) is there beforehand; what it keeps of a
-fact (neurons) is not. Medians of `repeats`.
+fact (neurons) is not. Medians of `repeats`. Editors that are not asked for keep what was measured of them on the same weights and threads.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from unittest.mock import patch
 import torch
 
 from experiments.benchmark_editing import memory, peak
-from experiments.common import parse, say, write
+from experiments.common import FIGURES, parse, say, short_name, write
 from experiments.editing import OPPONENTS, TRAINED, opponent, there
-from mechedit import cache, editing, editors, models, organism, sources
+from mechedit import cache, editing, editors, models, organism, provenance, sources
 from mechedit.files import FileError
 from mechedit.neurons import Neurons
 
@@ -56,12 +56,22 @@ def run_one(settings: BenchmarkEditors) -> dict[str, Any]:
     return numbers | {"edit": cache.plain(asdict(chosen))}
 
 
+def measured(model: models.HookedModel, threads: int) -> dict[str, Any]:
+    """What is written of editors on this model's weights with so many threads."""
+    path = FIGURES / short_name(model) / "benchmark_editors.json"
+    record = json.loads(path.read_text()) if path.is_file() else None
+    if not record or (record["origin"]["weights"], record["settings"]["threads"]) != (provenance.origin(model)["weights"], threads):  # fmt: skip
+        return {}
+    return record["editors"]
+
+
 def main(settings: BenchmarkEditors) -> None:
     if settings.alone:
         sys.stdout.write(json.dumps(run_one(settings)) + "\n")
         return
-    result: dict[str, Any] = {}
-    for editor in there(models.load(settings.model), settings.editors):
+    model = models.load(settings.model)
+    result = measured(model, settings.threads)
+    for editor in there(model, settings.editors):
         options = asdict(settings) | {"alone": editor}
         command = [sys.executable, "-m", "experiments.benchmark_editors"]
         command += [f"--{name}={options[name]}" for name in ("model", "threads", "alone")]
@@ -74,7 +84,7 @@ def main(settings: BenchmarkEditors) -> None:
         result[editor] = {name: median(each[name] for each in runs) for name in ("seconds", "peak", "p_new")}
         result[editor]["edit"] = runs[0]["edit"]
         say(f"{editor}: {result[editor]['seconds']:.2f} s, {result[editor]['peak'] / 1e6:.0f} MB beside the model")
-    say(f"wrote {write('benchmark_editors', models.load(settings.model), settings, {'editors': result})}")
+    say(f"wrote {write('benchmark_editors', model, settings, {'editors': result})}")
 
 
 if __name__ == "__main__":

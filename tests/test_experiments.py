@@ -408,6 +408,17 @@ def test_an_edit_s_seconds_and_memory_are_its_own(to_edit):
     assert 0 < found["p_new"] < 1
 
 
+def test_what_was_measured_of_other_editors_is_kept_with_the_same_weights_and_threads(to_edit, tmp_path, monkeypatch):
+    model, row = models.load(to_edit), {"seconds": 2.0, "peak": 3e6, "p_new": 0.5, "edit": {}}
+    monkeypatch.setattr(benchmark_editors, "FIGURES", tmp_path)
+    common.write("benchmark_editors", model, benchmark_editors.BenchmarkEditors(threads=1), {"editors": {"kn": row}})
+    assert benchmark_editors.measured(model, 1) == {"kn": row}
+    assert benchmark_editors.measured(model, 2) == {}
+    with torch.no_grad():
+        models.W_out(model, 0)[0, 0] += 1.0
+    assert benchmark_editors.measured(model, 1) == {}
+
+
 def test_the_benchmark_of_gradient_steps_compares_every_editor_with_bare_passes(tiny, tmp_path):
     few = ["--layer", "1", "--steps", "2", "--repeats", "1"]
     benchmark_fine_tuning.main(common.parse(benchmark_fine_tuning.BenchmarkFineTuning, ["--model", tiny, *few]))
