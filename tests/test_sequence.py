@@ -128,7 +128,7 @@ def found_edits(monkeypatch):
 def test_with_little_slack_each_batch_is_met_and_the_end_is_one_solve_for_raised_targets(slack, model, prepared, tmp_path, monkeypatch):  # fmt: skip
     """Against the plain solve of each batch, D += M^-1 K^T (K M^-1 K^T + s I)^-1 R with M = a C + the keys before."""
     made, settings = found_edits(monkeypatch), SequentialSettings(**QUICK, **({"loose": 0.0} | slack), a=500.0)
-    found = run(model, prepared, tmp_path, settings=settings, together=2, rehearsed=0)
+    found = run(model, prepared, tmp_path, settings=settings, together=2, rounds=0)
     W, b = models.W_out(model, LAYER).detach().double(), models.b_out(model, LAYER).detach().double()
     D, M = torch.zeros_like(W), 500.0 * prepared.moment.C.double()
     for edit in made:
@@ -144,31 +144,33 @@ def test_with_little_slack_each_batch_is_met_and_the_end_is_one_solve_for_raised
     close(change(found), all_at_once(model, found.rows.values(), Terms(a=500.0, b=1.0), prepared.moment.C), 1e-6)
 
 
-def test_what_the_model_does_not_say_any_more_is_learnt_again_with_the_next_batch(
-    model, prepared, tmp_path, monkeypatch
-):
+def test_what_the_model_does_not_say_is_learnt_again_after_each_batch(model, prepared, tmp_path, monkeypatch):
     """Its target is raised until its key returns the value that was sought for it, and its row and key stay."""
-    made, asked = found_edits(monkeypatch), []
+    made, asked, once = found_edits(monkeypatch), [], NAMES[1:3]
 
     def says(writer, facts):
-        asked.append({fact.subject for fact in facts})
-        return [fact.subject not in NAMES[1:3] or len(asked) < 6 for fact in facts]
+        asked.append([fact.subject for fact in facts])
+        return [fact.subject not in once or len(asked) < 4 for fact in facts]
 
     monkeypatch.setattr(extending._Writer, "says", says)
     monkeypatch.setattr(extending._Writer, "unsaid", lambda writer, plan: plan)
     settings = SequentialSettings(**QUICK, slack=0.0, loose=0.0, a=500.0)
-    before = run(model, prepared, tmp_path / "before", FACTS[:4], settings=settings, rehearsed=4)
-    assert asked == [set(NAMES[:n]) for n in (1, 2, 3)], "as many as there are"
-    found = run(model, prepared, tmp_path / "after", FACTS[:5], settings=settings, rehearsed=4)
-    assert [[each.fact["subject"] for each in edit.facts] for edit in made[-2:]] == [[NAMES[3], NAMES[1]], [NAMES[4], NAMES[1]]]  # fmt: skip
-    assert all(len(edit.facts) == 1 for edit in made[:-2]), "one at most for each new fact, and none that is said"
-    assert list(found.rows) == [0, 1, 2, 3, 4]
+    how = {"settings": settings, "rehearsed": 4, "again": 1, "rounds": 2}
+    before = run(model, prepared, tmp_path, FACTS[:3], **how)
+    assert asked == [[NAMES[0]], [NAMES[1], NAMES[0]], [NAMES[2], *NAMES[:2]]], "the new one, and as many as there are"
+    found = run(model, prepared, tmp_path, FACTS[:4], **how)
+    assert asked[3:] == [[NAMES[3], *NAMES[:3]]] * 2, "again after what was learnt again, twice at most"
+    assert [[each.fact["subject"] for each in edit.facts] for edit in made[-3:]] == [[NAMES[3]], [NAMES[1]], [NAMES[1]]]
+    assert list(found.rows) == [0, 1, 2, 3]
     assert torch.equal(found.rows[1].key, before.rows[1].key)
-    K, V = (made[-1].vectors[name].double() for name in ("k*", "v*"))
-    now = models.W_out(model, LAYER).detach().double() + change(found)
-    close(K @ now + models.b_out(model, LAYER).detach().double(), V, 1e-5)
     assert not torch.equal(found.rows[1].value, before.rows[1].value)
+    assert torch.equal(found.rows[2].value, before.rows[2].value), "one for each new fact"
+    key, value = (made[-1].vectors[name].double() for name in ("k*", "v*"))
+    now = models.W_out(model, LAYER).detach().double() + change(found)
+    close(key @ now + models.b_out(model, LAYER).detach().double(), value, 1e-5)
     close(change(found), all_at_once(model, found.rows.values(), Terms(a=500.0, b=1.0), prepared.moment.C), 1e-6)
+    run(model, prepared, tmp_path / "never", FACTS[:2], **how | {"rounds": 0})
+    assert len(asked) == 5
 
 
 def test_alphaedit_in_its_null_space_is_one_solve_too(model, prepared, tmp_path):

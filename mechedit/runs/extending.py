@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mechedit import cache, editing, prompts, scoring
 from mechedit.benchmarks.health import unedited
@@ -217,40 +218,70 @@ class _Writer:
     def batch(self, sequence: Sequence, facts: Several[Fact]) -> Sequence:
         """The sequence with a batch behind it; as it was, with the reason, where the batch cannot be written."""
         plan = self.plan(sequence, facts)
-        lost = self.lost(sequence, plan)
         base = without(self.model, sequence, plan.rows, self.metric) if plan.rows else sequence
         alone = base.sums is not None and self.how.sought == "unedited"
         with nullcontext() if alone else written(self.model, base):
-            if len(facts) > 1 or plan.rows or lost:
+            if len(facts) > 1 or plan.rows:
                 plan = self.unsaid(plan)
             if not plan.wanted:
                 return self.noted(base, facts, plan, sequence)
-            edit, lost = self.sought(plan, lost, {} if alone else base.earlier)
+            settings = replace(self.settings, strengthen=True) if plan.again else self.settings
+            edit = attempt(self.model, plan.wanted, self.editor, settings, self.prepared, {} if alone else base.earlier)
         if edit.is_empty:
             why = plan.why | dict.fromkeys(plan.chosen, "; ".join(edit.reasons))
             return self.noted(sequence, facts, _Plan(why=why, conflicts=plan.conflicts), sequence)
-        return self.noted(self.added(base, edit, plan.wanted, lost), facts, plan, sequence)
+        return self.mended(self.noted(self.added(base, edit, plan.wanted), facts, plan, sequence))
 
-    def sought(self, plan: _Plan, lost: dict[int, list[Fact]], state: Any) -> tuple[Edit, dict[int, list[Fact]]]:
-        """The edit of what is wanted and of what was lost, which is let go where the two cannot be found together."""
-        more = [fact for own in lost.values() for fact in own]
-        settings = replace(self.settings, strengthen=True) if plan.again or more else self.settings
-        edit = attempt(self.model, [*plan.wanted, *more], self.editor, settings, self.prepared, state)
-        return self.sought(plan, {}, state) if more and edit.is_empty else (edit, lost)
+    def mended(self, sequence: Sequence) -> Sequence:
+        """The sequence with what the model does not say, of the last batch and of earlier facts that are drawn, learnt again, `rounds` times
+        at most."""
+        how = self.how
+        if not (how.shared and sequence.sums is not None and how.sought == "current"):
+            return sequence
+        for turn in range(how.rounds):
+            lost = self.lost(sequence, turn)
+            with written(self.model, sequence):
+                settings, facts = (
+                    replace(self.settings, strengthen=True),
+                    [fact for own in lost.values() for fact in own],
+                )
+                edit = (
+                    attempt(self.model, facts, self.editor, settings, self.prepared, sequence.earlier) if lost else None
+                )
+            if edit is None or edit.is_empty:
+                break
+            sequence = self.raised(sequence, edit, list(lost))
+        return sequence
 
-    def lost(self, sequence: Sequence, plan: _Plan) -> dict[int, list[Fact]]:
-        """Of earlier facts that are drawn to be asked again, the rows of those that the model does not say any more, with all their
-        facts: `again` rows at most for each fact that is new."""
-        how, turn = self.how, [each for each in sequence.standing.values() if each.row not in plan.rows]
-        if not turn or not (how.rehearsed and how.shared and sequence.sums is not None and how.sought == "current"):
+    def lost(self, sequence: Sequence, turn: int) -> dict[int, list[Fact]]:
+        """Of the last batch and of earlier facts that are drawn, the rows of those that the model does not say, with all their facts: `again` rows
+        at most for each fact of a batch."""
+        how, standing = self.how, list(sequence.standing.values())
+        new = [entry for entry in standing if entry.batch == sequence.batches - 1]
+        old = [entry for entry in standing if entry.batch < sequence.batches - 1]
+        stream = generator(self.settings.seed, "rehearsed", str(sequence.batches), str(turn))
+        drawn = torch.randperm(len(old), generator=stream)[: how.rehearsed * how.together].sort().values.tolist()
+        asked = [*new, *(old[index] for index in drawn)]
+        if not asked:
             return {}
-        n = min(len(turn), how.rehearsed * how.together)
-        stream = generator(self.settings.seed, "rehearsed", str(sequence.batches))
-        asked = [turn[index] for index in torch.randperm(len(turn), generator=stream)[:n].sort().values.tolist()]
         with written(self.model, sequence):
             stands = self.says([entry.as_fact for entry in asked])
         rows = list(dict.fromkeys(entry.row for entry, stood in zip(asked, stands, strict=True) if not stood))
-        return {row: [entry.as_fact for entry in turn if entry.row == row] for row in rows[: how.again * how.together]}
+        return {
+            row: [entry.as_fact for entry in standing if entry.row == row] for row in rows[: how.again * how.together]
+        }
+
+    def raised(self, sequence: Sequence, edit: Edit, rows: Several[int]) -> Sequence:
+        """With the targets of these rows raised by what the edit, which was found on the sequence, writes at their keys."""
+        assert sequence.sums is not None
+        more = _forces(edit) / self.settings.b
+        new = {
+            row: Row(sequence.rows[row].key, (sequence.rows[row].value + own).float())
+            for row, own in zip(rows, more, strict=True)
+        }
+        keys = torch.stack([each.key for each in new.values()])
+        steps = torch.stack([each.value.double() - sequence.rows[row].value.double() for row, each in new.items()])
+        return solved(replace(sequence, rows=dict(sequence.rows) | new), sequence.sums.raised(keys, steps), self.metric)
 
     def says(self, facts: Several[Fact]) -> list[bool]:
         """Whether the model, as it is now, says each fact's new target first."""
@@ -314,32 +345,20 @@ class _Writer:
         again = {index: entry.as_fact for index, entry in standing.items() if entry.row in rows and index not in gone}
         return tuple(sorted(rows)), again
 
-    def added(self, base: Sequence, edit: Edit, wanted: Several[Fact], lost: dict[int, list[Fact]]) -> Sequence:
-        """The sequence with what the edit wrote: rows of exact editors, new or raised; sums of changes of others."""
+    def added(self, base: Sequence, edit: Edit, wanted: Several[Fact]) -> Sequence:
+        """The sequence with what the edit wrote: rows of exact editors; sums of changes of others."""
         if base.sums is None:
             more = [Dense(weight, each) for weight, each in base.totals.items()]
             totals = {weight: total(own) for weight, own in by_weight([*more, *edit.changes]).items()}
             return replace(base, totals=totals, state=self.editor.joined(base.state, edit.state))
         n = len(dict.fromkeys(fact.subject for fact in wanted))
-        keys, values = (edit.vectors[name].reshape(n + len(lost), -1) for name in ("k*", "v*"))
-        sums, rows = base.sums, dict(base.rows)
-        if self.how.sought == "current":
-            (change,) = edit.changes
-            factors = change.factors()
-            assert factors is not None
-            more = factors[1] / self.settings.b
-            values = (
-                returned(self.model, base, keys[:n]) + keys[:n].double() @ change.dense().double() + more[:n]
-            ).float()
-            rows |= {
-                row: Row(rows[row].key, (rows[row].value + own).float())
-                for row, own in zip(lost, more[n:], strict=True)
-            }
-            if lost:
-                sums = sums.raised(torch.stack([rows[row].key for row in lost]), torch.stack([rows[row].value.double() - base.rows[row].value.double() for row in lost]))  # fmt: skip
-        new = [Row(key.clone(), value.clone()) for key, value in zip(keys[:n], values, strict=True)]
-        sums = sums.plus(*parts_of(self.model, self.settings.layer, new))
-        rows |= {base.made + index: row for index, row in enumerate(new)}
+        keys, values = (edit.vectors[name].reshape(n, -1) for name in ("k*", "v*"))
+        if self.how.sought == "current":  # the targets of which what the edit wrote is the least-squares solution
+            now = returned(self.model, base, keys) + keys.double() @ total(edit.changes)
+            values = (now + _forces(edit) / self.settings.b).float()
+        new = [Row(key.clone(), value.clone()) for key, value in zip(keys, values, strict=True)]
+        sums = base.sums.plus(*parts_of(self.model, self.settings.layer, new))
+        rows = dict(base.rows) | {base.made + index: row for index, row in enumerate(new)}
         return solved(replace(base, rows=rows), sums, self.metric)
 
     def noted(self, done: Sequence, facts: Several[Fact], plan: _Plan, before: Sequence) -> Sequence:
@@ -367,6 +386,14 @@ class _Writer:
             made=before.made + (len(subjects) if exact else int(bool(subjects))),
             conflicts=before.conflicts + plan.conflicts,
         )
+
+
+def _forces(edit: Edit) -> Tensor:
+    """(K M^-1 K^T + slack I)^-1 R of an edit of one weight, a row for each of its keys."""
+    (change,) = edit.changes
+    factors = change.factors()
+    assert factors is not None
+    return factors[1].double()
 
 
 def _plain(fact: Fact) -> dict[str, Any]:

@@ -182,13 +182,13 @@ class SequentialSettings(MemitSettings):
         GUARDS,
     )
     learning_rate: float = knob(0.15, "Adam's learning rate")
-    stop_at: float = knob(0.15, "stop once the target's own loss, -log p, averaged over prefixes, is below this")
+    stop_at: float = knob(0.2, "stop once the target's own loss, -log p, averaged over prefixes, is below this")
     a: float = knob(
         0.0, "weight of C: so many ordinary keys hold against the facts; 0: as the model's width has it, 5 d_mlp"
     )
     b: float = knob(1.0, "weight of each key that an earlier edit of the sequence wrote")
     slack: float = knob(0.0, "how loosely residuals are met; 0: exactly")
-    loose: float = knob(0.2, "more slack, in means of k M^-1 k over the keys that are written")
+    loose: float = knob(2.0, "more slack, in means of k M^-1 k over the keys that are written")
 
     def _check_weights(self) -> None:
         """None that cannot be: what is 0 is filled in for the model."""

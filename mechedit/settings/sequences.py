@@ -27,10 +27,11 @@ class SequenceSettings(Settings):
     )
     rehearsed: int = knob(
         10,
-        "earlier facts that are asked again for each new one, drawn anew; those that the model does not say any more are learnt again with it. "
-        "For editors that can take edits out, shared values, sought on the current model; 0: none",
+        "earlier facts that are asked again, drawn anew, for each new one, which is asked too: what the model does not say is learnt again. For "
+        "editors that can take edits out, shared values, sought on the current model",
     )
-    again: int = knob(2, "facts at most that are learnt again with each new one")
+    again: int = knob(2, "facts at most that are learnt again, at once, for each new one")
+    rounds: int = knob(3, "times that facts are asked and learnt again after each batch; 0: never")
     conflicts: str = knob(
         "later",
         "of facts with one subject and relation but two targets, the later wins (later), or is refused (refuse)",
@@ -50,7 +51,7 @@ class SequenceSettings(Settings):
         check_each(self)
         for name in ("together", "sampled", "keep", "again"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}.")
-        for name in ("every", "rehearsed"):
+        for name in ("every", "rehearsed", "rounds"):
             require(getattr(self, name) >= 0, f"{name} must be 0 or more edits; found {getattr(self, name)}.")
         for name in ("least_success", "least_others"):
             require(0 <= getattr(self, name) <= 1, f"{name} must be from 0 to 1; found {getattr(self, name)}.")
