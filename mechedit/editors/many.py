@@ -7,7 +7,7 @@
     alphaedit   b = 1, c = 10, in the null space of C: earlier edits keep their values, C's large directions are not touched
                 (Fang et al. 2025)
     pmet        a = 6000, slack 1: while v* is sought, the attention may change too, of which nothing is written (Li et al. 2024)
-    sequential  b = 1, a = 5 d_mlp, slack twice k M^-1 k, for long runs: C weighs so much that a fact is written with the least
+    sequential  b = 1, a = 5 d_mlp, slack a fifth of k M^-1 k, for long runs: C weighs so much that a fact is written with the least
                 change of all else, and the small slack writes it all the same. After any number of edits W is what one solve for all of
                 them gives (`mechedit.recursive`), and `mechedit.runs.sequence` keeps, resumes, watches and takes apart such runs
 

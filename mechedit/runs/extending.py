@@ -225,30 +225,41 @@ class _Writer:
                 plan = self.unsaid(plan)
             if not plan.wanted:
                 return self.noted(base, facts, plan, sequence)
-            settings = replace(self.settings, strengthen=True) if plan.again else self.settings
+            settings = self.by_turn(0)
+            settings = replace(settings, strengthen=True) if plan.again else settings
             edit = attempt(self.model, plan.wanted, self.editor, settings, self.prepared, {} if alone else base.earlier)
         if edit.is_empty:
             why = plan.why | dict.fromkeys(plan.chosen, "; ".join(edit.reasons))
             return self.noted(sequence, facts, _Plan(why=why, conflicts=plan.conflicts), sequence)
         return self.mended(self.noted(self.added(base, edit, plan.wanted), facts, plan, sequence))
 
+    @property
+    def is_gentle(self) -> bool:
+        """Whether batches are met step by step, which is for exact editors with a slack of their own."""
+        return bool(getattr(self.settings, "loose", 0.0)) and self.how.shared and self.how.sought == "current"
+
+    def by_turn(self, turn: int) -> Any:
+        """The settings with the slack of this turn: half of that of the turn before, down to the editor's own in the last."""
+        if not self.is_gentle:
+            return self.settings
+        own = self.settings.loose
+        return replace(self.settings, loose=max(own, self.how.gentle / 2**turn) if turn < self.how.rounds else own)
+
     def mended(self, sequence: Sequence) -> Sequence:
         """The sequence with what the model does not say, of the last batch and of earlier facts that are drawn, learnt again, `rounds` times
         at most."""
         how = self.how
-        if not (how.shared and sequence.sums is not None and how.sought == "current"):
+        if not self.is_gentle or sequence.sums is None:
             return sequence
         for turn in range(how.rounds):
             lost = self.lost(sequence, turn)
+            if not lost:
+                break
+            settings = replace(self.by_turn(turn + 1), strengthen=True)
+            facts = [fact for own in lost.values() for fact in own]
             with written(self.model, sequence):
-                settings, facts = (
-                    replace(self.settings, strengthen=True),
-                    [fact for own in lost.values() for fact in own],
-                )
-                edit = (
-                    attempt(self.model, facts, self.editor, settings, self.prepared, sequence.earlier) if lost else None
-                )
-            if edit is None or edit.is_empty:
+                edit = attempt(self.model, facts, self.editor, settings, self.prepared, sequence.earlier)
+            if edit.is_empty:
                 break
             sequence = self.raised(sequence, edit, list(lost))
         return sequence

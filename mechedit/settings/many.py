@@ -188,7 +188,7 @@ class SequentialSettings(MemitSettings):
     )
     b: float = knob(1.0, "weight of each key that an earlier edit of the sequence wrote")
     slack: float = knob(0.0, "how loosely residuals are met; 0: exactly")
-    loose: float = knob(2.0, "more slack, in means of k M^-1 k over the keys that are written")
+    loose: float = knob(0.2, "more slack, in means of k M^-1 k over the keys that are written")
 
     def _check_weights(self) -> None:
         """None that cannot be: what is 0 is filled in for the model."""

@@ -31,7 +31,12 @@ class SequenceSettings(Settings):
         "editors that can take edits out, shared values, sought on the current model",
     )
     again: int = knob(2, "facts at most that are learnt again, at once, for each new one")
-    rounds: int = knob(3, "times that facts are asked and learnt again after each batch; 0: never")
+    rounds: int = knob(4, "times that facts are asked and learnt again after each batch; 0: never")
+    gentle: float = knob(
+        5.0,
+        "slack with which a batch is written first, in means of k M^-1 k; it halves from round to round, and the last has the editor's own (loose). "
+        "Small steps that add up change less of all else than one large one",
+    )
     conflicts: str = knob(
         "later",
         "of facts with one subject and relation but two targets, the later wins (later), or is refused (refuse)",
@@ -55,5 +60,5 @@ class SequenceSettings(Settings):
             require(getattr(self, name) >= 0, f"{name} must be 0 or more edits; found {getattr(self, name)}.")
         for name in ("least_success", "least_others"):
             require(0 <= getattr(self, name) <= 1, f"{name} must be from 0 to 1; found {getattr(self, name)}.")
-        for name in ("most_perplexity", "most_kl", "most_spectrum"):
+        for name in ("gentle", "most_perplexity", "most_kl", "most_spectrum"):
             require(getattr(self, name) > 0, f"{name} must be above 0; found {getattr(self, name)}.")
