@@ -19,14 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from mechedit import cache, editing, prompts, scoring
+from mechedit import cache, editing, prompts
 from mechedit.benchmarks.health import unedited
 from mechedit.changes import Dense, by_weight, total
 from mechedit.closed_form import Metric
-from mechedit.corruption import generator
 from mechedit.editing import Editor, Prepared
 from mechedit.editors import named
 from mechedit.editors.many import terms_of
@@ -34,6 +30,7 @@ from mechedit.edits import Edit, EditError
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
+from mechedit.runs import rehearsing
 from mechedit.runs.editing import attempt
 from mechedit.runs.sequence import (  # fmt: skip
     Entry,
@@ -225,79 +222,38 @@ class _Writer:
                 plan = self.unsaid(plan)
             if not plan.wanted:
                 return self.noted(base, facts, plan, sequence)
-            settings = self.by_turn(0)
-            settings = replace(settings, strengthen=True) if plan.again else settings
+            settings = replace(self.settings, strengthen=True) if plan.again else self.settings
+            settings = rehearsing.by_turn(
+                settings, how=self.how, turn=0, share=self.share(len(base.rows) + len(plan.wanted))
+            )
             edit = attempt(self.model, plan.wanted, self.editor, settings, self.prepared, {} if alone else base.earlier)
         if edit.is_empty:
             why = plan.why | dict.fromkeys(plan.chosen, "; ".join(edit.reasons))
             return self.noted(sequence, facts, _Plan(why=why, conflicts=plan.conflicts), sequence)
         return self.mended(self.noted(self.added(base, edit, plan.wanted), facts, plan, sequence))
 
-    @property
-    def is_gentle(self) -> bool:
-        """Whether batches are met step by step, which is for exact editors with a slack of their own."""
-        return bool(getattr(self.settings, "loose", 0.0)) and self.how.shared and self.how.sought == "current"
-
-    def by_turn(self, turn: int) -> Any:
-        """The settings with the slack of this turn: half of that of the turn before, down to the editor's own in the last."""
-        if not self.is_gentle:
-            return self.settings
-        own = self.settings.loose
-        return replace(self.settings, loose=max(own, self.how.gentle / 2**turn) if turn < self.how.rounds else own)
+    def share(self, rows: int) -> float:
+        """So many rows, beside as many as the layer is wide."""
+        return rows / len(self.prepared.moment.C) if rehearsing.is_gentle(self.settings, self.how) else 0.0
 
     def mended(self, sequence: Sequence) -> Sequence:
         """The sequence with what the model does not say, of the last batch and of earlier facts that are drawn, learnt again, `rounds` times
         at most."""
-        how = self.how
-        if not self.is_gentle or sequence.sums is None:
+        if not rehearsing.is_gentle(self.settings, self.how) or sequence.sums is None:
             return sequence
-        for turn in range(how.rounds):
-            lost = self.lost(sequence, turn)
+        for turn in range(self.how.rounds):
+            lost = rehearsing.lost(self.model, sequence, self.settings, self.how, turn)
             if not lost:
                 break
-            settings = replace(self.by_turn(turn + 1), strengthen=True)
+            settings = replace(self.settings, strengthen=True)
+            settings = rehearsing.by_turn(settings, self.how, turn + 1, self.share(len(sequence.rows)))
             facts = [fact for own in lost.values() for fact in own]
             with written(self.model, sequence):
                 edit = attempt(self.model, facts, self.editor, settings, self.prepared, sequence.earlier)
             if edit.is_empty:
                 break
-            sequence = self.raised(sequence, edit, list(lost))
+            sequence = rehearsing.raised(sequence, list(lost), rehearsing.forces(edit) / self.settings.b, self.metric)
         return sequence
-
-    def lost(self, sequence: Sequence, turn: int) -> dict[int, list[Fact]]:
-        """Of the last batch and of earlier facts that are drawn, the rows of those that the model does not say, with all their facts: `again` rows
-        at most for each fact of a batch."""
-        how, standing = self.how, list(sequence.standing.values())
-        new = [entry for entry in standing if entry.batch == sequence.batches - 1]
-        old = [entry for entry in standing if entry.batch < sequence.batches - 1]
-        stream = generator(self.settings.seed, "rehearsed", str(sequence.batches), str(turn))
-        drawn = torch.randperm(len(old), generator=stream)[: how.rehearsed * how.together].sort().values.tolist()
-        asked = [*new, *(old[index] for index in drawn)]
-        if not asked:
-            return {}
-        with written(self.model, sequence):
-            stands = self.says([entry.as_fact for entry in asked])
-        rows = list(dict.fromkeys(entry.row for entry, stood in zip(asked, stands, strict=True) if not stood))
-        return {
-            row: [entry.as_fact for entry in standing if entry.row == row] for row in rows[: how.again * how.together]
-        }
-
-    def raised(self, sequence: Sequence, edit: Edit, rows: Several[int]) -> Sequence:
-        """With the targets of these rows raised by what the edit, which was found on the sequence, writes at their keys."""
-        assert sequence.sums is not None
-        more = _forces(edit) / self.settings.b
-        new = {
-            row: Row(sequence.rows[row].key, (sequence.rows[row].value + own).float())
-            for row, own in zip(rows, more, strict=True)
-        }
-        keys = torch.stack([each.key for each in new.values()])
-        steps = torch.stack([each.value.double() - sequence.rows[row].value.double() for row, each in new.items()])
-        return solved(replace(sequence, rows=dict(sequence.rows) | new), sequence.sums.raised(keys, steps), self.metric)
-
-    def says(self, facts: Several[Fact]) -> list[bool]:
-        """Whether the model, as it is now, says each fact's new target first."""
-        pairs = [(fact.prompt, str(fact.target_new), fact.join) for fact in facts]
-        return [all(score.first) for score in scoring.score(self.model, pairs, prepend_bos=self.settings.prepend_bos)]
 
     def plan(self, sequence: Sequence, facts: Several[Fact]) -> _Plan:
         """Conflicts, and rows that facts of the batch share, sorted out before anything is computed."""
@@ -342,7 +298,7 @@ class _Writer:
         """The plan without facts that the model, as it is now, says already."""
         if self.settings.strengthen:
             return plan
-        says = self.says(list(plan.chosen.values())) if plan.chosen else []
+        says = rehearsing.says(self.model, list(plan.chosen.values()), self.settings) if plan.chosen else []
         said = [place for place, is_said in zip(plan.chosen, says, strict=True) if is_said]
         chosen = {place: fact for place, fact in plan.chosen.items() if place not in said}
         return replace(plan, chosen=chosen, why=plan.why | dict.fromkeys(said, SAID))
@@ -366,7 +322,7 @@ class _Writer:
         keys, values = (edit.vectors[name].reshape(n, -1) for name in ("k*", "v*"))
         if self.how.sought == "current":  # the targets of which what the edit wrote is the least-squares solution
             now = returned(self.model, base, keys) + keys.double() @ total(edit.changes)
-            values = (now + _forces(edit) / self.settings.b).float()
+            values = (now + rehearsing.forces(edit) / self.settings.b).float()
         new = [Row(key.clone(), value.clone()) for key, value in zip(keys, values, strict=True)]
         sums = base.sums.plus(*parts_of(self.model, self.settings.layer, new))
         rows = dict(base.rows) | {base.made + index: row for index, row in enumerate(new)}
@@ -397,14 +353,6 @@ class _Writer:
             made=before.made + (len(subjects) if exact else int(bool(subjects))),
             conflicts=before.conflicts + plan.conflicts,
         )
-
-
-def _forces(edit: Edit) -> Tensor:
-    """(K M^-1 K^T + slack I)^-1 R of an edit of one weight, a row for each of its keys."""
-    (change,) = edit.changes
-    factors = change.factors()
-    assert factors is not None
-    return factors[1].double()
 
 
 def _plain(fact: Fact) -> dict[str, Any]:

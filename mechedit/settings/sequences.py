@@ -28,14 +28,14 @@ class SequenceSettings(Settings):
     rehearsed: int = knob(
         10,
         "earlier facts that are asked again, drawn anew, for each new one, which is asked too: what the model does not say is learnt again. For "
-        "editors that can take edits out, shared values, sought on the current model",
+        "sequential, with shared values that are sought on the current model",
     )
     again: int = knob(2, "facts at most that are learnt again, at once, for each new one")
     rounds: int = knob(4, "times that facts are asked and learnt again after each batch; 0: never")
     gentle: float = knob(
         5.0,
-        "slack with which a batch is written first, in means of k M^-1 k; it halves from round to round, and the last has the editor's own (loose). "
-        "Small steps that add up change less of all else than one large one",
+        "slack with which a batch is written first, in means of k M^-1 k, where as many keys stand as the layer is wide; less where fewer do. It "
+        "halves from round to round, and the last has the editor's own (loose). Small steps that add up change less of all else than one large one",
     )
     conflicts: str = knob(
         "later",
