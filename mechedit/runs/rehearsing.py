@@ -1,8 +1,7 @@
 """Facts of a sequence that are asked again, and what it takes to say again what the model does not say any more.
 
-A batch of a long run is written with little force (`by_turn`), and what is not said then is learnt again, from where the model is, with
-more force from round to round. So the change stays small: a fact is pushed no further than it takes to be said, which one write of its
-whole value would do. What pulls at a row is its force f (`mechedit.recursive`), by which its target is raised.
+The fuller the layer is, the smaller are the steps in which a batch is written (`gently`); what is not said then is learnt again, from where the
+model is. So the change stays small, as a fact is pushed little further than it takes to be said. What pulls at a row is its force f (`mechedit.recursive`), by which its target is raised.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from mechedit.models import HookedModel
 from mechedit.runs.sequence import Row, Sequence, solved, written
 from mechedit.settings import SequenceSettings
 
-__all__ = ["by_turn", "forces", "is_gentle", "lost", "raised", "says"]
+__all__ = ["forces", "gently", "is_gentle", "lost", "raised", "says"]
 
 
 def is_gentle(settings: Any, how: SequenceSettings) -> bool:
@@ -32,14 +31,11 @@ def is_gentle(settings: Any, how: SequenceSettings) -> bool:
     return bool(getattr(settings, "loose", 0.0)) and how.shared and how.sought == "current"
 
 
-def by_turn(settings: Any, how: SequenceSettings, turn: int, share: float) -> Any:
-    """The settings with the slack of this turn: at first `gentle` times the rows' share of the layer's width, half of it in each turn that
-    follows, and the editor's own in the last."""
+def gently(settings: Any, how: SequenceSettings, share: float) -> Any:
+    """The settings with a slack of `gentle` times the rows' share of the layer's width, where that is more than the editor's own."""
     if not is_gentle(settings, how):
         return settings
-    return replace(
-        settings, loose=max(settings.loose, how.gentle * share / 2**turn) if turn < how.rounds else settings.loose
-    )
+    return replace(settings, loose=max(settings.loose, how.gentle * share))
 
 
 def says(model: HookedModel, facts: Several[Fact], settings: Any) -> list[bool]:

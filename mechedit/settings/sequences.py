@@ -33,9 +33,9 @@ class SequenceSettings(Settings):
     again: int = knob(2, "facts at most that are learnt again, at once, for each new one")
     rounds: int = knob(4, "times that facts are asked and learnt again after each batch; 0: never")
     gentle: float = knob(
-        5.0,
-        "slack with which a batch is written first, in means of k M^-1 k, where as many keys stand as the layer is wide; less where fewer do. It "
-        "halves from round to round, and the last has the editor's own (loose). Small steps that add up change less of all else than one large one",
+        6.0,
+        "slack with which batches are written, in means of k M^-1 k, where as many keys stand as the layer is wide, and in proportion less where fewer "
+        "do; the editor's own (loose) where that is more. Small steps that add up change less of all else than large ones",
     )
     conflicts: str = knob(
         "later",
