@@ -189,11 +189,18 @@ def continuation(model: HookedModel, prompt: str, target: str, join: str = "auto
 
 
 def joined(
-    model: HookedModel, prompt: str, target: str, join: str = "auto", *, prepend_bos: bool
+    model: HookedModel,
+    prompt: str,
+    target: str,
+    join: str = "auto",
+    *,
+    prepend_bos: bool,
+    known: dict[str, list[int]] | None = None,
 ) -> tuple[list[int], list[int]]:
     """The ids of a prompt and of a target after it, joined as `writing.seam` has it: what both together have beyond the prompt's own.
 
-    Where the tokenizer merges across the seam, the target's ids are those it has on its own; `audit` says so.
+    Where the tokenizer merges across the seam, the target's ids are those it has on its own; `audit` says so. The ids of prompts that are asked
+    for more than once may be `known`, where they are put.
 
     Raises:
         FactError: the target is empty, or gives no token.
@@ -201,7 +208,10 @@ def joined(
     if not target.strip():
         raise FactError(f"a target must be a word or more; it is {target!r}.")
     prompt, text = writing.seam(prompt, target, join)
-    alone, _ = encode(model, prompt, prepend_bos=prepend_bos)
+    known = {} if known is None else known
+    if prompt not in known:
+        known[prompt], _ = encode(model, prompt, prepend_bos=prepend_bos)
+    alone = known[prompt]
     both, _ = encode(model, prompt + text, prepend_bos=prepend_bos)
     ids = both[len(alone) :] if both[: len(alone)] == alone else _alone(model, text)
     if not ids:

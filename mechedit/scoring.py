@@ -83,9 +83,9 @@ def _score(
     """Of `score`; the state at the end of each pair's prompt is put into `states`, where there is such."""
     check_list("pairs", pairs)
     bos = resolve_bos(model, prepend_bos)
-    pairs_of_ids = []
+    pairs_of_ids, known = [], dict[str, list[int]]()
     for prompt, answer, *how in pairs:
-        pairs_of_ids.append(joined(model, prompt, answer, *how, prepend_bos=bos))
+        pairs_of_ids.append(joined(model, prompt, answer, *how, prepend_bos=bos, known=known))
         if not pairs_of_ids[-1][0]:
             raise FactError(f"a prompt must have a token for {answer!r} to follow; without BOS, {prompt!r} has none.")
         check_length(model, sum(map(len, pairs_of_ids[-1])) - 1)  # the last is not read
