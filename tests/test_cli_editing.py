@@ -121,6 +121,10 @@ def test_edits_of_many_facts_are_kept_and_can_be_composed_compared_and_exported(
     assert run("compose", first, second, "--out", str(whole), model=False)[0] == 0
     status, _, err = run("compose", first, second, "--out", first, model=False)
     assert (status, "is one of the edits that are composed" in err) == (2, True)
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    status, _, err = run("compose", str(circle), str(circle), "--out", str(tmp_path / "of-circles"), model=False)
+    assert (status, len(err.splitlines()), "cannot be read" in err or "circle" in err) == (2, 1, True), err
     assert len(edits.load(whole).changes) == 2
     status, out, _ = run("diff", first, second, "--json", str(tmp_path / "diff.json"), model=False)
     assert "cos of change" in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,7 @@ def model_of(loaded: Sequence[Edit]) -> str:
 def _compose(arguments: argparse.Namespace) -> None:
     from mechedit import applying, edits
 
-    if arguments.out.resolve() in {path.resolve() for path in arguments.files}:
+    if os.path.realpath(arguments.out) in map(os.path.realpath, arguments.files):  # which no circle of links stops
         raise UsageError(f"--out {arguments.out} is one of the edits that are composed; name another file.")
     check_places(arguments.out)
     loaded = [edits.load(path) for path in arguments.files]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,5 +41,6 @@ def _view(arguments: argparse.Namespace) -> None:
 
 def _stem(path: Path) -> str:
     """What a page of a result is called: after the folder of an evaluation, where the path names a file in it."""
-    named = path.resolve().parent if path.name in ("results.parquet", "summary.json") else path.resolve()
+    whole = Path(os.path.realpath(path))
+    named = whole.parent if path.name in ("results.parquet", "summary.json") else whole
     return named.stem or "result"

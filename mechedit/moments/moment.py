@@ -164,7 +164,8 @@ def read_published(path: str | Path, model: HookedModel, layer: int) -> Moment:
     """
     d_mlp = W_out(model, layer).shape[0]
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # numpy leaves a file that it opened itself open where that is no archive
+        with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             total, keys = file["mom2.mom2"], int(file["mom2.count"])
     except (OSError, EOFError, KeyError, TypeError, ValueError, MemoryError, zipfile.BadZipFile) as error:
         raise MomentError(f"{path} is no .npz of second moments with mom2.mom2 and mom2.count ({error}).") from error
