@@ -82,6 +82,7 @@ ROWS = (
     Row("broken models", "key_policies", {"gemma-3-270m": Run(None, "--one-key 20")}, COUNTERFACT),
     Row("how many keys C needs", "moments_convergence", {"gemma-3-270m": Run(25, "--times-d-mlp 1.5 3 5 10 20 --edit-facts 10")}, COUNTERFACT),
     Row("trained editors", "trained_editors", {"organism": Run(None)}),
+    Row("many edits in sequence", "scaling", {"organism": Run(8, "--sizes 1 10 100 300 1000 --together 50 --threads 1")}),
     Row("what makes facts localise", "localisation", {"organism": Run(8, "--models organism out/plain organism-gptj organism-llama")}, {"organism": "out/plain"}),
 )  # fmt: skip
 
