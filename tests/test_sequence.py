@@ -24,13 +24,16 @@ from mechedit.runs.extending import run_sequence
 from mechedit.runs.sequence import SequenceError
 from mechedit.runs.watching import sampled
 from mechedit.settings import (
+    DESCENT_POLICIES,
     AlphaEditSettings,
+    AttentionEditSettings,
     MemitSettings,
     MomentSettings,
     RomeSettings,
     SequenceSettings,
     SequentialSettings,
     SettingsError,
+    ToldSettings,
 )
 from mechedit.weights import Weight
 from tests.conftest import widen_bands
@@ -179,6 +182,18 @@ def test_what_the_model_does_not_say_is_learnt_again_after_each_batch(model, pre
     run(model, prepared, tmp_path / "never", FACTS[:2], **how | {"rounds": 0})
     run(model, prepared, tmp_path / "plain", FACTS[:2], **how | {"settings": replace(settings, slack=1.0, loose=0.0)})
     assert not asked, "editors that are published are left as they are"
+
+
+def test_editors_of_any_weights_go_in_sequence(model, prepared, tmp_path):
+    settings = AttentionEditSettings(layer=LAYER, steps=2, prepend_bos=False, guard="warn")
+    found = run_sequence(model, FACTS[:3], tmp_path, SequenceSettings(together=2, every=0), "attention-edit", settings)
+    assert sorted(found.standing) == [0, 1, 2]
+    assert {weight.name for weight in found.totals} >= {"attn.W_Q", "attn.W_K", "attn.W_V"}
+    assert found.looks[-1]["spectrum"] >= 1.0
+    biases = replace(settings, **DESCENT_POLICIES["published"])  # zeros in this model
+    assert run_sequence(model, FACTS[:1], tmp_path / "biases", None, "attention-edit", biases).looks[-1]["change"] > 0
+    with pytest.raises(SequenceError, match="tells the model a text"):
+        run_sequence(model, FACTS[:1], tmp_path / "told", None, "told", ToldSettings(prepend_bos=False))
 
 
 def test_alphaedit_in_its_null_space_is_one_solve_too(model, prepared, tmp_path):

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mechedit import cache, editing, models, prompts
+from mechedit import cache, editing, prompts
 from mechedit.benchmarks.health import unedited
 from mechedit.changes import Dense, by_weight, total
 from mechedit.closed_form import Metric
@@ -223,16 +223,14 @@ class _Writer:
             if not plan.wanted:
                 return self.noted(base, facts, plan, sequence)
             settings = replace(self.settings, strengthen=True) if plan.again else self.settings
-            settings = rehearsing.gently(settings, self.how, self.share(len(base.rows) + len(plan.wanted)))
+            settings = rehearsing.gently(self.model, settings, self.how, len(base.rows) + len(plan.wanted))
             edit = attempt(self.model, plan.wanted, self.editor, settings, self.prepared, {} if alone else base.earlier)
+        if edit.told:
+            raise SequenceError(f"a sequence is of changes of weights, and an edit by {self.editor.name} tells the model a text; choose another editor.")  # fmt: skip
         if edit.is_empty:
             why = plan.why | dict.fromkeys(plan.chosen, "; ".join(edit.reasons))
             return self.noted(sequence, facts, _Plan(why=why, conflicts=plan.conflicts), sequence)
         return self.mended(self.noted(self.added(base, edit, plan.wanted), facts, plan, sequence))
-
-    def share(self, rows: int) -> float:
-        """So many rows, beside as many as the layer is wide."""
-        return rows / models.W_out(self.model, self.settings.layer).shape[0]
 
     def mended(self, sequence: Sequence) -> Sequence:
         """The sequence with what the model does not say, of the last batch and of earlier facts that are drawn, learnt again, `rounds` times
@@ -244,7 +242,7 @@ class _Writer:
             if not lost:
                 break
             settings = replace(self.settings, strengthen=True)
-            settings = rehearsing.gently(settings, self.how, self.share(len(sequence.rows)))
+            settings = rehearsing.gently(self.model, settings, self.how, len(sequence.rows))
             facts = [fact for own in lost.values() for fact in own]
             with written(self.model, sequence):
                 edit = attempt(self.model, facts, self.editor, settings, self.prepared, sequence.earlier)

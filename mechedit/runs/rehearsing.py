@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit import scoring
+from mechedit import models, scoring
 from mechedit.closed_form import Metric
 from mechedit.corruption import generator
 from mechedit.edits import Edit
@@ -31,11 +31,13 @@ def is_gentle(settings: Any, how: SequenceSettings) -> bool:
     return bool(getattr(settings, "loose", 0.0)) and how.shared and how.sought == "current"
 
 
-def gently(settings: Any, how: SequenceSettings, share: float) -> Any:
-    """The settings with a slack of `gentle` times the rows' share of the layer's width, where that is more than the editor's own."""
+def gently(model: HookedModel, settings: Any, how: SequenceSettings, rows: int) -> Any:
+    """The settings with a slack of `gentle` times what so many rows are of the layer's width, where that is more than the editor's own."""
     if not is_gentle(settings, how):
         return settings
-    return replace(settings, loose=max(settings.loose, how.gentle * share))
+    return replace(
+        settings, loose=max(settings.loose, how.gentle * rows / models.W_out(model, settings.layer).shape[0])
+    )
 
 
 def says(model: HookedModel, facts: Several[Fact], settings: Any) -> list[bool]:

@@ -85,10 +85,10 @@ def _of_weights(model: HookedModel, sequence: Sequence) -> dict[str, Any]:
     changed = before = 0.0
     ratios, singular = [1.0], {}
     for weight, total in sequence.totals.items():
-        W = weights.value(model, weight).detach().cpu().double()
+        W = weights.as_matrix(weight, weights.value(model, weight)).detach().cpu().double()
         changed, before = changed + float(total.square().sum()), before + float(W.square().sum())
         was, now = _largest(W), _largest(W + total)
-        ratios.append(now[0] / was[0])
+        ratios += [now[0] / was[0]] if was[0] else []  # biases may be zeros
         singular[f"{weight.layer}.{weight.name}"] = [was, now]
     size = (changed / before) ** 0.5 if before else 0.0
     return {"change": size, "spectrum": max(ratios), "singular": singular}
