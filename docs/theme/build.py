@@ -77,7 +77,7 @@ REFERENCE: dict[str, tuple[str, str, tuple[str, ...]]] = {  # page: title, what 
     "mathematics": (
         "Keys, values and the closed form",
         "The steps of ROME, each a function of tensors.",
-        ("keys", "values", "rank_one", "closed_form", "recursive"),
+        ("keys", "above", "values", "rank_one", "closed_form", "recursive"),
     ),
     "moments": ("mechedit.moments", "", ("moments",)),
     "neurons": ("mechedit.neurons", "", ("neurons", "neurons.result")),

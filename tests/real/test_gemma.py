@@ -290,7 +290,8 @@ def test_a_damaged_conversion_is_noticed():
 @pytest.mark.parametrize("index", [0, 40])
 def test_on_real_weights_the_published_policy_is_the_published_code(index, gemma, moment):
     fact = facts.built_in()[index]
-    constants = RomeSettings(steps=4, prefixes=((4, 2), (7, 2)), clamp=4.0, guard="warn", layer=moment.layer)
+    # two steps: Adam's third on rounds what is next to nothing up to a whole step, and float32's noise with it
+    constants = RomeSettings(steps=2, prefixes=((4, 2), (7, 2)), clamp=4.0, guard="warn", layer=moment.layer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EditWarning)
         edit, plain = both(gemma, fact, moment, constants)
