@@ -2,13 +2,14 @@
 
 One fact (of the organism's world for an organism), `steps` steps at `layer`, none of which ends early: the seconds of `ft`, `ft-l` and
 `attention-edit` in finding their changes, and those of as many bare passes, forward and backward from the edited block up, of the same
-tokens with gradients of the same weights, in turn in one process. Medians of `repeats`, and of the ratios of neighbours in time.
+tokens with gradients of the same weights, in turn in one process. Medians of `repeats`, and of the ratios of neighbours in time. Editors that are
+trained, where their network ships (`set`) or is in out/MODEL/trained, beside one pass forward and one backward of the whole model.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 
 from experiments.common import parse, say, write
-from mechedit import editors, models, organism, sources, weights
+from experiments.editing import TRAINED, opponent, there
+from mechedit import editing, editors, models, organism, prompts, sources, weights
 from mechedit.editors.attention_edit import tuned
 from mechedit.editors.descent import Rows
 from mechedit.facts import Fact
@@ -57,6 +59,14 @@ def main(settings: BenchmarkFineTuning) -> None:
             lambda chosen=chosen: bare(model, fact, chosen),
             settings.repeats,
         )
+    for name in there(model, TRAINED):
+        title, chosen = opponent(model, name, 0)
+        editor, prepared = editors.named(title), editing.make_ready(model, editors.named(title), chosen)
+        result[name] = compared(
+            lambda editor=editor, chosen=chosen, prepared=prepared: editor.find(model, [fact], chosen, prepared, {}),
+            lambda chosen=chosen, prepared=prepared: both_ways(model, fact, prepared.weights, bool(chosen.prepend_bos)),
+            settings.repeats,
+        )
     path = write("benchmark_fine_tuning", model, settings, {"editors": result})
     for name, row in result.items():
         say(f"{name}: {row['ratio']:.2f} times the bare passes")
@@ -76,6 +86,18 @@ def compared(edit: Callable[[], Any], passes: Callable[[], float], repeats: int)
         "bare_seconds": median(alone for _, alone in kept),
         "ratio": median(whole / alone for whole, alone in kept),
     }
+
+
+def both_ways(model: HookedModel, fact: Fact, names: Sequence[Weight], prepend_bos: bool) -> float:
+    """The seconds of one pass forward and one backward, of the prompt and its new target, with gradients of these weights."""
+    ids, target = prompts.joined(model, fact.prompt, str(fact.target_new), fact.join, prepend_bos=prepend_bos)
+    row = torch.tensor([[*ids, *target]])
+    with models.frozen(model):
+        parameters = [weights.parameter_of(model, weight).requires_grad_(True) for weight in names]
+        began = time.perf_counter()
+        log_p = model(row[:, :-1])[0, -len(target) :].log_softmax(-1)
+        torch.autograd.grad(-log_p.gather(1, row[0, -len(target) :, None]).sum(), parameters)
+        return time.perf_counter() - began
 
 
 def bare(model: HookedModel, fact: Fact, settings: DescentSettings) -> float:

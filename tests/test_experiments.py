@@ -58,7 +58,8 @@ from mechedit.settings import (
     TraceSettings,
 )
 from mechedit.tracing import trace
-from tests.conftest import widen_bands
+from mechedit.weights import Weight
+from tests.conftest import assert_same_state, state, widen_bands
 from tests.trained import by_hand
 
 MADE_UP = [
@@ -408,6 +409,13 @@ def test_an_edit_s_seconds_and_memory_are_its_own(to_edit):
     assert 0 < found["p_new"] < 1
 
 
+def test_the_passes_beside_an_edit_by_a_network_leave_the_model_as_it_was(to_edit):
+    model = models.load(to_edit)
+    before = state(model)
+    assert benchmark_fine_tuning.both_ways(model, TO_EDIT[0], [Weight(1, "mlp.W_out")], True) > 0
+    assert_same_state(model, before)
+
+
 def test_what_was_measured_of_other_editors_is_kept_with_the_same_weights_and_threads(to_edit, tmp_path, monkeypatch):
     model, row = models.load(to_edit), {"seconds": 2.0, "peak": 3e6, "p_new": 0.5, "edit": {}}
     monkeypatch.setattr(benchmark_editors, "FIGURES", tmp_path)
@@ -423,7 +431,7 @@ def test_the_benchmark_of_gradient_steps_compares_every_editor_with_bare_passes(
     few = ["--layer", "1", "--steps", "2", "--repeats", "1"]
     benchmark_fine_tuning.main(common.parse(benchmark_fine_tuning.BenchmarkFineTuning, ["--model", tiny, *few]))
     record = read(tmp_path, "benchmark_fine_tuning")
-    assert set(record["editors"]) == {"ft", "ft-l", "attention-edit"}
+    assert set(record["editors"]) == {"ft", "ft-l", "attention-edit"}, "no trained network is there"
     for row in record["editors"].values():
         assert row["edit_seconds"] > 0 < row["bare_seconds"]
         assert row["ratio"] == pytest.approx(row["edit_seconds"] / row["bare_seconds"])
