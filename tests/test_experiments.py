@@ -593,15 +593,17 @@ def test_the_engines_benchmark_finds_both_engines_equal(tmp_path, monkeypatch):
     assert min(record["start"], record["local"], record["ray"]) > 0
 
 
+@pytest.mark.anywhere
 def test_benchmark_rows_are_the_files_or_the_worlds(tmp_path, monkeypatch):
     monkeypatch.setenv("MECHEDIT_DATA", str(tmp_path))
     record = {"prompt": "Rome is in", "subject": "Rome", "ground_truth": "Italy", "target_new": "Spain"}
     (tmp_path / "counterfact_flat.json").write_text(json.dumps([record, record | {"target_new": "France"}]))
     assert [fact.target_new for fact in editing.benchmark_facts("gemma-3-270m", 1, 5)] == ["France"]
-    assert editing.benchmark_facts("organism", 3, 2) == list(sources.named("organism")[3:5])
+    world = make()
+    assert editing.benchmark_facts("organism", 3, 2) == list(world.facts[3:5])
     (question,) = table1_zsre.questions("organism", 0, 1)
-    assert question.fact.prompt == sources.named("organism")[0].prompt
-    zsre = make().zsre()[:3]
+    assert question.fact.prompt == world.facts[0].prompt
+    zsre = world.zsre()[:3]
     (tmp_path / "zsre.json").write_text(json.dumps(zsre))
     assert [each.answer for each in table1_zsre.questions("gemma-3-270m", 1, 5)] == [
         each["loc_ans"] for each in zsre[1:]
