@@ -56,7 +56,8 @@ class ClosedFormError(MecheditError, ValueError):
 @dataclass(frozen=True)
 class Terms:
     """What a change is weighed by. `a` weighs C, `b` the keys of earlier edits, `c` the identity; `slack` is 0 where residuals must be met;
-    `loose` is slack in means of k M^-1 k over the keys that are written, so that it means the same whatever weighs a change. `null` is the eigenvalue of C below which directions belong to its null space, where the change is to stay.
+    `loose` is more slack, in means of k M^-1 k over the keys that are written, so that it means the same whatever weighs a change; `null` is the
+    eigenvalue of C below which directions belong to its null space, where the change is to stay.
 
     Raises:
         ClosedFormError: a negative number, or nothing that a change would be weighed by.

@@ -43,11 +43,18 @@ def named(name: str | Path, need: Sequence[str] = ()) -> tuple[Fact, ...]:
     """
     if name == "organism":
         return world.make().facts
-    if name != "built-in" and not Path(name).exists():
+    if name != "built-in" and _is_missing(Path(name)):
         raise FactError(
             f"{name} is neither a file nor a set of facts, which are {' and '.join(SETS)}{meant(str(name), SETS)}."
         )
     return facts.built_in() if name == "built-in" else facts.read(name, need)
+
+
+def _is_missing(path: Path) -> bool:
+    try:
+        return not path.exists()
+    except OSError:  # it may be there, and reading it says what is the matter
+        return False
 
 
 def questions(name: str | Path) -> tuple[Question, ...]:

@@ -168,6 +168,8 @@ def test_a_sequence_is_kept_resumed_shown_and_written_as_one_edit(run, counterfa
     assert torch.allclose(kept.sums.P, torch.outer(key, key)), "the other's key is left, and nothing of the first"
     assert [look["edits"] for look in kept.looks] == [1, 2, 2]
     assert run("apply", str(folder / "edit.safetensors"))[0] == 0
+    status, _, err = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder), "--take-out", "1")
+    assert (status, "none of the 2 facts stands" in err, (folder / "edit.safetensors").exists()) == (2, True, False)
     status, _, err = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder), "--take-out", "2")
     assert (status, "has edits 0 to 1; found 2" in err) == (2, True)
     status, _, err = run("edit", "--facts", str(counterfact), *quick, "--steps", "3", "--out", str(folder))

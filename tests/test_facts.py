@@ -536,6 +536,11 @@ def test_what_is_no_file_is_told_the_sets_that_have_names(tmp_path):
             sources.named(name)
 
 
+def test_a_place_that_may_not_be_looked_at_is_one_that_cannot_be_read(tmp_path):
+    with pytest.raises(FactError, match="cannot be read"):
+        sources.named(tmp_path / ("long" * 100 + ".json"))
+
+
 def test_a_file_is_a_set_by_its_path_and_may_have_to_have_more(tmp_path):
     path = tmp_path / "facts.json"
     path.write_text(json.dumps([{"subject": "Paris", "prompt": "Paris is in", "target_true": "France"}]))

@@ -184,6 +184,16 @@ def test_what_the_model_does_not_say_is_learnt_again_after_each_batch(model, pre
     assert not asked, "editors that are published are left as they are"
 
 
+def test_of_a_subject_with_several_rows_one_is_learnt_again_at_a_time(model, prepared, tmp_path, monkeypatch):
+    both = [Fact("Rome", CITY, "Seattle", "Paris"), Fact("Rome", SPORT, "soccer", "piano")]
+    settings = SequentialSettings(**QUICK, loose=1e-9, a=500.0)
+    apart = run(model, prepared, tmp_path, both, settings=settings, shared=False)
+    assert len(apart.rows) == 2
+    monkeypatch.setattr(rehearsing, "says", lambda model, facts, settings: [False] * len(facts))
+    found = rehearsing.lost(model, apart, settings, SequenceSettings(together=5), 0)
+    assert [[fact.subject for fact in facts] for facts in found.values()] == [["Rome"]]
+
+
 def test_editors_of_any_weights_go_in_sequence(model, prepared, tmp_path):
     settings = AttentionEditSettings(layer=LAYER, steps=2, prepend_bos=False, guard="warn")
     found = run_sequence(model, FACTS[:3], tmp_path, SequenceSettings(together=2, every=0), "attention-edit", settings)

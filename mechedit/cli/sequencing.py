@@ -75,8 +75,11 @@ def edit_in_sequence(
     if arguments.take_out:
         found = take_out(model, arguments.take_out, arguments.out, how)
     written = [arguments.out / name for name in ("state.safetensors", "looks.json")]
+    whole = arguments.out / "edit.safetensors"
     if found.standing:
-        written.append(edits.save(as_edit(found), arguments.out / "edit.safetensors"))
+        written.append(edits.save(as_edit(found), whole))
+    else:
+        whole.unlink(missing_ok=True)  # of what stood before
     written += write_json(arguments.json, found.to_json())
     console = console_of(arguments)
     show_sequence(console, found)

@@ -61,8 +61,10 @@ def lost(
         return {}
     with written(model, sequence):
         stands = says(model, [entry.as_fact for entry in asked], settings)
-    rows = list(dict.fromkeys(entry.row for entry, stood in zip(asked, stands, strict=True) if not stood))
-    return {row: [entry.as_fact for entry in standing if entry.row == row] for row in rows[: how.again * how.together]}
+    missed = [entry for entry, stood in zip(asked, stands, strict=True) if not stood]
+    rows = {entry.fact["subject"]: entry.row for entry in reversed(missed)}  # an edit has one value a subject
+    some = list(dict.fromkeys(entry.row for entry in missed if entry.row in rows.values()))[: how.again * how.together]
+    return {row: [entry.as_fact for entry in standing if entry.row == row] for row in some}
 
 
 def forces(edit: Edit) -> Float[Tensor, "keys d_model"]:
