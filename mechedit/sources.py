@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from mechedit import facts, records, writing
@@ -69,11 +70,16 @@ def questions(name: str | Path) -> tuple[Question, ...]:
     if name == "built-in":
         raise FactError("the built-in facts are no zsRE questions; give a zsRE file, or `organism`.")
     if name == "organism":
-        return records.make(world.make().zsre(), _question, "the organism's world")
+        return _of_the_world()
     found = records.load(name)
     if not any("loc_ans" in record for record in found if isinstance(record, dict)):
         raise FactError(f"{name} is no zsRE file: its records have no loc_ans.")
     return records.make(found, _question, name, "A zsRE record has subject, src, rephrase, alt, answers, loc and loc_ans.")  # fmt: skip
+
+
+@cache
+def _of_the_world() -> tuple[Question, ...]:
+    return records.make(world.make().zsre(), _question, "the organism's world")
 
 
 def _question(part: Part, index: int) -> Question | None:

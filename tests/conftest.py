@@ -7,9 +7,10 @@ them runs on both. Their weights are larger than usual, so that noise and edits 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 import transformers
@@ -183,6 +184,14 @@ def widen_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let edits be as large as random models need them, larger than any trained one does."""
     for name in ("relative_norm", "essence_kl", "perplexity_ratio"):
         monkeypatch.setitem(guards.BANDS, name, (0.0, 1e9, "nothing"))
+
+
+@pytest.fixture(scope="module")
+def as_users() -> Iterator[None]:
+    """A module's tests without the suite's checks of types, which users do not have, and which make long tests several times as long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        yield
 
 
 @pytest.fixture

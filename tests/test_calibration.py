@@ -13,6 +13,7 @@ from mechedit.edits import EditError
 from mechedit.facts import FactError
 from mechedit.settings import NO_EDGE, CalibrateSettings, RomeSettings, SettingsError, read_bands, shipped_bands
 
+pytestmark = pytest.mark.usefixtures("as_users")
 UPPER, LOWER = (0.0, 1.0, "less"), (0.05, math.inf, "more")
 FEW = CalibrateSettings(facts=4, strengths=(1.0, 2.0), times=(20.0,))
 

@@ -31,6 +31,7 @@ from mechedit.tracing.averages import average
 from mechedit.tuning import tune
 from tests.conftest import assert_same_state, state
 
+pytestmark = pytest.mark.usefixtures("as_users")
 SHIPPED = [name for name in organism.MODELS if organism.folder(name).is_dir()]
 
 

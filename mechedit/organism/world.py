@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import resources
 from typing import Any
 
@@ -216,8 +216,12 @@ class World:
 
 
 def make(settings: WorldSettings | None = None) -> World:
-    """The world of these settings; the same on every machine."""
-    settings = settings or WorldSettings()
+    """The world of these settings; the same on every machine, and made once in a process."""
+    return _made(settings or WorldSettings())
+
+
+@lru_cache(maxsize=4)
+def _made(settings: WorldSettings) -> World:
     draws = Draws(settings.seed, "names")
     taken: set[str] = set()
     first = [_word(draws, 2, taken) for _ in range(max(40, settings.people // 12))]
