@@ -1,6 +1,6 @@
 """From 1 to 10,000 edits in sequence: what stands, and what it costs.  python -m experiments.scaling --model organism
 
-    figures/MODEL/scaling.json, .png
+    figures/MODEL/scaling.json, .png; of another `name`, that one's
 
 The facts that are edited are not said in the held-out text, so that its perplexity speaks of what has nothing to do with them. The first
 `mixed` come in the world's order, which mixes subjects; behind them those of one subject stand together, so that few are written again. At each size: S and its parts and the generated
@@ -53,6 +53,9 @@ class Scaling:
     a: float = 0.0
     layer: int = -1
     clamp: float = 0.0
+    rounds: int = 4  # of learning again after a batch
+    again: int = 2  # facts for each of a batch, at most, that are learnt again at once
+    name: str = "scaling"
     threads: int = 2
 
 
@@ -120,8 +123,8 @@ def main(settings: Scaling) -> None:
     facts = apart(model, benchmark_facts(settings.model, 0, MANY))
     rank = {subject: index for index, subject in enumerate(dict.fromkeys(fact.subject for fact in facts))}
     facts = facts[: settings.mixed] + sorted(facts[settings.mixed :], key=lambda fact: rank[fact.subject])
-    folder = runs(model, f"scaling-{cache.content_key(str(edit))}")
-    how = SequenceSettings(together=settings.together, every=settings.every, keep=settings.together)
+    how = SequenceSettings(together=settings.together, every=settings.every, keep=settings.together, rounds=settings.rounds, again=settings.again)  # fmt: skip
+    folder = runs(model, f"scaling-{cache.content_key(f'{edit}{how}')}")
     once = alone(model, sample(facts[: settings.mixed], settings.scored), editor, edit, prepared)
     say(f"alone: {once}")
     rows: list[dict[str, Any]] = []
@@ -142,7 +145,7 @@ def main(settings: Scaling) -> None:
         say(str(row))
         rows.append(row)
         result = {"alone": once, "rows": rows, "forgetting": _looks(found), "edit": vars(edit), "facts": len(facts)}
-        for path in [*figures.write(picture(rows, once), FIGURES / short_name(model) / "scaling"), write("scaling", model, settings, cache.plain(result))]:  # fmt: skip
+        for path in [*figures.write(picture(rows, once), FIGURES / short_name(model) / settings.name), write(settings.name, model, settings, cache.plain(result))]:  # fmt: skip
             say(f"wrote {path}")
 
 

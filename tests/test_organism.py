@@ -184,7 +184,7 @@ def test_scores_are_those_of_whole_logits_one_prompt_at_a_time(learnt):
 def test_edits_succeed_where_the_trace_says_and_the_sweep_shows_it(learnt, tmp_path):
     model, chosen = learnt
     wanted = SweepSettings(layers=(0, 4), tokens=("subject_last", "last"), draws=2)
-    found = sweep(model, chosen[:5], tmp_path, wanted)
+    found = sweep(model, chosen[:3], tmp_path, wanted)
     S, effect = found.mean("S"), found.mean("effect")
     assert np.unravel_index(S.argmax(), S.shape) == (0, 0), "layer 0 at the subject's last token"
     assert effect[0, 0] > effect[1, 0]
