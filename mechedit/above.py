@@ -56,7 +56,6 @@ class Group:
     read_rows: Int[Tensor, " reads"]
     read_positions: Int[Tensor, " reads"]
     reads: Int[Tensor, " reads"]  # the number of each among the reads of all rows
-    unchanged: Float[Tensor, "reads d_model"]  # the final state at each read, with nothing added
 
     def run(
         self,
@@ -86,7 +85,7 @@ class Group:
             self.entering[rows, : int(lengths.max())],
             tuple(past and past.rows(rows) for past in self.past),
             *(each[rows] for each in (self.rows, self.lengths, self.lookup)),
-            *(each[read] for each in (at, self.read_positions, self.reads, self.unchanged)),
+            *(each[read] for each in (at, self.read_positions, self.reads)),
         )
 
     def without(self, gone: Bool[Tensor, " all_rows"]) -> Group | None:
@@ -104,7 +103,7 @@ class Group:
 
 @torch.no_grad()
 def prepare(model: HookedModel, blocks: Blocks, rows: Sequence[Row], layer: int) -> list[Group]:
-    """Run every row once as it is, and keep what no change reaches. Reads are numbered in the order of the rows."""
+    """Keep of every row what no change reaches. Reads are numbered in the order of the rows."""
     firsts = torch.tensor([0] + [len(row.reads) for row in rows]).cumsum(0).tolist()
     groups = together([row.lookup for row in rows], [len(row.ids) for row in rows])
     return [_prepared(model, blocks, rows, members, firsts, layer) for members in groups]
@@ -115,13 +114,13 @@ def _prepared(
 ) -> Group:
     begin = min(rows[index].lookup for index in members)
     resid = blocks.embed(pad(model, [list(rows[index].ids) for index in members]))
+    for block in range(layer):
+        resid, _ = blocks.run(block, resid)
+    entering, resid = resid[:, begin:], resid[:, :begin]
     past: list[KeyValues | None] = []
-    for block in range(int(model.cfg.n_layers)):
-        if block == layer:
-            entering = resid[:, begin:]
-        resid, present = blocks.run(block, resid)
-        if block >= layer:
-            past.append(present.before(begin) if begin else None)
+    for block in range(layer, int(model.cfg.n_layers)):
+        resid, present = blocks.run(block, resid) if begin else (resid, None)
+        past.append(present)
     of_rows = [(index, len(rows[index].ids) - begin, rows[index].lookup - begin) for index in members]
     of_reads = [
         (place, position - begin, firsts[index] + number)
@@ -130,8 +129,7 @@ def _prepared(
     ]
     number, length, lookup = torch.tensor(of_rows, device=resid.device).unbind(1)
     row, position, read = torch.tensor(of_reads, device=resid.device).unbind(1)
-    unchanged = resid[row, position + begin]
-    return Group(entering, tuple(past), number, length, lookup, row, position, read, unchanged)
+    return Group(entering, tuple(past), number, length, lookup, row, position, read)
 
 
 def kept_bytes(model: HookedModel, rows: Sequence[Row], layer: int) -> int:

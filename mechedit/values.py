@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechedit import above
@@ -171,7 +171,7 @@ class _Search:
         self.is_essence = torch.zeros_like(self.gone).index_fill(0, self.row[self.token < 0], True)
         self.groups = above.prepare(model, self.blocks, [row for _, row in rows], layer)
         self.run_at_once = [part for group in self.groups for part in group.parts(model)]
-        self.before = self._unchanged()
+        self.before: dict[int, Tensor] = {}  # of each fact, what the essence says without d, as log probabilities
 
     def step(self) -> bool:
         """Take the loss of each fact that is not done, and a step where it is not good enough; False where all are done."""
@@ -221,7 +221,8 @@ class _Search:
             changes = (share * self.delta[self.fact[part.rows]]).requires_grad_()
             with torch.enable_grad():
                 final = part.run(self.model, self.blocks, self.layer, self.parts, changes)
-                log_p, drift, below = self.blocks.said(final, token.clamp(min=0), essence, self.before[fact[essence]])
+                before = self._before(fact[essence], final[essence].detach())
+                log_p, drift, below = self.blocks.said(final, token.clamp(min=0), essence, before)
                 nll, drift = -log_p * self.weight[part.reads], self.settings.kl * drift
                 (slopes,) = torch.autograd.grad(nll.sum() + drift.sum(), [changes])
             for into, kind in ((of_target, ~self.is_essence[part.rows]), (of_kl, self.is_essence[part.rows])):
@@ -238,15 +239,16 @@ class _Search:
         decayed = (decay * self.delta.norm(dim=2, keepdim=True)).sum((1, 2))
         return torch.stack([weigh * target, kl, decayed], 1), is_top, slope
 
-    def _log_p(self, final: Float[Tensor, "reads d_model"]) -> Float[Tensor, "reads d_vocab"]:
-        return self.blocks.logits(final).to(self.initial.dtype).log_softmax(-1)
-
     @torch.no_grad()
-    def _unchanged(self) -> Float[Tensor, "facts d_vocab"]:
-        """What each essence says without d."""
-        reads, final = (torch.cat([getattr(group, name) for group in self.groups]) for name in ("reads", "unchanged"))
-        essence = (self.token[reads] < 0).nonzero()[:, 0]
-        return self._log_p(final[essence[reads[essence].argsort()]])
+    def _before(
+        self, facts: Int[Tensor, " compared"], final: Float[Tensor, "compared d_model"]
+    ) -> Float[Tensor, "compared d_vocab"]:
+        """What the essences of these facts say without d, which is 0 at first."""
+        if not self.steps:
+            log_p = self.blocks.logits(final).to(self.initial.dtype).log_softmax(-1)
+            self.before |= dict(zip(facts.tolist(), log_p, strict=True))
+        of_facts = [self.before[fact] for fact in facts.tolist()]
+        return torch.stack(of_facts) if of_facts else self.initial.new_empty(0, int(self.model.cfg.d_vocab))
 
     def found(self) -> list[Value]:
         """As far as they are found."""
