@@ -1,7 +1,8 @@
 """Is this version as fast as another?  python -m experiments.benchmark_versions --old CHECKOUT   -> figures/benchmark_versions.json
 
 Both versions, in processes of their own that take turns, load a model, trace one fact (all kinds and tokens), trace and average
-several, edit some and score them (`counterfact.scores`). Reported are the best seconds of each, of the turns that each had.
+several, edit some and score them (`counterfact.scores`). Reported are the best seconds of each, of the turns that each had: of the
+process where it has one thread, so that other work on the machine counts less, else of the clock.
 """
 
 from __future__ import annotations
