@@ -2,8 +2,9 @@
 
     figures/MODEL/collapse.json, .png
 
-Published ROME and published MEMIT (at one layer), which know nothing of the edits before, one edit at a time beside the default for long runs, on
-the same facts; none of them is said in the held-out text. Every `every` edits a look (`mechedit.runs.watching`); a run ends where a measure
+Published ROME and published MEMIT, which know nothing of the edits before, published AlphaEdit, which does, and the default for long runs, one
+edit at a time on the same facts; none of them is said in the held-out text. The published ones have their policies and constants, at the model's
+layer, with its clamp, and MEMIT with the weight of C that it has on GPT-2 XL for each unit of the MLP's width. Every `every` edits a look (`mechedit.runs.watching`); a run ends where a measure
 leaves its band, by the defaults of SequenceSettings, and the edit and the measure are told. Runs are kept in out/MODEL/collapse.
 """
 
@@ -22,12 +23,14 @@ from mechedit.editing import make_ready
 from mechedit.editors import named
 from mechedit.models import HookedModel
 from mechedit.runs.extending import run_sequence
-from mechedit.settings import SequenceSettings
+from mechedit.settings import AlphaEditSettings, MemitSettings, SequenceSettings
+from mechedit.settings.many import MANY_CONSTANTS, MANY_POLICIES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {"ROME, published": "tab:red", "MEMIT, published": "tab:orange", "ROME, default": "tab:pink", "sequential": "tab:green"}  # fmt: skip
+COLOURS = {"ROME, published": "tab:red", "MEMIT, published": "tab:orange", "AlphaEdit, published": "tab:blue", "ROME, default": "tab:pink", "sequential": "tab:green"}  # fmt: skip
+MEMIT_A = 20000 / 6400  # of GPT-2 XL, whose MLP is 6400 wide
 PANELS = {"success": "earlier edits that stand", "others": "facts never edited that stand", "perplexity_ratio": "perplexity / unedited", "change": "|W - W0| / |W0|"}  # fmt: skip
 
 
@@ -47,10 +50,17 @@ class Collapse:
 def ways(model: HookedModel, layer: int) -> dict[str, tuple[str, Any]]:
     """Editors and settings by the names of the rows."""
     own: dict[str, Any] = {"layer": layer} if layer >= 0 else {}
-    rome, memit, sequential = (each.resolve(model, each.settings(**own)) for each in map(named, ("rome", "memit", "sequential")))  # fmt: skip
+    rome, sequential = (each.resolve(model, each.settings(**own)) for each in map(named, ("rome", "sequential")))
+    fitted = {"layer": rome.layer, "clamp": rome.clamp, "guard": "warn"}
+    memit = MANY_POLICIES["memit"] | MANY_CONSTANTS["memit"] | fitted
+    a = MEMIT_A * models.W_out(model, rome.layer).shape[0]
     return {
         "ROME, published": ("rome", published(rome)),
-        "MEMIT, published": ("memit", replace(memit, guard="warn", clamp=4.0)),
+        "MEMIT, published": ("memit", named("memit").resolve(model, MemitSettings(**memit | {"a": a}))),
+        "AlphaEdit, published": (
+            "alphaedit",
+            named("alphaedit").resolve(model, AlphaEditSettings(**memit | {"a": 0.0})),
+        ),
         "ROME, default": ("rome", replace(rome, guard="warn")),
         "sequential": ("sequential", replace(sequential, guard="warn")),
     }
