@@ -114,6 +114,34 @@ def test_a_form_closed_midway_and_opened_again_has_lost_nothing(opened, made, tm
     assert "a progress file" in refused[0][1]
 
 
+def test_two_tabs_of_a_form_lose_nothing_of_each_other(opened, made):
+    """The first stays open, with older answers, while the second is worked in and closed; so the other way round."""
+    first = opened(made.files()[0])
+    one = first.page
+    one.clock.install()
+    one.reload()
+    begin(one)
+    by_button(one, "consistency", ["B", ""], "click")
+    two = one.context.new_page()
+    two.goto(made.files()[0].as_uri())
+    assert two.get_by_role("button", name="Text B, 1st, by consistency").count() == 1
+    by_button(two, "consistency", ["C", ""], "click")
+    by_button(two, "fluency", ["A", "B", "C"], "click")
+    two.close()
+    one.clock.run_for(6_000)  # the first tab's own keeping
+    wanted = [["B", "C", "A"], ["A", "B", "C"]]
+    assert [state_of(one)["pages"][0][name] for name in ("consistency", "fluency")] == wanted
+    assert one.get_by_role("button", name="Text B, 2nd, by fluency").count() == 1, "and shows them"
+    assert "open in another tab" in one.locator("#said").inner_text()
+    one.evaluate("dispatchEvent(new Event('pagehide'))")
+    one.get_by_role("button", name="Next").click()
+    by_button(one, "fluency", ["C", "B", "A"], "click")
+    three = one.context.new_page()
+    three.goto(made.files()[0].as_uri())
+    assert [state_of(three)["pages"][at]["fluency"] for at in (0, 1)] == [["A", "B", "C"], ["C", "B", "A"]]
+    assert first.errors == []
+
+
 def test_where_the_browser_keeps_nothing_the_form_says_so_and_works(opened, made, tmp_path):
     form = opened(made.files()[0])
     form.page.add_init_script("Object.defineProperty(window, 'localStorage', {get() { throw new Error('no') }})")

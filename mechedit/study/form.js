@@ -94,14 +94,25 @@
       && Object.entries(page.items).every(([name, mark]) => name in data.items && Number.isInteger(mark) && mark >= 1 && mark <= data.scale));
   const parsed = (text) => { try { return JSON.parse(text); } catch { return null; } };
 
-  let state = fresh(), kept = true;
-  try {
-    const found = parsed(localStorage.getItem(KEY));
-    if (fits(found)) state = found;
-  } catch { kept = false; }
+  // The same form may be open in several tabs. Each writes what it changed itself, and reads what another wrote before it changes anything.
+  let state = fresh(), kept = true, known = null, waits = false; // known: what the browser had last; waits: something is not written yet
+  const answersOf = ({ agreed, comment, finished, pages, long_form }) => JSON.stringify([agreed, comment, finished, ...[...pages, ...long_form].map((each) => ({ ...each, seconds: 0 }))]);
+  /** Take over what another tab wrote, but for the screen; whether there are other answers in it. */
+  const catchUp = (screen = state.screen) => {
+    let text = null;
+    try { text = localStorage.getItem(KEY); } catch { kept = false; }
+    if (text === null || text === known) return false;
+    known = text;
+    const found = parsed(text), before = answersOf(state);
+    if (!fits(found)) return false;
+    state = { ...found, screen: screen ?? found.screen };
+    return answersOf(state) !== before;
+  };
+  catchUp(null);
 
   const save = () => {
-    try { localStorage.setItem(KEY, JSON.stringify(state)); kept = true; } catch { kept = false; }
+    const now = JSON.stringify(state);
+    try { localStorage.setItem(KEY, now); kept = true; known = now; waits = false; } catch { kept = false; }
     const line = document.getElementById("kept");
     const text = kept ? "Your answers are kept in this browser as you go. Nothing is sent." : "This browser does not keep your answers: save your progress as a file before you close the page.";
     if (line.textContent !== text) line.textContent = text;
@@ -118,11 +129,28 @@
   let since = null;
   const tick = () => {
     const now = performance.now(), at = state.screen - FIRST;
-    if (since !== null && at >= 0 && at < LAST - FIRST) page(at).seconds = Math.round(10 * (page(at).seconds + (now - since) / 1000)) / 10;
+    if (since !== null && at >= 0 && at < LAST - FIRST) {
+      page(at).seconds = Math.round(10 * (page(at).seconds + (now - since) / 1000)) / 10;
+      waits = true;
+    }
     since = document.visibilityState === "visible" ? now : null;
   };
-  const keep = () => { tick(); save(); };
+  const keep = () => {
+    const isOther = catchUp();
+    tick();
+    if (waits) save();
+    if (isOther) again();
+  };
+  const change = (edit) => {
+    const isOther = catchUp();
+    tick();
+    edit();
+    save();
+    if (isOther) again();
+  };
   document.addEventListener("visibilitychange", keep);
+  window.addEventListener("storage", keep);
+  window.addEventListener("focus", keep);
   window.addEventListener("pagehide", keep);
   window.addEventListener("beforeunload", (event) => { if (!kept && state.agreed && !state.finished) event.preventDefault(); });
   setInterval(keep, 5000);
@@ -162,7 +190,7 @@
   const text = (name, content, level = "h2") => el("section", { class: "card", "aria-label": name }, el(level, {}, name), foreign(content, { tabindex: "0", role: "group", "aria-label": `${name}, in full` }));
 
   const consent = () => {
-    const box = el("input", { type: "checkbox", id: "agreed", onchange: () => { state.agreed = box.checked; save(); } });
+    const box = el("input", { type: "checkbox", id: "agreed", onchange: () => change(() => { state.agreed = box.checked; }) });
     box.checked = state.agreed;
     const problem = el("p", { class: "problem", role: "alert" });
     const begin = () => {
@@ -206,40 +234,42 @@
       data.long_form.length ? el("p", {}, `The last ${data.long_form.length === 1 ? "page shows" : `${data.long_form.length} pages show`} two passages by one AI, with nine statements. Say how far you agree with each, from 1 (not at all) to ${data.scale} (completely).`) : null,
       go(button("Back", () => show(0)), button("Begin", () => show(FIRST), { class: "main" }))));
 
-  const ranking = (own, name) => {
+  const ranking = (at, name) => {
+    const own = () => state.pages[at][name];
     const [title, ask] = QUESTIONS[name];
     const line = el("p", { class: "small faint", role: "status" });
     const buttons = letters.map((letter) => button("", () => choose(letter), {}));
     const draw = () => {
-      buttons.forEach((each, at) => {
-        const rank = own[name].indexOf(letters[at]);
-        each.setAttribute("aria-pressed", String(rank >= 0));
-        each.replaceChildren(el("span", {}, `Text ${letters[at]}`), el("span", { class: "rank" }, rank >= 0 ? ORDER[rank] : "rank"));
-        each.setAttribute("aria-label", `Text ${letters[at]}, ${rank >= 0 ? ORDER[rank] : "not ranked"}, by ${name}`);
+      buttons.forEach((each, index) => {
+        const place = own().indexOf(letters[index]);
+        each.setAttribute("aria-pressed", String(place >= 0));
+        each.replaceChildren(el("span", {}, `Text ${letters[index]}`), el("span", { class: "rank" }, place >= 0 ? ORDER[place] : "rank"));
+        each.setAttribute("aria-label", `Text ${letters[index]}, ${place >= 0 ? ORDER[place] : "not ranked"}, by ${name}`);
       });
-      const n = own[name].length;
-      line.textContent = n === letters.length ? `From best to worst: ${own[name].join(", ")}. Choose a text again to take it back.` : n ? `So far: ${own[name].join(", ")}. Now choose the next best.` : "Choose the best text first, then the next best.";
+      const n = own().length;
+      line.textContent = n === letters.length ? `From best to worst: ${own().join(", ")}. Choose a text again to take it back.` : n ? `So far: ${own().join(", ")}. Now choose the next best.` : "Choose the best text first, then the next best.";
     };
-    const changed = () => { tick(); state.finished = false; save(); draw(); steps(); };
-    const choose = (letter) => {
-      const at = own[name].indexOf(letter);
-      if (at >= 0) own[name].splice(own[name].length === letters.length ? Math.min(at, letters.length - 2) : at); // and those behind it
+    const rank = (edit) => {
+      change(() => { edit(own()); state.finished = false; });
+      draw();
+      steps();
+    };
+    const choose = (letter) => rank((ranked) => {
+      const place = ranked.indexOf(letter);
+      if (place >= 0) ranked.splice(ranked.length === letters.length ? Math.min(place, letters.length - 2) : place); // and those behind it
       else {
-        own[name].push(letter);
-        if (own[name].length === letters.length - 1) own[name].push(letters.find((each) => !own[name].includes(each)));
+        ranked.push(letter);
+        if (ranked.length === letters.length - 1) ranked.push(letters.find((each) => !ranked.includes(each)));
       }
-      changed();
-    };
+    });
     const pressed = (event) => {
       if (event.ctrlKey || event.metaKey || event.altKey) return;
       const letter = event.key.toUpperCase();
       if (letters.includes(letter)) {
-        if (!own[name].includes(letter)) choose(letter);
+        if (!own().includes(letter)) choose(letter);
         buttons[letters.indexOf(letter)].focus();
-      } else if (event.key === "Backspace" && own[name].length) {
-        own[name].splice(own[name].length === letters.length ? letters.length - 2 : own[name].length - 1);
-        changed();
-      } else return;
+      } else if (event.key === "Backspace" && own().length) rank((ranked) => ranked.splice(ranked.length === letters.length ? letters.length - 2 : ranked.length - 1));
+      else return;
       event.preventDefault();
     };
     draw();
@@ -260,28 +290,28 @@
   };
 
   const rated = (at) => {
-    const shown = data.pages[at], own = state.pages[at];
+    const shown = data.pages[at];
     const lacking = () => {
-      const names = Object.keys(QUESTIONS).filter((name) => own[name].length < letters.length);
+      const names = Object.keys(QUESTIONS).filter((name) => state.pages[at][name].length < letters.length);
       return names.length ? `The texts are not ranked by ${names.join(" and ")} yet.` : "";
     };
     return el("div", {}, heading(`Page ${at + 1} of ${LAST - FIRST}`), fact(shown.statement),
       el("div", { class: "texts" }, ...shown.texts.map((each, i) => text(`Text ${letters[i]}`, each))),
-      el("div", { class: "asks" }, ...Object.keys(QUESTIONS).map((name) => ranking(own, name))), ...onward(at, lacking));
+      el("div", { class: "asks" }, ...Object.keys(QUESTIONS).map((name) => ranking(at, name))), ...onward(at, lacking));
   };
 
   const marked = (at) => {
-    const shown = data.long_form[at - data.pages.length], own = state.long_form[at - data.pages.length];
+    const shown = data.long_form[at - data.pages.length], own = () => state.long_form[at - data.pages.length].items;
     const item = ([name, ask]) => {
       const marks = [...Array(data.scale).keys()].map((each) => each + 1).map((mark) => {
-        const input = el("input", { type: "radio", name, value: mark, onchange: () => { own.items[name] = mark; tick(); state.finished = false; save(); steps(); } });
-        input.checked = own.items[name] === mark;
+        const input = el("input", { type: "radio", name, value: mark, onchange: () => { change(() => { own()[name] = mark; state.finished = false; }); steps(); } });
+        input.checked = own()[name] === mark;
         return el("label", {}, input, String(mark));
       });
       return el("fieldset", {}, el("legend", {}, ask), el("div", { class: "marks" }, ...marks), el("div", { class: "ends small faint" }, el("span", {}, "not at all"), el("span", {}, "completely")));
     };
     const lacking = () => {
-      const n = Object.keys(data.items).filter((name) => !(name in own.items)).length;
+      const n = Object.keys(data.items).filter((name) => !(name in own())).length;
       return n ? `${n} of ${Object.keys(data.items).length} statements have no mark yet.` : "";
     };
     return el("div", {}, heading(`Page ${at + 1} of ${LAST - FIRST}`), fact(shown.statement),
@@ -292,12 +322,12 @@
 
   const end = () => {
     const missing = open();
-    const comment = el("textarea", { id: "comment", maxlength: "4000", oninput: () => { state.comment = comment.value; save(); } });
+    const comment = el("textarea", { id: "comment", maxlength: "4000", oninput: () => change(() => { state.comment = comment.value; }) });
     comment.value = state.comment;
     const copy = el("textarea", { readonly: true, id: "copy", "aria-label": "Your response as text", onfocus: () => copy.select() });
     const after = el("div", { role: "status" });
     const response = () => {
-      state.finished = missing.length === 0;
+      change(() => { state.finished = open().length === 0; });
       download("response");
       copy.value = file("response");
       after.replaceChildren(el("p", {}, state.finished ? "Thank you! " : "Thank you. The response says that it is unfinished. ", `Your response is in the file mechedit-response-${data.study}-${data.form}.json, where your browser keeps downloads. Please send it to whoever gave you this form.`));
@@ -322,15 +352,25 @@
   };
 
   const show = (screen) => {
+    catchUp();
     tick();
     state.screen = state.agreed || screen === 0 ? screen : 0;
+    draw();
+    save();
+    window.scrollTo(0, 0);
+    main.querySelector("h1").focus({ preventScroll: true });
+  };
+  const draw = () => {
     const at = state.screen - FIRST;
     say("");
     main.replaceChildren(state.screen === 0 ? consent() : state.screen === 1 ? instructions() : state.screen === LAST ? end() : at < data.pages.length ? rated(at) : marked(at));
     steps();
-    save();
-    window.scrollTo(0, 0);
-    main.querySelector("h1").focus({ preventScroll: true });
+  };
+  /** Draw the screen with the answers of another tab. */
+  const again = () => {
+    if (!state.agreed) state.screen = 0;
+    draw();
+    say("This form is open in another tab too. Here are the answers from there.");
   };
 
   // ---- the frame
