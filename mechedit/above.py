@@ -2,7 +2,7 @@
 
 What is added changes nothing below the block, and nothing at earlier positions: all that is computed once (`prepare`), and every run
 (`Group.run`) goes on from there, with the keys and values of the positions before. Rows that are changed at nearby positions are a
-group. What a run needs for gradients bounds how many rows of it run at once (`Group.parts`).
+group. What runs need for gradients bounds how many rows run at once (`at_once`).
 
 The part is `mlp`, W_out's own output, before any norm that follows it; `attn`, what the attention adds to the residual stream; or
 `stream`, that stream as it leaves the block. Several can be changed at once.
@@ -24,7 +24,7 @@ from mechedit.interventions import Activation, Change, intervened, mlp_outputs
 from mechedit.models import Blocks, HookedModel, KeyValues
 from mechedit.prompts import pad
 
-__all__ = ["HOOKS", "Group", "Row", "kept_bytes", "prepare", "together"]
+__all__ = ["HOOKS", "Group", "Row", "at_once", "kept_bytes", "prepare", "together"]
 
 HOOKS = {"attn": "blocks.{}.hook_attn_out", "stream": "blocks.{}.hook_resid_post"}
 """Where parts of a block are changed, `mlp` aside, which is `interventions.mlp_outputs`."""
@@ -93,12 +93,30 @@ class Group:
         stay = (~gone[self.rows]).nonzero()[:, 0]
         return self if len(stay) == len(self.rows) else self.some(stay) if len(stay) else None
 
+    def row_bytes(self, model: HookedModel) -> int:
+        """About what a run keeps of a row for gradients."""
+        cfg = model.cfg
+        return 4 * len(self.past) * (10 * int(cfg.d_model) + 6 * int(cfg.d_mlp)) * self.entering.shape[1]
+
     def parts(self, model: HookedModel) -> Iterator[Group]:
         """As many rows at once as `MEMORY` lets, at least one."""
-        cfg, n = model.cfg, len(self.rows)
-        row = 4 * len(self.past) * (10 * int(cfg.d_model) + 6 * int(cfg.d_mlp)) * self.entering.shape[1]
-        most = max(1, MEMORY // row)
+        n, most = len(self.rows), max(1, MEMORY // self.row_bytes(model))
         yield from [self] if n <= most else (self.some(slice(begin, begin + most)) for begin in range(0, n, most))
+
+
+def at_once(model: HookedModel, groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups, or parts of them, whose runs' gradients are kept together, as many as `MEMORY` lets: what comes after the blocks is then done
+    once for all of them."""
+    found: list[list[Group]] = []
+    room = 0
+    for part in (part for group in groups for part in group.parts(model)):
+        size = len(part.rows) * part.row_bytes(model)
+        if size > room:
+            found.append([])
+            room = MEMORY
+        found[-1].append(part)
+        room -= size
+    return found
 
 
 @torch.no_grad()

@@ -170,7 +170,7 @@ class _Search:
         self.token, self.weight = torch.tensor(tokens, device=device), torch.tensor(weights).to(self.initial)
         self.is_essence = torch.zeros_like(self.gone).index_fill(0, self.row[self.token < 0], True)
         self.groups = above.prepare(model, self.blocks, [row for _, row in rows], layer)
-        self.run_at_once = [part for group in self.groups for part in group.parts(model)]
+        self.run_at_once = above.at_once(model, self.groups)
         self.before: dict[int, Tensor] = {}  # of each fact, what the essence says without d, as log probabilities
 
     def step(self) -> bool:
@@ -194,7 +194,7 @@ class _Search:
         if not torch.equal(gone, self.gone):
             self.gone = gone
             self.groups = [left for each in self.groups if (left := each.without(gone)) is not None]
-            self.run_at_once = [part for group in self.groups for part in group.parts(self.model)]
+            self.run_at_once = above.at_once(self.model, self.groups)
 
     def _adam(self, slope: Float[Tensor, "facts parts d_model"]) -> None:
         """A step of Adam for each fact that is not done, to `clamp` lengths of v at most."""
@@ -214,20 +214,21 @@ class _Search:
         done they say nothing; of a row that has left its last loss counts, and no slope."""
         target, kl, missed = (torch.zeros(len(self.delta)).to(self.initial) for _ in range(3))
         of_target, of_kl = (torch.zeros_like(self.initial) for _ in range(2))
-        for part in self.run_at_once:
-            token, row = self.token[part.reads], self.row[part.reads]
+        for parts in self.run_at_once:
+            rows, reads = (torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "reads"))
+            token, row = self.token[reads], self.row[reads]
             fact, essence = self.fact[row], (token < 0).nonzero()[:, 0]
-            share = self.share[part.rows, None, None]
-            changes = (share * self.delta[self.fact[part.rows]]).requires_grad_()
+            share = self.share[rows, None, None]
+            changes = [(self.share[part.rows, None, None] * self.delta[self.fact[part.rows]]).requires_grad_() for part in parts]  # fmt: skip
             with torch.enable_grad():
-                final = part.run(self.model, self.blocks, self.layer, self.parts, changes)
+                final = torch.cat([part.run(self.model, self.blocks, self.layer, self.parts, own) for part, own in zip(parts, changes, strict=True)])  # fmt: skip
                 before = self._before(fact[essence], final[essence].detach())
                 log_p, drift, below = self.blocks.said(final, token.clamp(min=0), essence, before)
-                nll, drift = -log_p * self.weight[part.reads], self.settings.kl * drift
-                (slopes,) = torch.autograd.grad(nll.sum() + drift.sum(), [changes])
-            for into, kind in ((of_target, ~self.is_essence[part.rows]), (of_kl, self.is_essence[part.rows])):
-                into.index_add_(0, self.fact[part.rows[kind]], (share * slopes)[kind])
-            self.learnt[part.rows] = 0.0
+                nll, drift = -log_p * self.weight[reads], self.settings.kl * drift
+                slopes = torch.cat(torch.autograd.grad(nll.sum() + drift.sum(), changes))
+            for into, kind in ((of_target, ~self.is_essence[rows]), (of_kl, self.is_essence[rows])):
+                into.index_add_(0, self.fact[rows[kind]], (share * slopes)[kind])
+            self.learnt[rows] = 0.0
             self.learnt.index_add_(0, row, nll.detach())
             kl.index_add_(0, fact[essence], drift.detach())
             missed.index_add_(0, fact, ((below > 0) & (token >= 0)).to(missed))
