@@ -272,6 +272,31 @@ def test_a_copy_is_refused_and_of_two_different_responses_both_are(made, tmp_pat
     assert [why for _, why in found.refused] == [f"duplicated: form {body['form']} has 2 different responses (a.json, b.json); leave one in"] * 2  # fmt: skip
 
 
+def test_a_finished_response_counts_before_an_unfinished_one_and_time_makes_no_difference(made, tmp_path):
+    form = made.files()[0]
+    unfinished = changed(changed(answers(form, by_quality), ("pages", 2, "fluency"), []), ("finished",), False)
+    early = send(form, unfinished, tmp_path / "a.json")
+    whole = [send(form, changed(answers(form, by_quality), ("pages", 0, "seconds"), time), tmp_path / f"{time}.json") for time in (20, 25)]  # fmt: skip
+    found = study.read(made, [early, *whole], partial=True)
+    assert [(each.file, each.pages[0]["seconds"]) for each in found.accepted] == [(str(whole[1]), 25)]
+    name = made.forms[0].name
+    assert dict(found.refused) == {
+        str(early): f"duplicated: a finished response of form {name} is in {whole[1]}",
+        str(whole[0]): f"duplicated: the same answers of form {name} are in {whole[1]}",
+    }
+    assert [each.file for each in study.read(made, [early, early.parent / "20.json"], partial=True).accepted] == [str(whole[0])]  # fmt: skip
+
+
+def test_the_response_that_a_copy_is_of_is_named(made, tmp_path):
+    form = made.files()[0]
+    body = answers(form, by_quality)
+    other = changed(answers(form, by_quality), ("comment",), "again")
+    a, b, c = (send(form, each, tmp_path / f"{name}.json") for name, each in zip("abc", (body, other, other), strict=True))  # fmt: skip
+    found = study.read(made, [a, b, c])
+    assert dict(found.refused)[str(c)] == f"duplicated: the same answers of form {body['form']} are in {b}"
+    assert all("2 different responses (a.json, b.json)" in dict(found.refused)[str(each)] for each in (a, b))
+
+
 def test_of_an_unfinished_response_the_finished_pages_count_where_that_is_wanted(made, tmp_path):
     form = made.files()[0]
     body = changed(changed(answers(form, by_quality), ("pages", 2, "fluency"), []), ("finished",), False)

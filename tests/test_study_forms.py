@@ -221,13 +221,13 @@ def test_time_counts_while_a_page_is_seen_and_answers_are_deleted_where_that_is_
 
 def test_hostile_text_shows_as_text_and_pages_pass_the_accessibility_checker(opened, tmp_path):
     texts = [replace(each, statement=each.statement + HOSTILE, texts={name: f"{name} {HOSTILE}" for name in EDITORS}) for each in scenarios(4)]  # fmt: skip
-    contact = "<b>me</b>@example.org"
+    contact = "<b>me</b>@example.org \u202eevil"
     made = study.make(texts, tmp_path / "study", replace(SMALL, long_form=1, contact=contact))
     for phone in (False, True):
         form = opened(made.files()[0], phone=phone, dark=phone)
         page = form.page
         page.on("dialog", lambda dialog: pytest.fail(dialog.message))
-        assert contact in page.locator("main").inner_text()
+        assert contact.replace("\u202e", r"\u202e") in page.locator("main").inner_text()
         form.check()
         page.get_by_label("I have read this").check()
         page.get_by_role("button", name="Go on").click()

@@ -37,7 +37,7 @@ ITEMS = {
 def html(shown: dict[str, Any]) -> str:
     """The form of this data: `study`, `form`, `token`, `contact`, `pages` and `long_form`."""
     page, style, script = (_part(f"form.{kind}") for kind in ("html", "css", "js"))
-    data = shown | {"items": ITEMS, "scale": SCALE} | {name: [_harmless(each) for each in shown[name]] for name in ("pages", "long_form")}  # fmt: skip
+    data = shown | {"items": ITEMS, "scale": SCALE, "contact": visible(shown["contact"])} | {name: [_harmless(each) for each in shown[name]] for name in ("pages", "long_form")}  # fmt: skip
     policy = f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:; base-uri 'none'; form-action 'none'"
     parts = {"POLICY": policy, "STYLE": style, "SCRIPT": script, "DATA": _json(data)}
     first, *rest = page.split("{{")

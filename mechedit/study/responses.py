@@ -61,7 +61,8 @@ class Read:
 def read(study: Study, places: Sequence[str | Path], *, partial: bool = False) -> Read:
     """Responses from files, and from all files in folders. With `partial`, the finished pages of an unfinished response count.
 
-    A second copy of a response is refused; of two responses from one form that differ, both are, since nobody can say which is meant.
+    A finished response counts before unfinished ones of its form. Of several with the same answers, that with the most time counts, the last
+    that was saved; of those whose answers differ none does, since nobody can say which is meant.
 
     Raises:
         StudyError: there is no file.
@@ -70,29 +71,49 @@ def read(study: Study, places: Sequence[str | Path], *, partial: bool = False) -
     files = list(_files(map(Path, places)))
     if not files:
         raise StudyError(f"there are no response files in {', '.join(map(str, places)) or 'no place'}. Participants send them: mechedit-response-….json.")  # fmt: skip
-    found: dict[str, list[Response]] = {}
-    refused = []
+    found: dict[str, list[tuple[Response, bool]]] = {}
+    accepted, refused = [], []
     for file in files:
         try:
-            each = _checked(study, file, partial=partial)
+            each, is_finished = _checked(study, file, partial=partial)
         except ParseError as error:
             refused.append((str(file), str(error)))
             continue
-        same = found.setdefault(each.form, [])
-        if any(_answers(each) == _answers(other) for other in same):
-            refused.append((str(file), f"duplicated: the same answers of form {each.form} are in {same[0].file}"))
+        found.setdefault(each.form, []).append((each, is_finished))
+    for sent in found.values():
+        those, why = _counted(sent)
+        accepted += those
+        refused += why
+    return Read(tuple(accepted), tuple(sorted(refused)))
+
+
+def _counted(sent: Sequence[tuple[Response, bool]]) -> tuple[list[Response], list[tuple[str, str]]]:
+    """Of the responses from one form, each with whether it is finished: the one that counts, if any, and why the others do not."""
+    form = sent[0][0].form
+    finished = [each for each, is_finished in sent if is_finished]
+    considered = sorted(finished or [each for each, _ in sent], key=lambda each: -_seconds(each))  # the first stays so where they are equal
+    refused, different = [], list[Response]()
+    if finished:
+        refused = [(each.file, f"duplicated: a finished response of form {form} is in {considered[0].file}") for each, is_finished in sent if not is_finished]  # fmt: skip
+    for each in considered:
+        same = next((other for other in different if _answers(other) == _answers(each)), None)
+        if same is None:
+            different.append(each)
         else:
-            same.append(each)
-    for form, several in found.items():
-        if len(several) > 1:
-            names = ", ".join(Path(each.file).name for each in several)
-            refused += [(each.file, f"duplicated: form {form} has {len(several)} different responses ({names}); leave one in") for each in several]  # fmt: skip
-    accepted = tuple(several[0] for several in found.values() if len(several) == 1)
-    return Read(accepted, tuple(sorted(refused)))
+            refused.append((each.file, f"duplicated: the same answers of form {form} are in {same.file}"))
+    if len(different) == 1:
+        return different, refused
+    names = ", ".join(Path(each.file).name for each in different)
+    return [], refused + [(each.file, f"duplicated: form {form} has {len(different)} different responses ({names}); leave one in") for each in different]  # fmt: skip
 
 
-def _answers(response: Response) -> tuple[Any, ...]:
-    return response.pages, response.long_form, response.comment
+def _answers(response: Response) -> Any:
+    """What was answered, whatever time it took."""
+    return [{**page, "seconds": None} for page in (*response.pages, *response.long_form)], response.comment
+
+
+def _seconds(response: Response) -> float:
+    return sum(page["seconds"] for page in (*response.pages, *response.long_form))
 
 
 def _files(places: Iterable[Path]) -> Iterable[Path]:
@@ -103,8 +124,8 @@ def _files(places: Iterable[Path]) -> Iterable[Path]:
             yield place
 
 
-def _checked(study: Study, file: Path, *, partial: bool) -> Response:
-    """The response in a file.
+def _checked(study: Study, file: Path, *, partial: bool) -> tuple[Response, bool]:
+    """The response in a file, and whether it is finished.
 
     Raises:
         ParseError: it is refused; the message begins with what it is.
@@ -122,8 +143,8 @@ def _checked(study: Study, file: Path, *, partial: bool) -> Response:
         raise ParseError(f"foreign: this study has no form {said['form']!r}")
     if not hmac.compare_digest(signed(study.token(form.name), body), check):
         raise ParseError("forged or changed: its check value is not the one that the form makes of these answers")
-    _check_answers(study, form, said, partial=partial)
-    return Response(form.name, str(file), tuple(map(_whole, said["pages"])), tuple(said["long_form"]), said["comment"])
+    is_finished = _check_answers(study, form, said, partial=partial)
+    return Response(form.name, str(file), tuple(map(_whole, said["pages"])), tuple(said["long_form"]), said["comment"]), is_finished  # fmt: skip
 
 
 def _opened(file: Path) -> tuple[str, str]:
@@ -145,8 +166,8 @@ def _opened(file: Path) -> tuple[str, str]:
     return outer["body"], outer["check"]
 
 
-def _check_answers(study: Study, form: Form, said: dict[str, Any], *, partial: bool) -> None:
-    """Raise where answers are not of the form's pages, or not whole."""
+def _check_answers(study: Study, form: Form, said: dict[str, Any], *, partial: bool) -> bool:
+    """Raise where answers are not of the form's pages, or not whole; whether they are finished."""
     for name, wanted in (("pages", form.pages), ("long_form", form.long_form)):
         if len(said[name]) != len(wanted):
             raise ParseError(f"malformed: {name} must have {len(wanted)} pages; found {len(said[name])}")
@@ -170,6 +191,7 @@ def _check_answers(study: Study, form: Form, said: dict[str, Any], *, partial: b
         raise ParseError(f"incomplete: {lacking[0] + more if lacking else 'it was not finished'}")
     if partial and not any(all(len(page[name]) == len(study.letters) for name in QUESTIONS) for page in said["pages"]):
         raise ParseError("incomplete: no page is finished")
+    return bool(said["finished"]) and not lacking
 
 
 def _whole(page: dict[str, Any]) -> dict[str, Any]:
