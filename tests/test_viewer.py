@@ -13,6 +13,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from mechedit import cli, edits, viewer
 from mechedit.cache import WriteError
@@ -224,7 +225,7 @@ def test_a_page_of_a_large_trace_is_small(tmp_path):
 
 
 def own_seconds(page):
-    """What the page's process has worked so far, whatever else the machine does."""
+    """What the page's process has worked so far, whatever else the machine does: processor time, not that on a clock."""
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable")
     return {each["name"]: each["value"] for each in session.send("Performance.getMetrics")["metrics"]}["ProcessTime"]
@@ -248,6 +249,14 @@ def test_ten_thousand_cells_scroll_and_hover_without_lag(view):
     assert own_seconds(page) - before < 48 * 0.016, "and for a move by a key"
 
 
+def test_a_page_of_more_cells_than_a_call_has_arguments_opens(view):
+    trace = viewed.trace(layers=1, tokens=tuple(f"t{index}" for index in range(1400)), draws=1)
+    grid = torch.arange(96 * 1400, dtype=torch.float32).view(96, 1400) / (96 * 1400)
+    found = view(replace(trace, effects={"resid": grid}, draws={"resid": grid[..., None]}), at="#at=699.48")
+    assert read(found, ".value b") == f"{100 * (48 * 1400 + 699) / (96 * 1400):.1f}\u202f%"
+    assert found.errors == []
+
+
 def test_a_thousand_records_of_counterfact_are_small_and_open_at_once(opened, tmp_path):
     whole, half = viewed.like_counterfact(), viewed.like_counterfact(500)
     one = viewer.save(whole, tmp_path / "one.html")
@@ -257,7 +266,9 @@ def test_a_thousand_records_of_counterfact_are_small_and_open_at_once(opened, tm
         at = len(result.facts) - 300
         found = opened(path, at=f"#record={at}")
         found.page.wait_for_selector("text=Neighbour (10)", timeout=60_000)
-        assert 0.05 < own_seconds(found.page) < 2
+        on_the_clock = found.page.evaluate("performance.now()") / 1000  # since it was asked for
+        assert 0.05 < own_seconds(found.page) < 2, "seconds of work until the record is drawn"
+        assert on_the_clock < 2, "and until it is seen"
         said = found.page.evaluate("document.querySelector('.details').textContent")
         assert all(line["text"][-200:] in said for line in result.details("texts") if line["record"] == at), (
             "letter by letter"
@@ -314,6 +325,16 @@ def test_records_are_sorted_filtered_pinned_and_kept_in_the_address(view):
     found.until("document.querySelectorAll('.details > section').length === 2")
     assert read(found, ".finder [role=status]") == "5 of 60 records"
     found.check()
+    page.evaluate("location.hash = 'q=ES%3C50+PS%3E%3D50&sort=PS.1.down&theme=dark&record=54&stage=after&numbers=PS'")
+    found.until("document.querySelector('.finder [role=status]').textContent === '10 of 60 records'")  # an address that is gone to is obeyed
+    assert (first(), page.input_value("input[type=search]")) == ("57", "ES<50 PS>=50")
+    assert [page.get_by_label(name, exact=True).input_value() for name in ("Colours", "Relation", "Stage")] == ["dark", "", "after"]
+    assert page.locator("tr[aria-current=true]").get_attribute("data-record") == "54"
+    assert page.locator(".menu input:checked").count() == 1
+    found.until("document.querySelectorAll('.details > section').length === 1")
+    page.evaluate("location.hash = 'stage=before'")
+    found.until("document.querySelector('.keys dt').textContent === 'S, before'")
+    assert page.locator("tr[aria-current=true]").count() == 0
 
 
 def test_two_evaluations_stand_side_by_side_with_every_prompt_before_and_after(view):
@@ -323,6 +344,15 @@ def test_two_evaluations_stand_side_by_side_with_every_prompt_before_and_after(v
     for words in ("before", "rome after", "ft after", "as wanted: before 0 · rome after 1 · ft after 1", "90.5", "13.5", "Story 0:"):  # fmt: skip
         assert words in said, words  # exp(-0.1) and exp(-2)
     assert "29 records are in both" in read(found, ".top")
+    names = "[...document.querySelectorAll('.names')].filter((each) => each.offsetWidth).map((each) => each.innerText.split(/\\s+/).join(' '))"
+    beside = "[...document.querySelectorAll('.target')].every((each) => each.offsetWidth > 10)"
+    assert (found.page.evaluate(names), found.page.evaluate(beside)) == ([], True)
+    found.page.evaluate("location.hash = 'record=2&pin=5'")
+    for width in (1280, 390):  # where there is no room beside the bars, their names stand above them
+        found.page.set_viewport_size({"width": width, "height": 860})
+        found.until("document.querySelectorAll('.details > section').length === 2")
+        assert not found.page.evaluate(beside)
+        assert set(found.page.evaluate(names)) == {"Paris Seattle"}
     found.page.get_by_role("button", name="Table").click()
     assert "ft less rome" in found.page.locator("section table").first.inner_text()
     found.check()
@@ -337,6 +367,7 @@ def test_a_page_prints_on_white_without_buttons(view):
 
 
 def test_a_page_says_what_each_kind_of_result_holds(view):
+    assert "<title>rome: a model, 1 record</title>" in viewer.page(viewed.evaluation(1))
     for result, words in (
         (viewed.mean(), ("Average causal effects over 24 facts", "last subject token", "95 % interval over facts")),
         (viewed.curves(), ("Most lost without MLPs", "range of 2 draws", "attention severed")),
@@ -357,9 +388,14 @@ def test_what_was_not_traced_is_a_gap_and_other_measures_are_no_percent(view):
     nothing = {kind: grid.clone() for kind, grid in trace.draws.items()}
     for grid in nothing.values():
         grid[:, 1:5] = math.nan
-    found = view(replace(trace, draws=nothing, effects={kind: grid.mean(-1) for kind, grid in nothing.items()}), at="#at=2.1&kind=mlp")  # fmt: skip
+    found = view(replace(trace, draws=nothing, effects={kind: grid.mean(-1) for kind, grid in nothing.items()}, p_corrupted=0.6), at="#at=2.1&kind=mlp")  # fmt: skip
     assert "not traced" in read(found, ".reading")
     assert read(found, ".value b") == "–"
+    found.page.focus(".plot")
+    found.page.keyboard.press("PageUp")  # measured, while the corruption changed nothing
+    assert read(found, ".value b").startswith(f"{100 * viewed.value(1, 0, 1):.1f}")
+    assert "clean and corrupted are the same" in read(found, ".reading")
+    assert "not traced" not in read(found, ".reading")
     assert found.errors == []
     logs = {kind: -8 * grid for kind, grid in trace.draws.items()}
     found = view(replace(trace, settings=TraceSettings(measure="log_p", draws=3), draws=logs, effects={kind: grid.mean(-1) for kind, grid in logs.items()}, p_clean=-0.5, p_corrupted=-6.2), at="#at=2.1&kind=mlp")  # fmt: skip

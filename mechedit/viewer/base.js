@@ -53,6 +53,13 @@ function promptOf(head) {
 
 const isNumber = (value) => typeof value === 'number' && Number.isFinite(value);
 
+/** The least and the greatest number of any list, however long; what is no number is left out. */
+function extent(values) {
+  let low = Infinity, high = -Infinity;
+  for (const value of values) if (isNumber(value)) { low = Math.min(low, value); high = Math.max(high, value); }
+  return [low, high];
+}
+
 /** A number in few figures: 47.2, 0.00231, 1.2e-7. */
 function figure(value, wanted = 3) {
   const digits = typeof wanted === 'number' ? wanted : 3;
@@ -152,6 +159,9 @@ function tell(text) {
   clearTimeout(later);
   later = setTimeout(() => { live.textContent = text; }, 60);
 }
+
+/** What is set again when somebody goes to another address on the open page. */
+const readers = [];
 
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 

@@ -43,7 +43,7 @@ def of_evaluations(results: Sequence[Evaluation], names: Sequence[str] = ()) -> 
     records = [_about(results, keys, key) for key in every]
     return {
         "kind": "evaluation",
-        "title": f"{' and '.join(dict.fromkeys(labels))}: {results[0].what['model']['name']}, {len(every)} records",
+        "title": f"{' and '.join(dict.fromkeys(labels))}: {results[0].what['model']['name']}, {len(every)} record{'s' if len(every) != 1 else ''}",
         "name": "Evaluation" if len(results) == 1 else "Two evaluations",
         "model": str(results[0].what["model"]["name"]),
         "benchmark": str(results[0].what.get("benchmark", "")),

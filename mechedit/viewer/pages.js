@@ -9,7 +9,9 @@ const key = (name, value, under) => el('div.key', {}, el('dt', {}, name), el('dd
 function header(...more) {
   const choices = [['', 'Auto'], ['light', 'Light'], ['dark', 'Dark']];
   const select = el('select', { 'aria-label': 'Colours', onchange: () => { state.set({ theme: select.value }); dress(); redrawAll(); } }, choices.map(([value, name]) => el('option', { value }, name)));
-  select.value = state.get('theme');
+  const set = () => { select.value = state.get('theme'); };
+  set();
+  readers.push(set);
   const title = data.head
     ? el('h1', {}, promptOf(data.head), data.head.answer !== null ? [el('span.arrow', { 'aria-label': 'is continued by' }, ' → '), el('span.answer', {}, said(short(data.head.answer, 200)))] : null)
     : el('h1', {}, said(short(data.title, 300)));
@@ -31,9 +33,9 @@ function siteList(sites, card) {
 /** Kinds with their grids unpacked and a scale for each. */
 function unpackKinds(scaleOf) {
   return data.kinds.map((kind) => {
-    const grid = gridOf(kind.values, data.rows.length, data.layers.length), known = Array.from(grid.all).filter(isNumber);
+    const grid = gridOf(kind.values, data.rows.length, data.layers.length), [lowest, highest] = extent(grid.all);
     const form = shown(data.share);
-    const own = { ...kind, grid, form, lowest: Math.min(...known), highest: Math.max(...known) };
+    const own = { ...kind, grid, form, lowest, highest };
     for (const name of ['low', 'high', 'restored']) if (kind[name]) own[name] = gridOf(kind[name], data.rows.length, data.layers.length);
     if (kind.draws) own.draws = drawsOf(kind.draws, data.layers.length);
     return { ...own, scale: scaleOf(own) };
@@ -54,7 +56,7 @@ makers.trace = () => {
     return [
       el('p.place', {}, el('code.token', {}, said(token.label.slice(0, 400))), el('span', {}, `${token.role}, layer ${data.layers[layer]}`)),
       el('p.value', {}, el('b', {}, form(value)), el('span', {}, said(data.label))),
-      isNumber(gain) ? el('p.soft', {}, `${percent(gain)} of the way from corrupted to clean`) : el('p.soft', {}, 'not traced'),
+      el('p.soft', {}, !isNumber(value) ? 'not traced' : isNumber(gain) ? `${percent(gain)} of the way from corrupted to clean` : 'clean and corrupted are the same'),
       draws.length > 1 ? el('div.draws', {}, strip(draws, value, low, high, [data.corrupted, data.clean], 236, th), el('p.soft', {}, `${draws.length} draws: ${form(Math.min(...draws))} to ${form(Math.max(...draws))}; dotted: corrupted, clean`)) : null,
       el('p.soft.also', {}, 'Here, by kind'),
       el('ul.bars', {}, kinds.map((each) => el('li', {}, el('span', {}, each.short), bar((each.grid.at(r, layer) - low) / (high - low || 1), 84, th.series[each.name] || th.accent, th), el('span.num', {}, form(each.grid.at(r, layer)))))),
@@ -87,8 +89,8 @@ makers.average = () => {
   const form = shown(data.share);
   const kinds = unpackKinds((kind) => ({ low: Math.min(0, kind.lowest), high: kind.highest }));
   let kindNow = kinds[0];
-  const from = Math.min(0, ...kinds.map((kind) => Math.min(...Array.from(kind.low.all).filter(isNumber), kind.lowest)));
-  const to = Math.max(...kinds.map((kind) => Math.max(...Array.from(kind.high.all).filter(isNumber), kind.highest)));
+  const from = Math.min(0, ...kinds.map((kind) => Math.min(extent(kind.low.all)[0], kind.lowest)));
+  const to = Math.max(...kinds.map((kind) => Math.max(extent(kind.high.all)[1], kind.highest)));
   const interval = (kind, r, layer) => between(kind.low.at(r, layer), kind.high.at(r, layer), form);
   function reading(kind, r, layer) {
     const th = theme(), value = kind.grid.at(r, layer);
@@ -212,5 +214,5 @@ async function open() {
   redrawAll();
   document.documentElement.dataset.ready = 'yes';
 }
-addEventListener('hashchange', () => { state.values = new URLSearchParams(location.hash.slice(1)); dress(); redrawAll(); });
+addEventListener('hashchange', () => { state.values = new URLSearchParams(location.hash.slice(1)); dress(); readers.forEach((each) => each()); redrawAll(); });
 open().catch((error) => { document.body.append(el('main', {}, el('h1', {}, 'This page could not be drawn'), el('p', {}, String(error.message)))); throw error; });

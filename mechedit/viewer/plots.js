@@ -86,7 +86,7 @@ function drawLines({ series, layers, xTitle, yTitle, form, marks = [], at = null
   const left = 58, right = 14, top = 26 + extra, bottom = 44, w = width - left - right, h = height - top - bottom;
   const all = series.flatMap((each) => [...each.mean, ...(each.low || []), ...(each.high || [])]).concat(marks.map((each) => each.value)).filter(isNumber);
   if (zero) all.push(0);
-  let low = Math.min(...all), high = Math.max(...all);
+  let [low, high] = extent(all);
   if (low === high) { low -= 0.5; high += 0.5; }
   const pad = 0.05 * (high - low);
   if (low !== 0 || all.some((v) => v < 0)) low -= pad;

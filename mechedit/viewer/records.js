@@ -33,6 +33,7 @@ makers.evaluation = async () => {
     if (own.scale > 1) return minus(scaled.toFixed(1)) + (unit && own.unit === '%' ? '\u202f%' : '');
     return figure(scaled);
   }
+  const counted = (n) => `${n} record${n === 1 ? '' : 's'}`;
   const mean = (index, name) => { const { result, stage } = columns[index]; return results[result].tables[stage][name]; };
 
   // --- means
@@ -123,6 +124,13 @@ makers.evaluation = async () => {
       el('button.sort', { type: 'button', title: tip, onclick: () => { state.set({ sort: `${key}.${mine && way !== 'down' ? 'down' : 'up'}`, page: null }); list(); const again = holder.querySelector(`[data-key="${key}"]`); if (again) again.focus(); }, 'data-key': key }, label, mine ? (way === 'down' ? ' ↓' : ' ↑') : ''));
   }
 
+  const keys = el('dl.keys'), keysOf = ['S', 'ES', 'PS', 'NS', 'efficacy', 'paraphrase', 'specificity'].filter((name) => name in place).slice(0, 4);
+  /** The means of the stage that is shown. */
+  function drawKeys() {
+    const own = shownColumns().map((each) => each.index);
+    fill(keys, keysOf.map((name) => key(`${name}, ${stage()}`, own.map((index) => form(name, (mean(index, name) || [])[0])).join(' | '), own.map((index) => { const [, low, high] = mean(index, name) || []; return between(low, high, (v) => form(name, v, false)); }).filter(Boolean).join(' | '))));
+  }
+
   const holder = el('div.scroll.records', { tabindex: 0, role: 'region', 'aria-label': 'records' });
   const pager = el('div.pager'), count = el('span.soft', { role: 'status' });
   let rows = [];
@@ -139,7 +147,8 @@ makers.evaluation = async () => {
     fill(holder, el('table', {}, el('caption.unseen', {}, 'Records with their numbers'),
       el('thead', {}, el('tr', {}, sorter('fact.', 'Record', 'Sort by prompt'), names.flatMap((name) => own.map((column) => sorter(`${name}.${column.index}`, several ? `${metric(name).label} · ${short(results[column.result].label, 16)}` : metric(name).label, metric(name).meaning))))),
       el('tbody', {}, body)));
-    fill(count, `${found.length} of ${records.length} records`);
+    drawKeys();
+    fill(count, `${found.length} of ${counted(records.length)}`);
     fill(pager, pages > 1 ? [
       el('button', { type: 'button', disabled: page === 1, onclick: () => { state.set({ page: page - 1 }); list(); } }, 'Previous'),
       el('span.soft', {}, `${page} of ${pages}`),
@@ -159,23 +168,23 @@ makers.evaluation = async () => {
   });
 
   const search = el('input', { type: 'search', placeholder: 'Search, or PS<50', 'aria-label': `Search in records; a number such as PS<50 filters by it${several ? ', B.PS<50 by the second' : ''}`, oninput: oncePerFrame(() => { state.set({ q: search.value, page: null }); list(); }) });
-  search.value = state.get('q');
-  const picker = (name, label, options, current) => {
+  readers.push(() => { search.value = state.get('q'); });
+  const picker = (name, label, options, current = () => state.get(name)) => {
     const found = el('select', { 'aria-label': label, onchange: () => { state.set({ [name]: found.value, page: null, ...(name === 'stage' ? { sort: null } : {}) }); list(); } }, options.map(([value, text]) => el('option', { value }, short(text, 40))));
-    found.value = current;
+    readers.push(() => { found.value = current(); });
     return found;
   };
   const relations = [...new Set(records.map((each) => each[RELATION]))].filter(Boolean).sort();
   const anyNote = records.some((each) => notes(each).length);
   const which = el('details.which', {}, el('summary', {}, 'Numbers'), el('div.menu', {}, perRecord.map((name) => {
     const box = el('input', { type: 'checkbox', onchange: () => { const own = new Set(shownNames()); if (box.checked) own.add(name); else own.delete(name); state.set({ numbers: perRecord.filter((each) => own.has(each)).join(',') }); list(); } });
-    box.checked = shownNames().includes(name);
+    readers.push(() => { box.checked = shownNames().includes(name); });
     return el('label', { title: metric(name).meaning }, box, metric(name).label);
   })));
   const finder = el('div.finder', {}, search,
-    relations.length > 1 ? picker('relation', 'Relation', [['', 'All relations'], ...relations.map((each) => [each, each])], state.get('relation')) : null,
-    stages.length > 1 ? picker('stage', 'Stage', stages.map((each) => [each, each]), stage()) : null,
-    anyNote ? picker('noted', 'Notes', [['', 'With and without note'], ['yes', 'With a note']], state.get('noted')) : null, which, count);
+    relations.length > 1 ? picker('relation', 'Relation', [['', 'All relations'], ...relations.map((each) => [each, each])]) : null,
+    stages.length > 1 ? picker('stage', 'Stage', stages.map((each) => [each, each]), stage) : null,
+    anyNote ? picker('noted', 'Notes', [['', 'With and without note'], ['yes', 'With a note']]) : null, which, count);
 
   // --- one record
 
@@ -206,8 +215,11 @@ makers.evaluation = async () => {
       const lines = own.filter((each) => each[0] === kind);
       const counts = cols.map((column) => [column, lines.map((each) => isWanted(each, column.at)).filter((each) => each !== null)]).filter(([, all]) => all.length);
       const outcome = counts.map(([column, all]) => `${nameOf(column)} ${all.filter(Boolean).length}`).join(' · ');
-      return el('details.kind', { open: kind === 'prompt' || kind === 'paraphrase' || lines.length <= 3 }, el('summary', {}, el('h3', {}, kind === 'prompt' ? 'The prompt' : `${kind[0].toUpperCase()}${kind.slice(1)} (${lines.length})`), outcome ? el('span.soft', {}, `as wanted: ${outcome}`) : null), el('div.scroll', { tabindex: 0, role: 'region', 'aria-label': `prompts of record ${record + 1}: ${kind}` }, table(`Prompts of kind ${kind}, with the probability of each target`, ['Prompt', ...cols.map(nameOf)], lines.map(([, text, targets, values], line) => [
-        [said(text)], ...cols.map(({ at }) => {
+      const every = new Set(lines.map(([, , targets]) => JSON.stringify(targets)));
+      /** Which bar is whose, for where there is no room beside each. */
+      const names = (targets) => el('p.names.soft', { 'aria-hidden': 'true' }, targets.map((target, which) => el('span', {}, bar(1, 10, which ? th.soft : th.accent, th), said(short(target, 40)))));
+      return el('details.kind', { open: kind === 'prompt' || kind === 'paraphrase' || lines.length <= 3 }, el('summary', {}, el('h3', {}, kind === 'prompt' ? 'The prompt' : `${kind[0].toUpperCase()}${kind.slice(1)} (${lines.length})`), outcome ? el('span.soft', {}, `as wanted: ${outcome}`) : null), every.size === 1 ? names(lines[0][2]) : null, el('div.scroll', { tabindex: 0, role: 'region', 'aria-label': `prompts of record ${record + 1}: ${kind}` }, table(`Prompts of kind ${kind}, with the probability of each target`, ['Prompt', ...cols.map(nameOf)], lines.map(([, text, targets, values], line) => [
+        [said(text), every.size > 1 ? names(targets) : null], ...cols.map(({ at }) => {
           const p = (values[at] || []).map((each) => (isNumber(each) ? Math.exp(each) : NaN)), right = isWanted(lines[line], at);
           return el('div.pair', {}, targets.map((target, which) => el('div', { title: visible(target).slice(0, 200) }, bar(p[which], 56, which ? th.soft : th.accent, th), el('span.num', {}, brief(p[which])), el('span.target', {}, said(short(target, 24))))), right === null ? null : el('span', { class: right ? 'mark' : 'mark wrong', title: right ? 'as wanted' : 'not as wanted' }, right ? '✓' : '✗', el('span.unseen', {}, right ? ' as wanted' : ' not as wanted')));
         })]), { class: 'quiet prompts' })));
@@ -250,13 +262,12 @@ makers.evaluation = async () => {
     return show();
   }
   cards.push({ redraw: show });
-  list();
-  const last = columns.map((_, index) => index).filter((index) => columns[index].stage === stage());
-  const keysOf = ['S', 'ES', 'PS', 'NS', 'efficacy', 'paraphrase', 'specificity'].filter((name) => name in place).slice(0, 4);
+  readers.push(list);
+  readers.forEach((each) => each());
   return [
-    header(el('dl.keys', {}, keysOf.map((name) => key(`${name}, ${stage()}`, last.map((index) => form(name, (mean(index, name) || [])[0])).join(' | '), last.map((index) => { const [, low, high] = mean(index, name) || []; return between(low, high, (v) => form(name, v, false)); }).filter(Boolean).join(' | ')))),
+    header(keys,
       results.filter((each) => each.nothing).map((each) => el('p.noted', {}, said(each.nothing))),
-      several ? el('p.soft', {}, `${data.compared.records} records are in both; left is `, said(results[0].label), ', right ', said(results[1].label)) : null),
+      several ? el('p.soft', {}, `${counted(data.compared.records)} ${data.compared.records === 1 ? 'is' : 'are'} in both; left is `, said(results[0].label), ', right ', said(results[1].label)) : null),
     means.element,
     el('section.card', {}, el('header.bar', {}, el('h2', {}, 'Records'), pager), finder, holder),
     detail,
