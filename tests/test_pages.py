@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from mechedit.cli import _parser, named_in
 
 pytestmark = pytest.mark.usefixtures("as_users")
 ROOT = Path(__file__).parents[1]
@@ -41,6 +44,24 @@ def test_the_ten_lines_of_the_front_page_move_the_space_needle(tmp_path, monkeyp
 @pytest.mark.anywhere
 def test_the_front_page_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.anywhere
+def test_every_command_on_a_page_is_one_that_there_is(capsys):
+    """The real parser takes it; nothing is run."""
+    found = []
+    for page in WRITTEN:
+        for block in re.findall(r"^ *```sh\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if not line.strip().startswith("mechedit "):
+                    continue
+                given = shlex.split(line, comments=True)[1:]
+                found.append(line)
+                try:
+                    _parser(named_in(given)).parse_args(given)
+                except SystemExit:
+                    pytest.fail(f"{page.name}: {line}\n{capsys.readouterr().err}")
+    assert len(found) > 50
 
 
 @pytest.mark.anywhere

@@ -326,9 +326,15 @@ def test_records_are_sorted_filtered_pinned_and_kept_in_the_address(view):
     assert read(found, ".finder [role=status]") == "5 of 60 records"
     found.check()
     page.evaluate("location.hash = 'q=ES%3C50+PS%3E%3D50&sort=PS.1.down&theme=dark&record=54&stage=after&numbers=PS'")
-    found.until("document.querySelector('.finder [role=status]').textContent === '10 of 60 records'")  # an address that is gone to is obeyed
+    found.until(
+        "document.querySelector('.finder [role=status]').textContent === '10 of 60 records'"
+    )  # an address that is gone to is obeyed
     assert (first(), page.input_value("input[type=search]")) == ("57", "ES<50 PS>=50")
-    assert [page.get_by_label(name, exact=True).input_value() for name in ("Colours", "Relation", "Stage")] == ["dark", "", "after"]
+    assert [page.get_by_label(name, exact=True).input_value() for name in ("Colours", "Relation", "Stage")] == [
+        "dark",
+        "",
+        "after",
+    ]
     assert page.locator("tr[aria-current=true]").get_attribute("data-record") == "54"
     assert page.locator(".menu input:checked").count() == 1
     found.until("document.querySelectorAll('.details > section').length === 1")

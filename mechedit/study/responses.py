@@ -91,7 +91,9 @@ def _counted(sent: Sequence[tuple[Response, bool]]) -> tuple[list[Response], lis
     """Of the responses from one form, each with whether it is finished: the one that counts, if any, and why the others do not."""
     form = sent[0][0].form
     finished = [each for each, is_finished in sent if is_finished]
-    considered = sorted(finished or [each for each, _ in sent], key=lambda each: -_seconds(each))  # the first stays so where they are equal
+    considered = sorted(
+        finished or [each for each, _ in sent], key=lambda each: -_seconds(each)
+    )  # the first stays so where they are equal
     refused, different = [], list[Response]()
     if finished:
         refused = [(each.file, f"duplicated: a finished response of form {form} is in {considered[0].file}") for each, is_finished in sent if not is_finished]  # fmt: skip
