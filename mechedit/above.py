@@ -46,10 +46,12 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Rows that run together, from the first position that is changed in any of them; positions count from there."""
+    """Rows that run together, each from a position at which it is changed, or one before; positions count from there."""
 
     entering: Float[Tensor, "rows pos d_model"]  # the block
-    past: tuple[KeyValues | None, ...]  # of the block and those above, for the positions before
+    past: tuple[
+        tuple[KeyValues, ...], ...
+    ]  # of the block and those above, for the positions before: one for rows that have equally many
     rows: Int[Tensor, " rows"]  # the number of each among all rows
     lengths: Int[Tensor, " rows"]
     lookup: Int[Tensor, " rows"]
@@ -71,11 +73,11 @@ class Group:
             for part, own in zip(parts, changes.unbind(1), strict=True):
                 stack.enter_context(_changed(model, layer, part, partial(_added, own, self.lookup)))
             for block, past in enumerate(self.past, layer):
-                resid, _ = blocks.run(block, resid, past)
+                resid = blocks.run_on(block, resid, past)
         return resid[self.read_rows, self.read_positions]
 
     def some(self, rows: slice | Int[Tensor, " some"]) -> Group:
-        """Of these rows alone, no longer than they need."""
+        """Of these rows alone, in their order, no longer than they need."""
         lengths = self.lengths[rows]
         index = torch.arange(len(self.rows), device=lengths.device)[rows]
         place = torch.full_like(self.rows, -1).index_copy(0, index, torch.arange(len(index), device=lengths.device))
@@ -83,7 +85,7 @@ class Group:
         read = at >= 0
         return Group(
             self.entering[rows, : int(lengths.max())],
-            tuple(past and past.rows(rows) for past in self.past),
+            tuple(_some_of(past, index) for past in self.past),
             *(each[rows] for each in (self.rows, self.lengths, self.lookup)),
             *(each[read] for each in (at, self.read_positions, self.reads)),
         )
@@ -123,31 +125,75 @@ def at_once(model: HookedModel, groups: Sequence[Group]) -> list[list[Group]]:
 def prepare(model: HookedModel, blocks: Blocks, rows: Sequence[Row], layer: int) -> list[Group]:
     """Keep of every row what no change reaches. Reads are numbered in the order of the rows."""
     firsts = torch.tensor([0] + [len(row.reads) for row in rows]).cumsum(0).tolist()
-    groups = together([row.lookup for row in rows], [len(row.ids) for row in rows])
-    return [_prepared(model, blocks, rows, members, firsts, layer) for members in groups]
+    lookups, lengths = [row.lookup for row in rows], [len(row.ids) for row in rows]
+    if _by_parts(model, blocks, rows[0], layer):
+        left = [length - lookup for length, lookup in zip(lengths, lookups, strict=True)]
+        groups = [sorted(members, key=lookups.__getitem__) for members in together([0] * len(rows), left)]
+        begins = lookups
+    else:
+        groups = together(lookups, lengths)
+        begins = [0] * len(rows)
+        for members in groups:
+            for index in members:
+                begins[index] = min(lookups[each] for each in members)
+    return [_prepared(model, blocks, rows, begins, members, firsts, layer) for members in groups]
+
+
+def _by_parts(model: HookedModel, blocks: Blocks, row: Row, layer: int) -> bool:
+    """Whether the block and those above can be run by their parts; a row is run both ways."""
+    resid = blocks.embed(pad(model, [list(row.ids)]))
+    for block in range(int(model.cfg.n_layers)):
+        after, present = blocks.run(block, resid)
+        if block >= layer:
+            blocks.compare_parts(block, resid, present, after)
+        resid = after
+    return all(blocks.by_parts[layer:])
 
 
 def _prepared(
-    model: HookedModel, blocks: Blocks, rows: Sequence[Row], members: list[int], firsts: Sequence[int], layer: int
-) -> Group:
-    begin = min(rows[index].lookup for index in members)
+    model: HookedModel, blocks: Blocks, rows: Sequence[Row], begins: Sequence[int], members: list[int], firsts: Sequence[int], layer: int
+) -> Group:  # fmt: skip
+    own = [begins[index] for index in members]
     resid = blocks.embed(pad(model, [list(rows[index].ids) for index in members]))
     for block in range(layer):
         resid, _ = blocks.run(block, resid)
-    entering, resid = resid[:, begin:], resid[:, :begin]
-    past: list[KeyValues | None] = []
-    for block in range(layer, int(model.cfg.n_layers)):
-        resid, present = blocks.run(block, resid) if begin else (resid, None)
-        past.append(present)
-    of_rows = [(index, len(rows[index].ids) - begin, rows[index].lookup - begin) for index in members]
+    of_rows = [(index, len(rows[index].ids) - begins[index], rows[index].lookup - begins[index]) for index in members]
     of_reads = [
-        (place, position - begin, firsts[index] + number)
+        (place, position - begins[index], firsts[index] + number)
         for place, index in enumerate(members)
         for number, position in enumerate(rows[index].reads)
     ]
     number, length, lookup = torch.tensor(of_rows, device=resid.device).unbind(1)
     row, position, read = torch.tensor(of_reads, device=resid.device).unbind(1)
+    at = torch.tensor(own, device=resid.device)[:, None] + torch.arange(int(length.max()), device=resid.device)
+    entering = resid[torch.arange(len(own), device=resid.device)[:, None], at.clamp(max=resid.shape[1] - 1)]
+    resid = resid[:, : max(1, *own)]  # no past is longer
+    past = []
+    for block in range(layer, int(model.cfg.n_layers)):
+        resid, present = blocks.run(block, resid)
+        past.append(tuple(present.rows(some).before(begin) for some, begin in _alike(own)))
     return Group(entering, tuple(past), number, length, lookup, row, position, read)
+
+
+def _alike(begins: Sequence[int]) -> list[tuple[slice, int]]:
+    """Which rows, in their order, have equally many positions before them, and how many."""
+    found, first = [], 0
+    for begin, own in groupby(begins):
+        end = first + len(list(own))
+        found.append((slice(first, end), begin))
+        first = end
+    return found
+
+
+def _some_of(past: tuple[KeyValues, ...], rows: Int[Tensor, " some"]) -> tuple[KeyValues, ...]:
+    """Keys and values of some rows, in their order."""
+    found, first = [], 0
+    for each in past:
+        here = rows[(rows >= first) & (rows < first + len(each.keys))] - first
+        if len(here):
+            found.append(each.rows(here))
+        first += len(each.keys)
+    return tuple(found)
 
 
 def kept_bytes(model: HookedModel, rows: Sequence[Row], layer: int) -> int:

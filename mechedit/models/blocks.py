@@ -8,7 +8,7 @@ bridge's is called as Hugging Face's model calls it, with arguments recorded in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,6 +125,21 @@ class Blocks:
             here = torch.arange(each.first, each.end, device=resid.device)
             source[each.rows] = here.repeat(len(source[each.rows]) // n)
         return self.run(layer, resid, past.rows(source))[0][:, begin:]
+
+    def run_on(
+        self, layer: int, resid: Float[Tensor, "rows pos d_model"], pasts: Sequence[KeyValues]
+    ) -> Float[Tensor, "rows pos d_model"]:
+        """The residual stream after block `layer`, of rows that go on from pasts of their own: a past for the first rows, one for the next,
+        and so on; of different lengths only where the block's parts can be run one by one."""
+        if not self.by_parts[layer]:
+            (past,) = pasts
+            return self.run(layer, resid, past if past.length else None)[0]
+        ends = torch.tensor([len(past.keys) for past in pasts]).cumsum(0).tolist()
+        earlier = [
+            (slice(end - len(past.keys), end), parts.Earlier(past.keys, past.values))
+            for end, past in zip(ends, pasts, strict=True)
+        ]
+        return parts.run(self.model.blocks[layer], resid, earlier, 0)
 
     @cached_property
     def by_parts(self) -> list[bool]:
