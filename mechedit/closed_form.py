@@ -193,8 +193,13 @@ class Metric:
         """The change D of the layer's `W_out`, as factors of rank n.
 
         Raises:
-            RankOneError: NaN or infinity, an M that is not positive definite; without slack, keys that depend on each other.
+            RankOneError: NaN or infinity, an M that is not positive definite; without slack, keys that are zero or depend on each other.
+            ClosedFormError: keys that are not of C's width, or not one for each residual.
         """
+        if keys.shape != (len(residuals), len(self.C)):
+            raise ClosedFormError(
+                f"keys must be one of {len(self.C)} numbers, as wide as C, for each of the {len(residuals)} residuals; they are {list(keys.shape)}."
+            )
         rank_one.check_finite(keys=keys, residuals=residuals)
         keys, residuals = keys.detach().cpu().double(), residuals.detach().cpu().double()
         own = keys if self.basis is None else keys @ self.basis

@@ -234,11 +234,15 @@ def insert_many(
 
 
 def check_independent(gram: Float[Tensor, "n n"]) -> None:
-    """Raise where keys depend on each other, by their products K C^-1 K^T.
+    """Raise where keys are zero or depend on each other, by their products K C^-1 K^T.
 
     Raises:
-        RankOneError: they do.
+        RankOneError: they do, or one is zero.
     """
+    if zero := (gram.diagonal() <= 0).nonzero().flatten().tolist():
+        raise RankOneError(
+            f"keys must not be zero where a change may be, but key {zero[0]} of {len(gram)} is; leave its fact out, or allow slack."
+        )
     scale = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
     condition = float(torch.linalg.cond(gram / torch.outer(scale, scale)))
     if not condition < MAX_CONDITION:

@@ -269,3 +269,21 @@ def test_what_cannot_be_is_refused_with_what_must_hold(layer, monkeypatch):
         closed_form.least_spectrum(layer.W, layer.W, 1.0)
     with pytest.raises(ClosedFormError, match="norm must be above 0"):
         closed_form.bounded(Metric(Terms(), layer.C).solve(0, layer.keys, layer.residuals), 0.0)
+
+
+def test_keys_that_are_zero_or_not_as_wide_as_C_are_refused_in_a_line(layer):
+    none = torch.zeros(1, D_MLP, dtype=torch.float64)
+    keys, residuals = torch.cat([layer.keys, none]), torch.cat([layer.residuals, layer.residuals[:1]])
+    for terms in (Terms(slack=0.0), Terms(slack=0.0, null=1.0)):
+        with pytest.raises(RankOneError, match="keys must not be zero where a change may be, but key 5 of 6 is"):
+            Metric(terms, layer.C).solve(0, keys, residuals)
+    with pytest.raises(RankOneError, match="key 0 of 1 is"):
+        Metric(Terms(slack=0.0, loose=0.2), layer.C).solve(0, none, layer.residuals[:1])
+    with pytest.raises(RankOneError, match="key 5 of 6 is"):
+        rank_one.solve_many(0, layer.W, torch.zeros(D_MODEL), keys, residuals, layer.C)
+    close(Metric(Terms(slack=1.0), layer.C).solve(0, keys, residuals), Metric(Terms(slack=1.0), layer.C).solve(0, layer.keys, layer.residuals).dense())  # fmt: skip
+    with pytest.raises(
+        ClosedFormError,
+        match=r"keys must be one of 24 numbers, as wide as C, for each of the 5 residuals; they are \[5, 23\]",
+    ):
+        Metric(Terms(), layer.C).solve(0, layer.keys[:, 1:], layer.residuals)
