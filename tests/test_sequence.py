@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from mechedit.editors import named
 from mechedit.editors.rome import Prepared
 from mechedit.facts import Fact
 from mechedit.recursive import Sums, least_squares
-from mechedit.runs import extending, rehearsing, sequence
+from mechedit.runs import extending, rehearsing, sequence, watching
 from mechedit.runs.extending import run_sequence
 from mechedit.runs.sequence import SequenceError
 from mechedit.runs.watching import sampled
@@ -35,6 +36,7 @@ from mechedit.settings import (
     SettingsError,
     ToldSettings,
 )
+from mechedit.settings.sequences import WRITTEN
 from mechedit.weights import Weight
 from tests.conftest import widen_bands
 from tests.killing import killed_after
@@ -332,6 +334,7 @@ def test_facts_of_one_subject_share_one_value_that_answers_them_all(model, prepa
     assert len(apart.rows) == 3
     left = sequence.reverted(model, found, 2, prepared)
     assert sorted(left.standing) == [0], "what shares a value goes out with it"
+    assert sorted(left.waiting) == [1], "and waits to be written again"
 
 
 def test_what_cannot_be_edited_is_left_out_and_says_why(model, prepared, tmp_path):
@@ -397,10 +400,183 @@ def test_looks_are_written_for_people(model, prepared, tmp_path):
     assert [look["edits"] for look in json.loads((tmp_path / "looks.json").read_text())] == [1, 2]
 
 
+WELL = {"most_spectrum": 1e9, "most_kl": 1e9, "most_perplexity": 1e9, "least_others": 0.0, "least_success": 0.0}
+ILL = WELL | {"most_spectrum": 1e-3, "on_collapse": "roll back"}
+
+
+def killed(monkeypatch, after, *given, **how):
+    """A run that dies at the batch after so many."""
+    left = iter(range(after))
+
+    def attempt(*arguments, once=extending.attempt):
+        if next(left, None) is None:
+            raise Stop
+        return once(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(extending, "attempt", attempt)
+        with pytest.raises(Stop):
+            run(*given, **how)
+
+
+@pytest.fixture
+def take_out(model, prepared, monkeypatch):
+    monkeypatch.setattr(extending.editing, "make_ready", lambda *_, **__: prepared)
+    return lambda numbers, folder, **how: extending.take_out(model, numbers, folder, SequenceSettings(**how) if how else None)  # fmt: skip
+
+
+def test_a_run_that_is_killed_before_its_first_look_rolls_back_to_its_start_as_one_that_is_not(model, prepared, tmp_path, monkeypatch):  # fmt: skip
+    how = ILL | {"every": 4, "keep": 1}
+    assert run(model, prepared, tmp_path / "whole", **how).entries == ()
+    killed(monkeypatch, 2, model, prepared, tmp_path / "killed", **how)
+    assert len(sequence.load(tmp_path / "killed" / "state.safetensors").entries) == 2
+    found = run(model, prepared, tmp_path / "killed", **how)
+    assert (found.entries, found.collapse["edits"], float(found.sums.P.norm())) == ((), 4, 0.0)
+    for name in ("state.safetensors", "looks.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("seen", [WELL, ILL])
+def test_what_was_taken_out_does_not_come_back_by_a_roll_back(model, prepared, tmp_path, take_out, seen):
+    run(model, prepared, tmp_path, FACTS[:4], every=2, **WELL)
+    assert sorted(take_out([1], tmp_path, every=2, **seen).standing) == [0, 2, 3]
+    if seen is WELL:
+        assert sorted(run(model, prepared, tmp_path, every=2, **ILL).standing) == [0, 2, 3]
+    good = sequence.load(tmp_path / "good.safetensors")
+    assert sorted(good.standing) == [0, 2, 3]
+    close(change(good), all_at_once(model, good.rows.values(), Terms(a=20.0, b=1.0), prepared.moment.C))
+
+
+def test_facts_that_shared_a_value_with_what_was_taken_out_are_written_again(model, prepared, tmp_path, take_out):
+    other = replace(FACTS[1], template=SPORT, target_new="violin")
+    found = run(model, prepared, tmp_path, [*FACTS[:2], other])
+    left = take_out([2], tmp_path)
+    assert sorted(left.standing) == [0, 1]
+    assert left.entries[2].why == "taken out again"
+    assert list(left.rows) == [0, left.entries[1].row]
+    assert not torch.equal(left.rows[left.entries[1].row].value, found.rows[found.entries[1].row].value)
+    close(change(left), all_at_once(model, left.rows.values(), Terms(a=20.0, b=1.0), prepared.moment.C))
+    again = run(model, prepared, tmp_path, [*FACTS[:2], other])
+    assert sorted(again.standing) == [0, 1], "nothing changes by the same command"
+    sequence.save(sequence.reverted(model, found, 2, prepared), tmp_path / "state.safetensors")
+    later = run(model, prepared, tmp_path, [*FACTS[:2], other])
+    assert (sorted(later.standing), later.waiting) == ([0, 1], {}), "what waits is written again by going on"
+    assert torch.equal(change(later), change(left))
+    assert take_out([1, 0], tmp_path).standing == {}
+    sequence.save(found, tmp_path / "state.safetensors")
+    assert sorted(take_out([1, 2], tmp_path).standing) == [0], "both of one row"
+
+
+def test_what_cannot_be_written_again_says_why(model, prepared, tmp_path, take_out, monkeypatch):
+    other = replace(FACTS[1], template=SPORT, target_new="violin")
+    run(model, prepared, tmp_path, [*FACTS[:2], other])
+
+    def refuse(*_, **__):
+        raise edits.EditError("not today")
+
+    monkeypatch.setattr(extending.editing, "edit", refuse)
+    left = take_out([2], tmp_path)
+    assert (sorted(left.standing), left.entries[1].why) == ([0], "not today")
+
+
+TWINS = (
+    replace(FACTS[0], relation="P1", target_new="London"),
+    replace(FACTS[0], subject="Space Needle", template="The {} is located in the city of", target_new="London"),
+)
+
+
+@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("together", [1, 5])
+def test_one_prompt_with_two_targets_is_a_conflict_and_loses_no_batch(model, prepared, tmp_path, twin, together):
+    facts = [FACTS[0], twin, *FACTS[1:3]]
+    found = run(model, prepared, tmp_path / "later", facts, together=together)
+    assert (found.conflicts, sorted(found.standing)) == (1, [1, 2, 3])
+    refused = run(model, prepared, tmp_path / "refuse", facts, together=together, conflicts="refuse")
+    assert (refused.conflicts, sorted(refused.standing)) == (1, [0, 2, 3])
+
+
+def test_facts_without_a_true_target_are_left_out_of_looks(model, prepared, tmp_path, monkeypatch):
+    asked, once = [], watching.scoring.score
+    seen = SimpleNamespace(score=lambda model, pairs, **how: asked.extend(pairs) or once(model, pairs, **how))
+    monkeypatch.setattr(watching, "scoring", seen)
+    bare = [replace(fact, target_true=None) for fact in FACTS[:2]]
+    last = run(model, prepared, tmp_path / "none", bare).looks[-1]
+    assert (last["success"], last["others"], last["row"], asked) == (None, None, {}, [])
+    answered = replace(bare[1], neighbours=("Tokyo is located in the city of",), neighbour_answers=("London",))
+    last = run(model, prepared, tmp_path / "some", [bare[0], FACTS[2], answered]).looks[-1]
+    assert list(last["row"]) == ["1"]
+    assert [target for _, target, _ in asked] == ["Berlin", "Seattle", "Seattle", "Berlin", "London", "Paris"]
+
+
+@pytest.mark.parametrize("editor", ["rome", "sequential"])
+def test_a_fact_that_is_repeated_in_a_batch_and_said_already_still_stands(model, prepared, tmp_path, monkeypatch, editor):  # fmt: skip
+    settings = None if editor == "sequential" else RomeSettings(**QUICK, guard="warn")
+    said = set()
+    monkeypatch.setattr(rehearsing, "says", lambda model, facts, settings: [fact.subject in said for fact in facts])
+    other, facts = replace(FACTS[1], target_new="London"), [FACTS[1], FACTS[2], FACTS[1], FACTS[3]]
+    found = run(model, prepared, tmp_path / "no", facts, settings, editor, together=2)
+    assert sorted(found.standing) == [1, 2, 3], "what is not said is written again, and takes the first one's place"
+    for name, more in (("yes", [FACTS[1], FACTS[3]]), ("between", [other, FACTS[1]])):
+        said.clear()
+        run(model, prepared, tmp_path / name, FACTS[1:3], settings, editor, together=2)
+        said.add(FACTS[1].subject)
+        found = run(model, prepared, tmp_path / name, [*FACTS[1:3], *more], settings, editor, together=2)
+        place = 2 if name == "yes" else 3
+        assert sorted(found.standing) == ([0, 1, 3] if name == "yes" else [0, 1])
+        assert found.entries[place].why == "the model says it already"
+        assert found.conflicts == (0 if name == "yes" else 2)
+
+
+def test_it_goes_on_with_more_facts_to_the_same_bytes_where_batches_are_the_same(model, prepared, tmp_path):
+    for together, every, limits in ((1, 4, (3,)), (2, 4, (2,)), (2, 0, (4,))):
+        how = {"together": together, "every": every, **WELL}
+        place = tmp_path / f"{together}-{every}"
+        whole = run(model, prepared, place / "whole", **how)
+        for limit in limits:
+            short = run(model, prepared, place / "parts", FACTS[:limit], **how)
+            assert short.looks[-1]["edits"] == limit
+        assert run(model, prepared, place / "parts", **how).looks == whole.looks
+        names = [each.name for each in (place / "whole").iterdir()]
+        assert {"state.safetensors", "looks.json"} <= set(names)
+        for name in names:
+            assert (place / "parts" / name).read_bytes() == (place / "whole" / name).read_bytes(), name
+
+
+def test_a_look_that_ended_a_run_out_of_its_band_stays(model, prepared, tmp_path):
+    stop = WELL | {"most_spectrum": 1e-3, "on_collapse": "stop", "every": 4}
+    assert run(model, prepared, tmp_path, FACTS[:3], **stop).collapse["edits"] == 3
+    assert len(run(model, prepared, tmp_path, **stop).entries) == 3
+    assert [look["edits"] for look in run(model, prepared, tmp_path, **WELL, every=4).looks] == [4, 6]
+
+
+OTHERS = {"together": 2, "shared": False, "sought": "unedited", "rehearsed": 3, "again": 1, "rounds": 2, "gentle": 2.0, "conflicts": "refuse"}  # fmt: skip
+
+
+def test_a_state_goes_on_only_with_the_settings_that_decide_what_is_written(model, prepared, tmp_path, take_out):
+    assert set(OTHERS) == set(WRITTEN)
+    run(model, prepared, tmp_path, FACTS[:1])
+    default = SequenceSettings()
+    for name, other in OTHERS.items():
+        message = f"begun with {name} = {getattr(default, name)!r}, and this is {other!r}; give the same"
+        with pytest.raises(SequenceError, match=message):
+            run(model, prepared, tmp_path, FACTS[:2], **{name: other})
+        with pytest.raises(SequenceError, match=message):
+            take_out([0], tmp_path, **{name: other})
+    run(model, prepared, tmp_path, FACTS[:2], every=1, sampled=3, keep=2, most_kl=1e9, on_collapse="stop")
+    old = replace(sequence.load(tmp_path / "state.safetensors"), how={})
+    sequence.save(old, tmp_path / "state.safetensors")
+    with pytest.raises(SequenceError, match=r"does not say how it was written \(together, shared.*an earlier version"):
+        run(model, prepared, tmp_path, FACTS[:2])
+
+
 @pytest.mark.anywhere
 def test_sampled_edits_are_those_of_earlier_looks():
     assert sampled(list(range(5)), 8) == [0, 1, 2, 3, 4]
-    assert sampled(list(range(20)), 8) == [0, 4, 8, 12, 16]
+    assert sampled(list(range(20)), 8) == [0, 2, 4, 8, 10, 12, 16, 18], (
+        "00000, 10000, 01000, 00100 and so on, read backwards in order"
+    )
+    assert sampled(list(range(1, 400, 2)), 128)[:3] == [1, 3, 5], "where none of the even ones stands"
+    assert len(sampled(list(range(3, 4000, 8)), 128)) == 128
     assert set(sampled(list(range(1000)), 8)) <= set(sampled(list(range(300)), 8)) | set(range(300, 1000))
 
 

@@ -37,7 +37,8 @@ def add_sequencing(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="I",
         default=[],
-        help="take these edits, by their facts' numbers from 0, out of the finished sequence in --out again; the others stay",
+        help="take these edits, by their facts' numbers from 0, out of the finished sequence in --out again; the others stay, and those that shared a value with "
+        "one of them are written again",
     )
     add_settings(parser, SequenceSettings)
 
@@ -85,7 +86,12 @@ def edit_in_sequence(
     show_sequence(console, found)
     show_files(console, written)
     if not found.standing:
-        raise edits.EditError(f"none of the {len(found.entries)} facts stands: {found.entries[0].why}.")
+        why = (
+            found.entries[0].why
+            if found.entries
+            else "the run went back to its start, where no look had found all well"
+        )
+        raise edits.EditError(f"none of the {len(chosen)} facts stands: {why}.")
 
 
 def show_sequence(console: Console, found: Sequence) -> dict[str, Any]:

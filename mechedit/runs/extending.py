@@ -1,20 +1,22 @@
 """Go on with a sequence of edits: batch after batch, each found on the model with those before it, kept as it grows.
 
 Facts about one subject share one value (MEMIT-Merge, arXiv 2502.07322): when another comes, the row of the earlier ones is taken out, and one value
-is found that answers them all. Of facts that contradict each other, by subject and relation, the later wins, and the earlier one's
-key goes out first; or it is refused. What cannot be edited is left out, and says why. All of it holds for exact editors; with the others
+is found that answers them all. Of facts that contradict each other (`runs.planning`) the later wins, and the earlier one's key goes out first;
+or it is refused. What cannot be edited is left out, and says why. All of it holds for exact editors; with the others
 the later fact is written over the earlier. With `sequential` what the model does not say after a batch is learnt again (`runs.rehearsing`).
 
-The folder has `state.safetensors`, `good.safetensors` (as it was at the last look without a measure out of its band) and `looks.json`. A
-run that was killed goes on from the state, and ends bit for bit as one that was not.
+The folder has `state.safetensors`, `good.safetensors` (as it was at the last due look without a measure out of its band) and `looks.json`. A
+run that was killed goes on from the state, and ends bit for bit as one that was not. So does one that ended with fewer facts, where `together`
+divides their number: a look that was taken only because it ended is dropped.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence as Several
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Set
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
 from mechedit.runs import rehearsing
 from mechedit.runs.editing import attempt
+from mechedit.runs.planning import SAID, Plan, plain, planned
 from mechedit.runs.sequence import (  # fmt: skip
     Entry,
     Row,
@@ -55,7 +58,7 @@ from mechedit.settings import SequenceSettings, from_json
 __all__ = ["extend", "run_sequence", "take_out"]
 
 STATE, GOOD = "state.safetensors", "good.safetensors"
-SAID = "the model says it already"
+ENDED = "ended"  # of a look that was taken only because the run ended, and goes when it goes on
 
 
 def run_sequence(
@@ -81,7 +84,7 @@ def run_sequence(
     editor = named(editor)
     settings = editor.resolve(model, settings)
     prepared = prepared if prepared is not None else editing.make_ready(model, editor, settings, progress=progress)
-    sequence = begin(model, editor, settings, prepared)
+    sequence = begin(model, editor, settings, prepared, how)
     if (place := folder / STATE).exists():
         found = load(place)
         check_of(model, found, sequence)
@@ -119,23 +122,26 @@ def extend(
     writer = _Writer(model, editor, settings, prepared, how)
     bos = prompts.resolve_bos(model, settings.prepend_bos)
     healthy = unedited(model, prepend_bos=bos)
-    saved, good = len(sequence.entries), sequence
-    if folder is not None and (folder / GOOD).exists():
-        good = load(folder / GOOD)
+    if sequence.waiting:
+        sequence = _kept(writer.restored(sequence), folder, STATE)
     if sequence.collapse and how.on_collapse != "go on":
         return sequence
+    saved, good = len(sequence.entries), _good(sequence, folder)
+    if facts:
+        sequence = replace(sequence, looks=tuple(each for each in sequence.looks if not each.get(ENDED)))
     for first in range(0, len(facts), how.together):
         progress("editing in sequence", first, len(facts))
         before, last = len(sequence.entries), first + how.together >= len(facts)
         sequence = writer.batch(sequence, facts[first : first + how.together])
         n = len(sequence.entries)
-        if last or (how.every and n // how.every > before // how.every):
-            seen = look(model, sequence, healthy, how, bos=bos)
+        due = bool(how.every) and n // how.every > before // how.every
+        if last or due:
+            seen = look(model, sequence, healthy, how, bos=bos) | ({} if due else {ENDED: True})
             sequence = replace(sequence, looks=(*sequence.looks, seen))
-            if not seen["out"]:
-                good = _kept(sequence, folder, GOOD)
-            elif how.on_collapse == "roll back":
+            if seen["out"] and how.on_collapse == "roll back":
                 sequence = replace(good, looks=sequence.looks)
+            elif due and not seen["out"]:
+                good = _kept(sequence, folder, GOOD)
             last = last or bool(seen["out"] and how.on_collapse != "go on")
         if last or n - saved >= how.keep:
             _kept(sequence, folder, STATE)
@@ -146,29 +152,44 @@ def extend(
     return sequence
 
 
+def _good(sequence: Sequence, folder: Path | None) -> Sequence:
+    """What a sequence rolls back to: as it was at the last due look at which all was well, or before any edit; without a folder as it is now."""
+    if folder is None:
+        return sequence
+    return load(folder / GOOD) if (folder / GOOD).exists() else sequence.empty
+
+
 def take_out(
     model: HookedModel, numbers: Several[int], folder: str | Path, how: SequenceSettings | None = None
 ) -> Sequence:
     """The sequence kept in `folder` without these edits (a fact's number, from 0), with a look at it, kept in its place. The model, as it was
-    before any edit, is left so. An edit for which nothing stands any more is passed over.
+    before any edit, is left so. Facts that shared a value with them are written again. They go out of what a run rolls back to as well. An edit
+    for which nothing stands any more is passed over.
 
     Raises:
-        SequenceError: no such edit, edits of another model, or of an editor that can take none out.
+        SequenceError: no such edit, edits of another model, of other settings, or of an editor that can take none out.
         FileError: there is no state, or it was cut off or changed.
     """
-    folder, how = Path(folder), how or SequenceSettings()
+    folder = Path(folder)
     check_plain(model)
     sequence = load(folder / STATE)
+    how = how or from_json(SequenceSettings, sequence.how)
     editor = named(sequence.editor)
     settings = from_json(editor.settings, sequence.settings)
     prepared = editing.make_ready(model, editor, settings)
-    check_of(model, sequence, begin(model, editor, settings, prepared))
-    for number in numbers:
-        if not 0 <= number < len(sequence.entries) or sequence.entries[number].row >= 0:
-            sequence = reverted(model, sequence, number, prepared)
+    check_of(model, sequence, begin(model, editor, settings, prepared, how))
+    writer, good = _Writer(model, editor, settings, prepared, how), _good(sequence, folder)
+    sequence = writer.parted(sequence, numbers)
     bos = prompts.resolve_bos(model, settings.prepend_bos)
     seen = look(model, sequence, unedited(model, prepend_bos=bos), how, bos=bos)
-    return _kept(replace(sequence, looks=(*sequence.looks, seen)), folder, STATE)
+    sequence = replace(sequence, looks=(*sequence.looks, seen))
+    if not seen["out"]:
+        good = sequence
+    elif good.entries:
+        good = writer.parted(good, [each for each in numbers if each < len(good.entries)])
+    if good.entries:
+        _kept(good, folder, GOOD)
+    return _kept(sequence, folder, STATE)
 
 
 def _kept(sequence: Sequence, folder: Path | None, name: str) -> Sequence:
@@ -178,23 +199,6 @@ def _kept(sequence: Sequence, folder: Path | None, name: str) -> Sequence:
         with cache.atomic_write(folder / "looks.json") as temporary:
             temporary.write_text(json.dumps(cache.plain(list(sequence.looks)), indent=1) + "\n")
     return sequence
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What becomes of a batch: facts to write, those of earlier rows that are written again with them, and why others are not."""
-
-    chosen: dict[int, Fact] = field(default_factory=dict)  # by the place in the batch
-    again: dict[int, Fact] = field(default_factory=dict)  # by the number in the sequence
-    rows: tuple[int, ...] = ()  # that go out
-    gone: dict[int, str] = field(default_factory=dict)  # entries that nothing stands for any more
-    why: dict[int, str] = field(default_factory=dict)  # places in the batch that are not written
-    conflicts: int = 0
-
-    @property
-    def wanted(self) -> list[Fact]:
-        """What is to be written."""
-        return [*self.again.values(), *self.chosen.values()]
 
 
 @dataclass(frozen=True)
@@ -212,25 +216,63 @@ class _Writer:
         """That of exact editors, whose costly work is done once."""
         return Metric(terms_of(self.settings), self.prepared.moment.C)
 
-    def batch(self, sequence: Sequence, facts: Several[Fact]) -> Sequence:
-        """The sequence with a batch behind it; as it was, with the reason, where the batch cannot be written."""
-        plan = self.plan(sequence, facts)
+    def batch(self, sequence: Sequence, facts: Several[Fact], said: Set[int] = frozenset()) -> Sequence:
+        """The sequence with a batch behind it; as it was, with the reason, where the batch cannot be written. `said` are places of repeats that
+        were found to be said already."""
+        plan = planned(sequence, facts, self.how, self.unfit, said)
         base = without(self.model, sequence, plan.rows, self.metric) if plan.rows else sequence
-        alone = base.sums is not None and self.how.sought == "unedited"
-        with nullcontext() if alone else written(self.model, base):
-            if len(facts) > 1 or plan.rows:
+        if len(facts) > 1 or plan.rows:
+            with self.on(base):
                 plan = self.unsaid(plan)
-            if not plan.wanted:
-                return self.noted(base, facts, plan, sequence)
-            settings = replace(self.settings, strengthen=True) if plan.again else self.settings
-            settings = rehearsing.gently(self.model, settings, self.how, len(base.rows) + len(plan.wanted))
-            edit = attempt(self.model, plan.wanted, self.editor, settings, self.prepared, {} if alone else base.earlier)
+        if kept := {place for place in plan.repeats if plan.why.get(place) == SAID}:  # what they repeat stays
+            return self.batch(sequence, facts, said | kept)
+        if not plan.wanted:
+            return self.noted(base, facts, plan, sequence)
+        edit = self.sought(base, plan)
+        if edit.is_empty:
+            why = {**plan.why, **dict.fromkeys(plan.chosen, "; ".join(edit.reasons))}
+            return self.noted(sequence, facts, Plan(why=why, conflicts=plan.conflicts), sequence)
+        return self.mended(self.noted(self.added(base, edit, plan.wanted), facts, plan, sequence))
+
+    def restored(self, sequence: Sequence) -> Sequence:
+        """The sequence with the facts that wait written again, those of one subject at a time; what cannot be says why."""
+        for subject in dict.fromkeys(entry.fact["subject"] for entry in sequence.waiting.values()):
+            own = {index: entry for index, entry in sequence.waiting.items() if entry.fact["subject"] == subject}
+            plan = Plan(again={index: entry.as_fact for index, entry in own.items()})
+            edit = self.sought(sequence, plan)
+            if edit.is_empty:
+                why = "; ".join(edit.reasons)
+                entries = [replace(entry, why=why) if index in own else entry for index, entry in enumerate(sequence.entries)]  # fmt: skip
+                sequence = replace(sequence, entries=tuple(entries))
+            else:
+                sequence = self.mended(self.noted(self.added(sequence, edit, plan.wanted), (), plan, sequence))
+        return sequence
+
+    def parted(self, sequence: Sequence, numbers: Several[int]) -> Sequence:
+        """The sequence without these edits, the facts that shared a value with them written again."""
+        for number in numbers:
+            known = 0 <= number < len(sequence.entries)
+            if not known or number in sequence.standing or number in sequence.waiting:
+                sequence = reverted(self.model, sequence, number, self.prepared)
+        return self.restored(sequence)
+
+    def apart(self, base: Sequence) -> bool:
+        """Whether values are sought on the model without edits."""
+        return base.sums is not None and self.how.sought == "unedited"
+
+    def on(self, base: Sequence) -> AbstractContextManager[None]:
+        """The model as values are sought on it."""
+        return nullcontext() if self.apart(base) else written(self.model, base)
+
+    def sought(self, base: Sequence, plan: Plan) -> Edit:
+        """The edit of what a plan wants, on what stands."""
+        settings = replace(self.settings, strengthen=True) if plan.again else self.settings
+        settings = rehearsing.gently(self.model, settings, self.how, len(base.rows) + len(plan.wanted))
+        with self.on(base):
+            edit = attempt(self.model, plan.wanted, self.editor, settings, self.prepared, {} if self.apart(base) else base.earlier)  # fmt: skip
         if edit.told:
             raise SequenceError(f"a sequence is of changes of weights, and an edit by {self.editor.name} tells the model a text; choose another editor.")  # fmt: skip
-        if edit.is_empty:
-            why = plan.why | dict.fromkeys(plan.chosen, "; ".join(edit.reasons))
-            return self.noted(sequence, facts, _Plan(why=why, conflicts=plan.conflicts), sequence)
-        return self.mended(self.noted(self.added(base, edit, plan.wanted), facts, plan, sequence))
+        return edit
 
     def mended(self, sequence: Sequence) -> Sequence:
         """The sequence with what the model does not say, of the last batch and of earlier facts that are drawn, learnt again, `rounds` times
@@ -251,36 +293,6 @@ class _Writer:
             sequence = rehearsing.raised(sequence, list(lost), rehearsing.forces(edit) / self.settings.b, self.metric)
         return sequence
 
-    def plan(self, sequence: Sequence, facts: Several[Fact]) -> _Plan:
-        """Conflicts, and rows that facts of the batch share, sorted out before anything is computed."""
-        standing = sequence.standing
-        by_about = {entry.about: index for index, entry in standing.items()}
-        why: dict[int, str] = {}
-        gone: dict[int, str] = {}
-        latest: dict[tuple[str, str], int] = {}
-        conflicts = 0
-        for place, fact in enumerate(facts):
-            if reason := self.unfit(fact):
-                why[place] = reason
-                continue
-            about, number = Entry(_plain(fact), 0, -1).about, len(sequence.entries) + place
-            before = by_about.get(about)
-            clashes = [standing[before].fact["target_new"]] if before is not None else []
-            clashes += [facts[latest[about]].target_new] if about in latest else []
-            if any(each != fact.target_new for each in clashes):
-                conflicts += 1
-                if self.how.conflicts == "refuse":
-                    why[place] = "it contradicts an earlier edit of the sequence, which stays (conflicts = refuse)"
-                    continue
-            if about in latest:
-                why[latest[about]] = f"edit {number}, of the same batch, is about the same"
-            if before is not None:
-                gone[before] = f"edit {number} is about the same"
-            latest[about] = place
-        chosen = {place: fact for place, fact in enumerate(facts) if place not in why}
-        rows, again = self._shared(sequence, chosen, gone) if sequence.sums is not None else ((), {})
-        return _Plan(chosen, again, rows, gone, why, conflicts)
-
     def unfit(self, fact: Fact) -> str:
         """Why a fact can be edited on no model of this kind; empty where it can."""
         try:
@@ -290,23 +302,14 @@ class _Writer:
             return str(error)
         return ""
 
-    def unsaid(self, plan: _Plan) -> _Plan:
+    def unsaid(self, plan: Plan) -> Plan:
         """The plan without facts that the model, as it is now, says already."""
         if self.settings.strengthen:
             return plan
         says = rehearsing.says(self.model, list(plan.chosen.values()), self.settings) if plan.chosen else []
         said = [place for place, is_said in zip(plan.chosen, says, strict=True) if is_said]
         chosen = {place: fact for place, fact in plan.chosen.items() if place not in said}
-        return replace(plan, chosen=chosen, why=plan.why | dict.fromkeys(said, SAID))
-
-    def _shared(self, sequence: Sequence, chosen: dict[int, Fact], gone: dict[int, str]) -> tuple[tuple[int, ...], dict[int, Fact]]:  # fmt: skip
-        """Rows that go out, and the facts of theirs that are written again."""
-        subjects = {fact.subject for fact in chosen.values()} if self.how.shared else set()
-        standing = sequence.standing
-        rows = {standing[index].row for index in gone}
-        rows |= {entry.row for entry in standing.values() if entry.fact["subject"] in subjects}
-        again = {index: entry.as_fact for index, entry in standing.items() if entry.row in rows and index not in gone}
-        return tuple(sorted(rows)), again
+        return replace(plan, chosen=chosen, why={**plan.why, **dict.fromkeys(said, SAID)})
 
     def added(self, base: Sequence, edit: Edit, wanted: Several[Fact]) -> Sequence:
         """The sequence with what the edit wrote: rows of exact editors; sums of changes of others."""
@@ -324,7 +327,7 @@ class _Writer:
         rows = dict(base.rows) | {base.made + index: row for index, row in enumerate(new)}
         return solved(replace(base, rows=rows), sums, self.metric)
 
-    def noted(self, done: Sequence, facts: Several[Fact], plan: _Plan, before: Sequence) -> Sequence:
+    def noted(self, done: Sequence, facts: Several[Fact], plan: Plan, before: Sequence) -> Sequence:
         """The sequence with the entries of a batch, and those that it changed."""
         subjects = list(dict.fromkeys(fact.subject for fact in plan.wanted))
         exact = done.sums is not None
@@ -333,12 +336,15 @@ class _Writer:
         def now(index: int, entry: Entry) -> Entry:
             if index in plan.gone:
                 return replace(entry, row=-1, why=plan.gone[index])
-            return replace(entry, row=row[entry.fact["subject"]]) if index in plan.again else entry
+            if index in plan.again:
+                batch = entry.batch if entry.row >= 0 else before.batches
+                return replace(entry, row=row[entry.fact["subject"]], why="", batch=batch)
+            return entry
 
         entries = [now(index, entry) for index, entry in enumerate(before.entries)] if plan.gone or plan.again else before.entries  # fmt: skip
         new = [
             Entry(
-                _plain(fact), before.batches, row[fact.subject] if place in plan.chosen else -1, plan.why.get(place, "")
+                plain(fact), before.batches, row[fact.subject] if place in plan.chosen else -1, plan.why.get(place, "")
             )
             for place, fact in enumerate(facts)
         ]
@@ -349,7 +355,3 @@ class _Writer:
             made=before.made + (len(subjects) if exact else int(bool(subjects))),
             conflicts=before.conflicts + plan.conflicts,
         )
-
-
-def _plain(fact: Fact) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(fact).items()}

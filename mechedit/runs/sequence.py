@@ -36,7 +36,7 @@ from mechedit.facts import Fact
 from mechedit.models import HookedModel
 from mechedit.parsing import check
 from mechedit.recursive import Sums, least_squares
-from mechedit.settings import from_json
+from mechedit.settings import SequenceSettings, from_json
 from mechedit.weights import Weight
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
 
 KIND = "sequence"
 TAKEN_OUT = "taken out again"
+WAITS = "it shared a value with an edit that was taken out, and waits to be written again"
 MOST_REASONS = 12  # that are told
 
 
@@ -84,9 +85,10 @@ class Entry:
         return Fact(**own)
 
     @property
-    def about(self) -> tuple[str, str]:
-        """Subject and relation, by which two facts are found to contradict each other."""
-        return self.fact["subject"], self.fact["relation"] or self.fact["template"]
+    def about(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        """Subject and relation, and the whole prompt: facts of which one of both is equal are about the same."""
+        subject, template = self.fact["subject"], self.fact["template"]
+        return (subject, self.fact["relation"] or template), ("", template.replace("{}", subject, 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +107,7 @@ class Sequence:
     settings: dict[str, Any]
     origin: dict[str, Any]
     prepared: str
+    how: dict[str, Any] = field(default_factory=dict)  # the settings of sequences that decide what is written
     entries: tuple[Entry, ...] = ()
     rows: Mapping[int, Row] = field(default_factory=dict)
     sums: Sums | None = None
@@ -124,6 +127,17 @@ class Sequence:
     def standing(self) -> dict[int, Entry]:
         """The facts that a row stands for, by their number."""
         return {index: entry for index, entry in enumerate(self.entries) if entry.row >= 0}
+
+    @property
+    def waiting(self) -> dict[int, Entry]:
+        """The facts that `extending.extend` writes again, by their number: they shared a row with an edit that was taken out."""
+        return {index: entry for index, entry in enumerate(self.entries) if entry.row < 0 and entry.why == WAITS}
+
+    @property
+    def empty(self) -> Sequence:
+        """The same before any edit."""
+        sums = None if self.sums is None else Sums.none(*self.sums.Q.shape)
+        return Sequence(self.editor, self.settings, self.origin, self.prepared, self.how, sums=sums)
 
     @property
     def collapse(self) -> dict[str, Any] | None:
@@ -146,6 +160,7 @@ class Sequence:
             "conflicts": self.conflicts,
             "why": dict(sorted(why.items(), key=lambda each: -each[1])[:MOST_REASONS]),
             "settings": self.settings,
+            "how": self.how,
             "origin": self.origin,
             "looks": list(self.looks),
         }
@@ -156,19 +171,21 @@ class Sequence:
         return {EARLIER: self.sums.P} if self.sums is not None else self.state
 
 
-def begin(model: HookedModel, editor: Editor, settings: Any, prepared: Prepared | None) -> Sequence:
+def begin(
+    model: HookedModel, editor: Editor, settings: Any, prepared: Prepared | None, how: SequenceSettings
+) -> Sequence:
     """A sequence without edits, for settings as `resolve` gives them."""
     exact = isinstance(editor, Memit) and settings.b > 0 and settings.parts == ("mlp",) and not settings.layers
     sums = Sums.none(*models.W_out(model, settings.layer).shape) if exact else None
-    plain = cache.plain(asdict(settings))
-    return Sequence(editor.name, plain, provenance.origin(model), prepared.key if prepared else "", sums=sums)
+    own, plain = cache.plain(how.writing), cache.plain(asdict(settings))
+    return Sequence(editor.name, plain, provenance.origin(model), prepared.key if prepared else "", own, sums=sums)
 
 
 def check_of(model: HookedModel, sequence: Sequence, like: Sequence) -> None:
     """Raise unless a sequence goes on where `like`, an empty one, begins.
 
     Raises:
-        SequenceError: it is of another model, editor, settings, C or prefixes.
+        SequenceError: it is of another model, editor, settings, C or prefixes, or does not say how it was written.
     """
     for name in ("weights", "configuration", "tokenizer", "dtype"):
         if sequence.origin[name] != like.origin[name]:
@@ -178,9 +195,14 @@ def check_of(model: HookedModel, sequence: Sequence, like: Sequence) -> None:
             )
     if sequence.editor != like.editor:
         raise SequenceError(f"the sequence is of the editor {sequence.editor}, not of {like.editor}; begin another.")
-    plain = {name: _listed(value) for name, value in like.settings.items()}
-    if other := [name for name in plain if sequence.settings.get(name) != plain[name]]:
-        was, now = sequence.settings.get(other[0]), plain[other[0]]
+    if not sequence.how:
+        raise SequenceError(
+            f"the sequence's file does not say how it was written ({', '.join(like.how)}), as an earlier version of mechedit kept it; begin another."
+        )
+    before = sequence.settings | sequence.how
+    plain = {name: _listed(value) for name, value in (like.settings | like.how).items()}
+    if other := [name for name in plain if before.get(name) != plain[name]]:
+        was, now = before.get(other[0]), plain[other[0]]
         raise SequenceError(
             f"the sequence was begun with {other[0]} = {was!r}, and this is {now!r}; give the same, or begin another."
         )
@@ -238,7 +260,8 @@ def reverted(model: HookedModel, sequence: Sequence, index: int, prepared: Any) 
 
     P and Q lose the row's part, and W is the one solve for the rows that are left: what a sequence would have that was given the
     other keys and values alone, up to rounding in float64. (A sequence made anew without the edit finds somewhat other values, as each is
-    sought on the model as it then is.) Facts that share the row go out with it; `extending.extend` writes them again.
+    sought on the model as it then is.) Other facts of the row go out with it and wait (`waiting`): `extending.extend` and `take_out` write them
+    again, with a value of their own.
 
     Raises:
         SequenceError: no such edit, one that is not there any more, or an editor whose edits cannot be taken out.
@@ -246,12 +269,14 @@ def reverted(model: HookedModel, sequence: Sequence, index: int, prepared: Any) 
     if not 0 <= index < len(sequence.entries):
         raise SequenceError(f"the sequence has edits 0 to {len(sequence.entries) - 1}; found {index}.")
     row = sequence.entries[index].row
-    if row < 0:
+    if row < 0 and index not in sequence.waiting:
         raise SequenceError(f"nothing stands for edit {index} any more: {sequence.entries[index].why}.")
-    metric = Metric(terms_of(_settings(sequence)), prepared.moment.C)
-    left = without(model, sequence, [row], metric)
-    entries = tuple(replace(entry, row=-1, why=TAKEN_OUT) if entry.row == row else entry for entry in left.entries)
-    return replace(left, entries=entries)
+    if row >= 0:
+        metric = Metric(terms_of(_settings(sequence)), prepared.moment.C)
+        sequence = without(model, sequence, [row], metric)
+    entries = [replace(each, row=-1, why=WAITS) if each.row == row >= 0 else each for each in sequence.entries]
+    entries[index] = replace(entries[index], row=-1, why=TAKEN_OUT)
+    return replace(sequence, entries=tuple(entries))
 
 
 def _settings(sequence: Sequence) -> Any:
@@ -293,6 +318,7 @@ def load(path: str | Path) -> Sequence:
         FileError: the file is missing, cut off, changed, or something else.
     """
     tensors, record = files.read(path, KIND)
+    record = {"how": {}} | record  # of an earlier version, which is shown and does not go on
     try:
         check(record, _FORM)
         rows = record["rows"]
@@ -314,12 +340,13 @@ def load(path: str | Path) -> Sequence:
         ) from error
 
 
-_RECORD = ("editor", "settings", "origin", "prepared", "looks", "batches", "made", "conflicts")
+_RECORD = ("editor", "settings", "origin", "prepared", "how", "looks", "batches", "made", "conflicts")
 _FORM = {
     "editor": str,
     "settings": dict,
     "origin": {"name": str, "weights": str, "configuration": str, "tokenizer": str, "dtype": str},
     "prepared": str,
+    "how": dict,
     "looks": [{"edits": int, "out": [str]}],
     "batches": int,
     "made": int,

@@ -1,13 +1,15 @@
 """Looks at a model's health in the middle of a sequence of edits, at a cost that does not grow with them.
 
-    success     share of earlier edits, sampled, whose new target is still more probable than the true one; `row` has each of them
+    success     share of earlier edits, sampled, whose new target is still more probable than the true one; `row` has each of them. Facts without a
+                true target are left out, and so are neighbours without an answer
     others      share of facts never edited (neighbours of edited ones, sampled) whose own answer is more probable than the new target
     perplexity_ratio, next_token_kl, next_token_same, weight_norm_ratio     of held-out text, as `benchmarks.health` has them
     change      |W - W0| / |W0| of the edited weights together
     spectrum    largest singular value of W over that of W0, of the weight where that is most; `singular` has the three largest of both
 
 A look scores at most 4 times `sampled` (prompt, target) pairs and 256 tokens of text, and takes the singular values of what is edited.
-The sampled edits are every 2^k-th, k the least with which they are few enough, so that later looks go on with edits that earlier ones saw.
+The sampled edits are those whose numbers come first by their binary digits read backwards: all multiples of a power of two, and of the next lower
+one as many as there is room for. So later looks go on with edits that earlier ones saw, whichever do not stand any more.
 """
 
 from __future__ import annotations
@@ -31,11 +33,8 @@ SINGULAR = 3
 
 
 def sampled(numbers: list[int], most: int) -> list[int]:
-    """Those that are multiples of the least power of two with which at most `most` are left."""
-    step = 1
-    while len(found := [each for each in numbers if each % step == 0]) > most:
-        step *= 2
-    return found
+    """At most so many of them, evenly apart: those first by their binary digits read backwards, in the order of the numbers."""
+    return sorted(sorted(numbers, key=lambda number: int(f"{number:064b}"[::-1], 2))[:most])
 
 
 def look(
@@ -43,14 +42,14 @@ def look(
 ) -> dict[str, Any]:
     """The numbers above as JSON values, of the model without edits given, with the sequence written for as long as it takes."""
     standing = sequence.standing
-    chosen = sampled(list(standing), how.sampled)
-    facts = [standing[index].as_fact for index in chosen]
+    chosen = sampled([index for index, entry in standing.items() if entry.fact["target_true"] is not None], how.sampled)
+    compared = [standing[index].as_fact for index in chosen]
+    facts = [standing[index].as_fact for index in sampled(list(standing), how.sampled)]
     asked = {entry.as_fact.prompt for entry in standing.values()}
     found: dict[str, Any] = {"edits": len(sequence.entries), "standing": len(standing)}
     with written(model, sequence):
-        held = _compared(
-            model, [(fact.prompt, str(fact.target_new), fact.target_true, fact.join) for fact in facts], bos
-        )
+        rows = [(fact.prompt, str(fact.target_new), str(fact.target_true), fact.join) for fact in compared]
+        held = _compared(model, rows, bos)
         kept = _compared(model, _others(facts, asked, how.sampled), bos)
         found |= health(model, healthy)
     found |= {"success": _share(held), "others": _share(kept), "row": dict(zip(map(str, chosen), held, strict=True))}
@@ -58,20 +57,21 @@ def look(
     return found | {"out": out_of_bands(found, how)}
 
 
-def _others(facts: list[Fact], asked: set[str], most: int) -> list[tuple[str, str, str | None, str]]:
+def _others(facts: list[Fact], asked: set[str], most: int) -> list[tuple[str, str, str, str]]:
     """Neighbours' prompts that no edit is of, each with its own answer and the target that it must stay above: one a fact in turn."""
-    found: dict[str, tuple[str, str, str | None, str]] = {}
+    found: dict[str, tuple[str, str, str, str]] = {}
     for place in range(max((len(fact.neighbours) for fact in facts), default=0)):
         for fact in facts:
             if len(found) < most and place < len(fact.neighbours) and fact.neighbours[place] not in asked:
                 prompt, answer = fact.neighbourhood[place]
-                found.setdefault(prompt, (prompt, str(answer), fact.target_new, fact.join))
+                if answer is not None:
+                    found.setdefault(prompt, (prompt, answer, str(fact.target_new), fact.join))
     return list(found.values())
 
 
-def _compared(model: HookedModel, rows: list[tuple[str, str, str | None, str]], bos: bool) -> list[bool]:
+def _compared(model: HookedModel, rows: list[tuple[str, str, str, str]], bos: bool) -> list[bool]:
     """Whether the first target of each is more probable, by the mean over its tokens, than the second."""
-    pairs = [(prompt, str(target), join) for prompt, *targets, join in rows for target in targets]
+    pairs = [(prompt, target, join) for prompt, *targets, join in rows for target in targets]
     scores = scoring.score(model, pairs, prepend_bos=bos) if pairs else []
     return [one.mean_log_p > other.mean_log_p for one, other in zip(scores[::2], scores[1::2], strict=True)]
 

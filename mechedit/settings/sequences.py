@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mechedit.settings.base import Settings, check_each, knob, require
 
-__all__ = ["ON_COLLAPSE", "SequenceSettings"]
+__all__ = ["ON_COLLAPSE", "WRITTEN", "SequenceSettings"]
 
 ON_COLLAPSE = ("go on", "stop", "roll back")
+WRITTEN = ("together", "shared", "sought", "rehearsed", "again", "rounds", "gentle", "conflicts")
+"""Settings that decide what is written, and stay as they are for as long as a sequence goes on; the others only watch."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class SequenceSettings(Settings):
     most_perplexity: float = knob(1.5, "band: perplexity of held-out text, edited over unedited")
     most_kl: float = knob(1.0, "band: KL of next tokens of held-out text, in nats")
     most_spectrum: float = knob(10.0, "band: largest singular value of an edited weight, edited over unedited")
+
+    @property
+    def writing(self) -> dict[str, Any]:
+        """Those that decide what is written."""
+        return {name: getattr(self, name) for name in WRITTEN}
 
     def __post_init__(self) -> None:
         check_each(self)
