@@ -2,8 +2,8 @@
 
 In one run, with one number of threads: v* of each fact, by the model's own settings of ROME, one after another and all together, in turns;
 of each way the fastest of `repeats`. C, prefixes and keys are there beforehand. Seconds are the process's own where it has one thread, so that
-other work on the machine does not count, else those of the clock. With `--old CHECKOUT` also one edit after another by that version and by this
-one, in processes of their own that take turns.
+other work on the machine does not count, else those of the clock. With `--old CHECKOUT` also one edit after another by that version, by this
+one, and by this one with `--search quick`, in processes of their own that take turns.
 """
 
 from __future__ import annotations
@@ -73,17 +73,17 @@ def furthest(some: Sequence[Value], others: Sequence[Value]) -> float:
 
 def edits(settings: BenchmarkValues) -> dict[str, Any]:
     """Of single edits by both versions: the fastest turn of each fact, and what of the old one's seconds the new one takes."""
-    versions = {"old": settings.old.resolve(), "new": HERE}
+    versions = {"old": (settings.old.resolve(), []), "new": (HERE, []), "quick": (HERE, ["quick"])}
     turns: dict[str, list[list[dict[str, float]]]] = {name: [] for name in versions}
     for _ in range(settings.repeats):
-        for name, version in versions.items():
-            command = [sys.executable, str(HERE / "experiments" / "edit_worker.py"), settings.model, str(settings.edits), str(settings.threads)]  # fmt: skip
+        for name, (version, search) in versions.items():
+            command = [sys.executable, str(HERE / "experiments" / "edit_worker.py"), settings.model, str(settings.edits), str(settings.threads), *search]  # fmt: skip
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(version)}, cwd=version)  # fmt: skip
             turns[name].append(json.loads(done.stdout.splitlines()[-1]))
             say(f"{name}: {[round(each['seconds'], 1) for each in turns[name][-1]]}")
     best = {name: [min(own, key=lambda each: each["seconds"]) for own in zip(*of, strict=True)] for name, of in turns.items()}  # fmt: skip
     seconds = {name: sum(each["seconds"] for each in own) / len(own) for name, own in best.items()}
-    return {"commit": commit_of(settings.old), "edits": best, "seconds": seconds, "new over old": seconds["new"] / seconds["old"]}  # fmt: skip
+    return {"commit": commit_of(settings.old), "edits": best, "seconds": seconds, "of the old": {name: seconds[name] / seconds["old"] for name in ("new", "quick")}}  # fmt: skip
 
 
 def main(settings: BenchmarkValues) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def main(settings: BenchmarkValues) -> dict[str, Any]:
     say(f"{result['times faster']:.1f} times faster, {result['largest difference']:.1e} apart")
     if settings.old != Path():
         result["single edit"] = edits(settings)
-        say(f"a single edit takes {result['single edit']['new over old']:.2f} of the old version's time")
+        say(f"of the old version's time a single edit takes {result['single edit']['of the old']}")
     say(f"wrote {write('benchmark_values', model, settings, result)}")
     return result
 

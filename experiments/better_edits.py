@@ -8,7 +8,7 @@ Each row is a way to edit, of the same facts, each alone; all are compared with 
 - sentences: before the prompt stand whole sentences of other topics, as before COUNTERFACT's paraphrases, in place of sampled beginnings;
 - paraphrases: what the model itself writes in the prompt's place, where that leads to the true answer, is edited with the prompt;
 - bound: the change is no longer than `bound` times the weight;
-- quick: v* is sought with `quick` of the prompts, each of which is left out when it is learnt; for less time, not for more success;
+- quick: v* is sought with fewer prompts, each of which is left out when it is learnt (`--search quick`); for less time, not for more success;
 - null space: the change stays where ordinary keys are small, in the `null` share of C's directions.
 
 Nothing is refused (`guard`). Scores are kept in out/ as soon as they are found, so a killed run goes on.
@@ -37,6 +37,7 @@ from mechedit.progress import Progress, silent
 from mechedit.runs.evaluating import evaluate
 from mechedit.runs.results import Evaluation
 from mechedit.settings import EmmetSettings, EvaluateSettings, RomeSettings, given
+from mechedit.settings.rome import SEARCHES
 from mechedit.weights import value
 
 COLUMNS = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "answer", "drift", "drift_log_p")
@@ -65,7 +66,6 @@ class BetterEdits:
     sentences: int = 8  # of other topics
     others: int = 3000  # the benchmark's fact from which on those sentences are made
     bound: float = 0.035  # times the weight's norm; the default's changes are of about 0.048
-    quick: int = 11  # prompts
     null: float = 0.9  # share of C's directions, those of its smallest eigenvalues
     rows: tuple[str, ...] = ROWS
     seed: int = 0
@@ -171,7 +171,7 @@ def ways(settings: BetterEdits, model: HookedModel) -> dict[str, Callable[[], tu
         "paraphrases": lambda: (Paraphrased(), default),
         "bound": lambda: (Bounded(settings.bound), default),
         "null space": null,
-        "quick": lambda: (named("rome"), replace(default, sought_with=settings.quick, leave_learnt=True)),
+        "quick": lambda: (named("rome"), replace(default, **SEARCHES["quick"])),
     }
 
 

@@ -396,6 +396,14 @@ def test_a_policy_stands_for_fields_and_a_field_goes_before_it(run, tmp_path):
     assert settings() == ("averaged", "averaged", "own", "target")
 
 
+@pytest.mark.parametrize(("search", "prompts", "leave"), [("quick", 11, True), ("whole", 0, False)])
+def test_a_search_goes_by_name(run, tmp_path, search, prompts, leave):
+    path = tmp_path / "edit.safetensors"
+    assert run(*EDIT, "--guard", "warn", "--search", search, "--out", str(path))[0] == 0
+    own = edits.load(path).settings
+    assert (own["sought_with"], own["leave_learnt"]) == (prompts, leave)
+
+
 def test_c_is_of_rome_alone(run, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     for editor in ("ft", "rome-identity"):

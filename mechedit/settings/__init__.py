@@ -52,7 +52,7 @@ from mechedit.settings.many import (
 )
 from mechedit.settings.moments import MomentSettings
 from mechedit.settings.presets import PRESETS, Preset
-from mechedit.settings.rome import CONSTANTS, POLICIES, SHARES, STOPS, WHOSE_KEY, RomeSettings
+from mechedit.settings.rome import CONSTANTS, POLICIES, SEARCHES, SHARES, STOPS, WHOSE_KEY, RomeSettings
 from mechedit.settings.sequences import ON_COLLAPSE, SequenceSettings
 from mechedit.settings.studying import UNEDITED, StudySettings
 from mechedit.settings.tracing import (
@@ -112,6 +112,7 @@ __all__ = [
     "ROLES",
     "ROLE_TITLES",
     "SCALES",
+    "SEARCHES",
     "SEVERED_TITLES",
     "SHARES",
     "SPREADS",

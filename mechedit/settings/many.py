@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from mechedit.settings.base import knob, require
 from mechedit.settings.editor import GUARDS
-from mechedit.settings.rome import CONSTANTS, POLICIES, STOPS, RomeSettings
+from mechedit.settings.rome import CONSTANTS, POLICIES, SEARCHES, STOPS, RomeSettings
 
 __all__ = [
     "AVERAGES",
@@ -87,6 +87,7 @@ class MemitSettings(RomeSettings):
     bundles: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
         "policy": POLICIES | MANY_POLICIES,
         "constants": CONSTANTS | MANY_CONSTANTS,
+        "search": SEARCHES,
     }
 
     @property

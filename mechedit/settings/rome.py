@@ -9,7 +9,7 @@ from mechedit.settings.base import knob, require
 from mechedit.settings.editor import PREFIXES, EditSettings, check_prefixes
 from mechedit.settings.tracing import FACT_TOKENS
 
-__all__ = ["CONSTANTS", "POLICIES", "SHARES", "STOPS", "WHOSE_KEY", "RomeSettings"]
+__all__ = ["CONSTANTS", "POLICIES", "SEARCHES", "SHARES", "STOPS", "WHOSE_KEY", "RomeSettings"]
 
 WHOSE_KEY = ("averaged", "prompt")
 SHARES = ("own", "whole")
@@ -24,6 +24,11 @@ POLICIES: dict[str, dict[str, Any]] = {  # whose keys, whose shares, which stop;
 CONSTANTS: dict[str, dict[str, float]] = {  # of v*: what the published code has, and what the paper's text says
     "published": {"clamp": 4.0, "steps": 20, "learning_rate": 0.5, "weight_decay": 0.5, "kl": 0.0625, "stop_at": 0.05},
     "paper": {"clamp": 4.0, "steps": 20, "learning_rate": 0.5, "weight_decay": 1.5e-3, "kl": 100.0, "stop_at": 0.05},
+}
+
+SEARCHES: dict[str, dict[str, Any]] = {  # of v*: with which prompts
+    "whole": {"sought_with": 0, "leave_learnt": False},
+    "quick": {"sought_with": 11, "leave_learnt": True},
 }
 
 
@@ -67,7 +72,11 @@ class RomeSettings(EditSettings):
     leave_learnt: bool = knob(False, "while v* is sought, leave a prompt out as soon as its own loss is below stop_at")
     ridge: float = knob(0.0, "this share of C's mean diagonal is added to its diagonal")
 
-    bundles: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {"policy": POLICIES, "constants": CONSTANTS}
+    bundles: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
+        "policy": POLICIES,
+        "constants": CONSTANTS,
+        "search": SEARCHES,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
