@@ -17,7 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from math import isfinite
 from pathlib import Path
@@ -38,6 +38,8 @@ __all__ = [
     "once",
     "plain",
     "root",
+    "straight",
+    "unless_kept",
 ]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -94,7 +96,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     streams = _is_stream(path)
-    target = path if streams else _target(path)
+    target = path if streams else straight(path)
     temporary = _empty(Path(tempfile.gettempdir()) / f"mechedit{path.suffix}" if streams else target, path)
     try:
         try:
@@ -142,10 +144,10 @@ def _pour(temporary: Path, path: Path) -> None:
         shutil.copyfileobj(source, into)
 
 
-def _target(path: Path) -> Path:
-    """What a chain of links ends in; the path itself where it is no link."""
+def straight(path: Path) -> Path:
+    """Where a path leads: without links, and without `..`, which else counts folders that are there as yet to be made."""
     try:
-        return path.resolve() if path.is_symlink() else path
+        return path.resolve()
     except RuntimeError as error:  # of Python before 3.13
         raise WriteError(f"{path} cannot be written: its links go in a circle.") from error
     except (OSError, ValueError) as error:  # too long, with a NUL in it
@@ -172,21 +174,39 @@ def check_writable(path: Path) -> None:
         if _descriptor(path) is None and not os.access(path, os.W_OK):
             raise WriteError(f"{path} cannot be written: you may not write to it.")
         return
-    target = _target(path)
+    target = straight(path)
     try:
         if target.is_dir():
             raise WriteError(f"{path} is a folder; name a file in it.")
-        made = [folder for folder in target.parents if not folder.exists()]
+        with unless_kept(target.parent):
+            _empty(target, path).unlink()
     except (OSError, ValueError) as error:  # too long, or with a NUL in it
         if isinstance(error, WriteError):
             raise
         raise _refused(path, error) from error
+
+
+@contextmanager
+def unless_kept(folder: Path) -> Iterator[Callable[[], None]]:
+    """Make a folder and those that it stands in; those that this made are gone afterwards if nothing is in them, unless the body calls
+    what it is given. No folder that was there before is touched.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    made: list[Path] = []
+    kept: list[bool] = []
     try:
-        _empty(target, path).unlink()
+        for each in reversed((folder.resolve(), *folder.resolve().parents)):
+            if not each.exists():
+                with suppress(FileExistsError):  # of another process, whose it is then
+                    each.mkdir()
+                    made.insert(0, each)
+        yield lambda: kept.append(True)
     finally:
-        for folder in made:  # nothing is left of a command that goes on to fail
-            if folder.is_dir():
-                folder.rmdir()
+        for each in () if kept else made:
+            with suppress(OSError):  # something was put there
+                each.rmdir()
 
 
 def _empty(target: Path, path: Path) -> Path:

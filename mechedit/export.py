@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,8 @@ def check_folder(folder: str | Path) -> Path:
         WriteError: it cannot be written.
     """
     folder = Path(folder)
+    if ".." in folder.parts:  # through a folder that is not there yet, nothing can be looked at
+        folder = cache.straight(folder)
     if folder.exists() and not folder.is_dir():
         raise EditError(f"{folder} is no folder; export into a new folder.")
     if folder.is_dir() and any(folder.iterdir()):
@@ -202,10 +204,8 @@ def _whole(folder: Path) -> Iterator[Path]:
     Raises:
         WriteError: the disk is full, or refuses in another way.
     """
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _written(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".") as name:
+    with _written(folder), cache.unless_kept(folder) as keep:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as name:
             temporary = Path(name)
             yield temporary
             mode = folder.stat().st_mode & 0o666  # safetensors makes private files; an export is shared like any other
@@ -214,11 +214,7 @@ def _whole(folder: Path) -> Iterator[Path]:
                 file.chmod(mode)
             for file in files:  # on one disk, so that nothing is copied
                 file.replace(folder / file.name)
-    except BaseException:
-        for each in made:
-            with suppress(OSError):
-                each.rmdir()
-        raise
+        keep()
 
 
 @contextmanager

@@ -96,6 +96,8 @@ def test_exports_that_cannot_be_right_are_refused(made, folder, tmp_path, load):
     (full / "file").write_text("")
     with pytest.raises(EditError, match="not empty"):
         export.checkpoint(model, name, found, full)
+    with pytest.raises(EditError, match="not empty"):
+        export.checkpoint(model, name, found, full / "new" / ".." / ".." / full.name)
     with pytest.raises(WriteError, match="cannot be written"):
         export.adapter(model, name, found, full / "file" / "folder")
     with pytest.raises(EditError, match="nothing to export"):
@@ -263,7 +265,7 @@ def test_a_full_disk_leaves_nothing_of_an_export(limit, model, folder, tmp_path,
     for write in (export.checkpoint, export.adapter):
         if write is export.adapter and limit > 100:
             continue
-        for place in ("new/below", "there"):
+        for place in ("new/below", "there", "new/../there"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
             try:
                 with pytest.raises(WriteError, match="Nothing is left of it") as found:

@@ -99,6 +99,25 @@ def test_a_name_that_cannot_be_is_refused_before_anything_is_computed(name, tmp_
 
 
 @pytest.mark.anywhere
+def test_a_path_through_a_folder_that_is_not_there_touches_no_other(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    check_writable(Path("new/../../empty/a.json"))
+    check_writable(Path("new/deeper/../../../other/a.json"))
+    assert sorted(each.name for each in tmp_path.rglob("*")) == ["empty", "work"]
+    write(Path("new/../../empty/a.json"))
+    assert sorted(each.name for each in tmp_path.rglob("*")) == ["a.json", "empty", "work"]
+
+
+@pytest.mark.anywhere
+def test_what_is_put_into_a_new_folder_meanwhile_stays(tmp_path):
+    with cache.unless_kept(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "others").write_text("theirs")
+    assert sorted(each.name for each in tmp_path.rglob("*")) == ["a", "others"]
+
+
+@pytest.mark.anywhere
 def test_what_a_full_disk_refuses_leaves_what_was_there(tmp_path):
     (tmp_path / "a").write_text("old")
     code = (
