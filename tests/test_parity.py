@@ -129,6 +129,9 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "opt norm after": lambda: transformers.OPTConfig(
         **COMMON, **OPT, max_position_embeddings=128, init_std=0.25, do_layer_norm_before=False
     ),
+    "opt narrow embeddings": lambda: transformers.OPTConfig(
+        **COMMON, **(OPT | {"word_embed_proj_dim": 16}), max_position_embeddings=128, init_std=0.25
+    ),
     "bloom": lambda: transformers.BloomConfig(**COMMON, hidden_size=32, n_layer=4, n_head=4, initializer_range=0.25),
     "bloom norm after": lambda: transformers.BloomConfig(
         **COMMON, hidden_size=32, n_layer=4, n_head=4, initializer_range=0.25,
@@ -185,6 +188,7 @@ REFUSED = {
     "phi grouped": "num_key_value_heads=2",
     "phi qk_layernorm": "qk_layernorm=True",
     "opt norm after": "do_layer_norm_before=False",
+    "opt narrow embeddings": "word_embed_proj_dim=16",
     "bloom norm after": "apply_residual_connection_post_layernorm=True",
     "olmo2 grouped": "num_key_value_heads=2",
     **dict.fromkeys(("falcon", "stablelm", "granite", "cohere", "starcoder2"), "does not know the architecture"),
@@ -216,7 +220,7 @@ def test_a_configuration_is_computed_as_by_hugging_face_or_refused_in_one_line(n
 def test_a_verdict_is_kept_for_the_same_configuration_and_not_for_another(tmp_path, tokenizer, monkeypatch):
     calls = []
     own = checking.expected
-    monkeypatch.setattr(checking, "expected", lambda hf_model: calls.append(1) or own(hf_model))
+    monkeypatch.setattr(checking, "expected", lambda *given: calls.append(1) or own(*given))
     first = write(tmp_path / "a", CONFIGS["llama"](), tokenizer)
     for _ in range(2):
         models.load(str(first), device="cpu")
@@ -231,10 +235,24 @@ def test_a_verdict_is_kept_for_the_same_configuration_and_not_for_another(tmp_pa
     assert len(calls) == 4
 
 
+def test_a_model_with_a_short_original_context_is_the_same_in_its_first_load_and_its_second(tmp_path, tokenizer):
+    """Longer texts than the original context turn Hugging Face's angles by other factors."""
+    short = {"original_max_position_embeddings": 40}
+    config = transformers.Phi3Config(
+        **LLAMA, **short, **rope("longrope", **short, short_factor=[1.5] * 4, long_factor=[3.0] * 4)
+    )
+    folder = write(tmp_path / "m", config, tokenizer)
+    for _ in range(2):
+        model = models.load(str(folder), device="cpu")
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS[:, :20]), plain_logits(folder, IDS[:, :20]), atol=1e-4, rtol=0)
+        assert model.cfg.n_ctx == 40
+
+
 def test_a_model_that_differs_is_refused_each_time_and_named(tmp_path, tokenizer, monkeypatch):
     folder = write(tmp_path / "m", CONFIGS["llama theta"](), tokenizer)
     own = checking.expected
-    monkeypatch.setattr(checking, "expected", lambda hf_model: own(hf_model) + 0.01)
+    monkeypatch.setattr(checking, "expected", lambda *given: own(*given) + 0.01)
     for _ in range(2):
         with pytest.raises(ModelError, match="rope_parameters=.*300.*differ by 0.01, 0.0001 is allowed"):
             models.load(str(folder), device="cpu")

@@ -10,6 +10,7 @@
     conversion.py a HookedTransformer (3.9) of Hugging Face's model: configuration, angles, weights
     wrap.py       the hooked model around Hugging Face's: HookedTransformer (3.9) or TransformerBridge (4.x)
     checking.py   whether a hooked model computes what Hugging Face's does
+    completeness.py  whether a checkpoint has every weight, and no more
     gemma.py      the packaged Gemma 3 270M, converted once
     resolve.py    from a name to a folder, the names that are known, and their presets
     loading.py    `load`, and the check of its logits against Hugging Face's

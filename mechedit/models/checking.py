@@ -39,6 +39,7 @@ __all__ = [
     "keep",
     "key",
     "refuse_unless_finite",
+    "steady_context",
 ]
 
 PARITY = 1e-4
@@ -49,7 +50,19 @@ HALF = 0.1
 IDS = 64
 READ = 16  # positions, the last ones, whose logits are compared: a large vocabulary costs more than the blocks
 WINDOW = 24  # positions that a window has in the check, where it has more
-RULE = 1
+RULE = 2
+
+
+def steady_context(config: Any, n_ctx: int) -> int:
+    """The context within which a token's numbers do not depend on how many follow: Hugging Face turns every position by other
+    angles in a longer prompt where the rotary embedding is scaled as `dynamic` or `longrope`."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if each.get("rope_type") == "dynamic":
+            n_ctx = min(n_ctx, int(config.max_position_embeddings))
+        if each.get("rope_type") == "longrope":
+            n_ctx = min(n_ctx, int(each.get("original_max_position_embeddings", config.max_position_embeddings)))
+    return n_ctx
 
 
 def key(hf_model: Any, dtype: torch.dtype) -> str:
@@ -76,11 +89,18 @@ def keep(key: str, largest: float) -> None:
 
 
 @torch.no_grad()
-def expected(hf_model: Any) -> Float[Tensor, "1 pos d_vocab"]:
-    """Hugging Face's logits on the ids of the check."""
-    with _short_windows(hf_model.config):
-        ids = _ids(hf_model.config).to(hf_model.device)
-        return hf_model(ids, use_cache=False, **_read_of(hf_model)).logits[:, -READ:]
+def expected(hf_model: Any, name: str) -> Float[Tensor, "1 pos d_vocab"]:
+    """Hugging Face's logits on the ids of the check.
+
+    Raises:
+        ModelError: its own model cannot be run.
+    """
+    config = hf_model.config
+    try:
+        with _short_windows(config):
+            return hf_model(_ids(config).to(hf_model.device), use_cache=False, **_read_of(hf_model)).logits[:, -READ:]
+    except FOREIGN as error:
+        raise ModelError(f"Hugging Face's model of {name} cannot be run{because(config)} ({reason(error)}).") from error
 
 
 @torch.no_grad()
@@ -145,9 +165,10 @@ def _read_of(hf_model: Any) -> dict[str, int]:
 
 
 def _ids(config: Any) -> Int[Tensor, "1 pos"]:
-    """Token ids of no meaning, the same each time, as many as fit."""
+    """Token ids of no meaning, the same each time, as many as fit: in a longer text a model may turn positions by other angles, and
+    keep those."""
     fits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    length = min([IDS, *(int(each) for each in fits if each)])
+    length = steady_context(config, min([IDS, *(int(each) for each in fits if each)]))
     return torch.randint(int(config.vocab_size), (1, length), generator=torch.Generator().manual_seed(0))
 
 

@@ -95,16 +95,18 @@ def convert(hf_model: Any, tokenizer: Any, name: str, device: str, dtype: torch.
 def _unusual(config: Any) -> list[str]:
     """The fields of a configuration that are not what its class has by default and may change what is computed, as `field=value`."""
     plain = _plain_of(type(config))
-    found = {name: value for name, value in config.to_dict().items() if name not in SIZES}
+    found = {name: value for name, value in config.to_dict().items() if name not in SIZES and "drop" not in name}
+    if found.get("word_embed_proj_dim") == getattr(config, "hidden_size", None):  # embeddings are as wide as the model
+        found.pop("word_embed_proj_dim", None)
     return [f"{name}={_short(value)}" for name, value in sorted(found.items()) if value != plain.get(name)]
 
 
-SIZES = {  # fields that say how large a model is, or how it was made, written and trained
+SIZES = {  # fields that say how large a model is, or how it was made, written and trained, as those of dropout do
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("n_embd", "n_layer", "n_head", "n_positions", "n_ctx", "max_position_embeddings", "num_layers", "num_heads"),
     *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "initializer_range", "bos_token_id"),
     *("eos_token_id", "pad_token_id", "model_type", "use_cache", "tie_word_embeddings", "task_specific_params", "max_length"),
-    *("id2label", "label2id", "_attn_implementation", "summary_first_dropout", "ffn_dim", "word_embed_proj_dim"),
+    *("id2label", "label2id", "_attn_implementation", "summary_first_dropout", "ffn_dim", "init_std"),
 }  # fmt: skip
 
 
@@ -115,9 +117,9 @@ def _plain_of(kind: Any) -> dict[str, Any]:
         return {}
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, most: int = 60) -> str:
     text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def because(config: Any) -> str:
@@ -125,9 +127,9 @@ def because(config: Any) -> str:
     return f", whose configuration has {', '.join(found)}" if (found := _unusual(config)[:8]) else ""
 
 
-def reason(error: Exception) -> str:
-    """A foreign error in one short line."""
-    return f"{type(error).__name__}: {_short(' '.join(str(error).split())) or 'no reason given'}"
+def reason(error: Exception, most: int = 60) -> str:
+    """A foreign error in one short line, of its first `most` letters."""
+    return f"{type(error).__name__}: {_short(' '.join(str(error).split()), most) or 'no reason given'}"
 
 
 def _architecture(config: Any) -> str:
@@ -140,6 +142,8 @@ def _check_fields(config: Any, name: str) -> None:
     activation = _activation(config)
     if activation is not None and activation not in ACTIVATIONS:
         wrong.append(_activation_field(config))
+    if getattr(config, "word_embed_proj_dim", None) not in (None, getattr(config, "hidden_size", None)):
+        wrong.append("word_embed_proj_dim")
     if wrong:
         field = wrong[0]
         raise ModelError(

@@ -10,6 +10,8 @@ import torch
 
 from mechedit.models import checking
 from mechedit.models.checking import PARITY
+from mechedit.models.completeness import check_whole
+from mechedit.models.conversion import reason
 from mechedit.models.gemma import GEMMA
 from mechedit.models.identities import note_loaded
 from mechedit.models.resolve import preset, resolve
@@ -17,6 +19,8 @@ from mechedit.models.surface import HookedModel, ModelError
 from mechedit.models.wrap import quiet, settle_vector_math, wrap
 
 __all__ = ["PARITY", "hugging_face", "load", "parity"]
+
+FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load(name: str = GEMMA, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> HookedModel:
@@ -33,17 +37,19 @@ def load(name: str = GEMMA, *, device: str | None = None, dtype: torch.dtype = t
             is not computed as Hugging Face computes it, or whose logits are not finite in `dtype`.
     """
     name = str(name)
+    if dtype not in FORMATS:
+        raise ModelError(f"dtype must be one of {', '.join(map(str, FORMATS))}; found {dtype!r}.")
     device = _device(device)
     folder = resolve(name)
     with quiet():
         hf_model, tokenizer = _hugging_face(folder, name, dtype)
         config, key = hf_model.config, checking.key(hf_model, dtype)
-        theirs = None if checking.is_kept(key) else checking.expected(hf_model.to(device))
+        theirs = None if checking.is_kept(key) else checking.expected(hf_model.to(device), name)
         model = wrap(hf_model, tokenizer, folder, device, dtype).eval()
         del hf_model  # its weights are the hooked model's now
         if theirs is not None:
             checking.keep(key, checking.check(model, config, theirs, name))
-        model.cfg.n_ctx = steady_context(config, int(model.cfg.n_ctx))
+        model.cfg.n_ctx = checking.steady_context(config, int(model.cfg.n_ctx))
     model.cfg.model_name = _called(Path(name)) if Path(name).is_dir() else name
     if (own := preset(model)) is not None:
         model.cfg.default_prepend_bos = own.prepend_bos
@@ -58,18 +64,6 @@ def _called(folder: Path) -> str:
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
     return folder.name
-
-
-def steady_context(config: Any, n_ctx: int) -> int:
-    """The context within which a token's numbers do not depend on how many follow: Hugging Face turns every position by other
-    angles in a longer prompt where the rotary embedding is scaled as `dynamic` or `longrope`."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    for each in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if each.get("rope_type") == "dynamic":
-            n_ctx = min(n_ctx, int(config.max_position_embeddings))
-        if each.get("rope_type") == "longrope":
-            n_ctx = min(n_ctx, int(each.get("original_max_position_embeddings", config.max_position_embeddings)))
-    return n_ctx
 
 
 def hugging_face(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -96,17 +90,21 @@ def parity(name: str, text: str = "The Space Needle is located in the city of") 
 
 def _hugging_face(folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Hugging Face's model and tokenizer of a folder; `name` is what errors call it."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     settle_vector_math()  # every model comes through here, before its first prompt
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    of_weights = {"attn_implementation": "eager", "use_safetensors": True, "output_loading_info": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="eager", local_files_only=True, use_safetensors=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{name} cannot be read as a causal language model from {folder}: {error}") from error
+        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **of_weights)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:
+        # A configuration, tokenizer or weights that do not fit fail wherever in transformers they are first used, with whatever error
+        # that place has: of any kind, some known to no other library (StrictDataclassFieldValidationError), some of many lines.
+        raise ModelError(
+            f"{name} cannot be read as a causal language model from {folder} ({reason(error, most=300)})"
+        ) from error
+    check_whole(model, found, name)
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{name} has no fast tokenizer; subject positions are found by a fast tokenizer's offsets.")
     return model.eval(), tokenizer

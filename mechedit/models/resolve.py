@@ -35,8 +35,15 @@ def resolve(name: str) -> Path:
     Raises:
         ModelError: nothing by that name, or a hub that cannot be reached.
     """
-    is_model = (Path(name) / "config.json").is_file()
-    if Path(name).is_dir() and (is_model or name not in (GEMMA, *shipped.MODELS)):
+    try:
+        is_model = (Path(name) / "config.json").is_file()
+        is_folder = Path(name).is_dir()
+    except (OSError, ValueError) as error:  # too long, or with a NUL in it
+        said = getattr(error, "strerror", None) or error
+        raise ModelError(
+            f"no model is called {_shown(name)}: {said}. `mechedit models` lists names that can be loaded."
+        ) from error
+    if is_folder and (is_model or name not in (GEMMA, *shipped.MODELS)):
         if not is_model:
             raise ModelError(f"{name} is a folder without config.json; a model folder has Hugging Face's format.")
         _check_safetensors(Path(name), name)
@@ -48,6 +55,10 @@ def resolve(name: str) -> Path:
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"no folder {name} exists. `mechedit models` lists the names that can be loaded.")
     return _from_hub(name)
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 60 else name[:57] + "...")
 
 
 def _shipped(name: str) -> Path:
@@ -174,4 +185,4 @@ def _has_marks(model: HookedModel, marks: tuple[float, ...]) -> bool:
     ids = torch.arange(10, 10 * (len(marks) + 1), 10, device=device_of(model))
     with without_forward_hooks(model):
         found = embed(model, ids[None])[0].float().cpu().diagonal()
-    return torch.allclose(found, torch.tensor(marks), rtol=0.01, atol=1e-6)
+    return torch.allclose(found, torch.tensor(marks, dtype=torch.float32), rtol=0.01, atol=1e-6)
