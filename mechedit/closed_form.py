@@ -22,29 +22,31 @@ at once gives. Everything is float64 on the CPU; a solve of n facts costs n d_ml
 
 When few facts are added to many, the factor is not made anew (`Metric.plus`): L'L'^T = LL^T + b K^T K by reflections of blocks of columns,
 about 4 n d_mlp^2 however many edits there were. Reflections lose no digits to speak of, and what is lost is measured: each solve looks how
-well M times its solution is the keys, corrects it by that once, and makes the factor anew where it is off by more than `DRIFT`.
+well M times its solution is the keys, corrects it by that once, and makes the factor anew where it is off by more than `DRIFT`. In a
+sequence `Metric.at` goes from one edit's M to the next one's: the eigenvectors of C are found once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from functools import cached_property
+from math import log
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechedit import rank_one
-from mechedit.changes import LowRank
+from mechedit.changes import Change, Dense, LowRank
 from mechedit.errors import MecheditError
 from mechedit.weights import Weight
 
 __all__ = ["METHODS", "ClosedFormError", "Metric", "Terms", "bounded", "least_spectrum", "sparsest", "updated"]
 
-FEW = 12  # times as many numbers as keys a key has, where an update costs less than a new factor: 4 n d^2 < d^3 / 3
+FEW = 16  # times as many numbers as keys a key has, where an update costs less than a new factor (measured at d_mlp 768 and 2048)
 BLOCK = 32  # columns of a factor that are updated at once, at least
 DRIFT = 1e-9  # how far M times a solution may be from the keys, beside them, before an updated factor is made anew
 
@@ -108,6 +110,9 @@ class Metric:
 
     def __post_init__(self) -> None:
         rank_one.check_symmetric(self.C)
+        self._check_earlier()
+
+    def _check_earlier(self) -> None:
         if self.earlier is not None and self.earlier.shape != self.C.shape:
             raise ClosedFormError(
                 f"earlier must be a sum of k k^T of C's shape, {list(self.C.shape)}; it is {list(self.earlier.shape)}."
@@ -142,45 +147,86 @@ class Metric:
             M = M + self.terms.b * self.earlier.detach().cpu().double()
         return M
 
-    def plus(self, keys: Float[Tensor, "n d_mlp"]) -> Metric:
-        """After an edit that wrote these keys: they are among the earlier ones. Of few keys the factor is this one's, updated.
+    def at(
+        self,
+        terms: Terms,
+        earlier: Float[Tensor, "d_mlp d_mlp"] | None,
+        factor: Float[Tensor, "rank rank"] | None = None,
+    ) -> Metric:
+        """M of the same C by other terms or with other earlier keys. Of the same null space the basis is this one's, and of the same M the
+        factor too, unless it was updated: then it is to be given (`factor`), so that it does not depend on what was computed before.
+
+        Raises:
+            ClosedFormError: `earlier` is not of C's shape.
+        """
+        found = copy(self)
+        own = vars(found)
+        own.update(terms=terms, earlier=earlier)
+        found._check_earlier()
+        if terms.null != self.terms.null:
+            own.pop("basis", None)
+        if self.is_updated or not self._is(terms, earlier):
+            own.pop("factor", None)
+        own["is_updated"] = factor is not None
+        if factor is not None:
+            own["factor"] = factor
+        return found
+
+    def _is(self, terms: Terms, earlier: Float[Tensor, "d_mlp d_mlp"] | None) -> bool:
+        """Whether M by these terms and keys is this one."""
+        mine, other = ((each.a, each.b, each.c, each.null) for each in (self.terms, terms))
+        if mine != other or not terms.b or earlier is self.earlier:
+            return mine == other
+        return earlier is not None and self.earlier is not None and torch.equal(earlier, self.earlier)
+
+    def plus(self, keys: Float[Tensor, "n d_mlp"], earlier: Float[Tensor, "d_mlp d_mlp"] | None = None) -> Metric:
+        """After an edit that wrote these keys: they are among the earlier ones, whose sum with them may be given. Of few keys the factor is
+        this one's, updated.
 
         Raises:
             RankOneError: NaN or infinity.
         """
         rank_one.check_finite(keys=keys)
         keys = keys.detach().cpu().double()
-        seen = keys.T @ keys
-        found = replace(self, earlier=seen if self.earlier is None else self.earlier.detach().cpu().double() + seen)
-        known: dict[str, Any] = {name: vars(self)[name] for name in ("basis", "factor") if name in vars(self)}
-        if "factor" in known:
-            own = keys if self.basis is None else keys @ self.basis
-            if self.terms.b and FEW * len(own) > own.shape[1]:
-                del known["factor"]
-            elif self.terms.b:
-                known["factor"] = updated(known["factor"], self.terms.b**0.5 * own)
-                known["is_updated"] = True
-        vars(found).update(known)
-        return found
+        if earlier is None:
+            earlier = keys.T @ keys if self.earlier is None else self.earlier.detach().cpu().double() + keys.T @ keys
+        own = keys if self.basis is None else keys @ self.basis
+        is_few = self.terms.b and FEW * len(own) <= own.shape[1]
+        return self.at(self.terms, earlier, updated(self.factor, self.terms.b**0.5 * own) if is_few else None)
 
     @cached_property
     def is_updated(self) -> bool:
         """Whether the factor was brought here from that of fewer keys."""
         return False
 
-    def _along(self, own: Float[Tensor, "n rank"]) -> Float[Tensor, "n rank"]:
-        """K M^-1, in the null space's coordinates where there is one."""
+    def inverse(self, own: Float[Tensor, "n rank"]) -> Float[Tensor, "n rank"]:
+        """The rows times M^-1, in the null space's coordinates where there is one.
+
+        Raises:
+            RankOneError: NaN or infinity, or an M that is not positive definite.
+        """
         along = rank_one.whitened(own, self.factor)
         if not self.is_updated:
             return along
-        whole = along if self.basis is None else along @ self.basis.T
-        again = whole @ self._weighed()
-        off = own - ((again if self.basis is None else again @ self.basis) + self.terms.c * along)
+        off = own - self._times(along)
         if not float(off.norm()) <= DRIFT * float(own.norm()):
             vars(self).pop("factor")
             vars(self)["is_updated"] = False
             return rank_one.whitened(own, self.factor)
         return along + rank_one.whitened(off, self.factor)
+
+    def _times(self, along: Float[Tensor, "n rank"]) -> Float[Tensor, "n rank"]:
+        """The rows times M, without M."""
+        whole = along if self.basis is None else along @ self.basis.T
+        again = self.terms.a * (whole @ self.C.detach().cpu().double()) if self.terms.a else torch.zeros_like(whole)
+        if self.terms.b and self.earlier is not None:
+            again = again + self.terms.b * (whole @ self.earlier.detach().cpu().double())
+        return (again if self.basis is None else again @ self.basis) + self.terms.c * along
+
+    @property
+    def rank(self) -> int:
+        """How many directions a change may have: those of the null space, else all."""
+        return len(self.C) if self.basis is None else self.basis.shape[1]
 
     def survives(self, keys: Float[Tensor, "n d_mlp"]) -> Float[Tensor, " n"]:
         """The share of each key's square that lies where a change may be; 1 without a null space."""
@@ -203,7 +249,7 @@ class Metric:
         rank_one.check_finite(keys=keys, residuals=residuals)
         keys, residuals = keys.detach().cpu().double(), residuals.detach().cpu().double()
         own = keys if self.basis is None else keys @ self.basis
-        along = self._along(own)
+        along = self.inverse(own)
         gram = own @ along.T
         slack = self.terms.slack + self.terms.loose * float(gram.diagonal().mean())
         if not slack:
@@ -235,7 +281,7 @@ def updated(factor: Float[Tensor, "d d"], keys: Float[Tensor, "n d"]) -> Float[T
     return L
 
 
-def bounded(change: LowRank, norm: float) -> LowRank:
+def bounded(change: Change, norm: float) -> Change:
     """The change, no longer than `norm` (Frobenius).
 
     Raises:
@@ -243,8 +289,12 @@ def bounded(change: LowRank, norm: float) -> LowRank:
     """
     if not norm > 0:
         raise ClosedFormError(f"norm must be above 0; found {norm}.")
-    share = min(1.0, norm / change.norm) if change.norm else 1.0
-    return LowRank(change.weight, change.left, share * change.right)
+    length = change.norm
+    share = min(1.0, norm / length) if length else 1.0
+    factors = change.factors()
+    if factors is None:
+        return Dense(change.weight, share * change.dense())
+    return LowRank(change.weight, factors[0], share * factors[1])
 
 
 def sparsest(
@@ -277,5 +327,5 @@ def least_spectrum(
         raise ClosedFormError(f"base must be above 1; found {base}.")
     U, s, V = torch.linalg.svd(delta.double(), full_matrices=False)
     m = torch.linalg.matrix_norm(W_out.double(), 2)
-    lower = torch.where(s > m, (s.log() - m.log()) / torch.tensor(base).double().log() + m, s)
+    lower = torch.where(s > m, (s.log() - m.log()) / log(base) + m, s)
     return ((U * lower) @ V).to(delta)

@@ -160,9 +160,9 @@ class Editor:
         """Raise, before anything is computed, where these facts cannot be edited together, or what was prepared (None where it is
         not yet) does not belong to the model."""
 
-    def joined(self, state: State, new: State) -> State:
+    def joined(self, state: State, new: State, settings: Any = None, prepared: Any = None) -> State:
         """What the next edit of a sequence is to know, from what the latest one was given and what it hands on: that alone, by default,
-        where it hands on anything."""
+        where it hands on anything. With the settings and what was prepared it may have what makes the next one quicker."""
         return new or state
 
     def find(

@@ -147,8 +147,8 @@ class Edit:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """Of the notes, those on targets that stay improbable."""
-        found = []
+        """Of the notes, those on a change that writes too little of what was wanted, and on targets that stay improbable."""
+        found = [str(self.details["unmet"])] if "unmet" in self.details else []
         for each in self.facts if self.editor != COMPOSED else ():
             p = {name: each.after.get(name, float("nan")) for name in ("p_new", "p_true")}
             if p["p_new"] < IMPROBABLE or p["p_new"] <= p["p_true"]:

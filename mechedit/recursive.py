@@ -1,9 +1,9 @@
 """Many edits of one layer as one least-squares problem, whatever the order in which they came.
 
 Keys k with targets t, written one after another by the solve of `mechedit.closed_form` that counts the keys of earlier edits
-(b = 1), leave the change that one solve for all of them gives:
+(b), leave the change that one solve for all of them gives:
 
-    D = (a C + c I + P)^-1 Q,    P = sum of k k^T,    Q = sum of k r^T,    r = t - (k W0 + b_out)
+    D = (a C + c I + b P)^-1 b Q,    P = sum of k k^T,    Q = sum of k r^T,    r = t - (k W0 + b_out)
 
 With slack 1 the target is v*, which is then met as far as `a` lets. With less slack v* is met more nearly, and the target that has this as
 its least-squares solution lies beyond it, by the solve's right factor f = (K M^-1 K^T + slack I)^-1 R: t is what the key returns after the write,
@@ -63,18 +63,17 @@ def check_recursive(terms: Terms) -> None:
 
 
 def least_squares(metric: Metric, sums: Sums) -> Float[Tensor, "d_mlp d_model"]:
-    """D, for a metric without earlier keys; inside the null space of C where its terms have one.
+    """D, for a metric of any earlier keys, in whose place P is; inside the null space of C where its terms have one. Of a metric whose
+    earlier keys are P its factor is used.
 
     Raises:
         ClosedFormError: terms with which edits are no such problem.
         RankOneError: NaN or infinity, or a matrix that is not positive definite.
     """
-    terms = metric.terms
-    check_recursive(terms)
+    check_recursive(metric.terms)
     rank_one.check_finite(P=sums.P, Q=sums.Q)
-    P, Q, basis = sums.P + terms.a / terms.b * metric.C.detach().cpu().double(), sums.Q, metric.basis
-    if basis is not None:
-        P, Q = basis.T @ P @ basis, basis.T @ Q
-    P = (P + P.T) / 2 + terms.c / terms.b * torch.eye(len(P), dtype=P.dtype)
-    D = torch.cholesky_solve(Q, rank_one.factor(P))
-    return D if basis is None else basis @ D
+    if metric.earlier is not sums.P:
+        metric = metric.at(metric.terms, sums.P)
+    basis, Q = metric.basis, metric.terms.b * sums.Q
+    D = metric.inverse((Q if basis is None else basis.T @ Q).T).T
+    return D.contiguous() if basis is None else basis @ D

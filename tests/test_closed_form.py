@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechedit import closed_form, rank_one
+from mechedit import closed_form, models, moments, rank_one
 from mechedit.changes import LowRank
 from mechedit.closed_form import METHODS, ClosedFormError, Metric, Terms
 from mechedit.rank_one import RankOneError
@@ -84,6 +84,34 @@ def test_every_published_editor_is_the_solver_with_its_terms(name, layer):
     found = Metric(terms, layer.C, layer.earlier).solve(4, layer.keys[:n], layer.residuals[:n])
     assert (found.weight, len(found.left)) == (Weight(4, "mlp.W_out"), n)
     close(found, plain(name, layer, terms))
+
+
+def test_at_a_models_width_and_with_its_own_c_every_editor_is_its_formula():
+    model = models.load("organism")
+    C = moments.estimate(model, 0).C.numpy().astype(np.float64)
+    draws = np.random.default_rng(0)
+    likely = np.linalg.cholesky(C)
+    K, before, R = (
+        likely @ draws.normal(size=(768, 20)),
+        likely @ draws.normal(size=(768, 40)),
+        draws.normal(size=(192, 20)),
+    )
+    values, vectors = np.linalg.eigh(C)
+    null = float(values[400:402].mean())
+    P = vectors[:, :401] @ vectors[:, :401].T
+    seen, gram, one = before @ before.T, K @ K.T, np.eye(768)
+    along = np.linalg.solve(C, K)
+    plain = {
+        "emmet": along @ np.linalg.solve(K.T @ along, R.T),
+        "memit": np.linalg.solve(15000.0 * C + gram, K) @ R.T,
+        "memit-seq": np.linalg.solve(15000.0 * C + seen + gram, K) @ R.T,
+        "encore": np.linalg.solve(15000.0 * C + seen + gram + 10.0 * one, K) @ R.T,
+        "alphaedit": np.linalg.solve(P @ (gram + seen) + 10.0 * one, P @ K @ R.T),
+    }
+    for name, expected in plain.items():
+        terms = replace(METHODS[name], null=METHODS[name].null and null)
+        found = Metric(terms, torch.tensor(C), torch.tensor(seen)).solve(0, torch.tensor(K.T), torch.tensor(R.T))
+        close(found, torch.tensor(expected))
 
 
 def test_the_constants_are_those_published():
@@ -185,7 +213,7 @@ def test_many_keys_or_a_factor_that_is_off_are_a_reason_to_make_it_anew(layer, m
     metric = Metric(terms, layer.C)
     metric.solve(0, layer.keys, layer.residuals)
     assert not metric.plus(layer.keys).is_updated, "five keys of 24 numbers are many"
-    assert not Metric(terms, layer.C).plus(layer.keys[:1]).is_updated, "there is nothing to update"
+    assert Metric(terms, layer.C).plus(layer.keys[:1]).is_updated, "where there is none yet, it is made first"
     near = metric.plus(layer.keys[:1])
     anew = Metric(terms, layer.C, layer.keys[:1].T @ layer.keys[:1]).solve(0, layer.keys, layer.residuals).dense()
     near.factor[3] *= 1 + 1e-13
@@ -197,6 +225,55 @@ def test_many_keys_or_a_factor_that_is_off_are_a_reason_to_make_it_anew(layer, m
     assert not off.is_updated
     with pytest.raises(RankOneError, match="keys must be finite"):
         metric.plus(layer.keys / 0)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often each costly step was taken."""
+    counts = {"eigh": 0, "cholesky_ex": 0}
+
+    def counting(name, plain):
+        def call(*given, **named):
+            counts[name] += 1
+            return plain(*given, **named)
+
+        return call
+
+    for name in counts:
+        monkeypatch.setattr(torch.linalg, name, counting(name, getattr(torch.linalg, name)))
+    return counts
+
+
+def test_a_metric_of_other_terms_has_what_follows_from_c_and_a_factor_of_the_same_m(layer, counted):
+    terms = Terms(a=0.0, b=1.0, c=0.1, null=5.0)
+    first = Metric(terms, layer.C, layer.earlier)
+    first.solve(0, layer.keys, layer.residuals)
+    looser = first.at(replace(terms, loose=0.5), layer.earlier.clone())
+    close(looser.solve(0, layer.keys, layer.residuals), Metric(looser.terms, layer.C, layer.earlier).solve(0, layer.keys, layer.residuals).dense())  # fmt: skip
+    assert counted == {"eigh": 2, "cholesky_ex": 2}, "one of each is of the metric that was made anew"
+    for other in (
+        first.at(replace(terms, c=0.2), layer.earlier),
+        first.at(terms, None),
+        first.at(terms, 2 * layer.earlier),
+    ):
+        anew = Metric(other.terms, layer.C, other.earlier)
+        close(other.solve(0, layer.keys, layer.residuals), anew.solve(0, layer.keys, layer.residuals).dense())
+    assert counted == {"eigh": 5, "cholesky_ex": 8}, "another M has another factor, and the same basis"
+    everywhere = first.at(Terms(a=2.0), layer.earlier)
+    close(everywhere.solve(0, layer.keys, layer.residuals), Metric(Terms(a=2.0), layer.C).solve(0, layer.keys, layer.residuals).dense())  # fmt: skip
+    assert (first.rank, everywhere.rank) == (int((torch.linalg.eigvalsh(layer.C) < 5.0).sum()), D_MLP)
+
+
+def test_an_updated_factor_goes_on_only_where_it_is_given(layer, counted):
+    near = Metric(Terms(b=1.0), layer.C).plus(layer.keys[:1])
+    assert near.is_updated
+    assert not near.at(near.terms, near.earlier).is_updated
+    given = near.at(near.terms, near.earlier, near.factor)
+    assert given.is_updated
+    one, other = (each.solve(0, layer.keys, layer.residuals) for each in (near, given))
+    assert torch.equal(one.left, other.left)
+    assert torch.equal(one.right, other.right)
+    assert counted["cholesky_ex"] == 1
 
 
 def test_keys_may_be_single_precision_and_the_solve_is_not(layer):

@@ -39,6 +39,7 @@ from experiments import (
     table1_zsre,
     table4_counterfact,
     trained_editors,
+    tuned_many,
 )
 from mechedit import models, provenance, scoring, sources
 from mechedit.benchmarks.zsre import Question
@@ -317,6 +318,18 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
         assert row["broke"] is None or row["looks"][-1]["out"] == row["broke"]["by"]
         assert [look["edits"] for look in row["looks"]] == list(range(1, row["edits"] + 1))
     assert next(tmp_path.rglob("collapse.png")).stat().st_size > 5000
+
+
+def test_weights_of_editors_of_many_facts_are_tried_each(to_edit, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuned_many, "benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])
+    quick = ["--begin", "0", "--facts", "2", "--editors", "memit", "alphaedit", "--a", "1", "1e9", "--c", "1", "--null", "1e9", "--blocks", "1"]  # fmt: skip
+    tuned_many.main(common.parse(tuned_many.TunedMany, ["--model", to_edit, *quick]))
+    found = read(tmp_path, "tuned_many")["editors"]
+    light, heavy = found["memit"]
+    assert (light["tried"]["a"], heavy["tried"]["a"], light["n"]) == (1.0, 1e9, 2)
+    assert light["met"] > 0.5 > heavy["met"]
+    assert heavy["relative_norm"] < 0.01 * light["relative_norm"]
+    assert found["alphaedit"][0]["tried"] == {"layers": [1], "layer": 1, "null": 1e9, "c": 1.0}
 
 
 def test_the_table_of_trained_editors_compares_the_tuned_with_the_generic(to_edit, tmp_path, monkeypatch):

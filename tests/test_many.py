@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,7 @@ from tests.test_contract import FACTS
 
 LAYER = 1
 ROME = {"layer": LAYER, "steps": 3, "prefixes": (), "prepend_bos": False, "guard": "warn"}
+MANY = ROME | {"least_met": 0.0}
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def close(change, expected):
 
 
 def test_memit_is_its_formula(model, prepared):
-    edit = edited(model, "memit", MemitSettings(**ROME, a=50.0), prepared)
+    edit = edited(model, "memit", MemitSettings(**MANY, a=50.0), prepared)
     keys, R = problem(model, edit)
     K, C = keys.T, prepared.moment.C.double()
     close(total(edit.changes), (R.T @ torch.linalg.solve(50.0 * C + K @ K.T, K).T).T)
@@ -63,10 +65,10 @@ def test_memit_is_its_formula(model, prepared):
 
 
 def test_emmet_with_one_fact_is_rome_and_with_more_is_several_keys_at_once(model, prepared):
-    alone = edited(model, "emmet", EmmetSettings(**ROME), prepared, FACTS[:1])
+    alone = edited(model, "emmet", EmmetSettings(**MANY), prepared, FACTS[:1])
     rome = edited(model, "rome", RomeSettings(**ROME), prepared, FACTS[:1])
     torch.testing.assert_close(total(alone.changes), total(rome.changes), rtol=1e-4, atol=1e-6)
-    together = edited(model, "emmet", EmmetSettings(**ROME), prepared)
+    together = edited(model, "emmet", EmmetSettings(**MANY), prepared)
     assert together.report["met"] == pytest.approx(1.0)
     keys, R = problem(model, together)
     inverse = torch.linalg.inv(prepared.moment.C.double())
@@ -76,7 +78,7 @@ def test_emmet_with_one_fact_is_rome_and_with_more_is_several_keys_at_once(model
 def test_alphaedit_is_its_formula_and_knows_the_keys_of_earlier_edits(model, prepared):
     values = torch.linalg.eigvalsh(prepared.moment.C.double())
     null = float(values[len(values) // 2 - 1 : len(values) // 2 + 1].mean())
-    settings = AlphaEditSettings(**ROME, c=0.5, null=null)
+    settings = AlphaEditSettings(**MANY, c=0.5, null=null)
     editor, state, seen = named("alphaedit"), {}, torch.zeros_like(prepared.moment.C, dtype=torch.float64)
     U, s, _ = torch.linalg.svd(prepared.moment.C.double())
     P = U[:, s < null] @ U[:, s < null].T
@@ -88,6 +90,14 @@ def test_alphaedit_is_its_formula_and_knows_the_keys_of_earlier_edits(model, pre
             K, eye = keys.T, torch.eye(len(P), dtype=torch.float64)
             close(total(edit.changes), torch.linalg.solve(P @ (K @ K.T + seen) + 0.5 * eye, P @ K @ R))
             assert edit.report["survives"] == pytest.approx(float((P @ K).norm() / K.norm()) ** 2, rel=1e-5)
+            assert edit.report["null_rank"] == int((s < null).sum())
+            (told,) = edit.details["projections"]
+            assert told == {
+                "layer": LAYER,
+                "rank": int((s < null).sum()),
+                "of": len(P),
+                "survives": [edit.report["survives"]],
+            }
             seen += K @ K.T
             state = editor.joined(state, edit.state)
             torch.testing.assert_close(state["earlier"], seen, rtol=1e-6, atol=1e-9)
@@ -96,7 +106,7 @@ def test_alphaedit_is_its_formula_and_knows_the_keys_of_earlier_edits(model, pre
 
 
 def test_a_sequence_hands_on_keys_and_is_the_edits_one_after_another(model, prepared, tmp_path):
-    settings = AlphaEditSettings(**ROME, c=0.5, null=float(prepared.moment.C.trace()))
+    settings = AlphaEditSettings(**MANY, c=0.5, null=float(prepared.moment.C.trace()))
     plain = EvaluateSettings(mode="sequential", health=False, answers=False, beside=False)
     found = evaluate(model, FACTS, tmp_path, plain, "alphaedit", settings, prepared)
     alone, editor = [], named("alphaedit")
@@ -109,6 +119,43 @@ def test_a_sequence_hands_on_keys_and_is_the_edits_one_after_another(model, prep
     assert [row["p_new"] for row in found.rows["after"]] == pytest.approx([each.after["p_new"] for each in alone], rel=1e-4)  # fmt: skip
     forgetful = [edited(model, "alphaedit", settings, prepared, [FACTS[0]], {"earlier": 1e3 * state["earlier"]})]
     assert forgetful[0].report["update_norm"] < 0.5 * alone[0].report["update_norm"], "the control: the state weighs"
+
+
+def test_in_a_sequence_c_is_taken_apart_once_and_m_is_updated_and_edits_are_those_of_a_solve_made_anew(
+    model, prepared, monkeypatch
+):
+    counts = {"eigh": 0, "cholesky_ex": 0}
+    for name in counts:
+        plain = getattr(torch.linalg, name)
+        monkeypatch.setattr(torch.linalg, name, lambda *given, name=name, plain=plain: counts.update({name: counts[name] + 1}) or plain(*given))  # fmt: skip
+    values = torch.linalg.eigvalsh(prepared.moment.C.double())
+    settings = AlphaEditSettings(**MANY, c=0.5, null=float(values[-20:-18].mean()), strengthen=True)
+    editor, six = named("alphaedit"), [*FACTS, *FACTS]
+    found, states = [], [{}]
+    standing = applying.apply(model)
+    for fact in six:
+        found.append(edited(model, "alphaedit", settings, prepared, [fact], states[-1]))
+        states.append(editor.joined(states[-1], found[-1].state, settings, prepared))
+        standing.add(found[-1])
+    assert counts == {"eigh": 1, "cholesky_ex": 1}
+    assert all("factor" in each for each in states[1:])
+    standing.undo()
+    standing = applying.apply(model)
+    for fact, state, edit in zip(six, states, found, strict=True):
+        anew = Prepared(prepared.moment, ("",), prepared.estimated)
+        alone = edited(model, "alphaedit", settings, anew, [fact], {name: each for name, each in state.items() if name == "earlier"})  # fmt: skip
+        expected = total(alone.changes)
+        torch.testing.assert_close(total(edit.changes), expected, rtol=0, atol=1e-8 * float(expected.abs().max()))
+        standing.add(edit)
+    standing.undo()
+    assert counts == {"eigh": 7, "cholesky_ex": 7}, "the control: made anew, each has its own"
+    again = {}
+    other = Prepared(prepared.moment, ("",), prepared.estimated)
+    for edit, expected in zip(found, states[1:], strict=True):  # as a run that goes on has its state
+        again = editor.joined(again, edit.state, settings, other)
+        assert all(torch.equal(again[name], each) for name, each in expected.items())
+    assert "made" in vars(other)
+    assert "made" not in vars(pickle.loads(pickle.dumps(other)))  # noqa: S301  # what was written here
 
 
 def test_the_layer_and_constants_are_those_of_the_models_preset_for_rome():
@@ -128,4 +175,4 @@ def test_terms_that_cannot_be_are_refused(wrong):
 def test_keys_that_depend_on_each_other_are_named(model, prepared):
     twice = [FACTS[0], replace(FACTS[0], subject="Space Needle", template="The {} is located in the city of")]
     with pytest.raises(rank_one.RankOneError, match="2 keys must not depend"):
-        named("emmet").find(model, twice, EmmetSettings(**ROME), prepared, {})
+        named("emmet").find(model, twice, EmmetSettings(**MANY), prepared, {})

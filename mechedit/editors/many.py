@@ -12,13 +12,16 @@
                 them gives (`mechedit.recursive`), and `mechedit.runs.sequence` keeps, resumes, watches and takes apart such runs
 
 R is what the values v* are more than the keys return now. With `layers` it is spread over several blocks (`spread`), each with its own C.
-In a sequence each edit hands on its keys, block by block, and P is the sum of k k^T over all of them.
+In a sequence each edit hands on its keys, block by block, and P is the sum of k k^T over all of them. With it goes the factor of M where an
+update brought it there, so that a run that goes on from its state solves with the same bits. What may be done to a change after the solve is
+`mechedit.editors.shaping`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -29,11 +32,11 @@ from torch import Tensor
 
 from mechedit import applying, guards, keys, models, moments, weights
 from mechedit.cache import content_key
-from mechedit.changes import LowRank
-from mechedit.closed_form import Metric, Terms
-from mechedit.editing import Found, State
-from mechedit.editors import rome, spread
+from mechedit.closed_form import Metric
+from mechedit.editing import EditWarning, Found, State
+from mechedit.editors import earlier, rome, shaping, spread
 from mechedit.editors.aims import Aim
+from mechedit.editors.earlier import EARLIER, KEYS, metric_of, names_of, terms_of
 from mechedit.editors.rome import BANDS, Prepared, Rome, details
 from mechedit.edits import EditError
 from mechedit.facts import Fact
@@ -57,11 +60,6 @@ from mechedit.values import HOOKS
 __all__ = ["EARLIER", "AlphaEdit", "Emmet", "Memit", "Pmet", "Sequential", "Stack", "prepare", "terms_of"]
 
 ORDINARY = 5.0  # d_mlp is k C^-1 k of an ordinary key k, on average: so much more than such a key C weighs
-
-KEYS, EARLIER = (
-    "keys",
-    "earlier",
-)  # in a state: of one edit, and the sum of k k^T over those before; of a block of several `keys.5`
 
 
 @dataclass(frozen=True)
@@ -145,15 +143,9 @@ class Memit(Rome):
             models.mlp_module(model, layer)
         return chosen if chosen.layers[1:] else alone(chosen, chosen.layer)
 
-    def joined(self, state: State, new: State) -> State:
-        """The sum of k k^T over the keys of all edits so far, of each block."""
-        known = dict(state)
-        for name, each in new.items():
-            if name.startswith(KEYS):
-                before, own = EARLIER + name.removeprefix(KEYS), each.double()
-                seen = own.T @ own
-                known[before] = known[before] + seen if before in known else seen
-        return known
+    def joined(self, state: State, new: State, settings: Any = None, prepared: Any = None) -> State:
+        """The sum of k k^T over the keys of all edits so far, of each block, and the factor of M with them where it was updated."""
+        return earlier.grown(state, new, settings, None if prepared is None else _ready(prepared))
 
     def prepare(self, model: HookedModel, settings: Any, *, progress: Progress = silent) -> Prepared:
         return prepare(model, settings, progress=progress)
@@ -162,11 +154,10 @@ class Memit(Rome):
         self, model: HookedModel, facts: Sequence[Fact], settings: RomeSettings, prepared: Prepared | None
     ) -> None:
         assert isinstance(settings, MemitSettings)
-        several = bool(settings.layers) and prepared is not None
-        super().check(model, facts, settings, None if several else prepared)
-        if not several:
+        super().check(model, facts, settings, None if settings.layers else prepared)
+        if not settings.layers or prepared is None:
             return
-        own = [*getattr(prepared, "below", ()), prepared]
+        own = _ready(prepared)
         if len(own) != len(settings.layers):
             raise EditError(
                 f"C is needed of each of the blocks {settings.layers}; found {len(own)}. editors.many.prepare makes them."
@@ -216,27 +207,34 @@ class Memit(Rome):
         progress: Progress = silent,
     ) -> Found:
         aims = self.aims(model, facts, settings, prepared, progress=progress)
-        ready, names = [*getattr(prepared, "below", ()), prepared], _suffixes(settings)
-        metrics = [
-            Metric(terms_of(settings), own.moment.C, state.get(EARLIER + name))
-            for own, name in zip(ready, names, strict=True)
-        ]
+        ready, names, first = _ready(prepared), names_of(settings), shaping.unedited(model, settings)
+        metrics = [metric_of(own, settings, state, name) for own, name in zip(ready, names, strict=True)]
         if settings.layers:
-            written, total = _spread(model, aims, settings, prepared, metrics)
+            written, total = _spread(model, aims, settings, prepared, metrics, first)
         else:
-            written, total = [_write(model, aims, settings, metrics[0])], None
+            written, total = [_write(model, aims, settings, metrics[0], first.get(settings.layer))], None
+        survive = [own.survives(each.keys) for own, each in zip(metrics, written, strict=True)]
         report = {
             "met": written[-1].met if total is None else total,
-            "survives": min(float(own.survives(each.keys).min()) for own, each in zip(metrics, written, strict=True)),
+            "survives": min(float(each.min()) for each in survive),
             "cond_C": max(own.moment.cond for own in ready),
         }
+        if settings.null:
+            report["null_rank"] = float(min(own.rank for own in metrics))
+        told = details(aims, prepared) | _by_steps(settings, written) | _projections(settings, metrics, survive)
+        if total is not None:
+            report |= _by_block(settings.blocks, written)
+            told |= _moments(ready)
+        if line := shaping.unmet(report, settings):
+            told["unmet"] = line
+            warnings.warn(f"{self.name}: {line}", EditWarning, stacklevel=2)
         stacked = {
             name: torch.stack([getattr(aim, own) for aim in aims]) for name, own in (("k*", "key"), ("v*", "value"))
         }
         return Found(
             [each.change for each in written],
-            report | ({} if total is None else _by_block(settings.blocks, written)),
-            details(aims, prepared) | ({} if total is None else _moments(ready)),
+            report,
+            told,
             {name: each.float().squeeze(0) for name, each in stacked.items()},
             {KEYS + name: each.keys.float() for name, each in zip(names, written, strict=True)} if settings.b else {},
         )
@@ -282,14 +280,9 @@ class Sequential(Memit):
         return resolved if resolved.a or resolved.c else replace(resolved, a=ORDINARY * d_mlp)
 
 
-def terms_of(settings: MemitSettings) -> Terms:
-    """What the settings weigh a change by."""
-    return Terms(settings.a, settings.b, settings.c, settings.slack, settings.null or None, settings.loose)
-
-
-def _suffixes(settings: MemitSettings) -> list[str]:
-    """What stands behind the names of a block's keys in a state."""
-    return [f".{layer}" for layer in settings.layers] or [""]
+def _ready(prepared: Prepared) -> list[Prepared]:
+    """What was prepared for each block, from the lowest."""
+    return [*getattr(prepared, "below", ()), prepared]
 
 
 def _averages(rows: Sequence[keys.Context], settings: MemitSettings, prepared: Prepared) -> spread.Averages:
@@ -298,22 +291,30 @@ def _averages(rows: Sequence[keys.Context], settings: MemitSettings, prepared: P
     return spread.averages(len(rows), bare, settings.average)
 
 
-def _write(model: HookedModel, aims: Sequence[Aim], settings: MemitSettings, metric: Metric) -> spread.Written:
+def _write(
+    model: HookedModel,
+    aims: Sequence[Aim],
+    settings: MemitSettings,
+    metric: Metric,
+    first: Float[Tensor, "d_mlp d_model"] | None,
+) -> spread.Written:
     """All of the change in one block."""
     own, wanted = (torch.stack([getattr(aim, name) for aim in aims]).double() for name in ("key", "change"))
     if settings.parts[-1] == "stream":
         now = spread.outputs(model, settings.layer, own)
         wanted = spread.through_norm(now, wanted, spread.weight_after(model, settings.layer))
-    change = metric.solve(settings.layer, own, wanted)
-    return spread.Written(own, change, spread.met(_added(own, change), wanted), 1.0)
-
-
-def _added(own: Float[Tensor, "n d_mlp"], change: LowRank) -> Float[Tensor, "n d_model"]:
-    return own @ change.left.T @ change.right
+    solved = metric.solve(settings.layer, own, wanted)
+    change, did = shaping.shaped(solved, models.W_out(model, settings.layer), first, settings)
+    return spread.Written(own, change, spread.met(spread.added_by(change, own), wanted), 1.0, did)
 
 
 def _spread(
-    model: HookedModel, aims: Sequence[Aim], settings: MemitSettings, prepared: Prepared, metrics: Sequence[Metric]
+    model: HookedModel,
+    aims: Sequence[Aim],
+    settings: MemitSettings,
+    prepared: Prepared,
+    metrics: Sequence[Metric],
+    first: Mapping[int, Float[Tensor, "d_mlp d_model"]],
 ) -> tuple[list[spread.Written], float]:
     """What was written in each block, and the share of all that was wanted that is there then; the model is put back."""
     subjects = [spread.Subject(aim.rows, _averages(aim.rows, settings, prepared), aim.change) for aim in aims]
@@ -321,7 +322,7 @@ def _spread(
     with weights.restored(model, *places) as originals:
         spreading = spread.Spread(model, subjects, settings)
         written = [
-            spreading.write_(index, metric, originals[place])
+            spreading.write_(index, metric, originals[place], first.get(place.layer))
             for index, (metric, place) in enumerate(zip(metrics, places, strict=True))
         ]
         return written, spreading.met()
@@ -333,6 +334,28 @@ def _by_block(layers: Sequence[int], written: Sequence[spread.Written]) -> dict[
         f"{name}.{layer}": getattr(each, name)
         for layer, each in zip(layers, written, strict=True)
         for name in ("met", "left")
+    }
+
+
+def _by_steps(settings: MemitSettings, written: Sequence[spread.Written]) -> dict[str, Any]:
+    """What steps after the solve did, block by block."""
+    if not settings.is_shaped:
+        return {}
+    return {"shaped": [{"layer": layer} | own.shaped for layer, own in zip(settings.blocks, written, strict=True)]}
+
+
+def _projections(
+    settings: MemitSettings, metrics: Sequence[Metric], survive: Sequence[Float[Tensor, " n"]]
+) -> dict[str, Any]:
+    """Of each block's null space its rank, and what share of each key's square is in it."""
+    if not settings.null:
+        return {}
+    each = zip(settings.blocks, metrics, survive, strict=True)
+    return {
+        "projections": [
+            {"layer": layer, "rank": metric.rank, "of": len(metric.C), "survives": shares.tolist()}
+            for layer, metric, shares in each
+        ]
     }
 
 

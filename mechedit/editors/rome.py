@@ -71,6 +71,14 @@ class Prepared:
         """A digest of both."""
         return content_key(self.moment.hash, self.prefixes)
 
+    @cached_property
+    def made(self) -> dict[str, Any]:
+        """What the latest edit made from C that the next one can use; it stays here when this is sent to a worker."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "made"}
+
 
 def prepare(
     model: HookedModel,

@@ -16,7 +16,7 @@ what is wanted. How much of it that meets is `met` of each block.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -24,8 +24,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechedit import models, weights
-from mechedit.changes import LowRank
+from mechedit.changes import Change
 from mechedit.closed_form import Metric
+from mechedit.editors.shaping import shaped
 from mechedit.interventions import intervened, read
 from mechedit.keys import Context
 from mechedit.models import HookedModel
@@ -34,7 +35,7 @@ from mechedit.settings import MemitSettings
 from mechedit.values import HOOKS
 
 __all__ = [
-    "Averages", "Spread", "Subject", "Written", "averages", "met", "normed", "outputs", "read_at", "share", "through_norm", "weight_after",
+    "Averages", "Spread", "Subject", "Written", "added_by", "averages", "met", "normed", "outputs", "read_at", "share", "through_norm", "weight_after",
 ]  # fmt: skip
 
 ROWS = 128  # contexts that are read at once
@@ -144,12 +145,13 @@ class Subject:
 @dataclass(frozen=True, eq=False)
 class Written:
     """What one block had to do and did, of the subject for which it is least: keys, the change, the share of what it was to add to the
-    stream that it adds, and how much of all that was wanted was still to be added before it (of the most)."""
+    stream that it adds, how much of all that was wanted was still to be added before it (of the most), and what steps after the solve did."""
 
     keys: Float[Tensor, "n d_mlp"]
-    change: LowRank
+    change: Change
     met: float
     left: float
+    shaped: dict[str, float] = field(default_factory=dict)
 
 
 class Spread:
@@ -166,18 +168,26 @@ class Spread:
             change = normed(start + change, self.weight) - normed(start, self.weight)
         self.change = change
 
-    def write_(self, index: int, metric: Metric, original: Float[Tensor, "d_mlp d_model"]) -> Written:
-        """Write block number `index`, whose W_out was `original`."""
+    def write_(
+        self,
+        index: int,
+        metric: Metric,
+        original: Float[Tensor, "d_mlp d_model"],
+        first: Float[Tensor, "d_mlp d_model"] | None = None,
+    ) -> Written:
+        """Write block number `index`, whose W_out was `original`, and `first` without any edit."""
         layer, blocks = self.settings.blocks[index], self.settings.blocks
         weight = weight_after(self.model, layer)
         keys, stream, output = self._read(layer)
         left = self._left(stream, output)
         wanted = share(self.settings.spread, self.settings.portions, index, len(blocks)) * left
         now = outputs(self.model, layer, keys)
-        change = metric.solve(layer, keys, through_norm(now, wanted, weight))
-        added = normed(now + keys @ change.left.T @ change.right, weight) - normed(now, weight)
+        solved = metric.solve(layer, keys, through_norm(now, wanted, weight))
+        change, did = shaped(solved, original, first, self.settings)
+        added = normed(now + added_by(change, keys), weight) - normed(now, weight)
         weights.write_(self.model, change.weight, original, change.dense())
-        return Written(keys, change, met(added, wanted), float((left.norm(dim=1) / self.change.norm(dim=1)).max()))
+        share_left = float((left.norm(dim=1) / self.change.norm(dim=1)).max())
+        return Written(keys, change, met(added, wanted), share_left, did)
 
     def met(self) -> float:
         """Of the subject for which it is least, the share of all that was wanted that is there now."""
@@ -210,6 +220,12 @@ class Spread:
             torch.stack([each.wanted @ one for each, one in zip(weighed, part, strict=True)]) for part in (stream, last)
         ]
         return keys, found[0], outputs(self.model, self.last, found[1])
+
+
+def added_by(change: Change, keys: Float[Tensor, "n d_mlp"]) -> Float[Tensor, "n d_model"]:
+    """What keys return more with a change, in float64."""
+    factors = change.factors()
+    return keys.double() @ change.dense() if factors is None else keys.double() @ factors[0].T @ factors[1]
 
 
 def met(added: Float[Tensor, "n d_model"], wanted: Float[Tensor, "n d_model"]) -> float:

@@ -334,7 +334,7 @@ class _Sequence:
         """Put the next edit of the sequence into the model; None where there is none."""
         if edit is not None:
             self.standing.add(edit)
-            self.state = self.way.editor.joined(self.state, edit.state)
+            self.state = self.way.editor.joined(self.state, edit.state, self.way.settings, self.way.prepared)
         self.written += 1
 
     @contextmanager

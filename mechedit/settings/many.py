@@ -83,6 +83,18 @@ class MemitSettings(RomeSettings):
     null: float = knob(
         0.0, "eigenvalue of C below which directions belong to its null space, where the change stays; 0: anywhere"
     )
+    entries: float = knob(
+        1.0, "share of the change's entries that stay, those that are largest beside the weight's own (RECT); 1: all"
+    )
+    spectrum_base: float = knob(
+        0.0,
+        "all change since the weight was unedited: its singular values above the weight's largest become logarithms to this base beyond it, after "
+        "each edit (PRUNE has 1.2); 0: they stay",
+    )
+    longest: float = knob(0.0, "longest change of a block's W_out, in lengths of W_out (Frobenius); 0: any")
+    least_met: float = knob(
+        0.25, "an edit that writes less than this share of what its facts want is told as one that writes too little"
+    )
 
     bundles: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
         "policy": POLICIES | MANY_POLICIES,
@@ -100,6 +112,11 @@ class MemitSettings(RomeSettings):
         """What is changed while v* is sought; the last is what is written."""
         return {"mlp": ("mlp",), "stream": ("stream",), "both": ("attn", "mlp")}[self.target]
 
+    @property
+    def is_shaped(self) -> bool:
+        """Whether anything is done to a change after its solve (`mechedit.editors.shaping`)."""
+        return self.entries < 1 or self.spectrum_base > 0 or self.longest > 0
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
@@ -111,9 +128,15 @@ class MemitSettings(RomeSettings):
             or (len(self.portions) == len(self.layers) and min(self.portions) >= 0 < self.portions[-1]),
             f"portions must be a number of 0 or more for each of layers {self.layers}, the last above 0; found {self.portions}.",
         )
-        for name in ("a", "b", "c", "slack", "null", "loose"):
+        for name in ("a", "b", "c", "slack", "null", "loose", "longest"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), f"{name} must be 0 or more; found {value}.")
+        require(0 < self.entries <= 1, f"entries must be above 0, and 1 at most; found {self.entries}.")
+        require(
+            self.spectrum_base == 0 or self.spectrum_base > 1,
+            f"spectrum_base must be 0 (off) or above 1; found {self.spectrum_base}.",
+        )
+        require(0 <= self.least_met <= 1, f"least_met must be from 0 to 1; found {self.least_met}.")
         self._check_weights()
 
     def _check_weights(self) -> None:
