@@ -17,7 +17,6 @@ from collections.abc import Sequence as Several
 from collections.abc import Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from mechedit.changes import Dense, by_weight, total
 from mechedit.closed_form import Metric
 from mechedit.editing import Editor, Prepared
 from mechedit.editors import named
-from mechedit.editors.many import terms_of
+from mechedit.editors.earlier import latest
 from mechedit.edits import Edit, EditError
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
@@ -211,10 +210,10 @@ class _Writer:
     prepared: Any
     how: SequenceSettings
 
-    @cached_property
+    @property
     def metric(self) -> Metric:
         """That of exact editors, whose costly work is done once."""
-        return Metric(terms_of(self.settings), self.prepared.moment.C)
+        return latest(self.prepared, self.settings)
 
     def batch(self, sequence: Sequence, facts: Several[Fact], said: Set[int] = frozenset()) -> Sequence:
         """The sequence with a batch behind it; as it was, with the reason, where the batch cannot be written. `said` are places of repeats that
@@ -316,7 +315,9 @@ class _Writer:
         if base.sums is None:
             more = [Dense(weight, each) for weight, each in base.totals.items()]
             totals = {weight: total(own) for weight, own in by_weight([*more, *edit.changes]).items()}
-            return replace(base, totals=totals, state=self.editor.joined(base.state, edit.state))
+            return replace(
+                base, totals=totals, state=self.editor.joined(base.state, edit.state, self.settings, self.prepared)
+            )
         n = len(dict.fromkeys(fact.subject for fact in wanted))
         keys, values = (edit.vectors[name].reshape(n, -1) for name in ("k*", "v*"))
         if self.how.sought == "current":  # the targets of which what the edit wrote is the least-squares solution
@@ -325,7 +326,7 @@ class _Writer:
         new = [Row(key.clone(), value.clone()) for key, value in zip(keys, values, strict=True)]
         sums = base.sums.plus(*parts_of(self.model, self.settings.layer, new))
         rows = dict(base.rows) | {base.made + index: row for index, row in enumerate(new)}
-        return solved(replace(base, rows=rows), sums, self.metric)
+        return solved(replace(base, rows=rows), sums, self.metric, keys)
 
     def noted(self, done: Sequence, facts: Several[Fact], plan: Plan, before: Sequence) -> Sequence:
         """The sequence with the entries of a batch, and those that it changed."""

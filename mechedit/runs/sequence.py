@@ -29,7 +29,8 @@ from mechedit.changes import Change, Dense, norm
 from mechedit.closed_form import Metric
 from mechedit.editing import Editor, Prepared, described
 from mechedit.editors import named
-from mechedit.editors.many import EARLIER, Memit, terms_of
+from mechedit.editors.earlier import EARLIER, FACTOR, latest
+from mechedit.editors.many import Memit
 from mechedit.edits import COMPOSED, Edit, Measured
 from mechedit.errors import MecheditError
 from mechedit.facts import Fact
@@ -168,7 +169,7 @@ class Sequence:
     @property
     def earlier(self) -> Mapping[str, Tensor]:
         """What the editor's next edit is to know."""
-        return {EARLIER: self.sums.P} if self.sums is not None else self.state
+        return self.state if self.sums is None else {EARLIER: self.sums.P} | dict(self.state)
 
 
 def begin(
@@ -176,6 +177,7 @@ def begin(
 ) -> Sequence:
     """A sequence without edits, for settings as `resolve` gives them."""
     exact = isinstance(editor, Memit) and settings.b > 0 and settings.parts == ("mlp",) and not settings.layers
+    exact = exact and not settings.is_shaped  # what is done to a change after its solve is no part of one solve for all
     sums = Sums.none(*models.W_out(model, settings.layer).shape) if exact else None
     own, plain = cache.plain(how.writing), cache.plain(asdict(settings))
     return Sequence(editor.name, plain, provenance.origin(model), prepared.key if prepared else "", own, sums=sums)
@@ -221,10 +223,19 @@ def written(model: HookedModel, sequence: Sequence) -> Iterator[None]:
         yield
 
 
-def solved(sequence: Sequence, sums: Sums, metric: Metric) -> Sequence:
-    """The sequence with other sums, and the change that they give."""
-    layer = int(sequence.settings["layer"])
-    return replace(sequence, sums=sums, totals={Weight(layer, "mlp.W_out"): least_squares(metric, sums)})
+def solved(sequence: Sequence, sums: Sums, metric: Metric, keys: Float[Tensor, "n d_mlp"] | None = None) -> Sequence:
+    """The sequence with other sums, and the change that they give. Where they have these keys more, and nothing else, M's factor is updated
+    if they are few; it is kept where it was updated, so that a run that goes on has the same bits."""
+    assert sequence.sums is not None
+    layer, factor = int(sequence.settings["layer"]), sequence.state.get(FACTOR)
+    now = metric.at(metric.terms, sequence.sums.P, factor)
+    if keys is not None:
+        now = now.plus(keys, sums.P)
+    elif sums.P is not sequence.sums.P:
+        now = metric.at(metric.terms, sums.P)
+    total = least_squares(now, sums)
+    state = {FACTOR: now.factor} if now.is_updated else {}
+    return replace(sequence, sums=sums, totals={Weight(layer, "mlp.W_out"): total}, state=state)
 
 
 def parts_of(model: HookedModel, layer: int, rows: Several[Row]) -> tuple[Tensor, Tensor]:
@@ -272,7 +283,7 @@ def reverted(model: HookedModel, sequence: Sequence, index: int, prepared: Any) 
     if row < 0 and index not in sequence.waiting:
         raise SequenceError(f"nothing stands for edit {index} any more: {sequence.entries[index].why}.")
     if row >= 0:
-        metric = Metric(terms_of(_settings(sequence)), prepared.moment.C)
+        metric = latest(prepared, _settings(sequence))
         sequence = without(model, sequence, [row], metric)
     entries = [replace(each, row=-1, why=WAITS) if each.row == row >= 0 else each for each in sequence.entries]
     entries[index] = replace(entries[index], row=-1, why=TAKEN_OUT)
