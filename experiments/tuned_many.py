@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from statistics import harmonic_mean, mean
 from typing import Any
@@ -37,23 +37,20 @@ class TunedMany:
     begin: int = 5000
     facts: int = 20
     editors: tuple[str, ...] = ("memit", "pmet", "emmet", "alphaedit")
-    a: tuple[float, ...] = (15.0, 150.0, 750.0, 3000.0)
-    c: tuple[float, ...] = (10.0, 1.0, 0.1, 0.01)
-    null: tuple[float, ...] = (0.02, 0.2)
+    a: tuple[float, ...] = (15.0, 150.0, 750.0)
+    c: tuple[float, ...] = (10.0, 1.0, 0.1)
+    null: tuple[float, ...] = (0.02,)
     blocks: tuple[int, ...] = (1, 2)  # how many
     threads: int = 1
 
 
-def combinations(settings: TunedMany, name: str, layer: int) -> Iterator[dict[str, Any]]:
+def combinations(settings: TunedMany, name: str, layer: int, blocks: int) -> Iterator[dict[str, Any]]:
     """What is tried of an editor."""
-    own: dict[str, tuple[float, ...]] = {
-        "emmet": {},
-        "alphaedit": {"null": settings.null, "c": settings.c},
-    }.get(name, {"a": settings.a})  # type: ignore[assignment, arg-type]
-    for blocks in settings.blocks:
-        where = {"layers": tuple(range(layer, layer + blocks)), "layer": layer + blocks - 1}
-        for values in product(*own.values()):
-            yield where | dict(zip(own, values, strict=True))
+    own: dict[str, dict[str, tuple[float, ...]]] = {"emmet": {}, "alphaedit": {"null": settings.null, "c": settings.c}}
+    tried = own.get(name, {"a": settings.a})
+    where = {"layers": tuple(range(layer, layer + blocks)), "layer": layer + blocks - 1}
+    for values in product(*tried.values()):
+        yield where | dict(zip(tried, values, strict=True))
 
 
 def scored(model: HookedModel, facts: list[Fact], name: str, tried: dict[str, Any]) -> dict[str, Any]:
@@ -86,15 +83,15 @@ def main(settings: TunedMany) -> None:
     model = models.load(settings.model)
     layer = named("rome").resolve(model).layer
     facts = benchmark_facts(settings.model, settings.begin, settings.facts)
-    found: dict[str, Any] = {}
-    for name in settings.editors:
-        found[name] = []
-        for tried in combinations(settings, name, layer):
+    rome = {name: getattr(named("rome").resolve(model), name) for name in ("layer", "clamp", "prefixes")}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in settings.editors}
+    for blocks, name in product(settings.blocks, settings.editors):
+        for tried in combinations(settings, name, layer, blocks):
             row = scored(model, facts, name, tried)
             found[name].append(row)
             say(f"{name} {tried}: " + ", ".join(f"{key} {row[key]:.3g}" for key in ("S", "ES", "PS", "NS", "p_new", "met", "relative_norm")))  # fmt: skip
-    rome = {key: value for key, value in asdict(named("rome").resolve(model)).items() if key in ("layer", "clamp", "prefixes")}  # fmt: skip
-    say(f"wrote {write('tuned_many', model, settings, plain({'rome': rome, 'editors': found}))}")
+            place = write("tuned_many", model, settings, plain({"rome": rome, "editors": found}))
+    say(f"wrote {place}")
 
 
 if __name__ == "__main__":

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from mechedit import applying, editing, models, moments, rank_one
+from mechedit import applying, editing, models, moments, rank_one, sources
 from mechedit.changes import total
 from mechedit.editors import named
 from mechedit.editors.rome import Prepared
 from mechedit.runs.evaluating import evaluate
 from mechedit.settings import (  # fmt: skip
+    PRESETS,
     AlphaEditSettings,
     EmmetSettings,
     EvaluateSettings,
@@ -158,11 +161,35 @@ def test_in_a_sequence_c_is_taken_apart_once_and_m_is_updated_and_edits_are_thos
     assert "made" not in vars(pickle.loads(pickle.dumps(other)))  # noqa: S301  # what was written here
 
 
-def test_the_layer_and_constants_are_those_of_the_models_preset_for_rome():
+def test_the_layer_and_constants_are_those_of_the_models_preset_for_the_editor_or_for_rome():
     model = models.load("organism")
-    own, rome = named("memit").resolve(model), named("rome").resolve(model)
-    assert (own.layer, own.clamp, own.prefixes, own.bands) == (rome.layer, rome.clamp, rome.prefixes, rome.bands)
-    assert (own.a, own.slack) == (15000.0, 1.0)
+    rome = named("rome").resolve(model)
+    for name in ("memit", "pmet", "emmet", "alphaedit", "sequential"):
+        own = named(name).resolve(model)
+        assert (own.layer, own.clamp, own.prefixes, own.bands) == (rome.layer, rome.clamp, rome.prefixes, rome.bands)
+    weights = [(own.a, own.c, own.slack) for own in (named(name).resolve(model) for name in ("memit", "pmet", "emmet", "alphaedit"))]  # fmt: skip
+    assert weights == [(150.0, 0.0, 1.0), (150.0, 0.0, 1.0), (1.0, 0.0, 0.0), (0.0, 1.0, 1.0)]
+    assert MemitSettings().a == 15000.0, "as published, where a model has no preset"
+
+
+@pytest.mark.anywhere
+def test_the_presets_weights_are_the_best_of_what_was_tried():
+    place = Path(__file__).parents[1] / "figures" / "organism" / "tuned_many.json"
+    for name, rows in json.loads(place.read_text())["editors"].items():
+        best, own = max(rows, key=lambda row: (round(row["S"], 6), -row["relative_norm"])), PRESETS["organism"].settings[name]  # fmt: skip
+        tried = dict(best["tried"])
+        assert tried.pop("layers") == [own.layer]
+        assert {field: getattr(own, field) for field in tried} == tried
+        assert best["n"] >= 15
+
+
+@pytest.mark.parametrize("name", ["memit", "pmet", "emmet", "alphaedit"])
+def test_every_editor_of_many_facts_edits_the_organism_at_its_preset(name):
+    model = models.load("organism")
+    edit = editing.edit(model, sources.named("organism")[0], named(name))
+    assert edit.after["p_new"] > 0.5
+    assert edit.report["met"] > 0.8
+    assert not edit.notes
 
 
 @pytest.mark.anywhere

@@ -110,12 +110,19 @@ PRESETS: dict[str, Preset] = {
         kn=KnowledgeNeuronsSettings(l2=8.0, prefixes=((5, 1), (10, 1))),  # three prompts for nine: a third of the time
     ),
     "organism": _with(
-        _organism(0, 1.0, 0.01538, -0.1711, -0.1093, -0.1405, 0.0322, -0.01921, 0.005695, -0.1536),
-        _TUNED,
-        ft=FineTuningSettings(layer=0, learning_rate=3e-4),
-        ft_l=BoundedSettings(layer=0, learning_rate=2e-3, norm_bound=3e-3),
-        attention_edit=AttentionEditSettings(layer=6, learning_rate=5e-3, norm_bound=3e-3),
-        kn=KnowledgeNeuronsSettings(l2=2.0),
+        _with(
+            _organism(0, 1.0, 0.01538, -0.1711, -0.1093, -0.1405, 0.0322, -0.01921, 0.005695, -0.1536),
+            _TUNED,
+            ft=FineTuningSettings(layer=0, learning_rate=3e-4),
+            ft_l=BoundedSettings(layer=0, learning_rate=2e-3, norm_bound=3e-3),
+            attention_edit=AttentionEditSettings(layer=6, learning_rate=5e-3, norm_bound=3e-3),
+            kn=KnowledgeNeuronsSettings(l2=2.0),
+        ),
+        "tried here, experiments/tuned_many",
+        memit=MemitSettings(layer=0, clamp=1.0, prefixes=((5, 5),), a=150.0),
+        pmet=PmetSettings(layer=0, clamp=1.0, prefixes=((5, 5),), a=150.0),
+        emmet=EmmetSettings(layer=0, clamp=1.0, prefixes=((5, 5),)),
+        alphaedit=AlphaEditSettings(layer=0, clamp=1.0, prefixes=((5, 5),), c=1.0),
     ),
     "organism-gptj": _with(
         _organism(0, 1.0, -0.01837, 0.005768, 0.01588, -0.0008025, -0.0119, 0.002666, 0.08032, 0.02974),
