@@ -2,7 +2,8 @@
 
 The place is found by the weight's values, not by a table of names: it is the parameter of that block, or some of its columns, that
 equals the weight. A parameter is looked at as a matrix [in, out], whichever way round it is stored, and its columns as they may be
-fused: one after the other (GPT-2, Phi-3), or head by head (GPT-NeoX).
+fused: one after the other (GPT-2, Phi-3), or head by head (GPT-NeoX). A bias, which may be as zero as others, is that of the module that
+has its matrix, at the same columns.
 """
 
 from __future__ import annotations
@@ -72,9 +73,12 @@ def place(plain: Any, model: HookedModel, weight: Weight) -> Place:
     """
     stored = value(model, weight).detach().cpu()
     wanted = as_matrix(weight, stored)
+    part, _, own = weight.name.partition(".")
+    if own.startswith("b"):
+        return _of_bias(plain, model, weight, place(plain, model, Weight(weight.layer, f"{part}.W{own[1:]}")), wanted)
     heads = len(stored) if stored.ndim > 1 and weight.name.startswith("attn") else 1
     found = [each for each in _candidates(plain, weight.layer, wanted, heads) if torch.equal(_part(each), wanted)]
-    words = WORDS[weight.name.partition(".")[0]]
+    words = WORDS[part]
     named = [each for each in found if any(word in each.name for word in words)] or found
     if len({each.name for each in named}) > 1:
         raise EditError(
@@ -89,6 +93,20 @@ def place(plain: Any, model: HookedModel, weight: Weight) -> Place:
     return named[0]
 
 
+def _of_bias(
+    plain: Any, model: HookedModel, weight: Weight, matrix: Place, wanted: Float[Tensor, "1 columns"]
+) -> Place:
+    """Where the bias is, of the module where the matrix is."""
+    name = f"{matrix.module}.bias"
+    parameter = dict(plain.named_parameters()).get(name)
+    if parameter is not None and torch.equal(_part(found := Place(name, parameter, True, matrix.columns)), wanted):
+        return found
+    raise EditError(
+        f"no parameter of block {weight.layer} of the Hugging Face model equals {weight.name} of {model.cfg.model_name}: "
+        + (f"{name} has other numbers, as another model's or an edited one's (load it afresh)." if parameter is not None else f"there is no {name}.")
+    )  # fmt: skip
+
+
 def _part(candidate: Place) -> Tensor:
     whole = candidate._matrix.detach()
     return whole if candidate.columns is None else whole[:, candidate.columns]
@@ -97,9 +115,9 @@ def _part(candidate: Place) -> Tensor:
 def _candidates(plain: Any, layer: int, wanted: Float[Tensor, "rows columns"], heads: int) -> Iterator[Place]:
     rows, columns = wanted.shape
     for name, parameter in plain.named_parameters():
-        if f".{layer}." not in name or parameter.ndim != (1 if rows == 1 and parameter.ndim == 1 else 2):
+        if f".{layer}." not in name or parameter.ndim != 2:
             continue
-        for in_by_out in (False, True) if parameter.ndim == 2 else (True,):
+        for in_by_out in (False, True):
             shape = _as_in_by_out(parameter, in_by_out).shape
             if shape == wanted.shape:
                 yield Place(name, parameter, in_by_out, None)

@@ -95,14 +95,16 @@ def there(model: HookedModel, layer: int) -> tuple[str, ...]:
 
 
 def is_used(model: HookedModel, weight: Weight) -> bool:
-    """Whether the block has this weight, and not as a bias of zeros, which some classes have where others have none.
+    """Whether the block has this weight, and not as a bias of zeros in the place of one that Hugging Face's model has not, as some
+    classes have. A bias that Hugging Face's model has is one, zero or not; of a model that was not loaded here, one that is not zero.
 
     Raises:
         ModelError: no such block.
     """
     found = models.find_weight(model, weight.layer, weight.name)
-    is_bias = weight.name.partition(".")[2].startswith("b")
-    return found is not None and (not is_bias or bool(found.detach().any()))
+    if found is None or not weight.name.partition(".")[2].startswith("b"):
+        return found is not None
+    return weight.part in getattr(model.cfg, "loaded", {}).get("biases", ()) or bool(found.detach().any())
 
 
 def parameter_of(model: HookedModel, weight: Weight) -> torch.nn.Parameter:

@@ -214,10 +214,15 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(where, model, monkeypatc
     assert_same_state(model, before)
 
 
-def test_a_bias_of_zeros_is_none_and_is_left_alone(load):
-    model = load("llama")
-    found = fine_tuning.FineTuning().find(model, FACTS[:1], FineTuningSettings(**RATE, bias=True), None, {})
-    assert [change.weight.name for change in found.changes] == ["mlp.W_out"]
+@pytest.mark.parametrize("shape", SHAPES)
+def test_as_published_a_bias_is_tuned_where_hugging_faces_model_has_one_zero_or_not(shape, load, folder):
+    """Tiny models' biases are zero, where they have any."""
+    model, plain = load(shape), hugging_face(folder, shape)
+    has_bias = {"gpt2", "gptj", "neox"}
+    chosen = [Weight(LAYER, "mlp.W_out")] + [Weight(LAYER, "mlp.b_out")] * (shape in has_bias)
+    settings = FineTuningSettings(**{**RATE, **DESCENT_POLICIES["published"], "steps": 4})
+    found = fine_tuning.FineTuning().find(model, FACTS[:2], settings, None, {})
+    assert_equals_plain(model, plain, found, chosen, FACTS[:2], settings)
 
 
 @pytest.mark.parametrize(

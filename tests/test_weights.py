@@ -142,11 +142,15 @@ def test_what_a_weight_can_hold_is_written(more, change, model):
         assert torch.equal(value(model, weight), (base.double() + added).float())
 
 
-def test_a_bias_of_zeros_is_not_used(model):
+def test_a_bias_of_zeros_is_used_where_hugging_faces_model_has_it(load):
+    """Of a model that was not loaded here, where it is not zero."""
+    model, other = load("gpt2"), load("llama")
+    assert all(weights.is_used(model, Weight(1, name)) for name in there(model, 1))
+    assert not any(weights.is_used(other, Weight(1, name)) for name in NAMES if ".b_" in name)
     zero, one = Weight(1, "mlp.b_out"), Weight(1, "attn.b_O")
-    with restored(model, zero, one), torch.no_grad():
-        value(model, zero).zero_()
-        value(model, one).zero_()[3] = 0.5
+    with restored(model, one), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.cfg.loaded, "biases", ())
+        value(model, one)[3] = 0.5
         assert not weights.is_used(model, zero)
         assert weights.is_used(model, one)
     assert weights.is_used(model, Weight(1, "mlp.W_out"))

@@ -7,8 +7,8 @@ token peaks; `weights` chooses others, W_O among them. `descent` has the steps.
 grouped queries a key-value head is shared by a group of query heads, so that of W_K, W_V and their biases the part is tuned which a
 chosen head reads, and with it what the rest of its group reads. b_O belongs to no head: it is tuned with W_O where all heads are.
 
-b_K is left alone where keys are not rotated by their position (GPT-2): it adds the same number to a query's products with all keys, which
-softmax does not see. Its gradient is rounding, of which Adam would make whole steps.
+Of b_K the numbers are left alone that are not rotated by their position (all in GPT-2, most of a head's in GPT-NeoX): they add the same to
+a query's products with all keys, which softmax does not see. Their gradients are rounding, of which Adam would make whole steps.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from mechedit import models
 from mechedit.editing import Editor, Found, State
 from mechedit.editors.descent import Heads, descend
 from mechedit.facts import Fact
@@ -82,17 +83,19 @@ def tuned(model: HookedModel, settings: AttentionEditSettings) -> dict[Weight, H
         weight
         for weight in (Weight(settings.layer, name) for name in biases)
         if is_used(model, weight) and not (settings.heads and weight.name == of_all)
-        if weight.name != "attn.b_K" or str(model.cfg.positional_embedding_type) == "rotary"
+        if weight.name != "attn.b_K" or models.rotated(model)
     ]
     return {weight: _heads(model, weight, settings.heads) for weight in chosen}
 
 
 def _heads(model: HookedModel, weight: Weight, heads: Sequence[int]) -> Heads | None:
-    """Which heads of the weight these query heads use."""
-    if not heads:
+    """Which heads of the weight these query heads use; of b_K, which of their numbers."""
+    turned = models.rotated(model)
+    some = weight.name == "attn.b_K" and turned < int(model.cfg.d_head)
+    if not heads and not some:
         return None
     stored = value(model, weight)
     group = int(model.cfg.n_heads) // len(stored)
     which = torch.zeros(len(stored), dtype=torch.bool, device=stored.device)
-    which[[head // group for head in heads]] = True
-    return which
+    which[[head // group for head in heads] or slice(None)] = True
+    return which[:, None] & (torch.arange(stored.shape[1], device=stored.device) < turned) if some else which

@@ -31,7 +31,7 @@ from mechedit.weights import Weight, as_matrix
 
 __all__ = ["Rows", "descend"]
 
-Heads = Bool[Tensor, " heads"]
+Heads = Bool[Tensor, "heads *numbers"]
 
 
 def descend(
@@ -104,7 +104,7 @@ class _Tuned:
         """Make the parameter's gradient that of d."""
         own = weights.part_of(gradient, self.parameter, self.stored).to(self.delta)
         if self.heads is not None:  # Adam leaves a number whose gradient was always zero at zero
-            own = own * self.heads.to(own).view(-1, *[1] * (own.ndim - 1))
+            own = own * self.heads.to(own).view(*self.heads.shape, *[1] * (own.ndim - self.heads.ndim))
         self.delta.grad = own
 
     def write_(self) -> None:

@@ -26,7 +26,7 @@ from mechedit.models.identities import Identity, digest_of, identity, weight_has
 from mechedit.models.keeping import as_they_were, check_plain, forget, hooked, kept, remembered, told
 from mechedit.models.loading import hugging_face, load, parity
 from mechedit.models.locks import alone
-from mechedit.models.names import AS_MATRIX, NAMES, find_weight, stored_axes
+from mechedit.models.names import AS_MATRIX, NAMES, biases_of, find_weight, stored_axes
 from mechedit.models.resolve import Listed, listing, preset
 from mechedit.models.surface import (
     HookedModel,
@@ -43,6 +43,7 @@ from mechedit.models.surface import (
     is_bridge,
     mlp_module,
     norm_after_mlp,
+    rotated,
 )
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "alone",
     "as_they_were",
     "b_out",
+    "biases_of",
     "cast",
     "check_finite",
     "check_layer",
@@ -86,6 +88,7 @@ __all__ = [
     "parity",
     "preset",
     "remembered",
+    "rotated",
     "stored_axes",
     "told",
     "weight_hash",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -105,8 +105,9 @@ def identity(model: HookedModel) -> Identity:
     return latest
 
 
-def note_loaded(model: HookedModel, config: Any, tokenizer_files: bytes) -> None:
-    """Note, in the model's `cfg`, what it was loaded from: Hugging Face's configuration and the files of the tokenizer.
+def note_loaded(model: HookedModel, config: Any, tokenizer_files: bytes, biases: Sequence[str] = ()) -> None:
+    """Note, in the model's `cfg`, what it was loaded from: Hugging Face's configuration, the files of the tokenizer, and which biases
+    Hugging Face's model has (`names.biases_of`).
 
     They are digested more quickly than what was made of them, and alike on every model class. They hold while what was made of
     them is as it was.
@@ -116,6 +117,7 @@ def note_loaded(model: HookedModel, config: Any, tokenizer_files: bytes) -> None
         "resolved": _resolved(model),
         "tokenizer": xxhash.xxh3_128_hexdigest(tokenizer_files),
         "tokenizer_now": _tokenizer_now(model),
+        "biases": tuple(biases),
     }
 
 

@@ -14,6 +14,7 @@ from mechedit.models.completeness import check_whole
 from mechedit.models.conversion import reason
 from mechedit.models.gemma import GEMMA
 from mechedit.models.identities import note_loaded
+from mechedit.models.names import biases_of
 from mechedit.models.resolve import preset, resolve
 from mechedit.models.surface import HookedModel, ModelError
 from mechedit.models.wrap import quiet, settle_vector_math, wrap
@@ -43,7 +44,7 @@ def load(name: str = GEMMA, *, device: str | None = None, dtype: torch.dtype = t
     folder = resolve(name)
     with quiet():
         hf_model, tokenizer = _hugging_face(folder, name, dtype)
-        config, key = hf_model.config, checking.key(hf_model, dtype)
+        config, key, biases = hf_model.config, checking.key(hf_model, dtype), biases_of(hf_model)
         theirs = None if checking.is_kept(key) else checking.expected(hf_model.to(device), name)
         model = wrap(hf_model, tokenizer, folder, device, dtype).eval()
         del hf_model  # its weights are the hooked model's now
@@ -54,7 +55,7 @@ def load(name: str = GEMMA, *, device: str | None = None, dtype: torch.dtype = t
     if (own := preset(model)) is not None:
         model.cfg.default_prepend_bos = own.prepend_bos
     files = [path for path in sorted(folder.glob("*token*")) if path.suffix in (".json", ".model", ".txt")]
-    note_loaded(model, config, b"".join(path.read_bytes() for path in files))
+    note_loaded(model, config, b"".join(path.read_bytes() for path in files), biases)
     return model
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "is_bridge",
     "mlp_module",
     "norm_after_mlp",
+    "rotated",
 ]
 
 if TYPE_CHECKING:
@@ -119,6 +120,16 @@ def norm_after_mlp(model: HookedModel, layer: int) -> torch.nn.Module | None:
 
 
 @torch.no_grad()
+def rotated(model: HookedModel) -> int:
+    """How many numbers of a head's queries and keys, from its first, are turned by their position; 0 where positions are embedded."""
+    if str(model.cfg.positional_embedding_type) != "rotary":
+        return 0
+    if not is_bridge(model):
+        return int(model.cfg.rotary_dim or model.cfg.d_head)
+    found = [2 * len(buffer) for name, buffer in model.original_model.named_buffers() if name.endswith("inv_freq")]
+    return min([*found, int(model.cfg.d_head)])
+
+
 def embed(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
     """Token embeddings as `hook_embed` sees them: before positions, after the model's own scaling."""
     with alone(model):
