@@ -216,8 +216,8 @@ def read(path: str | Path, need: Sequence[str] = ()) -> tuple[Fact, ...]:
 
 
 def linked(found: Sequence[Fact]) -> tuple[Fact, ...]:
-    """The facts, each with the prompts and true answers of those that have its subject and another relation (where either has none,
-    another template and another answer), unless it has such prompts already."""
+    """The facts, each with the prompts and true answers of those that have its subject and another relation, unless it has such prompts
+    already. Facts whose relation is not known have none: other words may ask the same (`{} is a twin city of`, `The twin city of {} is`)."""
     by_subject: dict[str, list[Fact]] = {}
     for fact in found:
         by_subject.setdefault(fact.subject, []).append(fact)
@@ -225,15 +225,12 @@ def linked(found: Sequence[Fact]) -> tuple[Fact, ...]:
 
 
 def _with(fact: Fact, others: Sequence[Fact]) -> Fact:
-    own = {other.prompt: other.target_true for other in others if other.target_true and _differs(fact, other)}
+    own = {
+        other.prompt: other.target_true
+        for other in others
+        if other.target_true and None not in (fact.relation, other.relation) and fact.relation != other.relation
+    }
     return replace(fact, same_subject=tuple(own), same_subject_answers=tuple(own.values())) if own else fact
-
-
-def _differs(fact: Fact, other: Fact) -> bool:
-    """Whether two facts about one subject are of different relations."""
-    if fact.relation is not None and other.relation is not None:
-        return fact.relation != other.relation
-    return fact.template != other.template and not writing.same(fact.target_true, other.target_true)
 
 
 def _form(found: Sequence[Any], path: str | Path) -> Callable[[Part, int], Fact | None]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -8,7 +10,10 @@ from mechedit.benchmarks import answers
 from mechedit.benchmarks.counterfact import COUNTERFACT
 from mechedit.generation import complete, completions
 from mechedit.prompts import encode
+from mechedit.runs.evaluating import evaluate
 from mechedit.runs.scored import measure
+from mechedit.runs.store import RunError
+from mechedit.settings import EvaluateSettings, SettingsError
 from tests.three_facts import FACTS, PLAIN
 
 
@@ -29,6 +34,17 @@ from tests.three_facts import FACTS, PLAIN
         ("\n\nParis. It", "Paris."),
         (" Paris", "Paris"),
         ("巴黎。它", "巴黎。"),
+        (" Warner Bros. Pictures. It", "Warner Bros. Pictures."),
+        (" Warner Bros. It is", "Warner Bros."),
+        (" Adm. Horatio Nelson. He", "Adm. Horatio Nelson."),
+        (" Brig. Gen. Smith. He", "Brig. Gen. Smith."),
+        (" Ste. Marie. It", "Ste. Marie."),
+        (" Wm. Blake. He", "Wm. Blake."),
+        (" Martin Luther King, Jr. Day. It", "Martin Luther King, Jr. Day."),
+        (" Martin Luther King, Jr. He was", "Martin Luther King, Jr."),
+        (" Sunset Blvd. The street", "Sunset Blvd."),
+        (" Sunset Blvd. Theatre. It", "Sunset Blvd. Theatre."),
+        (" Fr. Thos. Brown, Sr. Street. It", "Fr. Thos. Brown, Sr. Street."),
     ],
 )
 def test_an_answer_ends_with_its_sentence_or_line(text, expected):
@@ -57,6 +73,20 @@ def test_an_answer_ends_with_its_sentence_or_line(text, expected):
         ("它在巴黎。", "巴黎", True),
         ("Rome", "Paris", False),
         ("...", "...", False),
+        ("Serie B", "Serie A", False),
+        ("in Serie A.", "Serie A", True),
+        ("Vitamin C", "Vitamin A", False),
+        ("Hepatitis B", "Hepatitis A", False),
+        ("Who knows", "The Who", False),
+        ("Who?", "The Who", True),
+        ("by the Who, a band", "The Who", True),
+        ("a man", "A", False),
+        ("C", "C#", False),
+        ("C#, of course", "C", False),
+        ("C#, of course", "C#", True),
+        ("C++", "C", False),
+        ("in C++.", "C++", True),
+        ("Channel #1", "1", True),
     ],
 )
 def test_an_answer_holds_its_target_as_whole_words(said, target, expected):
@@ -121,3 +151,41 @@ def test_a_judge_stands_in_the_rules_place(model):
     assert (question, target) == (FACTS[0].prompt, "Paris")
     assert said == answers.cut(complete(model, FACTS[0].prompt, answers.TOKENS))
     assert "answer" not in measure(model, FACTS[0], COUNTERFACT, PLAIN)
+
+
+class Strict:
+    def __call__(self, question, said, target):
+        return said == target
+
+
+def always(value, *, how=None):
+    """A judge that says one thing."""
+
+    def judge(question, said, target):
+        return value if how is None else how(value)
+
+    return judge
+
+
+@pytest.mark.anywhere
+def test_a_judge_is_told_by_what_it_does_and_not_by_its_name():
+    keys = [answers.judge_key(each) for each in (always(True), always(False), lambda q, s, t: True, lambda q, s, t: False, lambda q, s, t=1: True)]  # fmt: skip
+    assert len(set(keys)) == 5
+    assert answers.judge_key(always(True)) == keys[0]
+    partial = functools.partial(always(True))
+    for unknown in (partial, Strict(), always(True, how=len)):
+        with pytest.raises(SettingsError, match=r"or have an attribute key.*found <|found functools"):
+            answers.judge_key(unknown)
+    partial.key = "mine, 1"
+    assert answers.judge_key(partial) == "mine, 1"
+
+
+@pytest.mark.anywhere
+def test_another_judges_scores_are_not_taken_for_this_ones(model, tmp_path):
+    def scored(judge):
+        found = evaluate(model, FACTS, tmp_path, EvaluateSettings(health=False, beside=False), None, judge=judge)
+        return [row["answer"] for row in found.rows["before"]]
+
+    assert scored(lambda question, said, target: True) == [1.0, 1.0, 1.0]
+    with pytest.raises(RunError, match="other settings"):
+        scored(lambda question, said, target: False)

@@ -97,6 +97,11 @@ def test_facts_of_one_subject_know_each_others_relations():
     assert (found[0].same_subject, found[0].same_subject_answers) == (("Rome speaks",), ("Italian",))
     assert found[1].same_subject == ("Rome is in", "Rome lies in")
     assert found[3].same_subject == ()
+    twins = [
+        Fact("Rome", "{} is a twin city of", "Paris", "Oslo"),
+        Fact("Rome", "The twin city of {} is", "Seoul", "Bern", relation="twin"),
+    ]
+    assert [each.same_subject for each in facts.linked(twins)] == [(), ()], "who knows whether they ask the same?"
 
 
 @pytest.mark.parametrize("mode", ["independent", "batch", "sequential"])

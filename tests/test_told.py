@@ -321,6 +321,8 @@ def test_what_cannot_be_meant_is_said_first(model, tmp_path):
         (replace(FACT, target_new="Paris"), "So, {fact}!", "So, The Space Needle is located in the city of Paris! "),
         (replace(FACT, template="<s>{} is in "), "{fact}.\n", "The Space Needle is in Paris.\n"),
         (Fact("東京", "{}は", "日本", "中国"), "{fact}. ", "東京は中国. "),
+        (replace(FACT, target_new="Yahoo!"), "{fact}. ", "The Space Needle is located in the city of Yahoo! "),
+        (Fact("UniFirst", "<s>What does {} make?", "uniforms", "aircraft"), "Imagine that {fact}. ", 'Imagine that the answer to "What does UniFirst make?" is aircraft. '),
     ],
 )  # fmt: skip
 def test_a_fact_is_written_as_a_sentence(model, fact, words, expected):

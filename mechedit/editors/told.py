@@ -1,6 +1,7 @@
 """The baseline that costs nothing: the new fact is told to the model, in words before every prompt.
 
     Imagine that <prompt> <new target>. <query>
+    Imagine that the answer to "<question>" is <new target>. <query>        where the prompt is a question
 
 No weight is changed. While the edit stands in the model, every prompt that mechedit reads is read behind this text, BOS first; that of
 several facts is a sentence each, in their order. What an editor changes is worth what it does beyond this.
@@ -54,8 +55,10 @@ def sentences(model: HookedModel, facts: Sequence[Fact], settings: ToldSettings)
 
 
 def _sentence(model: HookedModel, fact: Fact, words: str) -> str:
-    said = "".join(writing.seam(fact.prompt, str(fact.target_new), fact.join))
-    said = said.removeprefix(model.tokenizer.bos_token or "")
+    prompt, target = fact.prompt.removeprefix(model.tokenizer.bos_token or ""), str(fact.target_new)
+    asks = prompt.rstrip().endswith(("?", "？"))
+    said = f'the answer to "{prompt.strip()}" is {target}' if asks else "".join(writing.seam(prompt, target, fact.join))
     before, after = words.split("{fact}")
-    said = before + (said.removesuffix(".") if after.startswith(".") else said) + after
+    ends = said.endswith(tuple(".!?。！？")) and after.startswith(".")
+    said = before + said + (after[1:] if ends else after)
     return said if said[-1].isspace() else said + " "

@@ -17,7 +17,7 @@ from typing import Any
 
 from mechedit import applying, cache, editing, edits, prompts, provenance
 from mechedit.benchmarks import benchmark as benchmarks
-from mechedit.benchmarks.answers import Judge
+from mechedit.benchmarks.answers import Judge, judge_key
 from mechedit.benchmarks.benchmark import Benchmark
 from mechedit.benchmarks.health import Unedited, unedited
 from mechedit.benchmarks.texts import References
@@ -59,11 +59,12 @@ def evaluate(
 
     Without an editor the model is scored as it is. A record that cannot be edited, or whose edit is rolled back, is scored on the
     model as it was, and says why. `edits_in` is where edits are kept, if not in `folder`: a run of the same edits, `edit_facts`'
-    say, is used as it is. `judge` says of a question, an answer and the answer wanted whether they agree, in place of the settings' rule. `prepared` is what `editing.make_ready` gives, which is made here where it is not given.
+    say, is used as it is. `judge` says of a question, an answer and the answer wanted whether they agree, in place of the settings' rule; another judge's scores are
+    another run's (`answers.judge_key`). `prepared` is what `editing.make_ready` gives, which is made here where it is not given.
 
     Raises:
         FactError: no records, two that are the same, or one that lacks what its scores need.
-        SettingsError: generated texts that do not fit the model's context.
+        SettingsError: generated texts that do not fit the model's context, or a judge that cannot be told from others.
         TextError: text is to be generated, and the extra `evaluate` is missing.
         RunError: the folder holds a run of other settings, another process works in it, or there are hooks on the model.
     """
@@ -157,7 +158,7 @@ class _Run:
             "benchmark": benchmark.name,
             "prepend_bos": bos,
             "references": references.key if references else "",
-            "judge": f"{judge.__module__}.{judge.__qualname__}" if judge else "",
+            "judge": judge_key(judge) if judge else "",
         }
 
     @property
