@@ -22,6 +22,8 @@ from mechedit.statistics import Mean, Paired
 
 NUMBERS = ("relative_norm", "divisor_share", "essence_kl", "perplexity_ratio")
 LESS = "less the unedited model"
+LESS_DEFAULT = "less the default"
+DRIFTS = ("drift", "drift_log_p")  # from the unedited model, in which they are 0
 OPPONENTS = ("ft", "ft-l", "attention-edit", "kn", "told")
 TRAINED = tuple(f"{editor}{variant}" for editor in ("mend", "ke") for variant in ("", "-set", "-zsre", "-cf"))
 """Rows of editors that are trained: on text, and on sets of facts."""
@@ -109,7 +111,14 @@ def compared(first: Evaluation, second: Evaluation, names: Sequence[str]) -> dic
 
 def gained(found: Evaluation, names: Sequence[str]) -> dict[str, Paired]:
     """What edits change: each record after its edit less the same record before it."""
-    return _of(names, metrics.differences(found.rows["before"], found.rows["after"]))
+    before = [row | {name: 0.0 for name in DRIFTS if name in after} for row, after in zip(found.rows["before"], found.rows["after"], strict=True)]  # fmt: skip
+    return _of(names, metrics.differences(before, found.rows["after"]))
+
+
+def less_default(found: Mapping[str, Evaluation], names: Sequence[str]) -> dict[str, dict[str, Paired]]:
+    """Each evaluation less the one called "default", by name; nothing where there is none."""
+    others = {name: each for name, each in found.items() if name != "default" and "default" in found}
+    return {name: compared(found["default"], each, names) for name, each in others.items()}
 
 
 def _of(names: Sequence[str], found: dict[str, Paired]) -> dict[str, Paired]:
@@ -171,22 +180,23 @@ def _nans(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_table(model: models.HookedModel, name: str, names: Sequence[str], rows: dict[str, Row], differences: dict[str, Any], below: Sequence[Sequence[str]], spent: Mapping[str, Mapping[str, float]]) -> Path:  # fmt: skip
-    """The table as Markdown beside its JSON, in percent with intervals: under each method the unedited model on the same records, and
-    the paired difference; then the lines `below`, as they are. `differences` is what `corrected` gave, `spent` what `costs` gave."""
+    """The table as Markdown beside its JSON, in percent with intervals: under each method the unedited model on the same records, the
+    paired differences from it and from the default, and the smallest from it that could have been seen; then the lines `below`, as they
+    are. A column that no row has is left out. `differences` is what `corrected` gave, `spent` what `costs` gave."""
+    given = max((len(line) - 2 for line in below), default=0)  # columns that the lines below have
+    names = [each for at, each in enumerate(names) if at < given or any(each in row.scores for row in rows.values())]
     more = ["s an edit", "MB an edit"] if spent else []
     lines = [["", "n", *names, *more], ["---"] * (len(names) + 2 + len(more))]
     for row, found in rows.items():
-        parts = [(row, found.scores), ("unedited, same records", found.unedited)]
-        own = {each: Mean(**_nans(value["difference"])) for each, value in differences.get(LESS, {}).get(row, {}).items()}  # fmt: skip
-        for title, means in [*parts, ("difference", own)]:
+        less = [paired_of(differences.get(each, {}).get(row, {})) for each in (LESS, LESS_DEFAULT)]
+        own, other = ({each: value.difference for each, value in pairs.items()} for pairs in less)
+        parts = [(row, found.scores), ("unedited, same records", found.unedited), ("difference", own), (LESS_DEFAULT, other)]  # fmt: skip
+        for title, means in parts:
             if means:
-                cells = [metrics.metric(each).shown(means[each]) if each in means else "" for each in names]
                 cost = [f"{spent[row]['seconds']:.2f}", f"{spent[row]['peak'] / 1e6:.0f}"] if title == row in spent else []  # fmt: skip
-                lines.append([title, str(max(each.n for each in means.values())), *cells, *cost])
-        seen = {each: value["could_see"] for each, value in differences.get(LESS, {}).get(row, {}).items() if value.get("could_see")}  # fmt: skip
-        if seen:
-            cells = [metrics.metric(each).shown(Mean(seen[each], math.nan, math.nan, 1)) if each in seen else "" for each in names]  # fmt: skip
-            lines.append(["could see", "", *cells])
+                lines.append([title, *_cells(names, means), *cost])
+        if seen := {each: Mean(value.could_see, math.nan, math.nan, 1) for each, value in less[0].items() if value.could_see > 0}:  # fmt: skip
+            lines.append(["could see", "", *_cells(names, seen)[1:]])
     text = "\n".join(
         "| " + " | ".join(line) + " |"
         for line in ([*line, *[""] * (len(lines[0]) - len(line))] for line in [*lines, *below])
@@ -197,12 +207,19 @@ def write_table(model: models.HookedModel, name: str, names: Sequence[str], rows
     note = (
         f"In percent, with 95 % intervals over facts. Differences are paired, record by record; of the table's {differences.get('comparisons', 0)} "
         f"comparisons, corrected for their number (Holm), those with p > 0.05 to the unedited model: {', '.join(sorted(said)) or 'none'}. "
-        "p is of random signs; an interval also allows for values that so many records may have missed, and can hold 0 where p is small."
+        "p is of random signs; an interval also allows for values that so many records may have missed, and can hold 0 where p is small; "
+        "drift, a divergence, is never below 0, so that its p says nothing."
     )
     path = FIGURES / short_name(model) / f"{name}.md"
     with cache.atomic_write(path) as temporary:
         temporary.write_text(f"{text}\n\n{note}\n")
     return path
+
+
+def _cells(names: Sequence[str], means: Mapping[str, Mean]) -> list[str]:
+    """How many records a row has, and its numbers, each with how many it has where that is not as many."""
+    most = max(each.n for each in means.values())
+    return [str(most), *(metrics.metric(each).shown(means[each], most) if each in means else "" for each in names)]
 
 
 def kept_rows(model: models.HookedModel, name: str, settings: Any) -> dict[str, Any]:

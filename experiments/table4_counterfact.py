@@ -26,15 +26,16 @@ import torch
 from experiments.common import parse, progress, say, write
 from experiments.editing import (
     LESS,
+    LESS_DEFAULT,
     OPPONENTS,
     TRAINED,
     Row,
     benchmark_facts,
-    compared,
     corrected,
     costs,
     folder,
     gained,
+    less_default,
     opponent,
     published,
     swapped,
@@ -161,9 +162,7 @@ def main(settings: Table4) -> None:
     rows = {name: Row.of(each) for name, each in found.items()}
     edited = {name: each for name, each in found.items() if name not in ("no edit", "known")}
     comparisons = {LESS: {name: gained(each, COLUMNS) for name, each in edited.items()}}
-    if "default" in found:
-        others = {name: each for name, each in edited.items() if name != "default"}
-        comparisons["less the default"] = {name: compared(found["default"], each, (*SUCCESSES, "S")) for name, each in others.items()}  # fmt: skip
+    comparisons[LESS_DEFAULT] = less_default(edited, COLUMNS)
     differences = corrected(comparisons)
     result: dict[str, Any] = {"rows": {name: each.to_json() for name, each in rows.items()}, "paired": differences, "edit": vars(default), "costs": spent}  # fmt: skip
     file = "table4_counterfact" if settings.begin == 0 else f"table4_counterfact_from{settings.begin}"

@@ -399,7 +399,7 @@ def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path
     assert set(gains) == set(rows) - {"no edit"}
     gain = rows["default"]["scores"]["EM"]["mean"] - rows["default"]["unedited"]["EM"]["mean"]
     assert gains["default"]["EM"]["difference"]["mean"] == pytest.approx(gain)
-    assert paired["comparisons"] == 10 * 9 + 9 * 4
+    assert paired["comparisons"] == (10 + 9) * 11, "every column but SR"
     assert record["costs"] == dict.fromkeys(("default", "layer 1", "C of the text"), costs), "ft was measured otherwise"
     lines = next(tmp_path.rglob("table4_counterfact.md")).read_text().splitlines()
     assert (
@@ -409,7 +409,7 @@ def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path
     assert [line.split(" | ")[0] for line in lines[2:7]] == ["| no edit", "| known", "| default", "| unedited, same records", "| difference"]  # fmt: skip
     assert next(line for line in lines if line.startswith("| default")).endswith("| 1.25 | 3 |")
     assert "| 89.2 | 100.0 |" in lines[-3]
-    assert "of the table's 126 comparisons" in lines[-1]
+    assert "of the table's 209 comparisons" in lines[-1]
     monkeypatch.setattr("mechedit.editing.edit", lambda *args, **kwargs: pytest.fail("an edit was found again"))
     table4_counterfact.main(common.parse(table4_counterfact.Table4, arguments))
     assert read(tmp_path, "table4_counterfact")["rows"] == rows | {"known": {"scores": known, "unedited": {}}}
@@ -474,7 +474,8 @@ def test_the_table_of_zsre_has_every_row(to_edit, tmp_path, monkeypatch):
     monkeypatch.setattr(table1_zsre, "questions", lambda model, begin, n: asked[begin : begin + n])
     arguments = ["--model", to_edit, "--unedited", "4", "--facts", "3", "--control-facts", "2"]
     arguments += ["--opponent-facts", "2"]
-    for some in (("random layer", "identity"), ("no edit", "default", "published", "ft")):
+    monkeypatch.setattr(table1_zsre, "known", lambda model, facts: facts[:2])
+    for some in (("random layer", "default", "identity"), ("no edit", "known", "published", "ft")):
         table1_zsre.main(common.parse(table1_zsre.Table1, [*arguments, "--rows", *some]))
     record = read(tmp_path, "table1_zsre")
     rows = record["rows"]
@@ -488,12 +489,24 @@ def test_the_table_of_zsre_has_every_row(to_edit, tmp_path, monkeypatch):
     ]
     assert [rows[name]["unedited"]["efficacy"]["n"] for name in ("published", "identity")] == [3, 2]
     assert rows["default"]["scores"]["p_new"]["mean"] > rows["no edit"]["scores"]["p_new"]["mean"]
-    assert record["paired"]["comparisons"] == 5 * 4
+    known = rows["known"]["scores"]
+    assert (known["efficacy"]["n"], rows["known"]["unedited"]) == (2, {})
+    model = models.load(to_edit)
+    own = scoring.score(model, [(fact.prompt, str(fact.target_true)) for fact in TO_EDIT[:2]])
+    assert known["p_new"]["mean"] == pytest.approx(sum(each.p for each in own) / 2), (
+        "the true answer, in the new one's place"
+    )
+    assert record["paired"]["comparisons"] == (5 + 4) * 6, (
+        "of five rows with the unedited model, of four with the default"
+    )
+    assert record["paired"]["less the unedited model"]["ft"]["drift"]["difference"]["mean"] == pytest.approx(rows["ft"]["scores"]["drift"]["mean"])  # fmt: skip
+    assert set(record["paired"]["less the default"]) == {"published", "identity", "random layer", "ft"}
+    assert "| less the default | 2 |" in next(tmp_path.rglob("table1_zsre.md")).read_text()
     table1_zsre.main(common.parse(table1_zsre.Table1, [*arguments, "--rows", "no edit"]))
     assert read(tmp_path, "table1_zsre") == record, "the other rows are kept"
     table1_zsre.main(common.parse(table1_zsre.Table1, [*arguments, "--control-facts", "1", "--rows", "no edit"]))
     assert set(read(tmp_path, "table1_zsre")["rows"]) == {"no edit"}, "rows of other settings are not"
-    with pytest.raises(SystemExit, match="rows are no edit, default, published, .*; found text"):
+    with pytest.raises(SystemExit, match="rows are no edit, known, default, published, .*; found text"):
         table1_zsre.main(table1_zsre.Table1(rows=("text",)))
 
 
