@@ -1,6 +1,7 @@
 """What do gradient steps cost beside the passes they need?  python -m experiments.benchmark_fine_tuning   -> figures/MODEL/benchmark_fine_tuning.json
 
-One fact (of the organism's world for an organism), `steps` steps at `layer`, none of which ends early: the seconds of `ft`, `ft-l` and
+One fact (of the organism's world for an organism), `steps` steps, none of which ends early, at each of `layers`; without them, at the layer
+of each editor's preset and at the top one, whose passes are the fewest: the seconds of `ft`, `ft-l` and
 `attention-edit` in finding their changes, and those of as many bare passes, forward and backward from the edited block up, of the same
 tokens with gradients of the same weights, in turn in one process. Medians of `repeats`, and of the ratios of neighbours in time. Editors that are
 trained, where their network ships (`set`) or is in out/MODEL/trained, beside one pass forward and one backward of the whole model.
@@ -9,7 +10,7 @@ trained, where their network ships (`set`) or is in out/MODEL/trained, beside on
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -38,7 +39,7 @@ class BenchmarkFineTuning:
     """Settings of the benchmark."""
 
     model: str = "gemma-3-270m"
-    layer: int = 3
+    layers: tuple[int, ...] = (-1,)  # -1: of each editor's preset, and the top one
     steps: int = 25
     repeats: int = 5
     threads: int = 1
@@ -49,12 +50,9 @@ def main(settings: BenchmarkFineTuning) -> None:
     model = models.load(settings.model)
     fact = sources.named("organism" if settings.model in organism.MODELS else "built-in")[0]
     result: dict[str, Any] = {}
-    for name, kind in EDITORS.items():
+    for name, chosen in wanted(model, settings):
         editor = editors.named(name)
-        chosen = editor.resolve(
-            model, kind(layer=settings.layer, steps=settings.steps, stop_at=0.0, learning_rate=1e-5)
-        )
-        result[name] = compared(
+        result[f"{name}, layer {chosen.layer}"] = compared(
             lambda editor=editor, chosen=chosen: editor.find(model, [fact], chosen, None, {}),
             lambda chosen=chosen: bare(model, fact, chosen),
             settings.repeats,
@@ -71,6 +69,19 @@ def main(settings: BenchmarkFineTuning) -> None:
     for name, row in result.items():
         say(f"{name}: {row['ratio']:.2f} times the bare passes")
     say(f"wrote {path}")
+
+
+def wanted(model: HookedModel, settings: BenchmarkFineTuning) -> Iterator[tuple[str, DescentSettings]]:
+    """Each editor with its settings at each layer, in which no step ends early."""
+    steady = {"steps": settings.steps, "stop_at": 0.0, "learning_rate": 1e-5}
+    for name, kind in EDITORS.items():
+        layers = settings.layers
+        if layers == (-1,):
+            own = models.preset(model)
+            at = own.settings[name].layer if own is not None and name in own.settings else 0
+            layers = tuple(dict.fromkeys((at, int(model.cfg.n_layers) - 1)))
+        for layer in layers:
+            yield name, editors.named(name).resolve(model, kind(layer=layer, **steady))
 
 
 def compared(edit: Callable[[], Any], passes: Callable[[], float], repeats: int) -> dict[str, float]:

@@ -404,7 +404,7 @@ def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path
     lines = next(tmp_path.rglob("table4_counterfact.md")).read_text().splitlines()
     assert (
         lines[0]
-        == "|  | n | S | ES | EM | PS | PM | NS | NM | answer | N+ | SR | drift | drift_log_p | s an edit | MB an edit |"
+        == "|  | n | S | ES | EM | PS | PM | NS | NM | answer | N+ | drift | drift_log_p | s an edit | MB an edit |"
     )
     assert [line.split(" | ")[0] for line in lines[2:7]] == ["| no edit", "| known", "| default", "| unedited, same records", "| difference"]  # fmt: skip
     assert next(line for line in lines if line.startswith("| default")).endswith("| 1.25 | 3 |")
@@ -441,10 +441,17 @@ def test_what_was_measured_of_other_editors_is_kept_with_the_same_weights_and_th
 
 
 def test_the_benchmark_of_gradient_steps_compares_every_editor_with_bare_passes(tiny, tmp_path):
-    few = ["--layer", "1", "--steps", "2", "--repeats", "1"]
+    few = ["--layers", "1", "3", "--steps", "2", "--repeats", "1"]
     benchmark_fine_tuning.main(common.parse(benchmark_fine_tuning.BenchmarkFineTuning, ["--model", tiny, *few]))
     record = read(tmp_path, "benchmark_fine_tuning")
-    assert set(record["editors"]) == {"ft", "ft-l", "attention-edit"}, "no trained network is there"
+    every = {f"{name}, layer {layer}" for name in ("ft", "ft-l", "attention-edit") for layer in (1, 3)}
+    assert set(record["editors"]) == every, "no trained network is there"
+    model = models.load(tiny)
+    own = [
+        (name, each.layer)
+        for name, each in benchmark_fine_tuning.wanted(model, benchmark_fine_tuning.BenchmarkFineTuning())
+    ]
+    assert [each for each in own if each[1] == int(model.cfg.n_layers) - 1] == [(name, int(model.cfg.n_layers) - 1) for name in ("ft", "ft-l", "attention-edit")]  # fmt: skip
     for row in record["editors"].values():
         assert row["edit_seconds"] > 0 < row["bare_seconds"]
         assert row["ratio"] == pytest.approx(row["edit_seconds"] / row["bare_seconds"])

@@ -105,7 +105,9 @@ class _Tuned:
         own = weights.part_of(gradient, self.parameter, self.stored).to(self.delta)
         if self.heads is not None:  # Adam leaves a number whose gradient was always zero at zero
             own = own * self.heads.to(own).view(*self.heads.shape, *[1] * (own.ndim - self.heads.ndim))
-        self.delta.grad = own
+        self.delta.grad = (
+            own if own.stride() == self.delta.stride() else torch.empty_like(self.delta).copy_(own)
+        )  # as one kernel reads them
 
     def write_(self) -> None:
         """Put W + d into the model."""
@@ -120,7 +122,10 @@ def _steps(
     batches: Sequence[Rows], tuned: Sequence[_Tuned], settings: DescentSettings, progress: Progress
 ) -> list[float]:
     """Take Adam's steps; the loss before each round of batches, and that at the end."""
-    adam = torch.optim.Adam([each.delta for each in tuned], lr=settings.learning_rate)
+    fused = all(
+        each.delta.device.type in ("cpu", "cuda") for each in tuned
+    )  # one kernel a weight, where a dozen cost as much as a block
+    adam = torch.optim.Adam([each.delta for each in tuned], lr=settings.learning_rate, fused=fused)
     bound, facts = getattr(settings, "norm_bound", None), sum(rows.facts for rows in batches)
     losses: list[float] = []
     stepped = True
