@@ -10,7 +10,7 @@
 circuitsvis's own widgets ask google.com whether there is a network each time that one is shown, carry its script of 1.3 MB each, put
 text into that as it is, and make HTML of tokens, so that `<bos>` vanishes and worse could run. Here its script is in the notebook
 once, props are JSON that no token can leave, and tokens have no `<` or `&` that begins anything. What cannot run scripts (a page on a
-hosting site) shows the plain table below each view.
+hosting site) says so, and shows the plain table below each view.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from html import escape
 from importlib.metadata import distribution
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ __all__ = ["NotebookError", "Shown", "answers", "attention", "effects", "neurons
 
 HEIGHT = 860  # pixels of a page's frame
 _MARKUP = re.compile("[<&]")
-WAIT = "Run mechedit.notebook.start() above, once, to see this as a picture."
+STILL = "No scripts run here: open the table below, which has the same numbers."
+LACKING = "Run mechedit.notebook.start() above, once, to see this as a picture."
 
 
 class NotebookError(MecheditError, ValueError):
@@ -134,8 +136,7 @@ def neurons(model: HookedModel, prompt: str, chosen: Neurons | Sequence[tuple[in
     Raises:
         NotebookError: none are named, or one that there is not.
     """
-    named = [(each.layer, each.index) for each in chosen.chosen] if isinstance(chosen, Neurons) else [tuple(each) for each in chosen]  # fmt: skip
-    _check_neurons(model, named)
+    named = [(each.layer, each.index) for each in chosen.chosen] if isinstance(chosen, Neurons) else _named(model, chosen)  # fmt: skip
     place = {layer: f"blocks.{layer}.mlp.hook_post" for layer, _ in named}
     found = _runs(model, prompt, list(place.values()), edit, prepend_bos)
     grids = [torch.stack([kept[place[layer]][0, :, index] for layer, index in named], 1) for *_, kept in found]
@@ -161,17 +162,17 @@ def answers(model: HookedModel, prompt: str, answer: str, edit: Edit | None = No
     pointer; with an edit, before and after it.
 
     Raises:
-        NotebookError: k is less than 1.
+        NotebookError: k is no number from 1 to that of all tokens.
     """
-    if not 1 <= k <= int(model.cfg.d_vocab):
-        raise NotebookError(f"k must be from 1 to the {model.cfg.d_vocab} tokens that there are; found {k}.")
+    if not isinstance(k, Integral) or not 1 <= k <= int(model.cfg.d_vocab):
+        raise NotebookError(f"k must be a whole number from 1 to the {model.cfg.d_vocab} tokens that there are; found {k!r}.")  # fmt: skip
     bos = prompts.resolve_bos(model, prepend_bos)
     parts, rows = [], [["model", f"the {k} most probable tokens after the prompt"]]
     for title in _titles(edit):
         with _state(model, title, edit), torch.no_grad():
             before, after = prompts.joined(model, prompt, answer, prepend_bos=bos)
             ids = [*before, *after]
-            prompts.check_length(model, len(ids))
+            _check_ids(model, before, len(ids))
             log_p = model(torch.tensor([ids], device=device_of(model)))[0, :-1].float().log_softmax(-1).cpu()
             parts.append(_widget(title, "TokenLogProbs", _guesses(model, ids, log_p, k)))
             best = log_p[len(before) - 1].topk(k)
@@ -203,7 +204,7 @@ def _runs(model: HookedModel, prompt: str, places: list[str], edit: Edit | None,
     for title in _titles(edit):
         with _state(model, title, edit):
             ids, _ = prompts.encode(model, prompt, prepend_bos=bos)
-            prompts.check_length(model, len(ids))
+            _check_ids(model, ids, len(ids))
             kept: dict[str, Tensor] = {}
             reads = [read(place, partial(kept.__setitem__, place)) for place in dict.fromkeys(places)]
             with intervened(model, *reads):
@@ -212,13 +213,23 @@ def _runs(model: HookedModel, prompt: str, places: list[str], edit: Edit | None,
     return found
 
 
-def _check_neurons(model: HookedModel, named: Sequence[Any]) -> None:
-    if not named:
-        raise NotebookError("no neurons are named; give pairs of a layer and a number.")
-    for each in named:
-        width = int(model.cfg.d_mlp)
-        if len(each) != 2 or not 0 <= each[0] < int(model.cfg.n_layers) or not 0 <= each[1] < width:
-            raise NotebookError(f"a neuron is a layer below {model.cfg.n_layers} and a number below {width}; found {each}.")  # fmt: skip
+def _check_ids(model: HookedModel, prompt: list[int], length: int) -> None:
+    """Raise for a prompt of no token, and for a text that the model cannot read whole."""
+    if not prompt:
+        raise NotebookError("the prompt gives no token; write a word, or let BOS stand before it (prepend_bos=True).")
+    prompts.check_length(model, length)
+
+
+def _named(model: HookedModel, chosen: Sequence[Any]) -> list[tuple[int, int]]:
+    """Neurons that are named by pairs."""
+    layers, width = int(model.cfg.n_layers), int(model.cfg.d_mlp)
+    if not isinstance(chosen, Sequence) or not len(chosen):
+        raise NotebookError(f"chosen must be pairs of a layer and a number, at least one; found {chosen!r}.")
+    for each in chosen:
+        pair = each if isinstance(each, (tuple, list)) and all(isinstance(part, Integral) for part in each) else ()
+        if len(pair) != 2 or not 0 <= pair[0] < layers or not 0 <= pair[1] < width:
+            raise NotebookError(f"a neuron is a layer below {layers} and a number below {width}, as (0, 5); found {each!r}.")  # fmt: skip
+    return [(int(layer), int(index)) for layer, index in chosen]
 
 
 def _guesses(model: HookedModel, ids: list[int], log_p: Float[Tensor, "pos d_vocab"], k: int) -> dict[str, Any]:
@@ -258,10 +269,11 @@ def _widget(title: str, name: str, props: dict[str, Any]) -> str:
     own = "mechedit-" + hashlib.sha256(f"{title} {name} {said}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return (
         f'<figure style="margin:0;flex:1 1 320px;min-width:0"><figcaption>{escape(visible(title))}</figcaption>'
-        f'<div data-mechedit="{own}" style="overflow-x:auto">{WAIT}</div></figure>'
+        f'<div data-mechedit="{own}" style="overflow-x:auto">{STILL}</div></figure>'
         f"<script>(() => {{ const props = {said}; let left = 100; const draw = () => {{"
-        "if (!window.CircuitsVis) { if (left--) setTimeout(draw, 100); return; }"
-        f"for (const place of document.querySelectorAll('[data-mechedit=\"{own}\"]:not([id])')) {{"
+        f"const places = document.querySelectorAll('[data-mechedit=\"{own}\"]:not([id])');"
+        f"if (!window.CircuitsVis) {{ for (const place of places) place.textContent = '{LACKING}'; if (left--) setTimeout(draw, 100); return; }}"
+        f"for (const place of places) {{"
         f"place.id = '{own}-' + Math.random().toString(36).slice(2); place.textContent = '';"
         f"CircuitsVis.render(place.id, CircuitsVis.{name}, props); }} }}; draw(); }})();</script>"
     )

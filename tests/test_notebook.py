@@ -6,6 +6,7 @@ import html
 import json
 import re
 
+import jaxtyping
 import pytest
 import torch
 
@@ -94,7 +95,21 @@ def test_tokens_are_coloured_by_what_restoring_them_brings_back():
         notebook.effects(trace, "post")
 
 
-def test_what_cannot_be_shown_is_refused_in_a_sentence(model):
+def test_what_cannot_be_shown_is_refused_in_a_sentence(model, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users
+    for call, said in (
+        (lambda: notebook.attention(model, "", 1, prepend_bos=False), "the prompt gives no token; write a word"),
+        (lambda: notebook.neurons(model, "", [(1, 5)], prepend_bos=False), "the prompt gives no token; write a word"),
+        (lambda: notebook.answers(model, "", "Paris", prepend_bos=False), "the prompt gives no token; write a word"),
+        (lambda: notebook.answers(model, PROMPT, "Paris", k=2.0), "k must be a whole number from 1 to the 400 .* found 2.0"),
+        (lambda: notebook.answers(model, PROMPT, "Paris", k="3"), "found '3'"),
+        (lambda: notebook.neurons(model, PROMPT, [5]), "as .0, 5.; found 5"),
+        (lambda: notebook.neurons(model, PROMPT, 5), "at least one; found 5"),
+        (lambda: notebook.neurons(model, PROMPT, ["15"]), "found '15'"),
+        (lambda: notebook.neurons(model, PROMPT, [(1.0, 5)]), "a layer below 4 and a number below 128, .* found .1.0, 5."),
+    ):  # fmt: skip
+        with pytest.raises(notebook.NotebookError, match=said):
+            call()
     for call, error in (
         (lambda: notebook.attention(model, PROMPT, 9), ModelError),
         (lambda: notebook.neurons(model, PROMPT, []), notebook.NotebookError),
@@ -160,6 +175,10 @@ def test_a_view_without_the_bundle_says_what_to_run_and_has_its_table(opened, tm
     (tmp_path / "page.html").write_text("<!doctype html><title>t</title>" + shown.html, encoding="utf-8")
     found = opened(tmp_path / "page.html")
     assert "Run mechedit.notebook.start() above" in found.page.inner_text("body")
+    assert "No scripts run here" not in found.page.inner_text("body")
+    still = re.sub("<script.*?</script>", "", shown.html, flags=re.DOTALL)  # as a hosting site shows it
+    assert "No scripts run here: open the table below" in still
+    assert "Run mechedit" not in still
     found.page.click("summary")
     assert "Needle" in found.page.inner_text("table")
     assert found.errors == []
