@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,7 +180,7 @@ def moved(text: str, page: Path) -> str:
 
 
 def notebook(page: Path, there: Path) -> str:
-    """A notebook's cells and outputs as a page; its pictures are written beside it. Views that run scripts are left out."""
+    """A notebook's cells and outputs as a page; its pictures are written beside it. Of a view that runs scripts the text stands there."""
     parts = []
     for number, cell in enumerate(json.loads(page.read_text(encoding="utf-8"))["cells"]):
         source = "".join(cell["source"])
@@ -191,11 +192,20 @@ def notebook(page: Path, there: Path) -> str:
                 there.parent.mkdir(parents=True, exist_ok=True)
                 (there.parent / name).write_bytes(base64.b64decode("".join(picture)))
                 parts.append(f'<img src="{name}" alt="the picture that this cell draws">')
-            elif "text/html" not in data:
-                parts.append("```text\n" + "".join(output.get("text") or data.get("text/plain", "")).rstrip() + "\n```")
-            else:
-                parts.append("*Here the notebook shows an interactive view.*")
+                continue
+            said = "".join(output.get("text") or data.get("text/plain", "")).rstrip()
+            if "text/html" in data:
+                parts.append("*Here the notebook shows an interactive view. Its text:*")
+                said = _aligned(said)
+            parts.append(f"```text\n{said}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _aligned(text: str) -> str:
+    """Lines of cells between tabs, with each column as wide as its widest cell."""
+    rows = [line.split("\t") for line in text.splitlines()]
+    wide = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    return "\n".join("  ".join(map(str.ljust, row, wide)).rstrip() for row in rows)
 
 
 def links(text: str) -> list[str]:
