@@ -24,7 +24,9 @@ AS_MATRIX = {
 """From TransformerLens's shape of a weight to the matrix that it is: what it reads by what it writes, heads side by side."""
 
 _QKV = ("attn.b_Q", "attn.b_K", "attn.b_V")
-_WRITTEN = {  # Hugging Face's modules of a block, by the last part of their names, and the biases that theirs is
+_WRITTEN: dict[
+    str, dict[str, tuple[str, ...]]
+] = {  # Hugging Face's modules of a block, by the last part of their names, and the biases that theirs is
     "attn": {
         **dict.fromkeys(("c_attn", "query_key_value", "qkv_proj", "Wqkv"), _QKV),
         **{name: (own,) for name, own in zip(("q_proj", "k_proj", "v_proj"), _QKV, strict=True)},
