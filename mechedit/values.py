@@ -39,6 +39,7 @@ __all__ = ["HOOKS", "Sought", "Value", "optimise", "optimise_all"]
 
 MEMORY = 2**29  # bytes of what is kept of the rows of facts whose values are sought at once
 MOMENTS = (0.9, 0.999, 1e-8)  # of Adam: how much of both averages of slopes stays, and what is added to the divisor
+TIE = 1e-4  # of logits: of two that are closer, rounding decides which is first
 TOP_WEIGHT, TOP_KL = (
     0.1,
     0.01,
@@ -231,7 +232,7 @@ class _Search:
             self.learnt[rows] = 0.0
             self.learnt.index_add_(0, row, nll.detach())
             kl.index_add_(0, fact[essence], drift.detach())
-            missed.index_add_(0, fact, ((below > 0) & (token >= 0)).to(missed))
+            missed.index_add_(0, fact, ((below > TIE) & (token >= 0)).to(missed))
         target.index_add_(0, self.fact, self.learnt)
         is_top = (missed == 0) & (self.settings.stop == "top")
         weigh = torch.where(is_top, TOP_WEIGHT, 1.0).to(target)

@@ -190,6 +190,19 @@ def test_each_of_several_facts_stops_by_itself_and_is_run_no_more(double, stop, 
     assert sum(ran) == sum(steps * (len(each.rows) + 1) for steps, each in zip(taken, every, strict=True))
 
 
+@pytest.mark.parametrize("shape", ["gpt2", "gemma3"])
+def test_what_the_model_says_already_is_first_whatever_rounding_does(load, shape):
+    """In float32 the same logit comes out of two products with other last bits; PMET's stop is at once where nothing is to be learnt."""
+    model = load(shape)
+    facts = [replace(FACT, subject=subject) for subject in "The Space Needle,The Eiffel Tower,Rome,Steve Jobs,London,Berlin,Apple,violin,piano,soccer".split(",")]  # fmt: skip
+    every = [sought(model, fact, "Paris", ("",)) for fact in facts]
+    with torch.no_grad():
+        tops = [int(model(torch.tensor([list(each.rows[0].ids)]))[0, -1].argmax()) for each in every]
+    every = [replace(each, targets=[[top]]) for each, top in zip(every, tops, strict=True)]
+    found = values.optimise_all(model, every, 1, replace(BOS, steps=3, stop="top", stop_at=0.0))
+    assert [len(each.losses) for each in found] == [1] * len(facts)
+
+
 @pytest.mark.parametrize("module", [above, values])
 def test_with_little_memory_few_rows_run_at_once_and_find_the_same(double, module, monkeypatch):
     settings = replace(BOS, steps=3, stop_at=0.0)
