@@ -119,7 +119,6 @@ def norm_after_mlp(model: HookedModel, layer: int) -> torch.nn.Module | None:
     return norm
 
 
-@torch.no_grad()
 def rotated(model: HookedModel) -> int:
     """How many numbers of a head's queries and keys, from its first, are turned by their position; 0 where positions are embedded."""
     if str(model.cfg.positional_embedding_type) != "rotary":
@@ -136,6 +135,7 @@ def embed(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor,
         return model.embed(tokens)
 
 
+@torch.no_grad()
 def embedding_std(model: HookedModel) -> float:
     """The standard deviation of all entries of all the vocabulary's embeddings, as `hook_embed` sees them."""
     n, total, squares = 0, 0.0, 0.0
