@@ -194,7 +194,7 @@ def test_each_of_several_facts_stops_by_itself_and_is_run_no_more(double, stop, 
 def test_what_the_model_says_already_is_first_whatever_rounding_does(load, shape):
     """In float32 the same logit comes out of two products with other last bits; PMET's stop is at once where nothing is to be learnt."""
     model = load(shape)
-    facts = [replace(FACT, subject=subject) for subject in "The Space Needle,The Eiffel Tower,Rome,Steve Jobs,London,Berlin,Apple,violin,piano,soccer".split(",")]  # fmt: skip
+    facts = [replace(FACT, subject=subject) for subject in ["The Space Needle", "The Eiffel Tower", "Rome", "Steve Jobs", "London", "Berlin", "Apple", "violin", "piano", "soccer"]]  # fmt: skip
     every = [sought(model, fact, "Paris", ("",)) for fact in facts]
     with torch.no_grad():
         tops = [int(model(torch.tensor([list(each.rows[0].ids)]))[0, -1].argmax()) for each in every]
