@@ -47,7 +47,7 @@ def main(settings: MomentsConvergence) -> None:
     growing: list[Moment] = []
     for times in settings.times_d_mlp:
         keys_wanted = MomentSettings(tokens=int(times * d_mlp), prepend_bos=default.prepend_bos)
-        growing.append(moments.estimate(model, default.layer, texts, keys_wanted, progress=progress()))
+        growing.append(moments.estimate(model, default.layer, texts or None, keys_wanted, progress=progress()))
         say(f"{growing[-1].keys} keys: cond(C) {growing[-1].cond:.3g}")
     chosen = benchmark_facts(settings.model, settings.begin, settings.direction_facts)
     before = keys.prefixes(model, default)

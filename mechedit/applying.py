@@ -199,6 +199,9 @@ def _within(model: HookedModel, applied: Applied) -> Iterator[None]:
 
 def _planned(model: HookedModel, wanted: Sequence[Edit], *, force: bool) -> Applied:
     """The edits, checked, and with their sums, before anything is written."""
+    for each in wanted:
+        if not isinstance(each, Edit):
+            raise EditError(f"what is applied must be an Edit; found {each!r:.60}. Read a file with edits.load.")
     now = models.identity(model)
     if not force:
         check(model, wanted, now)

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from math import nan
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -203,7 +204,7 @@ def edit(
         raise FactError(f"an edit needs a Fact, or several; found the text {facts!r}.")
     chosen = (facts,) if isinstance(facts, Fact) else tuple(facts)
     settings = editor.resolve(model, settings)
-    with models.alone(model):
+    with models.alone(model), torch.inference_mode(False):  # values are sought by gradients
         origin = provenance.origin(model)
         check_facts(model, chosen, settings)
         editor.check(model, chosen, settings, prepared)
@@ -246,7 +247,7 @@ def make_ready(
 ) -> Prepared | None:
     """What the editor prepares for all facts, on the model without the edits that stand in it; the latest is kept with the model."""
     settings = editor.resolve(model, settings)
-    with models.alone(model), applying.underneath(model):
+    with models.alone(model), torch.inference_mode(False), applying.underneath(model):
         of = f"{type(editor).__module__}.{type(editor).__qualname__}"
         key = ("prepared", of, models.identity(model).whole, content_key(settings))
         return models.remembered(model, key, lambda: editor.prepare(model, settings, progress=progress), most=1)

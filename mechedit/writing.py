@@ -71,6 +71,8 @@ def _apart(prompt: str, target: str) -> bool:
         return False
     if _continues(target) or _opens(prompt) or (prompt[-1] in "$£€¥" and target[0].isdigit()):
         return False
+    if prompt[-1] == "°" and re.match(r"[CFKR]\b", target):
+        return False
     if re.search(r"\d[.,:]\Z", prompt) and target[0].isdigit():  # 3.14
         return False
     return not (is_spaceless(target[0]) and any(map(is_spaceless, prompt.split()[-1])))
@@ -95,8 +97,10 @@ def _opens(prompt: str) -> bool:
     begins = not before or before[-1].isspace()
     if kind == "Ps" or last in "¿¡" or re.search(r"<[^<>\s][^<>]*>\Z", prompt):  # a tag: the turn of a chat, say
         return True
-    if last in "#@":
+    if last in "#°":
         return begins
+    if last == "@":
+        return True
     if kind == "Pd" or last in _JOINING:
         return not begins
     if last in "'’":

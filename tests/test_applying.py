@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import isnan
 
+import jaxtyping
 import pytest
 import torch
 
@@ -11,6 +12,8 @@ from mechedit.edits import EditError, Measured
 from mechedit.facts import Fact
 from mechedit.models import ModelError
 from mechedit.rank_one import RankOneEdit
+from mechedit.settings import RomeSettings, SettingsError
+from mechedit.tracing import trace
 from mechedit.weights import Weight, as_matrix, value
 from tests.conftest import FACT, assert_same_state, state
 from tests.hand_made import dense, edit_of, low_rank, rank_one, some_rows
@@ -430,3 +433,16 @@ def test_what_was_measured_of_every_fact_stays_with_it_in_a_composition(model, p
     whole = applying.compose(pair[0], second)
     assert whole.facts == (*pair[0].facts, *second.facts)
     assert (whole.fact, whole.before, whole.after) == (pair[0].fact, pair[0].before, pair[0].after)
+
+
+@pytest.mark.parametrize("what", ["x", None])
+def test_what_is_no_edit_is_refused_and_says_how_to_read_one(what, model, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which users do not have
+    with pytest.raises(EditError, match="must be an Edit; found .* edits.load"):
+        applying.apply(model, what)
+
+
+def test_a_trace_refuses_settings_of_an_edit(model, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which users do not have
+    with pytest.raises(SettingsError, match="takes TraceSettings; found RomeSettings"):
+        trace(model, FACT, RomeSettings())

@@ -234,6 +234,23 @@ def test_with_hooks_on_the_model_nothing_is_kept_and_pieces_are_refused(model, t
     assert torch.equal(moments.estimate(model, 1, settings=FEW).C, plain.C)
 
 
+def test_a_forward_that_was_replaced_is_kept_from_the_cache_and_pieces_are_refused(model):
+    plain = moments.estimate(model, 1, settings=FEW)
+    module = model.blocks[0].mlp
+    own, had = module.forward, vars(module).get("forward")
+    module.forward = lambda *given, **named: own(*given, **named) * 1.5
+    try:
+        assert not torch.equal(moments.estimate(model, 1, settings=FEW).C, plain.C)
+        with pytest.raises(ModelError, match=r"forward of blocks\.0\.mlp.* was replaced"):
+            trace(model, FACT, TraceSettings(draws=1))
+    finally:
+        del module.forward
+        if had is not None:
+            module.forward = had
+    assert torch.equal(moments.estimate(model, 1, settings=FEW).C, plain.C)
+    trace(model, FACT, TraceSettings(draws=1))
+
+
 def test_two_threads_on_one_model_give_the_numbers_of_one(model):
     expected = trace(model, FACT, TraceSettings(draws=2))
     edit, found, failed = edit_of(model), [], []

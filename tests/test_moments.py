@@ -117,8 +117,8 @@ def test_a_moment_is_made_once_and_again_when_anything_it_depends_on_changes(mod
     for change in ({"tokens": 310}, {"context": 17}, {"prepend_bos": False}):
         moments.estimate(model, 1, [text], replace(settings, **change))
     moments.estimate(model, 2, [text], settings)
-    moments.estimate(model, 1, [], settings)
-    moments.estimate(model, 1, [], replace(settings, seed=1))
+    moments.estimate(model, 1, settings=settings)
+    moments.estimate(model, 1, settings=replace(settings, seed=1))
     text.write_text(text.read_text() + "more")
     moments.estimate(model, 1, [text], settings)
     assert len(runs) == 8
@@ -515,7 +515,7 @@ def test_another_seed_of_a_file_is_the_same_text_and_of_samples_another(model, t
     files = [moments.estimate(model, 1, [text], replace(SMALL, seed=seed)) for seed in (0, 1)]
     with pytest.raises(MomentError, match="count twice"):
         moments.merge(files)
-    samples = [moments.estimate(model, 1, [], replace(SMALL, tokens=300, seed=seed)) for seed in (0, 1)]
+    samples = [moments.estimate(model, 1, settings=replace(SMALL, tokens=300, seed=seed)) for seed in (0, 1)]
     assert moments.merge(samples).keys == 600
 
 
@@ -540,7 +540,7 @@ def test_the_cache_notices_a_change_anywhere_in_the_model(model, text):
 
 def test_different_texts_are_merged_by_their_numbers_of_keys(model, text):
     first = moments.estimate(model, 1, [text], SMALL)
-    second = moments.estimate(model, 1, [], replace(SMALL, tokens=300))
+    second = moments.estimate(model, 1, settings=replace(SMALL, tokens=300))
     merged = moments.merge([first, second])
     torch.testing.assert_close(merged.C, (first.C * 900 + second.C * 300) / 1200)
     assert merged.source.startswith("merged: ")
@@ -561,7 +561,7 @@ def test_moments_that_do_not_belong_together_are_not_merged(model, text, small_b
         r"each of the 1 parts .* found \[0, 0\]": [first, first],
         "count twice, in different numbers": [first, moments.estimate(model, 1, [text], replace(SMALL, tokens=800))],
         "count twice, as a part of several": [first, moments.estimate(model, 1, [text, text], SMALL)],
-        "count twice, as a part of": [first, moments.merge([first, moments.estimate(model, 1, [], SMALL)])],
+        "count twice, as a part of": [first, moments.merge([first, moments.estimate(model, 1, settings=SMALL)])],
         r"each of the 2 parts .* found \[1\]": [half],
     }
     for message, wrong in cases.items():
@@ -858,3 +858,16 @@ def test_windows_begin_with_the_tokenizers_own_bos(model, text):
         assert {int(token) for _, rows in windows_of(model, [text]) for token in rows[:, 0]} == {1}
     finally:
         model.tokenizer.bos_token = kept
+
+
+@pytest.mark.parametrize("texts", [[], (), ["\ud800"], [3]])
+def test_texts_that_are_none_are_refused_and_not_taken_for_sampled_text(texts, model, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which users do not have
+    with pytest.raises(MomentError, match="texts must"):
+        moments.estimate(model, 1, texts, SMALL)
+
+
+def test_a_layer_that_is_no_number_is_an_error(model, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which users do not have
+    with pytest.raises(models.ModelError, match="whole number from 0 to 3; found '0'"):
+        moments.estimate(model, "0", settings=SMALL)

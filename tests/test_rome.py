@@ -11,7 +11,8 @@ from mechedit.editors import rome
 from mechedit.edits import EditError
 from mechedit.facts import Fact, FactError
 from mechedit.models import ModelError
-from mechedit.settings import POLICIES, PRESETS, MomentSettings, RomeSettings, SettingsError
+from mechedit.settings import POLICIES, PRESETS, MomentSettings, RomeSettings, SettingsError, TraceSettings
+from mechedit.tracing import trace
 from tests.conftest import FACT, SHAPES, assert_same_state, state, widen_bands
 from tests.slow_edit import BY_POLICY, assert_same_edit, both, relative
 
@@ -63,6 +64,18 @@ def test_in_half_precision_the_value_is_found_in_float32_and_the_edit_works(dtyp
     assert edit.changes[0].u.dtype == edit.changes[0].step.dtype == torch.float64
     assert edit.origin["dtype"] == str(dtype).removeprefix("torch.")
     assert_same_state(model, before)
+
+
+def test_an_edit_and_a_trace_do_not_mind_inference_mode_nor_another_default_format(model, fact, moment):
+    plain = rome.edit(model, fact, QUICK, moment)
+    with torch.inference_mode():
+        assert rome.edit(model, fact, QUICK, moment).digest == plain.digest
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert rome.edit(model, fact, QUICK, moment).after == pytest.approx(plain.after, rel=1e-4)
+        trace(model, fact, TraceSettings(draws=1, kinds=("mlp",)))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_the_averaged_key_returns_the_value_and_every_row_its_share(model, fact, moment):

@@ -82,7 +82,7 @@ def _moments(arguments: argparse.Namespace) -> None:
     layers = [rome.resolve(model, RomeSettings(layer=layer)).layer for layer in arguments.layer]
     kept = keeping("what is summed so far is kept in the cache")
     with kept, progress_bars() as progress:
-        found = moments.estimate_layers(model, layers, texts, settings, progress=progress)
+        found = moments.estimate_layers(model, layers, texts or None, settings, progress=progress)
     written = [found[layers[0]].save(arguments.out)] if arguments.out else []
     records = [moment.to_json() for moment in found.values()]
     write_json(arguments.json, records[0] if len(records) == 1 else records)

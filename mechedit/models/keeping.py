@@ -29,6 +29,7 @@ OWN = (
     "transformer_lens.model_bridge",
     "transformers.",
 )  # whose hooks bridges and their models put on themselves, to read what passes
+LIBRARIES = ("transformer_lens.", "transformers.", "torch.")
 SEEN = 4  # numbers of each parameter that are looked at: each costs a walk to memory
 REMEMBERED = 64  # things of one kind that were found out about a model
 Value = TypeVar("Value")
@@ -68,8 +69,9 @@ def forget(model: HookedModel) -> None:
 
 
 def hooked(model: HookedModel) -> bool:
-    """Whether there is any hook on the model. Then its numbers are not those of its parameters alone, and are not kept."""
-    return any(
+    """Whether there is any hook on the model, or a module whose `forward` somebody replaced. Then its numbers are not those of its
+    parameters alone, and are not kept."""
+    return replaced(model) != "" or any(
         not str(getattr(hook, "__module__", "")).startswith(OWN)
         for module in model.modules()
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -77,12 +79,28 @@ def hooked(model: HookedModel) -> bool:
     )
 
 
+def replaced(model: HookedModel) -> str:
+    """The module whose own `forward`, set on the object, comes from neither library; empty where there is none."""
+    for name, module in model.named_modules():
+        own = vars(module).get("forward")
+        if own is not None and not str(getattr(own, "__module__", "")).startswith(LIBRARIES):
+            return name or "the model"
+    return ""
+
+
 def check_plain(model: HookedModel) -> None:
-    """Raise where there are hooks on the model, before blocks are run on some of a prompt's positions: hooks would be handed these.
+    """Raise where there are hooks on the model, before blocks are run on some of a prompt's positions: hooks would be handed these; so
+    would a `forward` that took a module's place.
 
     Raises:
         ModelError: there are.
     """
+    if name := replaced(model):
+        raise ModelError(
+            f"the forward of {name} in {model.cfg.model_name} was replaced. Its blocks are to be run on some positions of a prompt at a "
+            "time, which it would take for the whole. Put it back (del module.forward); what is to be changed in every run can be a "
+            "component of tracing, or be written into the weights."
+        )
     if hooked(model):
         raise ModelError(
             f"there are hooks on {model.cfg.model_name}. Its blocks are to be run on some positions of a prompt at a time, which hooks "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -62,6 +62,8 @@ def check_layer(model: HookedModel, layer: int) -> int:
         ModelError: there is no such block.
     """
     n = int(model.cfg.n_layers)
+    if not isinstance(layer, SupportsIndex):
+        raise ModelError(f"layer must be a whole number from 0 to {n - 1}; found {layer!r}.")
     if not 0 <= layer < n:
         raise ModelError(
             f"layer must be from 0 to {n - 1} in {model.cfg.model_name}, which has {n} blocks; found {layer}."

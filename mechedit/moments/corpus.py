@@ -58,6 +58,8 @@ def source_of(texts: Sequence[Text]) -> str:
         ]
     except OSError as error:
         raise MomentError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    except (TypeError, ValueError) as error:  # of no path: a number, half of a pair of surrogates
+        raise MomentError(f"texts must be paths or a Corpus; found {texts!r:.60} ({error}).") from error
     return "texts " + " ".join(names)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mechedit import cache, files, rank_one
 from mechedit.errors import check_list
 from mechedit.interventions import intervened, read
-from mechedit.models import HookedModel, W_out, device_of, hooked, identity
+from mechedit.models import HookedModel, W_out, check_layer, device_of, hooked, identity
 from mechedit.moments.corpus import BATCH_TOKENS, Text, batches, described, source_of
 from mechedit.moments.moment import RULE, SAMPLED, Moment, MomentError
 from mechedit.progress import Progress, silent
@@ -32,7 +32,7 @@ GRAM_BLOCKS = 8  # of rows: more save multiplications, and make products less sq
 def estimate(
     model: HookedModel,
     layer: int,
-    texts: Sequence[Text] = (),
+    texts: Sequence[Text] | None = None,
     settings: MomentSettings | None = None,
     *,
     progress: Progress = silent,
@@ -49,13 +49,20 @@ def estimate(
 def estimate_layers(
     model: HookedModel,
     layers: Sequence[int],
-    texts: Sequence[Text] = (),
+    texts: Sequence[Text] | None = None,
     settings: MomentSettings | None = None,
     *,
     progress: Progress = silent,
 ) -> dict[int, Moment]:
     """C of several blocks from one pass over the text; errors as in `estimate`."""
     check_list("texts", texts)
+    if texts is not None and not texts:
+        raise MomentError(
+            "texts must name at least one text; found none. Leave texts out to estimate C of text sampled from the model."
+        )
+    texts = texts or ()
+    for layer in layers:
+        check_layer(model, layer)
     settings = _resolved(model, layers, settings or MomentSettings())
     source = source_of(texts)
     now, keep = identity(model), not hooked(model)  # with hooks on it, the model's keys are not those of its parameters

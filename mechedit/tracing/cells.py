@@ -120,5 +120,7 @@ def single(
 def resolve(model: HookedModel, settings: TraceSettings | None = None) -> TraceSettings:
     """The settings with what is left to the model filled in: BOS, and the window, which is the preset's, else ten layers."""
     settings, preset = settings or TraceSettings(), models.preset(model)
+    if not isinstance(settings, TraceSettings):
+        raise SettingsError(f"a trace takes TraceSettings; found {type(settings).__name__}.")
     size = settings.window or (preset.window if preset else 10)
     return replace(settings, prepend_bos=prompts.resolve_bos(model, settings.prepend_bos), window=size)
