@@ -412,10 +412,13 @@ def test_progress_counts_through_all_batches(model, small_batches):
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_job_that_is_stopped_goes_on_and_ends_with_the_same_bits(sampled, model, text, monkeypatch, small_batches):
-    texts = [] if sampled else [text]
+    texts = None if sampled else [text]
     whole = moments.estimate(model, 1, texts, SMALL)
-    passes, forward = [], model.forward  # with a hook on the model, nothing would be kept
-    monkeypatch.setattr(model, "forward", lambda *args, **named: passes.append(1) or forward(*args, **named))
+    passes, forward = (
+        [],
+        type(model).forward,
+    )  # with a hook on the model, or a forward of its own, nothing would be kept
+    monkeypatch.setattr(type(model), "forward", lambda *args, **named: passes.append(1) or forward(*args, **named))
     for stop in (1, 5, 9):
         monkeypatch.setenv("MECHEDIT_CACHE", str(text.parent / f"stopped{stop}"))
         done = []
@@ -500,7 +503,7 @@ def test_a_job_killed_at_random_moments_ends_with_the_same_bits(folder, text, tm
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_parts_computed_apart_are_the_whole(sampled, model, text, small_batches):
-    texts = [] if sampled else [text]
+    texts = None if sampled else [text]
     whole = moments.estimate(model, 1, texts, SMALL)
     parts = [moments.estimate(model, 1, texts, replace(SMALL, part=part, parts=3)) for part in range(3)]
     merged = moments.merge(parts[::-1])

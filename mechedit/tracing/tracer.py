@@ -161,7 +161,7 @@ def _trace(
     prompt, settings = prepared.prompt, prepared.settings
     values = measured(settings, log_p.cells)
     shape = (len(settings.kinds), int(model.cfg.n_layers), len(prompt.ids), values.shape[-1])
-    filled = torch.full(shape, torch.nan)
+    filled = values.new_full(shape, torch.nan)
     places = torch.tensor([place for place, _ in grid])
     filled[tuple(places.T)] = values
     draws = dict(zip(settings.kinds, filled, strict=True))
