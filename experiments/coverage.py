@@ -4,6 +4,9 @@ Successes; shares of 2 paraphrases and 10 neighbours whose chance differs from f
 one fact's prompts); magnitudes as they are seen, most near 1 and some facts that fail, or most near 0; numbers without bounds, skewed and
 heavy-tailed; differences of two conditions over the same facts; S, and its difference. Says the share of samples whose interval holds
 the mean they were drawn with, and the mean width. -> figures/coverage.json
+
+With `--records FOLDER`, of an evaluation: samples are drawn with replacement from its records' numbers without bounds, which have heavier
+tails than any of these, and whose truth is then the mean of all records. -> figures/coverage_records.json
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +22,10 @@ import numpy as np
 from experiments.common import FIGURES, parse, say
 from mechedit import cache, provenance, statistics
 from mechedit.benchmarks.metrics import harmonic
+from mechedit.runs.results import Evaluation
 from mechedit.statistics import UNBOUNDED, Mean, Support
 
+RECORDS = ("drift", "drift_log_p", "essence_kl")
 SHARE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)
 Sample = Callable[[np.random.Generator, tuple[int, int]], np.ndarray]  # [fact, sample]
 
@@ -35,6 +41,8 @@ class Coverage:
     draws: int = 2000  # of weights, in each sample; tables have 10,000
     p: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
     seed: int = 0
+    records: Path = Path()  # of `mechedit evaluate`
+    of_records: tuple[int, ...] = (20, 40, 120)
 
 
 @dataclass(frozen=True)
@@ -138,16 +146,39 @@ def gain(*means: Any) -> Any:
     return harmonic(*means[:3]) - harmonic(*means[3:])
 
 
+def drawn_again(settings: Coverage) -> list[dict[str, Any]]:
+    """Of numbers without bounds of an evaluation's records, drawn with replacement."""
+    evaluation, found = Evaluation.load(settings.records), []
+    for name in RECORDS:
+        every = np.array([row[name] for row in evaluation.rows["after"] if name in row])
+        for n in settings.of_records:
+            random = np.random.default_rng([settings.seed, n])
+            values = random.choice(every, (n, settings.samples))
+            means = statistics.summaries(values, [UNBOUNDED] * settings.samples, settings.seed, settings.draws)
+            found.append(counted(name, n, float(every.mean()), means) | {"records": len(every)})
+    return found
+
+
 def main(settings: Coverage) -> None:
     found: list[dict[str, Any]] = []
+    if settings.records != Path():
+        found = drawn_again(settings)
+        written(settings, found, "coverage_records")
+        return
     for n in settings.n:
         found += of_means(settings, n, settings.samples if n < 1000 else settings.samples // 2, every=True)
         found += of_harmonic_means(settings, n, settings.samples_of_s if n < 1000 else settings.samples_of_s // 4)
         say(f"n = {n}: {len(found)} kinds, lowest coverage {lowest(found)}")
     if settings.largest:
         found += of_means(settings, settings.largest, settings.samples // 3, every=False)
-    record = {"settings": asdict(settings), "versions": provenance.versions(), "lowest": lowest(found), "kinds": found}
-    path = FIGURES / "coverage.json"
+    written(settings, found, "coverage")
+
+
+def written(settings: Coverage, found: list[dict[str, Any]], name: str) -> None:
+    """Write what was found under figures/."""
+    plain = asdict(settings) | {"records": settings.records.name}
+    record = {"settings": plain, "versions": provenance.versions(), "lowest": lowest(found), "kinds": found}
+    path = FIGURES / f"{name}.json"
     with cache.atomic_write(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
     say(f"lowest coverage {lowest(found)}; wrote {path}")

@@ -184,6 +184,23 @@ def test_the_experiments_on_intervals_run(tmp_path, monkeypatch):
     assert found["numbers"] == len(METRICS) + 4, "and four beside those that mechedit has"
 
 
+def test_numbers_of_records_are_drawn_again_and_their_own_mean_is_the_truth(tmp_path, monkeypatch):
+    """Of records that are all 1 but for one no small sample knows the mean."""
+    from experiments import coverage
+
+    monkeypatch.setattr(coverage, "FIGURES", tmp_path)
+    values = {"drift": np.linspace(0, 1, 50), "drift_log_p": np.r_[np.linspace(1, 1.01, 49), 100.0], "essence_kl": np.linspace(1, 2, 50)}  # fmt: skip
+    rows = [{name: float(each[index]) for name, each in values.items()} for index in range(50)]
+    monkeypatch.setattr(coverage.Evaluation, "load", lambda folder: type("Kept", (), {"rows": {"after": rows}}))
+    coverage.main(coverage.Coverage(records=tmp_path / "kept", of_records=(20,), samples=300))
+    found = {each["number"]: each for each in json.loads((tmp_path / "coverage_records.json").read_text())["kinds"]}
+    assert {name: each["truth"] for name, each in found.items()} == pytest.approx({name: each.mean() for name, each in values.items()})  # fmt: skip
+    assert found["drift"]["coverage"] > 0.92
+    assert found["drift_log_p"]["coverage"] == pytest.approx(1 - (49 / 50) ** 20, abs=0.1), (
+        "it is held where the one is drawn"
+    )
+
+
 @pytest.mark.parametrize("n", [20, 60])
 def test_intervals_of_skewed_numbers_cover_the_truth_as_often_as_they_say(n):
     random = np.random.default_rng(0)
