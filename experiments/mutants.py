@@ -1,6 +1,6 @@
 """Would a wrong line be noticed?  make mutants   -> figures/mutants.json
 
-Lines of the core are made wrong, one at a time, and the tests of that module are run until one fails. Which lines, is drawn by a seed
+Lines of the core are made wrong, one at a time, and the tests of that module are run until one fails. Which lines, is drawn by a seed, some of each module first,
 from all places where an operator, a constant, a condition, an argument or a statement can be made wrong; the eighteen wrong lines in
 `mutants_known.json`, which no test noticed once, are always tried. A process that has everything heavy imported forks for each mutant, so
 that one takes seconds: mutmut and Cosmic Ray, which start a process or read the whole suite's coverage first, need hours here.
@@ -50,9 +50,14 @@ TESTS = {
     "statistics": ("statistics",),
     "scoring": ("metrics", "scored", "generation"),
     "editing": ("editing", "contract", "guards"),
+    "runs/evaluating": ("evaluating",),
+    "runs/scored": ("scored",),
+    "runs/shards": ("shards",),
+    "runs/store": ("store", "shards"),
 }
 """Each module that is mutated, and the tests that answer for it, in the order in which they are run."""
 
+LEAST = 3  # mutants of each module
 ARITHMETIC = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "/", ast.Pow: "*", ast.Mod: "*"}
 COMPARISON = {ast.Lt: ">=", ast.GtE: "<", ast.Gt: "<=", ast.LtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.In: "not in", ast.NotIn: "in", ast.Is: "is not", ast.IsNot: "is"}  # fmt: skip
 BOUNDARY = {ast.Lt: "<=", ast.GtE: ">", ast.Gt: ">=", ast.LtE: "<"}
@@ -63,7 +68,7 @@ NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "mean": "sum", 
 class Mutants:
     """Settings of the experiment."""
 
-    n: int = 500  # mutants drawn, besides the known ones
+    n: int = 200  # mutants drawn, besides the known ones
     seed: int = 0
     workers: int = 2
     minutes: float = 40.0  # after which no more are begun
@@ -198,14 +203,16 @@ def known() -> list[Mutant]:
 
 
 def drawn(settings: Mutants) -> list[Mutant]:
-    """`n` mutants of all modules, or of the one that is named."""
-    every = [
-        each
+    """`n` mutants of all modules, or of the one that is named: some of each first, then of all places alike."""
+    stream = random.Random(settings.seed)  # noqa: S311 (a sample)
+    every = {
+        module: list(sites(module, (ROOT / "mechedit" / f"{module}.py").read_text()))
         for module in TESTS
         if settings.only in ("", module)
-        for each in sites(module, (ROOT / "mechedit" / f"{module}.py").read_text())
-    ]
-    return random.Random(settings.seed).sample(every, min(settings.n, len(every)))  # noqa: S311 (a sample)
+    }
+    first = [each for own in every.values() for each in stream.sample(own, min(LEAST, len(own)))][: settings.n]
+    rest = [each for own in every.values() for each in own if each not in first]
+    return first + stream.sample(rest, min(settings.n - len(first), len(rest)))
 
 
 def outcome(mutant: Mutant, copy: Path, seconds: float) -> str:

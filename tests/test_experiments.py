@@ -35,6 +35,7 @@ from experiments import (
     key_policies,
     localisation,
     moments_convergence,
+    mutants,
     scaling,
     table1_zsre,
     table4_counterfact,
@@ -731,3 +732,13 @@ def test_versions_take_turns_and_the_best_of_each_counts(tmp_path, monkeypatch):
     benchmark_versions.main(benchmark_versions.BenchmarkVersions(old=tmp_path, models=("organism",)))
     (found,) = json.loads((tmp_path / "benchmark_versions.json").read_text())["models"].values()
     assert found == {"old": {"trace": 2.0}, "new": {"trace": 3.0}, "new over old": {"trace": 1.5}}
+
+
+@pytest.mark.anywhere
+def test_wrong_lines_are_drawn_of_every_module_first():
+    found = mutants.drawn(mutants.Mutants(n=80))
+    assert found == mutants.drawn(mutants.Mutants(n=80))
+    assert len(found) == len(set(found)) == 80
+    first = found[: mutants.LEAST * len(mutants.TESTS)]
+    assert {module: sum(each.module == module for each in first) for module in mutants.TESTS} == dict.fromkeys(mutants.TESTS, mutants.LEAST)  # fmt: skip
+    assert {each.module for each in mutants.drawn(mutants.Mutants(n=5, only="keys"))} == {"keys"}
