@@ -12,7 +12,7 @@ process where it has one thread, so that other work on the machine counts less, 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +129,7 @@ def main(settings: Scaling) -> None:
     once = alone(model, sample(facts[: settings.mixed], settings.scored), editor, edit, prepared)
     say(f"alone: {once}")
     rows: list[dict[str, Any]] = []
+    looks: dict[int, dict[str, Any]] = {}  # by their edits: a run that goes on forgets the look that it ended with
     clock = time.process_time if settings.threads == 1 else time.perf_counter
     for n in settings.sizes:
         state = folder / "state.safetensors"
@@ -146,14 +147,21 @@ def main(settings: Scaling) -> None:
         row |= {"seconds": spent, "seconds_an_edit": spent / (n - had) if n > had else None, "peak": peak()}
         say(str(row))
         rows.append(row)
-        result = {"alone": once, "rows": rows, "forgetting": _looks(found), "edit": vars(edit), "facts": len(facts)}
+        looks |= {look["edits"]: look for look in found.looks}
+        result = {
+            "alone": once,
+            "rows": rows,
+            "forgetting": _stand(looks.values()),
+            "edit": vars(edit),
+            "facts": len(facts),
+        }
         for path in [*figures.write(picture(rows, once), FIGURES / short_name(model) / settings.name), write(settings.name, model, settings, cache.plain(result))]:  # fmt: skip
             say(f"wrote {path}")
 
 
-def _looks(found: sequence.Sequence) -> list[dict[str, Any]]:
+def _stand(looks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the forgetting matrix: at each look, which of the sampled earlier edits stand (1 or 0, by their numbers)."""
-    return [{"edits": look["edits"], "stand": {index: int(held) for index, held in look["row"].items()}} for look in found.looks]  # fmt: skip
+    return [{"edits": look["edits"], "stand": {index: int(held) for index, held in look["row"].items()}} for look in looks]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Which weights suit a model's editors of many facts?  python -m experiments.tuned_many --model organism   -> figures/MODEL/tuned_many.json
 
-Each fact is edited alone, and COUNTERFACT's scores of all are taken together, for memit and pmet by the weight `a` of C, for alphaedit by the identity's
+Each fact is edited alone, and COUNTERFACT's scores of all are taken together, for memit and pmet by the weight `a` of C, for pmet by when the search
+of v* stops, for alphaedit by the identity's
 `c` and the null space's bound `null`, for emmet, which meets residuals exactly, by the blocks alone. Blocks are ROME's layer, and
 those above it. v* is sought as the model's preset for ROME has it. Facts begin where those that other presets were tuned on do.
 """
@@ -46,7 +47,7 @@ class TunedMany:
 
 def combinations(settings: TunedMany, name: str, layer: int, blocks: int) -> Iterator[dict[str, Any]]:
     """What is tried of an editor."""
-    own: dict[str, dict[str, tuple[float, ...]]] = {"emmet": {}, "alphaedit": {"null": settings.null, "c": settings.c}}
+    own: dict[str, dict[str, tuple[Any, ...]]] = {"emmet": {}, "pmet": {"a": settings.a, "stop": ("top", "target")}, "alphaedit": {"null": settings.null, "c": settings.c}}  # fmt: skip
     tried = own.get(name, {"a": settings.a})
     where = {"layers": tuple(range(layer, layer + blocks)), "layer": layer + blocks - 1}
     for values in product(*tried.values()):

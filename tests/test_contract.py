@@ -133,7 +133,12 @@ def test_an_edit_survives_its_file(model, way, tmp_path):
     edit = one(model, way)
     loaded = edits.load(edits.save(edit, tmp_path / "edit.safetensors"))
     assert loaded.digest == edit.digest
-    assert loaded.to_json() == edit.to_json()
+    told, kept = loaded.to_json(), edit.to_json()
+    norm = [
+        row.pop("norm") for row in (*told["changes"], *kept["changes"])
+    ]  # taken of the factors anew, wherever they lie in memory
+    assert norm[: len(norm) // 2] == pytest.approx(norm[len(norm) // 2 :], rel=1e-12)
+    assert told == kept
     assert {name: tensor.tolist() for name, tensor in loaded.state.items()} == {name: tensor.tolist() for name, tensor in edit.state.items()}  # fmt: skip
     with applying.edited(model, edit):
         expected = weights_of(model)

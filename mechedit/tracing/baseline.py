@@ -69,6 +69,7 @@ class Runs:
     corrupted_read: Tensor  # [job, draw, target]
 
     @classmethod
+    @torch.no_grad()
     def of(cls, model: HookedModel, jobs: Sequence[Job], memory: int = 1 << 31) -> Runs:
         """Run all jobs, filled on the right to one length, some rows at a time as the memory allows."""
         draws = len(jobs[0].corrupted)
