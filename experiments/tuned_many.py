@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from statistics import harmonic_mean, mean
@@ -45,13 +44,16 @@ class TunedMany:
     threads: int = 1
 
 
-def combinations(settings: TunedMany, name: str, layer: int, blocks: int) -> Iterator[dict[str, Any]]:
+def combinations(settings: TunedMany, name: str, layer: int, blocks: int) -> list[dict[str, Any]]:
     """What is tried of an editor."""
-    own: dict[str, dict[str, tuple[Any, ...]]] = {"emmet": {}, "pmet": {"a": settings.a, "stop": ("top", "target")}, "alphaedit": {"null": settings.null, "c": settings.c}}  # fmt: skip
-    tried = own.get(name, {"a": settings.a})
     where = {"layers": tuple(range(layer, layer + blocks)), "layer": layer + blocks - 1}
-    for values in product(*tried.values()):
-        yield where | dict(zip(tried, values, strict=True))
+    weighed = [{"a": a} for a in settings.a]
+    own: dict[str, list[dict[str, Any]]] = {
+        "emmet": [{}],
+        "pmet": [one | end for one in weighed for end in ({"stop": "top"}, {"stop": "target", "stop_at": 1e-4, "steps": 100})],
+        "alphaedit": [{"null": null, "c": c} for null, c in product(settings.null, settings.c)],
+    }  # fmt: skip
+    return [where | each for each in own.get(name, weighed)]
 
 
 def scored(model: HookedModel, facts: list[Fact], name: str, tried: dict[str, Any]) -> dict[str, Any]:

@@ -40,10 +40,8 @@ __all__ = ["HOOKS", "Sought", "Value", "optimise", "optimise_all"]
 MEMORY = 2**29  # bytes of what is kept of the rows of facts whose values are sought at once
 MOMENTS = (0.9, 0.999, 1e-8)  # of Adam: how much of both averages of slopes stays, and what is added to the divisor
 TIE = 1e-4  # of logits: of two that are closer, rounding decides which is first
-TOP_WEIGHT, TOP_KL = (
-    0.1,
-    0.01,
-)  # of PMET's stop: once the target is first everywhere, its loss's weight, and the KL term to reach
+# PMET's stop, once the target is first everywhere: its loss's weight, and the KL term to reach.
+TOP_WEIGHT, TOP_KL = 0.1, 0.01
 
 Losses = tuple[tuple[float, float, float], ...]
 
