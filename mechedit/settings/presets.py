@@ -120,7 +120,9 @@ PRESETS: dict[str, Preset] = {
         ),
         "tried here, experiments/tuned_many",
         memit=MemitSettings(layer=0, clamp=1.0, prefixes=((5, 5),), a=150.0),
-        pmet=PmetSettings(layer=0, clamp=1.0, prefixes=((5, 5),), a=150.0),
+        pmet=PmetSettings(
+            layer=0, clamp=1.0, prefixes=((5, 5),), a=150.0, stop="target", stop_at=1e-4, steps=100
+        ),  # by its own end p_new is 0.46 on average
         emmet=EmmetSettings(layer=0, clamp=1.0, prefixes=((5, 5),)),
         alphaedit=AlphaEditSettings(layer=0, clamp=1.0, prefixes=((5, 5),), c=1.0),
     ),
