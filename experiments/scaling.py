@@ -31,6 +31,7 @@ from mechedit.runs import sequence
 from mechedit.runs.editing import attempt
 from mechedit.runs.extending import run_sequence
 from mechedit.settings import SequenceSettings
+from mechedit.settings.rome import SEARCHES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,6 +55,7 @@ class Scaling:
     a: float = 0.0
     layer: int = -1
     clamp: float = 0.0
+    search: str = "whole"  # of the values; quick: with fewer prompts, each left out when it is learnt
     rounds: int = 4  # of learning again after a batch
     again: int = 2  # facts for each of a batch, at most, that are learnt again at once
     name: str = "scaling"
@@ -119,7 +121,7 @@ def main(settings: Scaling) -> None:
     own = {
         name: getattr(settings, name) for name in ("a", "layer", "clamp") if getattr(settings, name) not in (0.0, -1)
     }
-    edit = editor.resolve(model, editor.settings(guard="warn", **own))
+    edit = editor.resolve(model, editor.settings(guard="warn", **SEARCHES[settings.search], **own))
     prepared = make_ready(model, editor, edit)
     facts = apart(model, benchmark_facts(settings.model, 0, MANY))
     rank = {subject: index for index, subject in enumerate(dict.fromkeys(fact.subject for fact in facts))}

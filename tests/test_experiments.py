@@ -307,8 +307,11 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
         monkeypatch.setattr(module, "benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])
         monkeypatch.setattr(module, "FIGURES", tmp_path)
     quick = ["--model", to_edit, "--layer", "1"]
-    scaling.main(common.parse(scaling.Scaling, [*quick, "--sizes", "2", "4", "--together", "2", "--scored", "2"]))
+    sizes = ["--sizes", "2", "4", "--together", "2", "--scored", "2", "--search", "quick"]
+    scaling.main(common.parse(scaling.Scaling, [*quick, *sizes]))
     record = read(tmp_path, "scaling")
+    assert record["edit"]["sought_with"] == 11
+    assert record["edit"]["leave_learnt"] is True
     assert [row["edits"] for row in record["rows"]] == [2, 4]
     assert all(0 <= row[name] <= 1 for row in [record["alone"], *record["rows"]] for name in ("S", "answer", "NS"))
     assert [look["edits"] for look in record["forgetting"]] == [2, 4]
