@@ -131,8 +131,17 @@ PRESETS: dict[str, Preset] = {
         _TUNED,
         ft=FineTuningSettings(layer=0, learning_rate=3e-4),
         ft_l=BoundedSettings(layer=0, learning_rate=2e-3, norm_bound=3e-3),
+        attention_edit=AttentionEditSettings(layer=4, learning_rate=5e-3, norm_bound=1e-2),
+        kn=KnowledgeNeuronsSettings(l2=2.0),
     ),
-    "organism-llama": _organism(2, 4.0, -0.0004182, 0.03528, 0.008438, 0.009552, 0.002386, -0.01697, 0.01717, -0.03113),
+    "organism-llama": _with(
+        _organism(2, 4.0, -0.0004182, 0.03528, 0.008438, 0.009552, 0.002386, -0.01697, 0.01717, -0.03113),
+        _TUNED,
+        ft=FineTuningSettings(layer=2, learning_rate=1e-3),
+        ft_l=BoundedSettings(layer=2, learning_rate=2e-3, norm_bound=3e-2),
+        attention_edit=AttentionEditSettings(layer=6, learning_rate=5e-3, norm_bound=1e-2),
+        kn=KnowledgeNeuronsSettings(l2=4.0),  # the best within the bands, after which one fact in two is still not said
+    ),
     "gpt2": _preset(
         RomeSettings(layer=4, clamp=3.0),
         "not published: layer at gpt2-medium's share of depth, clamp as there; not tuned",
