@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"ROME, published": "tab:red", "MEMIT, published": "tab:orange", "AlphaEdit, published": "tab:blue", "ROME, default": "tab:pink", "sequential": "tab:green"}  # fmt: skip
 MEMIT_A = 20000 / 6400  # of GPT-2 XL, whose MLP is 6400 wide
+ALPHA = {"a": 0.0, "b": 1.0, "c": 10.0, "null": 0.02}  # all given, so that no preset's take their place
 PANELS = {"success": "earlier edits that stand", "others": "facts never edited that stand", "perplexity_ratio": "perplexity / unedited", "change": "|W - W0| / |W0|"}  # fmt: skip
 
 
@@ -57,10 +58,7 @@ def ways(model: HookedModel, layer: int) -> dict[str, tuple[str, Any]]:
     return {
         "ROME, published": ("rome", published(rome)),
         "MEMIT, published": ("memit", named("memit").resolve(model, MemitSettings(**memit | {"a": a}))),
-        "AlphaEdit, published": (
-            "alphaedit",
-            named("alphaedit").resolve(model, AlphaEditSettings(**memit | {"a": 0.0})),
-        ),
+        "AlphaEdit, published": ("alphaedit", named("alphaedit").resolve(model, AlphaEditSettings(**memit | ALPHA))),
         "ROME, default": ("rome", replace(rome, guard="warn")),
         "sequential": ("sequential", replace(sequential, guard="warn")),
     }

@@ -324,6 +324,18 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
     assert next(tmp_path.rglob("collapse.png")).stat().st_size > 5000
 
 
+def test_what_is_published_of_editors_of_many_facts_gives_way_to_no_preset():
+    """Constants of the published code, hparams/MEMIT and hparams/AlphaEdit; the organism's presets have others."""
+    ways = collapse.ways(models.load("organism"), -1)
+    _, alpha = ways["AlphaEdit, published"]
+    assert (alpha.a, alpha.b, alpha.c, alpha.null) == (0.0, 1.0, 10.0, 0.02)
+    _, memit = ways["MEMIT, published"]
+    assert (memit.a, memit.b, memit.c, memit.null) == (20000 / 6400 * 768, 0.0, 0.0, 0.0)
+    assert {(each.steps, each.stop, each.target, each.spread) for each in (alpha, memit)} == {
+        (25, "published", "stream", "left")
+    }
+
+
 def test_weights_of_editors_of_many_facts_are_tried_each(to_edit, tmp_path, monkeypatch):
     monkeypatch.setattr(tuned_many, "benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])
     quick = ["--begin", "0", "--facts", "2", "--editors", "memit", "alphaedit", "--a", "1", "1e9", "--c", "1", "--null", "1e9", "--blocks", "1"]  # fmt: skip
