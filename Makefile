@@ -28,9 +28,10 @@ check: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/python docs/theme/build.py
 
-# Every figure and table that this machine can make, hours of them; MODEL=organism takes that model's, LIST=1 says what would run.
+# Every figure and table that this machine can make, hours of them; MODEL=organism takes that model's, WITHIN=3 those of three minutes
+# at most, LIST=1 says what would run.
 figures: $(VENV)/.installed
-	$(BIN)/python -m experiments.figures $(if $(MODEL),--model $(MODEL)) $(if $(LIST),--list)
+	$(BIN)/python -m experiments.figures $(if $(MODEL),--model $(MODEL)) $(if $(WITHIN),--within $(WITHIN)) $(if $(LIST),--list)
 
 # Would a wrong line be noticed? At most 40 minutes on two cores; not a part of CI.
 mutants: $(VENV)/.installed

@@ -1,10 +1,10 @@
-"""Every figure and table that this machine can make, one after another.  make figures [MODEL=organism] [LIST=1]
+"""Every figure and table that this machine can make, one after another.  make figures [MODEL=organism] [WITHIN=3] [LIST=1]
 
 `ROWS` is the one list of them: what each is, its script, and for each model the command's options and how long it takes on two cores. The
 table "At a glance" of experiments/README.md is the same, which a test checks. Each script runs as a process of its own. What a run ended with
 is kept in out/figures.json: the same command is not run again by the same version of mechedit, and a script that was stopped goes on from the
 units that it keeps in out/. To make one again, take its line out of that file. A script that fails is told at the end, and the others run.
-Tables of speed are made by `benchmark_*` alone: they want a machine to themselves.
+Tables of speed are made by `benchmark_*` alone: they want a machine to themselves. `WITHIN` leaves out what is not known to take so few minutes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A figure or table: what it is, the script that makes it, and its run for each model that it is made of."""
+    """A figure or table: what it is, the script that makes it, and its run for each model that it is made of (of none: with the organism)."""
 
     name: str
     script: str
@@ -55,7 +55,7 @@ class Row:
 
     def command(self, model: str) -> list[str]:
         """The arguments of Python."""
-        named = [] if self.script == "localisation" else ["--model", model]  # it takes several at once
+        named = [] if self.script in MODEL_FREE else ["--model", model]
         return ["-m", f"experiments.{self.script}", *named, *_split(self.runs[model].options)]
 
 
@@ -65,6 +65,7 @@ def _split(options: str) -> list[str]:
     return shlex.split(options)
 
 
+MODEL_FREE = ("localisation", "coverage", "study_coverage")  # several at once, or none
 COUNTERFACT, ZSRE = {"gemma-3-270m": "counterfact_flat.json"}, {"gemma-3-270m": "zsre.json"}
 OPPONENTS = "told ft ft-l attention-edit kn"
 ROWS = (
@@ -83,7 +84,12 @@ ROWS = (
     Row("how many keys C needs", "moments_convergence", {"gemma-3-270m": Run(25, "--times-d-mlp 1.5 3 5 10 20 --edit-facts 10")}, COUNTERFACT),
     Row("trained editors", "trained_editors", {"organism": Run(None)}),
     Row("many edits in sequence", "scaling", {"organism": Run(8, "--sizes 1 10 100 300 1000 --together 50 --threads 1")}),
+    Row("when sequences break", "collapse", {"organism": Run(12, "--edits 300 --every 20 --threads 1")}),
+    Row("weights of editors of many facts", "tuned_many", {"organism": Run(12)}),
+    Row("better single edits", "better_edits", {"gemma-3-270m": Run(None, "--rows default quick")}, COUNTERFACT),
     Row("what makes facts localise", "localisation", {"organism": Run(8, "--models organism out/plain organism-gptj organism-llama")}, {"organism": "out/plain"}),
+    Row("how often intervals hold", "coverage", {"organism": Run(10)}),
+    Row("how often a study's intervals hold", "study_coverage", {"organism": Run(6)}),
 )  # fmt: skip
 
 
@@ -93,6 +99,7 @@ class Figures:
 
     model: str = "all"  # or one of them
     scripts: tuple[str, ...] = ("all",)
+    within: float = 0.0  # minutes that a run may take; 0: any
     list: bool = False  # say what would run and how long it takes, and run nothing
 
 
@@ -119,7 +126,11 @@ def chosen(settings: Figures) -> Iterator[tuple[Row, str]]:
     for found, there, option in ((models, list(MODELS), "--model"), (scripts, [row.script for row in ROWS], "--scripts")):  # fmt: skip
         if unknown := [each for each in found if each not in there]:
             raise SystemExit(f"{option} must be of all, {', '.join(there)}; found {', '.join(unknown)}.")
-    return ((row, model) for model in models for row in ROWS if model in row.runs and row.script in scripts)
+    return ((row, model) for model in models for row in ROWS if model in row.runs and row.script in scripts and _is_within(row.runs[model], settings.within))  # fmt: skip
+
+
+def _is_within(run: Run, minutes: float) -> bool:
+    return not minutes or (run.minutes is not None and run.minutes <= minutes)
 
 
 def done() -> dict[str, Any]:

@@ -36,7 +36,12 @@ def test_every_command_is_one_that_its_script_takes(monkeypatch):
         for model in row.runs:
             taken = []
             monkeypatch.setattr(script, "main", taken.append)
-            (settings,) = [each for each in vars(script).values() if isinstance(each, type) and each.__module__ == script.__name__ and "threads" in getattr(each, "__dataclass_fields__", {})] or [script.Lines]  # fmt: skip
+            own = [
+                each for each in vars(script).values() if isinstance(each, type) and each.__module__ == script.__name__
+            ]
+            (settings,) = [each for each in own if "threads" in getattr(each, "__dataclass_fields__", {})] or [
+                getattr(script, "".join(map(str.title, row.script.split("_"))), None) or script.Lines
+            ]
             found = common.parse(settings, row.command(model)[2:])
             assert getattr(found, "model", model) == model
 
@@ -92,6 +97,14 @@ def test_the_list_runs_nothing_and_sums_what_is_left(small, capsys):
     assert said.splitlines()[-1] == "2 to run, 1.5 h on two cores"
     figures.main(Figures(model="organism", scripts=("lacks",), list=True))
     assert capsys.readouterr().out.splitlines()[-1] == "0 to run, 0.0 h on two cores"
+
+
+def test_what_is_not_known_to_take_so_few_minutes_is_left_out(small, capsys):
+    figures.main(common.parse(Figures, ["--within", "2"]))
+    assert [command[2] for command in small] == ["experiments.works"]
+    assert "3: lacks" in capsys.readouterr().err
+    figures.main(common.parse(Figures, ["--within", "0.5", "--list"]))
+    assert capsys.readouterr().out.splitlines() == ["0 to run, 0.0 h on two cores"]
 
 
 def test_what_there_is_not_is_refused(small):
