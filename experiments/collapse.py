@@ -67,6 +67,7 @@ def ways(model: HookedModel, layer: int) -> dict[str, tuple[str, Any]]:
 def picture(found: dict[str, dict[str, Any]]) -> Figure:
     """A panel a measure, a line a method, a cross where it broke."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(11, 2.9), dpi=150, layout="constrained")
     for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
@@ -78,10 +79,14 @@ def picture(found: dict[str, dict[str, Any]]) -> Figure:
                     axes.plot(*own[-1], "x", color=COLOURS[row])
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("edits", fontsize=9)
+        axes.tick_params(which="both", labelsize=8)
         if name in ("success", "others"):
             axes.set_ylim(0, 1.03)
         else:
             axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else NullFormatter())
     figure.axes[0].legend(fontsize=8)
     return figure
 
