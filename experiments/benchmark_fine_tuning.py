@@ -3,7 +3,8 @@
 One fact (of the organism's world for an organism), `steps` steps, none of which ends early, at each of `layers`; without them, at the layer
 of each editor's preset and at the top one, whose passes are the fewest: the seconds of `ft`, `ft-l` and
 `attention-edit` in finding their changes, and those of as many bare passes, forward and backward from the edited block up, of the same
-tokens with gradients of the same weights, in turn in one process. Medians of `repeats`, and of the ratios of neighbours in time. Editors that are
+tokens with gradients of the same weights, in turn in one process. Seconds are the process's own, which other work on the machine does
+not stop. Medians of `repeats`, and of the ratios of neighbours in time. Editors that are
 trained, where their network ships (`set`) or is in out/MODEL/trained, beside one pass forward and one backward of the whole model.
 """
 
@@ -88,9 +89,9 @@ def compared(edit: Callable[[], Any], passes: Callable[[], float], repeats: int)
     """Medians of the seconds of both, run in turn, and of their ratio; the first of each is not counted."""
     rows = []
     for _ in range(repeats + 1):
-        began = time.perf_counter()
+        began = time.process_time()
         edit()
-        rows.append((time.perf_counter() - began, passes()))
+        rows.append((time.process_time() - began, passes()))
     kept = rows[1:]
     return {
         "edit_seconds": median(whole for whole, _ in kept),
@@ -105,10 +106,10 @@ def both_ways(model: HookedModel, fact: Fact, names: Sequence[Weight], prepend_b
     row = torch.tensor([[*ids, *target]])
     with models.frozen(model):
         parameters = [weights.parameter_of(model, weight).requires_grad_(True) for weight in names]
-        began = time.perf_counter()
+        began = time.process_time()
         log_p = model(row[:, :-1])[0, -len(target) :].log_softmax(-1)
         torch.autograd.grad(-log_p.gather(1, row[0, -len(target) :, None]).sum(), parameters)
-        return time.perf_counter() - began
+        return time.process_time() - began
 
 
 def bare(model: HookedModel, fact: Fact, settings: DescentSettings) -> float:
@@ -119,10 +120,10 @@ def bare(model: HookedModel, fact: Fact, settings: DescentSettings) -> float:
     with models.frozen(model):
         rows = Rows(model, [fact], settings)
         parameters = [weights.parameter_of(model, weight).requires_grad_(True) for weight in names]
-        began = time.perf_counter()
+        began = time.process_time()
         for _ in range(settings.steps):
             torch.autograd.grad(rows.loss(), parameters)
-        return time.perf_counter() - began
+        return time.process_time() - began
 
 
 if __name__ == "__main__":
