@@ -207,6 +207,19 @@ def test_every_key_returns_its_value_after_a_batch_is_written(shape, load):
         torch.testing.assert_close(keys @ models.W_out(model, LAYER) + bias, values, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_keys_of_any_size_return_their_values_past_a_bias(size):
+    """Arithmetic alone, of random numbers: new models have biases of zero, and keys of about the same size."""
+    stream = torch.Generator().manual_seed(0)
+    W, b, values = (torch.randn(*shape, generator=stream, dtype=torch.float64) for shape in ((24, 8), (8,), (3, 8)))
+    keys, drawn = (torch.randn(n, 24, generator=stream, dtype=torch.float64) for n in (3, 200))
+    keys, C = size * keys, drawn.T @ drawn / 200
+    batch = rank_one.solve_many(0, W, b, keys, values, C)
+    torch.testing.assert_close(keys @ (W + sum(torch.outer(each.u, each.step) for each in batch)) + b, values)
+    single = rank_one.solve(0, W, b, keys[0], values[0], C)
+    torch.testing.assert_close(keys[0] @ (W + torch.outer(single.u, single.step)) + b, values[0])
+
+
 def test_a_batch_of_one_is_the_single_edit(model, problem):
     key, value, _ = problem
     (batch,) = many(model, problem, key[None], value[None])

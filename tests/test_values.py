@@ -56,8 +56,7 @@ def test_the_value_equals_a_plain_optimisation(shape, load):
     settings = replace(BOS, steps=3, clamp=0.8, stop_at=0.0, learning_rate=0.1)
     rows = keys.contexts(model, FACT, ("", "Rome. ", "London Berlin. "), prepend_bos=True)
     (essence,) = keys.contexts(model, Fact(FACT.subject, "{} is a"), ("",), prepend_bos=True)
-    target = prompts.continuation(model, FACT.prompt, "zebra")
-    assert len(target) > 1
+    target = [*prompts.continuation(model, FACT.prompt, "zebra"), 0]  # the first of all ids is one like others
     key = keys.subject_keys(model, 1, rows)[0]
     initial = (key @ models.W_out(model, 1) + models.b_out(model, 1)).detach()
     shares = torch.tensor([1.0, 0.7, 1.3, 0.9])
