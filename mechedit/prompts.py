@@ -179,7 +179,7 @@ def check_length(model: HookedModel, length: int) -> None:
     """Raise where a text of so many tokens does not fit the model's context."""
     if length > (limit := int(model.cfg.n_ctx)):
         raise FactError(
-            f"a prompt must fit the context of {limit} tokens of {model.cfg.model_name}; it has {length}. Shorten it."
+            f"a prompt must fit the context of {limit} tokens of {model.cfg.model_name}; with what is put before it, it has {length}. Shorten it."
         )
 
 

@@ -172,7 +172,13 @@ def compared(first: np.ndarray, second: np.ndarray, supports: Sequence[Support |
     known = [each or _guess(np.stack([first[:, column], second[:, column]])) for column, each in enumerate(supports)]
     widths = [(low - high, high - low) if math.isfinite(high - low) else UNBOUNDED for low, high in known]
     means, p = summaries(differences, widths, seed), _sign_test(differences, seed).tolist()
-    return list(map(Paired, means, p, [smallest_seen(column) for column in differences.T]))
+    seen = [_possible(smallest_seen(column), high) for column, (_, high) in zip(differences.T, widths, strict=True)]
+    return list(map(Paired, means, p, seen))
+
+
+def _possible(seen: float, most: float) -> float:
+    """nan for a difference that is larger than there can be: then none can be seen."""
+    return seen if seen <= most else math.nan
 
 
 def compared_statistic(

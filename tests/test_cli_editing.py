@@ -166,6 +166,7 @@ def test_a_sequence_is_kept_resumed_shown_and_written_as_one_edit(run, counterfa
     status, out, _ = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder), "--take-out", "0")
     assert (status, "1 of 2 facts stand, by 1 rows" in out, "1 not: taken out again" in out) == (0, True, True), out
     kept = sequence.load(folder / "state.safetensors")
+    assert f"taken out: 0, {kept.entries[0].as_fact.prompt!r}" in out
     (key,) = (row.key.double() for row in kept.rows.values())
     assert torch.allclose(kept.sums.P, torch.outer(key, key)), "the other's key is left, and nothing of the first"
     assert [look["edits"] for look in kept.looks] == [2, 2]

@@ -42,6 +42,13 @@ def test_a_run_gives_each_facts_own_trace(model, tmp_path):
         assert each.prompt == fact.prompt
         assert all(torch.equal(each.draws[kind], alone.draws[kind]) for kind in SMALL.kinds)
     assert set(kept_units(tmp_path)) == {unit(fact) for fact in FACTS}
+    told = []
+    trace_facts(model, FACTS[:1], tmp_path / "alone", SMALL, progress=lambda *step: told.append(step))
+    assert [step for step in told if step[0] == "trace"], "of one fact the sweep's own steps are told"
+    told.clear()
+    trace_facts(model, FACTS[:2], tmp_path / "two", SMALL, progress=lambda *step: told.append(step))
+    assert told
+    assert not [step for step in told if step[0] == "trace"]
     twice = trace_facts(model, [FACTS[0], FACTS[1], FACTS[0]], tmp_path, SMALL)
     assert [each.prompt for each in twice] == [FACTS[0].prompt, FACTS[1].prompt, FACTS[0].prompt]
 

@@ -221,6 +221,10 @@ def test_the_smallest_difference_that_could_be_seen_is_seen_four_times_of_five()
     first, second = random.random((2, 30))
     found = statistics.paired(first, second)
     assert found.could_see == statistics.smallest_seen(second - first)
+    few = np.array([[0.0], [1.0]]), np.array([[1.0], [0.0]])
+    assert statistics.smallest_seen(few[1] - few[0]) > 1
+    (found,) = statistics.compared(*few, [(0.0, 1.0)])
+    assert math.isnan(found.could_see), "no difference of two shares is so large"
 
 
 # --- every constant and argument has a test ---------------------------------------------------------------------------

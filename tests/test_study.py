@@ -72,7 +72,7 @@ def test_a_design_depends_on_its_seed_alone():
     ("wrong", "said"),
     [
         ({"scenarios": 52}, "Choose a multiple of 10"),
-        ({"scenarios": 5}, "pages must be at most the 5 scenarios"),
+        ({"scenarios": 5}, "pages must be at most the 5 scenarios.*Choose --pages 5"),
         ({"editors": ("rome",)}, "2 to 6 different"),
         ({"editors": ("rome", "rome")}, "2 to 6 different"),
         ({"long_form": 11}, "from 0 to the 10 pages"),

@@ -119,7 +119,7 @@ def test_all_heads_together_are_the_attention_output_and_some_are_not(model, fac
         return [
             single(Z, [2], at),
             single(ATTN_OUT, [2], at),
-            single(Z, [2], at, (0, 1, 2, 3)),
+            single(Z, 2, at, (0, 1, 2, 3)),  # one block is that block, as one position is
             *(single(Z, [2], at, (head,)) for head in range(4)),
         ]
 

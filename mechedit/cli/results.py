@@ -275,7 +275,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         if own := [each for each in found.by_relation if each.result == other]:
             _show_differences(console, ("by relation", *of, f"{of[1]} - {of[0]}", "could see", "p", "p corr."), own, lambda each: f"{each.relation} {each.name}", 0)  # fmt: skip
     counted = [sum(each.p == each.p for each in own) for own in (found.overall, found.by_relation)]
-    console.print(f"p: sign-flip test over records; p corr.: corrected for the {counted[0]} comparisons of all records, and for the {counted[1]} by relation (Holm); could see: the smallest difference that so many records show in 80 of 100 repetitions, two-sided at 5 %. An interval also allows for what so few records may have missed, and so can hold 0 where p is small: then report both")  # fmt: skip
+    console.print(f"p: sign-flip test over records; p corr.: corrected for the {counted[0]} comparisons of all records, and for the {counted[1]} by relation (Holm); could see: the smallest difference that so many records show in 80 of 100 repetitions, two-sided at 5 %, empty where none that is possible is large enough. An interval also allows for what so few records may have missed, and so can hold 0 where p is small: then report both")  # fmt: skip
     show_files(console, written)
 
 

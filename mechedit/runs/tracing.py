@@ -63,7 +63,8 @@ def trace_facts(
     by_unit = {unit(fact, other): (fact, other) for fact, other in others}
     store: Store[Trace] = Store(folder, what, Trace.load, Trace.save)
 
-    task = _Tracing(by_unit, settings, statistics, batch)
+    alone = engine is None and len(by_unit) == 1  # then its own steps are what there is to tell
+    task = _Tracing(by_unit, settings, statistics, batch, progress if alone else silent)
     return list(
         store.run([unit(*each) for each in others], task, engine or Local(model), progress, called=_called(by_unit))
     )
@@ -82,10 +83,11 @@ class _Tracing:
     settings: TraceSettings
     statistics: Statistics
     batch: int
+    steps: Progress = silent
 
     def __call__(self, model: HookedModel, name: str) -> Trace:
         fact, other = self.by_unit[name]
-        return trace(model, fact, self.settings, statistics=self.statistics, other=other)
+        return trace(model, fact, self.settings, statistics=self.statistics, other=other, progress=self.steps)
 
     def many(self, model: HookedModel, names: Sequence[str]) -> list[Trace]:
         """The traces of several units, in one sweep."""

@@ -45,7 +45,7 @@ class StudySettings(Settings):
         )
         require(
             self.pages <= self.scenarios,
-            f"pages must be at most the {self.scenarios} scenarios, since a page of a person is of another fact; found {self.pages}.",
+            f"pages must be at most the {self.scenarios} scenarios, since a page of a person is of another fact; found {self.pages}. Choose --pages {self.scenarios}, or more scenarios.",
         )
         if rest := self.scenarios * self.raters % self.pages:
             step = next(n for n in range(1, self.pages + 1) if n * self.raters % self.pages == 0)

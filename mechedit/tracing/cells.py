@@ -110,9 +110,13 @@ def restored_blocks(kind: str, layer: int, n_layers: int, settings: TraceSetting
 
 
 def single(
-    component: Component, layers: Iterable[int], positions: Iterable[int] | int, index: tuple[int, ...] | None = None
+    component: Component,
+    layers: Iterable[int] | int,
+    positions: Iterable[int] | int,
+    index: tuple[int, ...] | None = None,
 ) -> Cell:
     """A cell that restores one component, in some blocks, at some positions."""
+    layers = [layers] if isinstance(layers, int) else layers
     positions = [positions] if isinstance(positions, int) else list(positions)
     return Cell(tuple(Patch(component, layer, position, index) for layer in layers for position in positions))
 
