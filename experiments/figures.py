@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -26,15 +28,18 @@ from experiments.common import parse, say
 from experiments.editing import data
 from mechedit.cache import atomic_write
 
+ROOT = Path(__file__).parents[1]
 MODELS = {"gemma-3-270m": "Gemma 3 270M", "organism": "organism"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A script's options for a model, and its minutes on two cores; None: not timed."""
+    """A script's options for a model, and its minutes on two cores; None: not timed. `picture` is the name under figures/MODEL/ of what a
+    command draws beside its result as training.json, .png and .svg."""
 
     minutes: float | None
     options: str = ""
+    picture: str = ""
 
     @property
     def time(self) -> str:
@@ -46,7 +51,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A figure or table: what it is, the script that makes it, and its run for each model that it is made of (of none: with the organism)."""
+    """A figure or table: what it is, its script, or a command (`mechedit demo`), and its run for each model that it is made of (of none: with the organism)."""
 
     name: str
     script: str
@@ -55,20 +60,19 @@ class Row:
 
     def command(self, model: str) -> list[str]:
         """The arguments of Python."""
+        of, *words = self.script.split()
+        script = ["mechedit.cli", *words] if of == "mechedit" else [f"experiments.{self.script}"]
         named = [] if self.script in MODEL_FREE else ["--model", model]
-        return ["-m", f"experiments.{self.script}", *named, *_split(self.runs[model].options)]
-
-
-def _split(options: str) -> list[str]:
-    import shlex
-
-    return shlex.split(options)
+        options = [each.replace("{data}", str(data(""))) for each in shlex.split(self.runs[model].options)]
+        return ["-m", *script, *named, *options]
 
 
 MODEL_FREE = ("localisation", "coverage", "study_coverage")  # several at once, or none
 COUNTERFACT, ZSRE = {"gemma-3-270m": "counterfact_flat.json"}, {"gemma-3-270m": "zsre.json"}
 OPPONENTS = "told ft ft-l attention-edit kn"
+KE = "--data sampled --steps 1500 --batch 16 --warmup 100 --validate-every 250 --patience 1000 --out out/organism/trained/ke"
 ROWS = (
+    Row("the demo", "mechedit demo", {"gemma-3-270m": Run(None, "--out figures/gemma-3-270m/demo")}),
     Row("1: one fact's trace", "figure1_trace", {"gemma-3-270m": Run(1), "organism": Run(None, '--prompt "Fairma Glaibri is employed by" --subject "Fairma Glaibri"')}),
     Row("2: average effects", "figure2_average_effects", {"gemma-3-270m": Run(40, "--draws 3"), "organism": Run(3, "--facts 500")}),
     Row("3: severed paths", "figure3_severed", {"gemma-3-270m": Run(8, "--draws 3"), "organism": Run(None)}),
@@ -77,6 +81,8 @@ ROWS = (
     Row("7: average effects in lines", "figure7_lines", {"gemma-3-270m": Run(None), "organism": Run(None)}),
     Row("13 to 15: noise and windows", "figure13_noise", {"gemma-3-270m": Run(20, "--draws 2"), "organism": Run(None, "--draws 2")}),
     Row("16: gradients", "figure16_attribution", {"gemma-3-270m": Run(30, "--draws 3"), "organism": Run(None, "--draws 3")}),
+    Row("MEND is trained", "mechedit train-editor mend", {"gemma-3-270m": Run(35, "--data {data}/counterfact_flat.json --steps 500 --validation 40 --validate-every 50 --edit-rate 1e-4 --together 5 --out out/gemma-3-270m/trained/mend-cf", "train_mend_cf"), "organism": Run(8, "--data sampled --out out/organism/trained/mend")}, COUNTERFACT),
+    Row("KE is trained", "mechedit train-editor ke", {"organism": Run(22, KE)}),
     Row("table 4: COUNTERFACT", "table4_counterfact", {"gemma-3-270m": Run(75, f'--unedited 150 --known-among 600 --facts 40 --control-facts 40 --opponent-facts 40 --rows "no edit" known default {OPPONENTS} mend-cf'), "organism": Run(30, f'--facts 500 --control-facts 200 --opponent-facts 500 --rows "no edit" known default published {OPPONENTS} identity "random layer" "random key"')}, COUNTERFACT),
     Row("23 and 24: attention edits", "figure23_attention", {"gemma-3-270m": Run(None, "--facts 40"), "organism": Run(None, "--facts 500")}, COUNTERFACT),
     Row("table 1: zsRE", "table1_zsre", {"gemma-3-270m": Run(75, '--unedited 300 --facts 40 --control-facts 40 --opponent-facts 40 --rows "no edit" default told ft ft-l attention-edit'), "organism": Run(15, '--facts 500 --control-facts 200 --rows "no edit" known default published identity "random layer"')}, ZSRE),
@@ -89,13 +95,15 @@ ROWS = (
     Row("better single edits", "better_edits", {"gemma-3-270m": Run(None, "--rows default quick")}, COUNTERFACT),
     Row("what makes facts localise", "localisation", {"organism": Run(8, "--models organism out/plain organism-gptj organism-llama")}, {"organism": "out/plain"}),
     Row("how often intervals hold", "coverage", {"organism": Run(10)}),
+    Row("records of fine-tuning", "mechedit evaluate", {"organism": Run(None, "--facts organism --limit 120 --editor ft --out out/organism/ft")}),
+    Row("how often intervals of these hold", "coverage", {"organism": Run(None, "--records out/organism/ft")}),
     Row("how often a study's intervals hold", "study_coverage", {"organism": Run(6)}),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Which are made; figure 23 reads the run of table 4, figure 7 that of figure 2, so that the order matters."""
+    """Which are made; figure 23 reads the run of table 4, figure 7 that of figure 2, tables the networks trained before them, so that the order matters."""
 
     model: str = "all"  # or one of them
     scripts: tuple[str, ...] = ("all",)
@@ -149,7 +157,7 @@ def listed(found: Sequence[tuple[Row, str]]) -> str:
     kept, lines = done(), []
     for row, model in found:
         state = "done" if key(row, model) in kept else missing(row, model)
-        command = " ".join(f'"{each}"' if " " in each else each for each in ["python", *row.command(model)])
+        command = shlex.join(["python", *row.command(model)])
         lines.append(f"{MODELS[model]:<14}{row.runs[model].time:>10}  {row.name}{f' ({state})' if state else ''}\n{'':26}{command}")  # fmt: skip
     left = [row.runs[model] for row, model in found if key(row, model) not in kept and not missing(row, model)]
     untimed = sum(run.minutes is None for run in left)
@@ -166,21 +174,37 @@ def make(found: Sequence[tuple[Row, str]]) -> list[str]:
             continue
         say(f"{row.name}, {MODELS[model]}: {row.runs[model].time}")
         begun = time.monotonic()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))}  # fmt: skip
-        if subprocess.run([sys.executable, *row.command(model)], check=False, env=environment).returncode:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}  # fmt: skip
+        if subprocess.run([sys.executable, *row.command(model)], check=False, env=environment, cwd=ROOT).returncode:
             failed.append(f"{row.name}, {MODELS[model]}: python {' '.join(row.command(model))}")
             continue
+        if row.runs[model].picture:
+            _copy(row, model)
         kept = done() | {key(row, model): {"seconds": round(time.monotonic() - begun, 1)}}
         with atomic_write(common.OUT / "figures.json") as temporary:
             temporary.write_text(json.dumps(kept, indent=1) + "\n")
     return failed
 
 
+def _copy(row: Row, model: str) -> None:
+    """What a command drew beside its result, into figures/MODEL/."""
+    command = row.command(model)
+    folder, place = ROOT / command[command.index("--out") + 1], common.FIGURES / model
+    place.mkdir(parents=True, exist_ok=True)
+    for kind in ("json", "png", "svg"):
+        shutil.copyfile(folder / f"training.{kind}", place / f"{row.runs[model].picture}.{kind}")
+
+
 def main(settings: Figures) -> None:
     found = list(chosen(settings))
     if settings.list:
         sys.stdout.write(listed(found) + "\n")
-    elif failed := make(found):
+        return
+    try:
+        failed = make(found)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from here") from None
+    if failed:
         raise SystemExit("\n".join(["failed:", *failed]))
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from experiments import common, figures
 from experiments.figures import ROWS, Figures, Row, Run
+from mechedit import cli
 
 pytestmark = pytest.mark.anywhere
 PAGE = Path(common.__file__).parent / "README.md"
@@ -32,6 +33,12 @@ def test_times_are_said_in_minutes_and_hours():
 
 def test_every_command_is_one_that_its_script_takes(monkeypatch):
     for row in ROWS:
+        if row.script.startswith("mechedit "):
+            for model in row.runs:
+                command = row.command(model)
+                assert command[:2] == ["-m", "mechedit.cli"]
+                assert cli._parser(cli.named_in(command[2:])).parse_args(command[2:]).model == model
+            continue
         script = importlib.import_module(f"experiments.{row.script}")
         for model in row.runs:
             taken = []
@@ -92,7 +99,7 @@ def test_the_list_runs_nothing_and_sums_what_is_left(small, capsys):
     figures.main(common.parse(Figures, ["--list"]))
     said = capsys.readouterr().out
     assert small == []
-    assert 'python -m experiments.works --model organism --named "two words"' in said
+    assert "python -m experiments.works --model organism --named 'two words'" in said
     assert "needs the weights" in said
     assert said.splitlines()[-1] == "2 to run, 1.5 h on two cores"
     figures.main(Figures(model="organism", scripts=("lacks",), list=True))
@@ -105,6 +112,29 @@ def test_what_is_not_known_to_take_so_few_minutes_is_left_out(small, capsys):
     assert "3: lacks" in capsys.readouterr().err
     figures.main(common.parse(Figures, ["--within", "0.5", "--list"]))
     assert capsys.readouterr().out.splitlines() == ["0 to run, 0.0 h on two cores"]
+
+
+def test_what_a_command_draws_is_put_among_the_figures(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "FIGURES", tmp_path / "figures")
+    monkeypatch.setattr(figures, "ROWS", (Row("learns", "mechedit train-editor mend", {"organism": Run(1, "--data {data}/some.json --out trained", "train")}),))  # fmt: skip
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    (tmp_path / "trained").mkdir()
+    for kind in ("json", "png", "svg"):
+        (tmp_path / "trained" / f"training.{kind}").write_text(kind)
+    figures.main(Figures(model="organism"))
+    assert small == [[sys.executable, "-m", "mechedit.cli", "train-editor", "mend", "--model", "organism", "--data", f"{tmp_path}/some.json", "--out", "trained"]]  # fmt: skip
+    kept = {path.name: path.read_text() for path in (tmp_path / "figures" / "organism").iterdir()}
+    assert kept == {"train.json": "json", "train.png": "png", "train.svg": "svg"}
+
+
+def test_a_run_that_is_stopped_says_how_it_goes_on(small, tmp_path, monkeypatch):
+    def stopped(command, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(figures.subprocess, "run", stopped)
+    with pytest.raises(SystemExit, match="stopped; the same command goes on from here"):
+        figures.main(Figures(model="organism"))
+    assert not (tmp_path / "out" / "figures.json").exists(), "nothing is done"
 
 
 def test_what_there_is_not_is_refused(small):
