@@ -248,6 +248,15 @@ def test_hostile_text_shows_as_text_and_pages_pass_the_accessibility_checker(ope
         form.check()
 
 
+def test_a_form_prints_on_white_with_the_texts_and_without_buttons_to_go_on(opened, made):
+    page = opened(made.files()[0], dark=True).page
+    begin(page)
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
+    assert (page.locator(".card").first.is_visible(), page.locator("footer").is_visible()) == (True, False)
+
+
 def test_a_keyboard_alone_is_enough(opened, made):
     """From the first screen to a ranked page with Tab, Space, Enter and letters; what has the focus can be seen."""
     page = opened(made.files()[0]).page

@@ -372,6 +372,17 @@ def test_a_page_prints_on_white_without_buttons(view):
     assert page.pdf()[:4] == b"%PDF"
 
 
+def test_a_printed_evaluation_has_its_pinned_record_and_says_how_many_records_there_are(view):
+    found = view(viewed.evaluation(60), dark=True, at="#record=48&pin=54")
+    page = found.page
+    found.until("document.querySelectorAll('.details > section').length === 2")
+    page.emulate_media(media="print", color_scheme="dark")
+    assert all(page.locator(".details > section").nth(at).is_visible() for at in (0, 1))
+    assert [page.locator(each).is_visible() for each in (".finder [role=status]", ".pager .soft", ".finder input[type=search]", ".pager button >> nth=0")] == [True, True, False, False]  # fmt: skip
+    assert (read(found, ".finder [role=status]"), read(found, ".pager .soft")) == ("60 of 60 records", "1 of 2")
+    assert page.evaluate("getComputedStyle(document.querySelector('.poor')).color") == "rgb(138, 75, 0)", "dark enough for white paper"  # fmt: skip
+
+
 def test_a_page_says_what_each_kind_of_result_holds(view):
     assert "<title>rome: a model, 1 record</title>" in viewer.page(viewed.evaluation(1))
     for result, words in (
