@@ -369,6 +369,14 @@ def test_a_page_prints_on_white_without_buttons(view):
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not page.locator(".tools").first.is_visible()
+    wide = "Math.max(...[...document.querySelectorAll('.stage > *')].map((each) => each.getBoundingClientRect().width))"
+    page.emulate_media(media="screen", color_scheme="dark")
+    for event, least, most in (
+        ("beforeprint", 600, 680),
+        ("afterprint", 681, 1280),
+    ):  # A4 less margins of a centimetre is 718
+        page.evaluate(f"dispatchEvent(new Event('{event}'))")
+        assert least < page.evaluate(wide) <= most
     assert page.pdf()[:4] == b"%PDF"
 
 

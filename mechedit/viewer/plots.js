@@ -56,8 +56,14 @@ function redrawAll() {
   for (const each of cards) each.redraw();
 }
 scheme.addEventListener('change', redrawAll);
-addEventListener('beforeprint', () => { printing = true; redrawAll(); });
-addEventListener('afterprint', () => { printing = false; redrawAll(); });
+/** On paper plots are in light colours, and as wide as a page: they are drawn before the browser lays it out. */
+function onPaper(now) {
+  printing = now;
+  document.documentElement.classList.toggle('printing', now);
+  redrawAll();
+}
+addEventListener('beforeprint', () => onPaper(true));
+addEventListener('afterprint', () => onPaper(false));
 
 // --- lines
 
