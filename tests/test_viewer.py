@@ -364,6 +364,14 @@ def test_two_evaluations_stand_side_by_side_with_every_prompt_before_and_after(v
     found.check()
 
 
+def test_names_of_two_evaluations_are_whole_on_a_phone(view):
+    page = view(viewed.evaluation(), viewed.evaluation(editor="attention-edit"), phone=True).page
+    right = "(each) => each.getBoundingClientRect().right"
+    texts = page.evaluate(f"[...document.querySelectorAll('section svg text')].map({right})")
+    assert len(texts) > 10
+    assert max(texts) <= page.evaluate(f"({right})(document.querySelector('section svg'))")
+
+
 def test_a_page_prints_on_white_without_buttons(view):
     page = view(viewed.trace(), dark=True).page
     page.emulate_media(media="print", color_scheme="dark")

@@ -72,12 +72,12 @@ const tick = (form, value) => form(value, false).replace(/\.0+$/, '');
 
 const colourOf = (each, th, index) => th.series[each.name] || th.many[index % th.many.length];
 
-/** Where the names of lines stand in a picture: rows of as many as fit. */
-function legendRows(series, width) {
+/** Where names stand in a picture, each behind a mark `beside` wide with what is left free: rows of as many as fit. */
+function legendRows(series, width, beside = 34) {
   const rows = [[]];
   let x = 0;
   series.forEach((each, index) => {
-    const own = 58 + widthOf(short(each.title, 40), 12);
+    const own = beside + widthOf(short(each.title, 40), 12);
     if (x && x + own > width) { rows.push([]); x = 0; }
     rows[rows.length - 1].push({ each, index, x });
     x += own;
@@ -87,7 +87,7 @@ function legendRows(series, width) {
 
 /** Lines over layers, each with its interval as a band. */
 function drawLines({ series, layers, xTitle, yTitle, form, marks = [], at = null, zero = false, title = '' }, surfaceOf, th, width) {
-  const names = surfaceOf ? legendRows(series, width - 24) : [], extra = names.length ? 30 + 19 * names.length : 0, height = 300 + extra;
+  const names = surfaceOf ? legendRows(series, width - 24, 58) : [], extra = names.length ? 30 + 19 * names.length : 0, height = 300 + extra;
   const surface = (surfaceOf || svgSurface)(width, height);
   const left = 58, right = 14, top = 26 + extra, bottom = 44, w = width - left - right, h = height - top - bottom;
   const all = series.flatMap((each) => [...each.mean, ...(each.low || []), ...(each.high || [])]).concat(marks.map((each) => each.value)).filter(isNumber);

@@ -40,17 +40,16 @@ makers.evaluation = async () => {
 
   const shares = metrics.filter((each) => each.unit === '%' && each.better === 'higher' && (each.support || [])[0] === 0 && !['edited', 'next_token_same'].includes(each.name) && columns.some((_, index) => isNumber((mean(index, each.name) || [])[0])));
   function drawMeans(surfaceOf, th, width) {
-    const left = 108, right = 20, top = 34 + (surfaceOf ? 22 : 0), line = Math.max(22, 11 * columns.length + 6), height = top + line * shares.length + 34;
+    const left = 108, right = 20, names = legendRows(columns.map((column) => ({ title: short(nameOf(column), 30) })), width - left);
+    const first = 34 + (surfaceOf ? 22 : 0), top = first + 19 * (names.length - 1), line = Math.max(22, 11 * columns.length + 6), height = top + line * shares.length + 34;
     const all = shares.flatMap((each) => columns.flatMap((_, index) => (mean(index, each.name) || []).slice(0, 3))).filter(isNumber);
     const low = Math.min(0, ...all), x = (value) => left + ((value - low) / (1 - low)) * (width - left - right);
     const surface = (surfaceOf || svgSurface)(width, height);
     if (surfaceOf) { surface.rect(0, 0, width, height, th.paper); surface.text(8, 17, short(data.title, Math.floor(width / 7)), { size: 13, fill: th.ink, weight: 600 }); }
-    let at = left;
-    columns.forEach((column, index) => {
-      surface.circle(at + 4, top - 20, 4, colourAt(index, th));
-      surface.text(at + 14, top - 16, short(nameOf(column), 30), { size: 12, fill: th.ink });
-      at += 34 + widthOf(short(nameOf(column), 30), 12);
-    });
+    names.forEach((row, at) => row.forEach(({ each, index, x: begin }) => {
+      surface.circle(left + begin + 4, first + 19 * at - 20, 4, colourAt(index, th));
+      surface.text(left + begin + 14, first + 19 * at - 16, each.title, { size: 12, fill: th.ink });
+    }));
     for (const value of ticks(low, 1, 5)) {
       surface.line(x(value), top, x(value), top + line * shares.length, th.line, value === 0 ? 1.4 : 0.7);
       surface.text(x(value), top + line * shares.length + 17, percent(value).replace('.0', ''), { size: 11.5, fill: th.soft, anchor: 'middle' });
