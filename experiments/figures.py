@@ -92,7 +92,7 @@ ROWS = (
     Row("many edits in sequence", "scaling", {"organism": Run(8, "--sizes 1 10 100 300 1000 --together 50 --threads 1")}),
     Row("when sequences break", "collapse", {"organism": Run(12, "--edits 300 --every 20 --threads 1")}),
     Row("weights of editors of many facts", "tuned_many", {"organism": Run(12)}),
-    Row("better single edits", "better_edits", {"gemma-3-270m": Run(None, "--rows default quick")}, COUNTERFACT),
+    Row("better single edits", "better_edits", {"gemma-3-270m": Run(20, "--rows default quick")}, COUNTERFACT),
     Row("what makes facts localise", "localisation", {"organism": Run(8, "--models organism out/plain organism-gptj organism-llama")}, {"organism": "out/plain"}),
     Row("how often intervals hold", "coverage", {"organism": Run(10)}),
     Row("records of fine-tuning", "mechedit evaluate", {"organism": Run(None, "--facts organism --limit 120 --editor ft --out out/organism/ft")}),

@@ -72,7 +72,8 @@ class Mutants:
     seed: int = 0
     workers: int = 2
     minutes: float = 40.0  # after which no more are begun
-    only: str = ""  # a module of TESTS, or "known"
+    only: tuple[str, ...] = ()  # modules of TESTS, or "known"
+    name: str = "mutants"  # of the file
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def drawn(settings: Mutants) -> list[Mutant]:
     every = {
         module: list(sites(module, (ROOT / "mechedit" / f"{module}.py").read_text()))
         for module in TESTS
-        if settings.only in ("", module)
+        if not settings.only or module in settings.only
     }
     first = [each for own in every.values() for each in stream.sample(own, min(LEAST, len(own)))][: settings.n]
     rest = [each for own in every.values() for each in own if each not in first]
@@ -265,14 +266,14 @@ def _run(copy: Path, tests: tuple[str, ...]) -> int:
 
 def main(settings: Mutants) -> Path:
     """Try the mutants, and write what became of them."""
+    _check(settings)
     sys.dont_write_bytecode = True
     for heavy in ("torch", "transformers", "transformer_lens", "pytest", "scipy.stats", "matplotlib.figure", "datasets"):  # fmt: skip
         import_module(heavy)
     import torch
 
     torch.set_num_threads(1)
-    _check_tests()
-    wanted = [*(known() if settings.only in ("", "known") else []), *(drawn(settings) if settings.only != "known" else [])]  # fmt: skip
+    wanted = [*(known() if not settings.only or "known" in settings.only else []), *drawn(settings)]
     begin, found = time.monotonic(), dict[Mutant, str]()
     with tempfile.TemporaryDirectory() as place:
         copies: Queue[Path] = Queue()
@@ -297,8 +298,10 @@ def main(settings: Mutants) -> Path:
     return _write(settings, wanted, found, (time.monotonic() - begin) / 60)
 
 
-def _check_tests() -> None:
-    """Raise, before anything runs, where tests are named that are not there."""
+def _check(settings: Mutants) -> None:
+    """Raise, before anything runs, where tests are named that are not there, or modules that have none."""
+    if unknown := [each for each in settings.only if each not in (*TESTS, "known")]:
+        raise SystemExit(f"--only must be of known, {', '.join(TESTS)}; found {', '.join(unknown)}.")
     named = {test for tests in TESTS.values() for test in tests}
     if missing := sorted(test for test in named if not (ROOT / "tests" / f"test_{test}.py").is_file()):
         raise SystemExit(f"there is no test_{missing[0]}.py in tests; mend TESTS.")
@@ -343,7 +346,7 @@ def _write(settings: Mutants, wanted: list[Mutant], found: dict[Mutant, str], mi
             if what == "survived"
         ],
     }  # fmt: skip
-    path = FIGURES / "mutants.json"
+    path = FIGURES / f"{settings.name}.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     say(f"{result['drawn']} of the drawn, {result['known']} of the known; {path}")
     return path

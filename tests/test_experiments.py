@@ -756,4 +756,6 @@ def test_wrong_lines_are_drawn_of_every_module_first():
     assert len(found) == len(set(found)) == 80
     first = found[: mutants.LEAST * len(mutants.TESTS)]
     assert {module: sum(each.module == module for each in first) for module in mutants.TESTS} == dict.fromkeys(mutants.TESTS, mutants.LEAST)  # fmt: skip
-    assert {each.module for each in mutants.drawn(mutants.Mutants(n=5, only="keys"))} == {"keys"}
+    assert {each.module for each in mutants.drawn(mutants.Mutants(n=5, only=("keys",)))} == {"keys"}
+    with pytest.raises(SystemExit, match="--only must be of known, rank_one, .*; found rank_two"):
+        mutants.main(mutants.Mutants(only=("rank_two",)))
