@@ -72,7 +72,7 @@ class Mutants:
     seed: int = 0
     workers: int = 2
     minutes: float = 40.0  # after which no more are begun
-    only: tuple[str, ...] = ()  # modules of TESTS, or "known"
+    only: tuple[str, ...] = ("all",)  # or modules of TESTS, and "known"
     name: str = "mutants"  # of the file
 
 
@@ -209,7 +209,7 @@ def drawn(settings: Mutants) -> list[Mutant]:
     every = {
         module: list(sites(module, (ROOT / "mechedit" / f"{module}.py").read_text()))
         for module in TESTS
-        if not settings.only or module in settings.only
+        if "all" in settings.only or module in settings.only
     }
     first = [each for own in every.values() for each in stream.sample(own, min(LEAST, len(own)))][: settings.n]
     rest = [each for own in every.values() for each in own if each not in first]
@@ -273,7 +273,7 @@ def main(settings: Mutants) -> Path:
     import torch
 
     torch.set_num_threads(1)
-    wanted = [*(known() if not settings.only or "known" in settings.only else []), *drawn(settings)]
+    wanted = [*(known() if {"all", "known"} & {*settings.only} else []), *drawn(settings)]
     begin, found = time.monotonic(), dict[Mutant, str]()
     with tempfile.TemporaryDirectory() as place:
         copies: Queue[Path] = Queue()
@@ -300,8 +300,8 @@ def main(settings: Mutants) -> Path:
 
 def _check(settings: Mutants) -> None:
     """Raise, before anything runs, where tests are named that are not there, or modules that have none."""
-    if unknown := [each for each in settings.only if each not in (*TESTS, "known")]:
-        raise SystemExit(f"--only must be of known, {', '.join(TESTS)}; found {', '.join(unknown)}.")
+    if unknown := [each for each in settings.only if each not in ("all", "known", *TESTS)]:
+        raise SystemExit(f"--only must be of all, known, {', '.join(TESTS)}; found {', '.join(unknown)}.")
     named = {test for tests in TESTS.values() for test in tests}
     if missing := sorted(test for test in named if not (ROOT / "tests" / f"test_{test}.py").is_file()):
         raise SystemExit(f"there is no test_{missing[0]}.py in tests; mend TESTS.")

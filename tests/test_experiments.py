@@ -751,11 +751,13 @@ def test_versions_take_turns_and_the_best_of_each_counts(tmp_path, monkeypatch):
 
 @pytest.mark.anywhere
 def test_wrong_lines_are_drawn_of_every_module_first():
-    found = mutants.drawn(mutants.Mutants(n=80))
+    found = mutants.drawn(common.parse(mutants.Mutants, ["--n", "80"]))
     assert found == mutants.drawn(mutants.Mutants(n=80))
     assert len(found) == len(set(found)) == 80
     first = found[: mutants.LEAST * len(mutants.TESTS)]
     assert {module: sum(each.module == module for each in first) for module in mutants.TESTS} == dict.fromkeys(mutants.TESTS, mutants.LEAST)  # fmt: skip
-    assert {each.module for each in mutants.drawn(mutants.Mutants(n=5, only=("keys",)))} == {"keys"}
-    with pytest.raises(SystemExit, match="--only must be of known, rank_one, .*; found rank_two"):
+    assert {each.module for each in mutants.drawn(common.parse(mutants.Mutants, ["--n", "5", "--only", "keys"]))} == {
+        "keys"
+    }
+    with pytest.raises(SystemExit, match="--only must be of all, known, rank_one, .*; found rank_two"):
         mutants.main(mutants.Mutants(only=("rank_two",)))
