@@ -1,9 +1,8 @@
 """Which weights suit a model's editors of many facts?  python -m experiments.tuned_many --model organism   -> figures/MODEL/tuned_many.json
 
-Each fact is edited alone, and COUNTERFACT's scores of all are taken together, for memit and pmet by the weight `a` of C, for pmet by when the search
-of v* stops, for alphaedit by the identity's
-`c` and the null space's bound `null`, for emmet, which meets residuals exactly, by the blocks alone. Blocks are ROME's layer, and
-those above it. v* is sought as the model's preset for ROME has it. Facts begin where those that other presets were tuned on do.
+Each fact is edited alone, and COUNTERFACT's scores of all are taken together: for memit and pmet by the weight `a` of C, for pmet also by
+when the search of v* stops, for alphaedit by the identity's `c` and the null space's bound `null`, for emmet, which meets residuals exactly,
+by the blocks alone. Blocks are ROME's layer, and those above it. v* is sought as the model's preset for ROME has it. Facts begin where those that other presets were tuned on do.
 """
 
 from __future__ import annotations

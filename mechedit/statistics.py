@@ -85,7 +85,7 @@ class Paired:
 
     difference: Mean
     p: float
-    could_see: float = math.nan  # `smallest_seen` of the differences
+    could_see: float = math.nan  # `smallest_seen` of the differences; nan where no difference is so large
 
 
 def interval(

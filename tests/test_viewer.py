@@ -525,8 +525,9 @@ def test_a_files_name_is_text_too(run, view, opened, tmp_path):
 def test_the_command_says_in_a_line_what_has_no_page(run, tmp_path):
     viewed.trace().save("trace.safetensors")
     Path("empty").mkdir()
-    Path("begun/edits").mkdir(parents=True)
-    Path("begun/edits/plan.json").write_text("{}")
+    for begun in ("begun/before", "several/edits"):
+        Path(begun).mkdir(parents=True)
+        Path(begun, "plan.json").write_text("{}")
     Path("other.json").write_text('{"a": 1}')
     Path("average.json").write_text(json.dumps(viewed.mean().to_json() | {"indirect_effect": {"mlp": [[1.0]]}}))
     Path("deep.json").write_text("[" * 5000)
@@ -534,7 +535,8 @@ def test_the_command_says_in_a_line_what_has_no_page(run, tmp_path):
     for given, words in (
         (["missing.safetensors"], "does not exist"),
         (["empty"], "nothing that has a page"),
-        (["begun"], "begun holds a run that has not ended"),
+        (["begun"], "begun holds an evaluation that has not ended"),
+        (["several"], "nothing that has a page"),
         (["other.json"], "has no page"),
         (["average.json"], "no average that can be shown"),
         (["deep.json"], "average that can be shown"),

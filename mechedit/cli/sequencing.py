@@ -75,16 +75,16 @@ def edit_in_sequence(
         found = run_sequence(model, chosen, arguments.out, how, editor, settings, progress=progress)
     if arguments.take_out:
         found = take_out(model, arguments.take_out, arguments.out, how)
-    console = console_of(arguments)
     written = [arguments.out / name for name in ("state.safetensors", "looks.json")]
     whole = arguments.out / "edit.safetensors"
-    for number in arguments.take_out:
-        console.print(f"taken out: {number}, {found.entries[number].as_fact.prompt!r}")
     if found.standing:
         written.append(edits.save(as_edit(found), whole))
     else:
         whole.unlink(missing_ok=True)  # of what stood before
     written += write_json(arguments.json, found.to_json())
+    console = console_of(arguments)
+    for number in arguments.take_out:
+        console.print(f"taken out: {number}, {found.entries[number].as_fact.prompt!r}")
     show_sequence(console, found)
     show_files(console, written)
     if not found.standing:

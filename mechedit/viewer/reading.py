@@ -53,8 +53,8 @@ def _of_folder(folder: Path) -> Viewable:
         if kinds == {"trace"}:
             return average([Trace.load(each) for each in every])
         raise RunError(f"{folder} is a run of {len(every)} units; name one with --unit (`mechedit show {folder}` lists them).")  # fmt: skip
-    if any(folder.glob(f"*/{PLAN}")):
-        raise RunError(f"{folder} holds a run that has not ended: give its command again, and it goes on to its end.")
+    if (folder / "before" / PLAN).is_file():
+        raise RunError(f"{folder} holds an evaluation that has not ended: give its command again, and it goes on to its end.")  # fmt: skip
     raise RunError(f"{folder} is nothing that has a page: it must be {HAS}.")
 
 
