@@ -51,7 +51,7 @@ TESTS = {
     "scoring": ("metrics", "scored", "generation"),
     "editing": ("editing", "contract", "guards"),
     "runs/evaluating": ("evaluating",),
-    "runs/scored": ("scored",),
+    "runs/scored": ("scored", "evaluating"),
     "runs/shards": ("shards",),
     "runs/store": ("store", "shards"),
 }

@@ -138,3 +138,11 @@ def test_keys_of_a_block_need_none_of_the_blocks_above_and_are_in_float32(model,
     assert found.dtype == torch.float32
     half = models.load(str(folder("gpt2")), device="cpu", dtype=torch.bfloat16)
     assert keys.subject_keys(half, 1, rows).dtype == torch.float32
+
+
+def test_a_prefix_has_words_and_no_marks_of_the_tokenizer(model, monkeypatch):
+    """A model may say the token that ends a text anywhere."""
+    words, end = model.tokenizer.encode(" Rome London"), model.tokenizer.eos_token_id
+    monkeypatch.setattr(keys, "sample", lambda *args, **kwargs: torch.tensor([[words[-2], end, words[-1]]]))
+    monkeypatch.setattr(keys, "hooked", lambda model: True)  # so that nothing is kept
+    assert keys.prefixes(model, replace(QUICK, prefixes=((3, 1),))) == ("", " Rome London. ")

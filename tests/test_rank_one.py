@@ -254,3 +254,11 @@ def test_a_ridge_is_a_share_of_the_mean_diagonal(problem):
     C = problem[2]
     assert rank_one.regularised(C, 0.0) is C
     torch.testing.assert_close(rank_one.regularised(C, 0.1) - C, 0.1 * C.diagonal().mean() * torch.eye(len(C)).double())
+
+
+def test_a_zero_key_among_many_is_named(model, problem):
+    key, value, C = problem
+    keys = torch.stack([key, torch.zeros_like(key), key.flip(0)])
+    W_out, b_out = (model.blocks[LAYER].mlp.get_parameter(name) for name in ("W_out", "b_out"))
+    with pytest.raises(RankOneError, match="key 1 of 3 is"):
+        rank_one.solve_many(LAYER, W_out, b_out, keys, torch.stack([value] * 3), C)

@@ -134,3 +134,26 @@ def test_killed_while_it_writes_every_result_that_is_there_is_whole(tmp_path):
         assert all(data == str(index).encode() * 100 for index, data in enumerate(there.read(there.names())))
         assert len(there) > before
         before = len(there)
+
+
+def test_what_another_writes_between_two_turns_stays_and_is_seen(tmp_path):
+    """A writer cuts away what it does not know of: it looks first."""
+    early = Shards(tmp_path)
+    added(tmp_path, {"a": b"first"})
+    with early.writing() as writer:
+        writer.add("b", b"second")
+    assert [early.get(name) for name in "ab"] == [b"first", b"second"]
+    assert list(Shards(tmp_path).read("ab")) == [b"first", b"second"]
+
+
+def test_the_disk_is_asked_for_the_bytes_before_the_index_after_a_minute_and_at_the_end(tmp_path, monkeypatch):
+    now, asked = [0.0], []
+    monkeypatch.setattr(shards.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(shards.os, "fsync", lambda number: asked.append(os.fstat(number).st_ino))
+    both = lambda: [(tmp_path / name).stat().st_ino for name in ("0000.shard", "index")]  # noqa: E731
+    with Shards(tmp_path).writing() as writer:
+        for moment, name in ((59, "a"), (61, "b"), (100, "c"), (122, "d")):
+            now[0] = moment
+            writer.add(name, b"x")
+            assert asked == both() * ((moment > 60) + (moment > 121)), moment
+    assert asked == both() * 3

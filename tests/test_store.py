@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 
@@ -48,6 +50,9 @@ def test_results_are_read_when_they_are_used_and_notes_without_them(tmp_path, mo
     assert len(found) == 20
     assert found.notes[3] == "003003"
     assert opened == []
+    kept = [json.loads(line) for line in (tmp_path / stores.SECONDS).read_text().splitlines()]
+    assert [line["unit"] for line in kept] == names
+    assert all(line["seconds"] >= 0 for line in kept)
     assert (found[3]["text"], found[-1]["text"], [each["text"] for each in found[4:6]]) == (
         "003",
         "019",
@@ -135,6 +140,19 @@ def test_of_two_processes_with_other_settings_one_gets_a_new_folder(tmp_path):
     assert [sorted(pair) for pair in zip(*said, strict=True)] == [["claimed", "refused"]] * 30
     for index in range(30):
         claim(tmp_path / str(index), {"seed": int(said[1][index] == "claimed")})
+
+
+def test_a_folder_that_another_process_claims_is_waited_for_however_long_it_takes(tmp_path):
+    """Longer than a second, then it is found to be of other settings."""
+    with filelock.FileLock(tmp_path / "claim.lock") as held, ThreadPoolExecutor(1) as pool:
+        claimed = pool.submit(claim, tmp_path, {"a": 1})
+        with pytest.raises(TimeoutError):
+            claimed.result(timeout=1.5)
+        assert not (tmp_path / "run.json").exists()
+        (tmp_path / "run.json").write_text('{"a": 2}')
+        held.release()
+        with pytest.raises(RunError, match="a: 2 there, 1 now"):
+            claimed.result(timeout=10)
 
 
 def test_a_damaged_result_is_noticed_when_it_is_read_and_computed_anew_by_the_next_run(tmp_path, monkeypatch):
