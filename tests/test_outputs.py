@@ -152,6 +152,19 @@ def test_text_of_others_reaches_no_terminal_as_a_command(capsys):
     assert out.startswith(r"[/b][red]\x1b]52;c;AAAA\x07 \u202e\nmechedit: done :smile:")
 
 
+@pytest.mark.anywhere
+@pytest.mark.parametrize("columns", [None, "80"])
+def test_tables_in_a_file_keep_their_numbers_in_one_line_unless_the_environment_says_how_wide(columns, capsys, monkeypatch):  # fmt: skip
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    numbers = [f"{index}2.3 [45.6, 78.9]" for index in range(1, 8)]
+    terminal.show_table(terminal.screen(stderr=False), ("a", *("number",) * 7), [("row", *numbers)])
+    out = capsys.readouterr().out
+    assert all(number in out for number in numbers) is (columns is None)
+    assert max(map(len, out.splitlines())) <= (80 if columns else 160)
+
+
 SHOWN = (
     "import sys; from pathlib import Path; from types import SimpleNamespace; from mechedit import cli\n"
     "from mechedit.cli import looking, terminal\n"

@@ -52,6 +52,7 @@ __all__ = [
 
 
 SECONDS_A_LINE = 15.0  # between lines of progress where there is no terminal
+COLUMNS = 160  # of what is written to a file or a pipe, where COLUMNS in the environment says nothing: tables keep their numbers whole
 
 
 def console_of(arguments: argparse.Namespace) -> Console:
@@ -81,7 +82,9 @@ def screen(*, stderr: bool) -> Console:
             self.quiet = True
             no_more(sys.stderr if stderr else sys.stdout)
 
-    return Screen(stderr=stderr, soft_wrap=False, markup=False, emoji=False, highlight=False)
+    known = "COLUMNS" in os.environ or (sys.stderr if stderr else sys.stdout).isatty()
+    width = None if known else COLUMNS
+    return Screen(stderr=stderr, width=width, soft_wrap=False, markup=False, emoji=False, highlight=False)
 
 
 def no_more(stream: Any) -> None:
