@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 from mechedit import cache, facts, organism, provenance, sources
@@ -24,7 +25,9 @@ Settings = TypeVar("Settings")
 
 
 def parse(settings: type[Settings], argv: list[str] | None = None) -> Settings:
-    """The settings, each field an option with its default."""
+    """The settings, each field an option with its default. Ctrl-C then ends a script in a line."""
+    if argv is None:
+        sys.excepthook = _told
     parser = argparse.ArgumentParser(
         description=settings.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -39,6 +42,14 @@ def parse(settings: type[Settings], argv: list[str] | None = None) -> Settings:
         parser.add_argument(flag, type=kind, default=each.default, nargs="+" if several else None)
     chosen = vars(parser.parse_args(argv))
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
+
+
+def _told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A traceback for whatever is wrong, and none for Ctrl-C."""
+    if issubclass(kind, KeyboardInterrupt):
+        say("stopped")
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def write(name: str, model: HookedModel, settings: Any, result: dict[str, Any]) -> Path:

@@ -142,3 +142,11 @@ def test_what_there_is_not_is_refused(small):
         figures.main(Figures(model="gpt5"))
     with pytest.raises(SystemExit, match="--scripts must be of all, works, fails, lacks, other; found figure99"):
         figures.main(Figures(scripts=("figure99",)))
+
+
+@pytest.mark.parametrize(("raised", "told"), [("KeyboardInterrupt", "stopped\n"), ("ValueError('x')", "Traceback")])
+def test_a_script_that_is_stopped_says_so_in_a_line_and_what_is_wrong_has_its_traceback(raised, told):
+    code = f"from experiments import common, figures; common.parse(figures.Figures); raise {raised}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=figures.ROOT)
+    assert done.returncode != 0
+    assert done.stderr == told if told.endswith("\n") else done.stderr.startswith(told)
