@@ -9,6 +9,7 @@ Each row is a way to edit, of the same facts, each alone; all are compared with 
 - paraphrases: what the model itself writes in the prompt's place, where that leads to the true answer, is edited with the prompt;
 - bound: the change is no longer than `bound` times the weight;
 - quick: v* is sought with fewer prompts, each of which is left out when it is learnt (`--search quick`); for less time, not for more success;
+- few: the same with `few` prompts in all;
 - null space: the change stays where ordinary keys are small, in the `null` share of C's directions.
 
 Nothing is refused (`guard`). Scores are kept in out/ as soon as they are found, so a killed run goes on.
@@ -51,6 +52,7 @@ ROWS = (
     "bound",
     "null space",
     "quick",
+    "few",
 )
 ASKED = ("{} In other words:", "{} That is to say,", "{} Put differently,", "{} To say it in another way:")
 
@@ -67,6 +69,7 @@ class BetterEdits:
     others: int = 3000  # the benchmark's fact from which on those sentences are made
     bound: float = 0.035  # times the weight's norm; the default's changes are of about 0.048
     null: float = 0.9  # share of C's directions, those of its smallest eigenvalues
+    few: int = 5  # prompts, of which the bare one is one
     rows: tuple[str, ...] = ROWS
     seed: int = 0
     threads: int = 2
@@ -172,6 +175,7 @@ def ways(settings: BetterEdits, model: HookedModel) -> dict[str, Callable[[], tu
         "bound": lambda: (Bounded(settings.bound), default),
         "null space": null,
         "quick": lambda: (named("rome"), replace(default, **SEARCHES["quick"])),
+        "few": lambda: (named("rome"), replace(default, leave_learnt=True, sought_with=settings.few)),
     }
 
 
