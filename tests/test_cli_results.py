@@ -47,6 +47,8 @@ def test_an_evaluation_is_shown_as_it_was_when_it_ended_and_fits_80_columns(run,
         assert (status, err) == (0, "")
         for words in ("2 records", "before", "after", "ES, %", "relative_norm"):
             assert words in said
+        assert "Intervals over 2 records are wide" in said
+        assert "More records narrow them." in " ".join(said.split())
         assert max(len(line) for line in said.splitlines() if not line.startswith("  /")) <= 80, "but for paths"
     assert json.loads((tmp_path / "shown.json").read_text()) == json.loads((two[1] / "summary.json").read_text())
 

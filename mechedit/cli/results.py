@@ -247,7 +247,7 @@ def show_evaluation(console: Console, result: Evaluation) -> None:
     turned = [list(column) for column in zip(*rows, strict=True)]
     show_table(console, (header[0], *turned[0]), list(zip(labels, *zip(*turned[1:], strict=True), strict=True)))
     if 1 < len(result.facts) < FEW:
-        console.print(f"Of {len(result.facts)} records an interval reaches far on one side: it allows for one more record as bad, or as good, as can be.")  # fmt: skip
+        console.print(f"Intervals over {len(result.facts)} records are wide, because they allow for one more that is as bad, or as good, as can be. More records narrow them.")  # fmt: skip
     without = [fact for fact in result.facts if fact.get("reason")]
     if without:
         have = "record has" if len(without) == 1 else "records have"
