@@ -399,6 +399,113 @@ def test_a_printed_evaluation_has_its_pinned_record_and_says_how_many_records_th
     assert page.evaluate("getComputedStyle(document.querySelector('.poor')).color") == "rgb(138, 75, 0)", "dark enough for white paper"  # fmt: skip
 
 
+def told_fact(before, after):
+    """The edit of the made fact with these probabilities, of its new and its true target."""
+    first, second = ({"p_new": new, "p_true": true} for new, true in (before, after))
+    return viewed.edit(facts=(replace(viewed.edit().facts[0], before=first, after=second),))
+
+
+def test_a_share_below_a_hundredth_of_a_percent_is_said_to_be_that_and_its_title_has_the_number(view):
+    found = view(told_fact((3.1e-6, 0.9), (0.8, 0.0001)))
+    said = read(found, "main").replace("\u202f", " ")
+    assert "before < 0.01 %" in said
+    assert "0.010 %" in said, "a hundredth itself is not below"
+    assert found.page.get_by_title("3.1e−6 as a share of 1").count() == 2, "above, and in the table"
+    assert "e−" not in said
+    small = viewed.curves()
+    small = replace(small, curves={name: 1e-5 * curve for name, curve in small.curves.items()}, p_clean=1e-5, p_corrupted=-1e-6)  # fmt: skip
+    found = view(small)
+    assert "> −0.01\u202f%" in read(found, ".keys")
+    marks = found.page.eval_on_selector_all(
+        ".stage text[text-anchor=end]", "all => all.map((each) => each.textContent)"
+    )
+    marks = [each for each in marks if each not in ("clean", "corrupted")]
+    assert len(set(marks)) == len(marks) > 2, "marks at an axis differ, however small"
+    result = viewed.evaluation(3)
+    result.rows["after"][1]["p_new"] = 1e-6
+    assert "< 0.01" in read(view(result), "tr[data-record='1']")
+
+
+def test_the_words_above_a_trace_are_those_of_the_docs_and_a_difference_is_in_points(view):
+    said = read(view(viewed.trace()), ".keys")
+    assert "with the subject corrupted" in said
+    assert "55.0 points" in said, "0.6 less 0.05"
+    assert "Difference" in said
+
+
+def test_a_cell_says_which_layers_its_window_covers(view):
+    found = view(viewed.trace(), at="#kind=mlp&at=1.0")  # six layers, windows of three
+    for layer, words in ((0, "window: layers 0 to 1, cut at the model's foot"), (2, "window: layers 1 to 3"), (5, "window: layers 4 to 5, cut at the model's top")):  # fmt: skip
+        found.page.evaluate(f"location.hash = 'kind=mlp&at=1.{layer}'")
+        found.until(f"document.querySelector('.place').textContent.includes('layer {layer}')")
+        assert words in read(found, ".reading").splitlines()
+    found.page.get_by_role("button", name="States").click()
+    assert "window:" not in read(found, ".reading"), "one state"
+    assert "window: layers 4 to 5, cut at the model's top" in read(
+        view(viewed.mean(), at="#kind=attn&at=1.5"), ".reading"
+    )
+
+
+def test_of_several_ranges_of_draws_that_of_the_maps_kind_alone_is_filled(view):
+    found = view(viewed.trace(), at="#kind=mlp&at=1.0")
+    filled = "[...document.querySelectorAll('.stage polygon')].map((each) => each.getAttribute('fill'))"
+    dotted = "[...document.querySelectorAll('.stage polyline[stroke-dasharray=\"1 3\"]')].map((each) => each.getAttribute('stroke'))"
+    states, mlps, attentions = "#5e4fa2", "#1f7a3d", "#c2341d"
+    assert (found.page.evaluate(filled), found.page.evaluate(dotted)) == ([mlps], [states] * 2 + [attentions] * 2)
+    found.page.get_by_role("button", name="States").click()
+    assert (found.page.evaluate(filled), found.page.evaluate(dotted)) == ([states], [mlps] * 2 + [attentions] * 2)
+    assert "range of 3 draws, filled for the kind of the map" in read(found, ".legend")
+
+
+def test_an_edit_has_the_bands_that_it_was_held_in_and_says_whose_they_are():
+    def bands(**named):
+        found = viewer.contents(viewed.edit(**named))["numbers"]
+        return {each["name"]: (each["from"], each["to"], each["own"]) for each in found if "from" in each}
+
+    report = viewed.edit().report | {"divisor_share": 1.0, "its own": 2.0}
+    given = {"layer": 3, "bands": [["divisor_share", 0.2, 5.0], ["perplexity_ratio", 0.0, 1.1]]}
+    common = {"relative_norm": (0.0, 1.0, False), "essence_kl": (0.0, 16.0, False)}
+    of_rome = {"divisor_share": (0.2, 5.0, True), "perplexity_ratio": (0.0, 1.1, True)}
+    assert bands(report=report, settings=given) == common | of_rome, "also of a number that only this editor has"
+    assert bands(editor="outside:Mine", report=report, settings=given) == of_rome, "what others held it in is not known"
+    assert bands(editor="composed", details={"parts": []}, report=report) == {}
+    assert bands(editor="outside:Mine", settings={"bands": "nonsense"}) == {}
+
+
+def test_every_column_of_an_edit_has_a_heading_and_all_of_them_fit_a_phone(view):
+    settings = {"layer": 3, "bands": [["essence_kl", 0.0, 2.5]]}
+    report = viewed.edit().report | {"divisor_share": 0.5, "cond_C": 2.9e4}
+    found = view(viewed.edit(settings=settings, report=report), phone=True)
+    headings = found.page.eval_on_selector_all("thead tr", "all => all.map((row) => [...row.cells].map((cell) => cell.innerText))")  # fmt: skip
+    assert [row for row in headings if not all(row)] == []
+    assert ["Number", "Value", "Band", "Verdict"] in headings
+    wide = "[...document.querySelectorAll('.scroll')].filter((each) => each.scrollWidth > each.clientWidth).map((each) => each.getAttribute('aria-label'))"  # fmt: skip
+    assert found.page.evaluate(wide) == []
+    rows = found.page.eval_on_selector_all("tbody tr", "all => all.map((row) => row.innerText.split(/\\s+/).join(' '))")
+    for row in ("essence kl 0.1000 0 to 2.5 settings within", "perplexity ratio 1.000 0 to 1.5 editor within", "divisor share 0.5000 from 0.05 editor within", "cond C 29000 0 to 1.0e12 editor within"):  # fmt: skip
+        assert row in rows
+    assert [row for row in rows if row.startswith("relative norm 1.500 0 to 1 editor outside: so large a change")]
+
+
+def test_records_fit_a_phone_with_all_of_their_numbers_and_say_what_their_colour_means(view):
+    found = view(viewed.evaluation(), phone=True)
+    inside = "[document.querySelector('.records')].every((each) => each.scrollWidth <= each.clientWidth)"
+    assert found.page.evaluate(inside)
+    boxes = "[...document.querySelectorAll('tr[data-record=\"3\"] td')].map((each) => each.getBoundingClientRect())"
+    assert found.page.evaluate(f"{boxes}.length") == 4, "ES, PS, NS and p_new"
+    assert found.page.evaluate(f"Math.max(...{boxes}.map((each) => each.right)) <= innerWidth")
+    for name in ("ES, %", "p_new, %"):
+        heading = found.page.get_by_role("columnheader", name=name).bounding_box()
+        cell = found.page.locator("tr[data-record='3'] td").nth(0 if name == "ES, %" else 3).bounding_box()
+        assert abs(heading["x"] - cell["x"]) < 2, "a heading stands above its numbers"
+    assert "Below 50 % is in this colour where more is better." in read(found, "main")
+    colour = "(each) => getComputedStyle(document.querySelector(each)).color"
+    assert found.page.evaluate(colour, ".records + p b") == found.page.evaluate(colour, "td.poor")
+    found.page.evaluate("location.hash = 'stage=before'")
+    found.until("document.querySelector('.keys dt').textContent.endsWith('before')")
+    assert "in this colour" not in read(found, "main"), "of the unedited model nothing is coloured"
+
+
 def test_a_page_says_what_each_kind_of_result_holds(view):
     assert "<title>rome: a model, 1 record</title>" in viewer.page(viewed.evaluation(1))
     for result, words in (

@@ -72,15 +72,27 @@ function figure(value, wanted = 3) {
 
 const minus = (text) => String(text).replace(/^-/, '−').replace('e-', 'e−');
 
-/** A share in percent: 47.2 %, 0.17 %, 0.0003 %. */
+const LEAST = 0.0001;  // of a share; what is smaller is said to be that
+
+/** A share in percent: 47.2 %, 0.17 %, < 0.01 %. */
 function percent(value, unit = true) {
   if (!isNumber(value)) return '–';
-  const scaled = 100 * value, size = Math.abs(scaled);
-  const text = size === 0 ? '0' : size >= 0.095 ? scaled.toFixed(1) : size >= 0.001 ? scaled.toPrecision(2) : scaled.toExponential(1);
+  const scaled = 100 * value, size = Math.abs(value);
+  const text = size === 0 ? '0' : size < LEAST ? (value > 0 ? '< 0.01' : '> −0.01') : size >= 0.00095 ? scaled.toFixed(1) : scaled.toPrecision(2);
   return minus(text) + (unit ? '\u202f%' : '');
 }
 
+/** A difference of shares, in percentage points. */
+const points = (value, unit = true) => percent(value, false) + (unit && isNumber(value) ? ' points' : '');
+
 const shown = (share) => (share ? percent : figure);
+const shownDifference = (share) => (share ? points : figure);
+
+/** What a number that is only said to be small is, for its title. */
+const exactly = (value, form) => (form !== figure && isNumber(value) && value !== 0 && Math.abs(value) < LEAST ? `${figure(value)} as a share of 1` : null);
+
+/** A number as text that has its title. */
+const num = (value, form) => el('span.num', { title: exactly(value, form) }, form(value));
 
 /** [low, high], or nothing where there is no interval. */
 function between(low, high, form, unit = '') {

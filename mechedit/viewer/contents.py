@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from mechedit import figures, guards, sites
+from mechedit import editors, figures, sites
 from mechedit.edits import Edit
 from mechedit.errors import MecheditError
 from mechedit.runs.results import Evaluation
@@ -23,6 +23,7 @@ from mechedit.settings import ROLE_TITLES, ROLES, SEVERED_TITLES, TraceSettings
 from mechedit.statistics import FEWEST, UNBOUNDED, interval
 from mechedit.tracing import Trace, measures
 from mechedit.tracing.averages import Average
+from mechedit.tracing.cells import STATES, restored_blocks
 from mechedit.tracing.severing import Severed
 from mechedit.viewer.evaluations import of_evaluations
 
@@ -79,7 +80,7 @@ def _of_trace(trace: Trace) -> dict[str, Any]:
         for index, (token, role) in enumerate(zip(trace.tokens, trace.roles, strict=True))
     ]
     kinds = [
-        _kind(kind, trace.settings) | {"values": _floats(grid.T.numpy()), "draws": _levels(trace.draws[kind].transpose(0, 1).numpy())}
+        _kind(kind, trace.settings, len(grid)) | {"values": _floats(grid.T.numpy()), "draws": _levels(trace.draws[kind].transpose(0, 1).numpy())}
         for kind, grid in trace.effects.items()
     ]  # fmt: skip
     return {
@@ -108,7 +109,7 @@ def _of_average(mean: Average) -> dict[str, Any]:
     seen = [index for index, n in enumerate(mean.n_role) if n]
     rows = [{"label": ROLE_TITLES[ROLES[index]], "role": f"{mean.n_role[index]} facts", "marked": "subject" in ROLES[index], "n": mean.n_role[index]} for index in seen]  # fmt: skip
     kinds = [
-        _kind(kind, mean.settings)
+        _kind(kind, mean.settings, len(mean.indirect[kind]))
         | {
             name: _floats(grids[kind].T.numpy()[seen])
             for name, grids in (("values", mean.indirect), ("low", mean.low), ("high", mean.high), ("restored", mean.restored))
@@ -219,10 +220,8 @@ def _of_edit(edit: Edit) -> dict[str, Any]:
         | {name: each.fact.get(name) for name in ("target_new", "target_true")}
         for each in edit.facts
     ]
-    bands = dict(guards.BANDS)
-    with suppress(MecheditError, TypeError, ValueError):  # bands of one's own, of an editor's own numbers
-        bands = guards.limits(bands, tuple(tuple(each) for each in edit.settings.get("bands") or ()))
-    numbers = [{"name": name, "value": value, **_band(bands.get(name))} for name, value in edit.report.items()]
+    bands = _bands(edit)
+    numbers = [{"name": name, "value": value, **bands.get(name, {})} for name, value in edit.report.items()]
     return {
         "kind": "edit",
         "title": f"{edit.fact['prompt']} → {edit.fact.get('target_new')}",
@@ -240,8 +239,15 @@ def _of_edit(edit: Edit) -> dict[str, Any]:
     }
 
 
-def _band(band: guards.Band | None) -> dict[str, Any]:
-    return {} if band is None else {"from": band[0], "to": band[1], "advice": band[2]}
+def _bands(edit: Edit) -> dict[str, dict[str, Any]]:
+    """The bands that the edit was held in, by number: those of its settings (`own`), and its editor's for the rest. What the bands of an
+    editor from outside were, or those of version 0.1.0, is not known; an edit that was composed was held in none."""
+    known = edit.editor in editors.BUILT_IN and not edit.is_of_0_1
+    found = {name: {"from": low, "to": high, "advice": advice, "own": False} for name, (low, high, advice) in editors.named(edit.editor).bands.items()} if known else {}  # fmt: skip
+    with suppress(TypeError, ValueError):  # settings of a file can be anything
+        for name, low, high in edit.settings.get("bands") or ():
+            found[name] = {"advice": ""} | found.get(name, {}) | {"from": float(low), "to": float(high), "own": True}
+    return found
 
 
 _MAKERS: dict[Any, Callable[[Any], dict[str, Any]]] = {
@@ -263,8 +269,13 @@ def _head(prompt: str, subject: str, answer: str | None) -> dict[str, Any]:
     return {"prompt": [before, own, after], "answer": answer.strip() if answer is not None else None}
 
 
-def _kind(kind: str, settings: TraceSettings) -> dict[str, str]:
-    return {"name": kind, "short": SHORT.get(kind, kind), "title": figures.kind_title(kind, settings.window), "axis": figures.AXES.get(kind, f"layer of {kind}"), "map": figures.COLOURS.get(kind, "Blues")}  # fmt: skip
+def _kind(kind: str, settings: TraceSettings, layers: int) -> dict[str, Any]:
+    """What is said of a kind; of one that is restored in windows the first and last block of each layer's."""
+    found: dict[str, Any] = {"name": kind, "short": SHORT.get(kind, kind), "title": figures.kind_title(kind, settings.window), "axis": figures.AXES.get(kind, f"layer of {kind}"), "map": figures.COLOURS.get(kind, "Blues")}  # fmt: skip
+    if kind in STATES or not settings.window:
+        return found
+    blocks = [restored_blocks(kind, layer, layers, settings) for layer in range(layers)]
+    return found | {"window": settings.window, "blocks": [[each[0], each[-1]] for each in blocks]}
 
 
 def _site(title: str, site: sites.Site) -> dict[str, Any]:

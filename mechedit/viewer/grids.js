@@ -111,7 +111,7 @@ function gridCard({ data, name, label, kinds, rows, layers, sites = [], reading,
     title, name, tools, label, key: 'view',
     body: [el('div.choices', { role: 'group', 'aria-label': 'what is shown' }, buttons)],
     draw: (surfaceOf, th, width) => drawGrid(of(chosen()), surfaceOf, th, width),
-    tableOf: () => { const kind = chosen(); return table(kind.title, ['', ...layers.map((each) => `layer ${each}`)], rows.map((row, r) => [said(row.label.slice(0, 200)), ...layers.map((_, c) => kind.form(kind.grid.at(r, c)))])); },
+    tableOf: () => { const kind = chosen(); return table(kind.title, ['', ...layers.map((each) => `layer ${each}`)], rows.map((row, r) => [said(row.label.slice(0, 200)), ...layers.map((_, c) => num(kind.grid.at(r, c), kind.form))])); },
     keys: {
       ArrowLeft: step(0, -1), ArrowRight: step(0, 1), ArrowUp: step(-1, 0), ArrowDown: step(1, 0),
       Home: () => go(kept()[0], 0), End: () => go(kept()[0], layers.length - 1), PageUp: () => go(0, kept()[1]), PageDown: () => go(rows.length - 1, kept()[1]),

@@ -44,42 +44,51 @@ function unpackKinds(scaleOf) {
 
 const column = (grid, row) => data.layers.map((_, layer) => { const value = grid.at(row, layer); return isNumber(value) ? value : null; });
 
+/** Which layers' outputs a cell of a window restores; nothing of a state's. */
+function windowAt(kind, layer) {
+  if (!kind.blocks) return null;
+  const [first, last] = kind.blocks[layer], end = data.layers.length - 1;
+  const cut = last - first + 1 < kind.window ? [first === 0 && 'foot', last === end && 'top'].filter(Boolean).join(' and ') : '';
+  return el('p.soft', {}, `window: ${first === last ? `layer ${first}` : `layers ${first} to ${last}`}${cut ? `, cut at the model's ${cut}` : ''}`);
+}
+
 makers.trace = () => {
   const form = shown(data.share);
   const kinds = unpackKinds((kind) => ({ low: Math.min(data.corrupted, kind.lowest), high: Math.max(data.clean, kind.highest) }));
   const low = Math.min(...kinds.map((kind) => kind.scale.low)), high = Math.max(...kinds.map((kind) => kind.scale.high));
-  let row = 0;
+  let row = 0, kindNow = null;
   const total = data.clean - data.corrupted;
   function reading(kind, r, layer) {
     const token = data.rows[r], value = kind.grid.at(r, layer), draws = kind.draws(r, layer), th = theme();
     const gain = (value - data.corrupted) / total;
     return [
       el('p.place', {}, el('code.token', {}, said(token.label.slice(0, 400))), el('span', {}, `${token.role}, layer ${data.layers[layer]}`)),
-      el('p.value', {}, el('b', {}, form(value)), el('span', {}, said(data.label))),
+      windowAt(kind, layer),
+      el('p.value', {}, el('b', {}, num(value, form)), el('span', {}, said(data.label))),
       el('p.soft', {}, !isNumber(value) ? 'not traced' : isNumber(gain) ? `${percent(gain)} of the way from corrupted to clean` : 'clean and corrupted are the same'),
       draws.length > 1 ? el('div.draws', {}, strip(draws, value, low, high, [data.corrupted, data.clean], 236, th), el('p.soft', {}, `${draws.length} draws: ${form(Math.min(...draws))} to ${form(Math.max(...draws))}; dotted: corrupted, clean`)) : null,
       el('p.soft.also', {}, 'Here, by kind'),
-      el('ul.bars', {}, kinds.map((each) => el('li', {}, el('span', {}, each.short), bar((each.grid.at(r, layer) - low) / (high - low || 1), 84, th.series[each.name] || th.accent, th), el('span.num', {}, form(each.grid.at(r, layer)))))),
+      el('ul.bars', {}, kinds.map((each) => el('li', {}, el('span', {}, each.short), bar((each.grid.at(r, layer) - low) / (high - low || 1), 84, th.series[each.name] || th.accent, th), num(each.grid.at(r, layer), form)))),
     ];
   }
   const grid = gridCard({
     data, name: fileName, kinds, rows: data.rows, layers: data.layers, sites: data.sites, reading,
     label: `Heat map of ${data.rows.length} tokens by ${data.layers.length} layers. Arrow keys move from cell to cell; Home and End go to the first and last layer.`,
-    first: (data.sites[0] || {}).kind, onMove: (kind, r) => { row = r; profile.redraw(); heading(); },
+    first: (data.sites[0] || {}).kind, onMove: (kind, r) => { row = r; kindNow = kind; profile.redraw(); heading(); },
   });
   const names = el('span.which');
   const heading = () => fill(names, el('code.token', {}, said(short(data.rows[row].label, 40))), `, ${data.rows[row].role}`);
   const spread = (kind, r) => { const all = data.layers.map((_, layer) => kind.draws(r, layer)); return { low: all.map((each) => (each.length > 1 ? Math.min(...each) : null)), high: all.map((each) => (each.length > 1 ? Math.max(...each) : null)) }; };
   const profile = linesCard({
-    title: 'By layer, at this token', name: `${fileName}-layers`, key: 'p', cursor: grid.layer, intro: [el('p.soft', {}, names)], band: data.n_draws > 1 ? `range of ${data.n_draws} draws` : '',
+    title: 'By layer, at this token', name: `${fileName}-layers`, key: 'p', cursor: grid.layer, intro: [el('p.soft', {}, names)], band: data.n_draws > 1 ? `range of ${data.n_draws} draws, filled for the kind of the map` : '',
     data: () => ({
-      series: kinds.map((kind) => ({ name: kind.name, title: kind.short, mean: column(kind.grid, row), ...spread(kind, row) })),
+      series: kinds.map((kind) => ({ name: kind.name, title: kind.short, mean: column(kind.grid, row), ...spread(kind, row), edged: kind !== kindNow })),
       layers: data.layers, xTitle: 'layer', yTitle: data.label, form, marks: [{ value: data.clean, label: 'clean' }, { value: data.corrupted, label: 'corrupted' }],
     }),
   });
   heading();
   return [
-    header(el('dl.keys', {}, key('Clean', form(data.clean), data.label), key('Corrupted', form(data.corrupted), 'subject blurred'), key('Difference', form(total), 'what restoring can bring back')), siteList(data.sites, () => grid)),
+    header(el('dl.keys', {}, key('Clean', num(data.clean, form), data.label), key('Corrupted', num(data.corrupted, form), 'with the subject corrupted'), key('Difference', num(total, shownDifference(data.share)), 'what restoring can bring back')), siteList(data.sites, () => grid)),
     el('div.split', {}, grid.element, el('aside.side', { 'aria-label': 'the cell' }, grid.reading)),
     profile.element,
   ];
@@ -96,11 +105,12 @@ makers.average = () => {
     const th = theme(), value = kind.grid.at(r, layer);
     return [
       el('p.place', {}, el('b', {}, data.rows[r].label), el('span', {}, `${data.rows[r].role}, layer ${data.layers[layer]}`)),
-      el('p.value', {}, el('b', {}, form(value)), el('span', {}, 'average indirect effect')),
+      windowAt(kind, layer),
+      el('p.value', {}, el('b', {}, num(value, form)), el('span', {}, 'average indirect effect')),
       el('p.soft', {}, interval(kind, r, layer) ? `95 % interval over facts ${interval(kind, r, layer)}` : `${data.rows[r].n} facts are too few for an interval`),
       el('div.draws', {}, whisker(value, kind.low.at(r, layer), kind.high.at(r, layer), from, to, 236, th)),
       el('p.soft.also', {}, 'Here, by kind'),
-      el('ul.bars', {}, kinds.map((each) => el('li', {}, el('span', {}, each.short), whisker(each.grid.at(r, layer), each.low.at(r, layer), each.high.at(r, layer), from, to, 84, th, th.series[each.name]), el('span.num', {}, form(each.grid.at(r, layer)))))),
+      el('ul.bars', {}, kinds.map((each) => el('li', {}, el('span', {}, each.short), whisker(each.grid.at(r, layer), each.low.at(r, layer), each.high.at(r, layer), from, to, 84, th, th.series[each.name]), num(each.grid.at(r, layer), form)))),
     ];
   }
   const grid = gridCard({
@@ -116,9 +126,9 @@ makers.average = () => {
       layers: data.layers, xTitle: kindNow.axis, yTitle: 'average indirect effect', form, zero: true,
     }),
   });
-  const run = (name) => { const each = data.runs[name]; return key(name[0].toUpperCase() + name.slice(1), form(each.mean), between(each.low, each.high, form)); };
+  const run = (name, own = form) => { const each = data.runs[name]; return key(name[0].toUpperCase() + name.slice(1), num(each.mean, own), between(each.low, each.high, own)); };
   return [
-    header(el('dl.keys', {}, run('clean'), run('corrupted'), run('total effect')), siteList(data.sites, () => grid)),
+    header(el('dl.keys', {}, run('clean'), run('corrupted'), run('total effect', shownDifference(data.share))), siteList(data.sites, () => grid)),
     el('div.split', {}, grid.element, el('aside.side', { 'aria-label': 'the cell' }, grid.reading)),
     lines.element,
     data.exceptions.length ? el('details.made', {}, el('summary', {}, `${data.exceptions.length} of ${data.n} facts are decided at another token than the subject's last`), el('ul.plain', {}, data.exceptions.map(([subject, role]) => el('li', {}, said(subject), el('span.soft', {}, ` ${role}`))))) : null,
@@ -135,8 +145,8 @@ makers.severed = () => {
   const lost = data.lines.slice(1).map((line) => line.mean.map((value, at) => data.lines[0].mean[at] - value));
   const most = lost.map((all) => all.reduce((top, value, at) => (value > all[top] ? at : top), 0));
   return [
-    header(el('dl.keys', {}, one ? [key('Clean', form(data.clean)), key('Corrupted', form(data.corrupted))] : null,
-      ['MLPs', 'attention'].map((name, index) => key(`Most lost without ${name}`, form(lost[index][most[index]]), `layer ${data.layers[most[index]]}`)))),
+    header(el('dl.keys', {}, one ? [key('Clean', num(data.clean, form)), key('Corrupted', num(data.corrupted, form))] : null,
+      ['MLPs', 'attention'].map((name, index) => key(`Most lost without ${name}`, num(lost[index][most[index]], shownDifference(data.share)), `layer ${data.layers[most[index]]}`)))),
     lines.element,
   ];
 };
@@ -149,8 +159,8 @@ makers.sweep = () => {
     const th = theme();
     return [
       el('p.place', {}, el('b', {}, data.rows[r].label), el('span', {}, `edited at layer ${data.layers[layer]}`)),
-      el('p.value', {}, el('b', {}, percent(kind.grid.at(r, layer))), el('span', {}, kind.short)),
-      el('ul.bars', {}, kinds.map((each) => el('li', {}, el('span', {}, each.short), bar((each.grid.at(r, layer) - Math.min(0, each.scale.low)) / (each.scale.high - Math.min(0, each.scale.low) || 1), 84, each.name === 'effect' ? th.series.mlp : th.accent, th), el('span.num', {}, percent(each.grid.at(r, layer)))))),
+      el('p.value', {}, el('b', {}, num(kind.grid.at(r, layer), percent)), el('span', {}, kind.short)),
+      el('ul.bars', {}, kinds.map((each) => el('li', {}, el('span', {}, each.short), bar((each.grid.at(r, layer) - Math.min(0, each.scale.low)) / (each.scale.high - Math.min(0, each.scale.low) || 1), 84, each.name === 'effect' ? th.series.mlp : th.accent, th), num(each.grid.at(r, layer), percent)))),
       strengths ? el('p.soft', {}, `strength there: ${figure(strengths.at(r, layer))}`) : null,
     ];
   }
@@ -175,26 +185,30 @@ makers.sweep = () => {
   ];
 };
 
+const BANDS = 'A band is where a number of a sound edit lies: as this edit\'s settings have it, or else as its editor has it for every model.';
+
 makers.edit = () => {
   const places = [];
   const fact = (each) => el('section.card', {},
     data.facts.length > 1 ? el('h2', {}, promptOf(each.head)) : el('h2', {}, 'What the model says'),
     el('div.scroll', { tabindex: 0, role: 'region', 'aria-label': 'probabilities before and after' }, table('Probability of each target before and after the edit', ['Target', 'Before', 'After'], [['new', 'target_new', 'p_new'], ['true', 'target_true', 'p_true']].filter(([, name]) => each[name]).map(([which, name, p]) => [
-      el('span', {}, said(short(each[name], 2000)), el('span.tag', {}, which)), ...['before', 'after'].map((when) => { const place = el('span.barred'); places.push(() => fill(place, bar(each[when][p], 150, p === 'p_new' ? theme().accent : theme().soft, theme(), 10), el('span.num', {}, percent(each[when][p])))); return place; }),
+      el('span', {}, said(short(each[name], 2000)), el('span.tag', {}, which)), ...['before', 'after'].map((when) => { const place = el('span.barred'); places.push(() => fill(place, bar(each[when][p], 150, p === 'p_new' ? theme().accent : theme().soft, theme(), 10), num(each[when][p], percent))); return place; }),
     ]), { class: 'quiet' })));
-  const inside = (each) => each.from === undefined ? null : isNumber(each.value) && each.value >= each.from && each.value <= each.to;
-  const edge = (value) => (Math.abs(value) > 1e200 ? 'no edge' : figure(value));
-  const numbers = table('What the edit measured of itself', ['Number', 'Value', 'Band', ''], data.numbers.map((each) => [each.name.replaceAll('_', ' '), figure(each.value, 4), each.from === undefined ? '' : `${edge(each.from)} to ${edge(each.to)}`, inside(each) === null ? '' : inside(each) ? 'within' : el('b', {}, `outside: ${each.advice}`)]), { class: 'quiet' });
+  const isEdge = (value) => isNumber(value) && Math.abs(value) < 1e200;  // beyond that a band is open
+  const inside = (each) => each.from === undefined ? null : isNumber(each.value) && !(isEdge(each.from) && each.value < each.from) && !(isEdge(each.to) && each.value > each.to);
+  const edge = (value) => (Math.abs(value) >= 1e6 ? figure(value) : minus(Number(value.toPrecision(4))));
+  const band = ({ from, to }) => [isEdge(from) && (isEdge(to) ? edge(from) : `from ${edge(from)}`), isEdge(to) && `to ${edge(to)}`].filter(Boolean).join(' ') || 'open';
+  const numbers = table('What the edit measured of itself', ['Number', 'Value', 'Band', 'Verdict'], data.numbers.map((each) => [each.name.replaceAll('_', ' '), figure(each.value, 4), each.from === undefined ? '' : [band(each), ' ', el('span.tag', {}, each.own ? 'settings' : 'editor')], inside(each) === null ? '' : inside(each) ? 'within' : el('b', {}, `outside${each.advice && ': '}${each.advice}`)]), { class: 'quiet' });
   const changes = table('The weights that change', ['Weight', 'Layer', 'Kind', 'Norm of the change'], data.changes.map((each) => [el('code', {}, said(each.weight)), String(each.layer), each.kind.replaceAll('_', ' '), figure(each.norm, 4)]), { class: 'quiet' });
   cards.push({ redraw: () => places.forEach((each) => each()) });
   const first = data.facts[0];
   if (data.facts.length === 1) data.head = { ...first.head, answer: first.target_new };
   return [
-    header(el('dl.keys', {}, key('Editor', said(data.editor)), data.facts.length === 1 ? [key('P(new)', percent(first.after.p_new), `before ${percent(first.before.p_new)}`), key('P(true)', percent(first.after.p_true), `before ${percent(first.before.p_true)}`)] : key('Facts', String(data.facts.length)))),
+    header(el('dl.keys', {}, key('Editor', said(data.editor)), data.facts.length === 1 ? [key('P(new)', num(first.after.p_new, percent), ['before ', num(first.before.p_new, percent)]), key('P(true)', num(first.after.p_true, percent), ['before ', num(first.before.p_true, percent)])] : key('Facts', String(data.facts.length)))),
     data.reasons.length || data.notes.length ? el('section.card.warned', {}, el('h2', {}, 'Notes'), el('ul', {}, [...data.reasons, ...data.notes].map((each) => el('li', {}, said(each))))) : null,
     data.told ? card('What the model is told', [], el('blockquote', {}, said(data.told, true))) : null,
     data.facts.map(fact),
-    card('Numbers', [], el('div.scroll', { tabindex: 0, role: 'region', 'aria-label': 'numbers of the edit' }, numbers)),
+    card('Numbers', [], data.numbers.some((each) => each.from !== undefined) ? el('p.soft', {}, BANDS) : null, el('div.scroll', { tabindex: 0, role: 'region', 'aria-label': 'numbers of the edit' }, numbers)),
     data.changes.length ? card('Changed weights', [], el('div.scroll', { tabindex: 0, role: 'region', 'aria-label': 'changed weights' }, changes)) : null,
   ];
 };

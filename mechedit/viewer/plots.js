@@ -67,8 +67,8 @@ addEventListener('afterprint', () => onPaper(false));
 
 // --- lines
 
-/** A number at an axis, without a zero behind the point that all have. */
-const tick = (form, value) => form(value, false).replace(/\.0+$/, '');
+/** A number at an axis, without zeros behind the point; a share in percent, however small, so that marks differ. */
+const tick = (form, value) => (form === figure ? form(value).replace(/\.0+$/, '') : minus(Number((100 * value).toPrecision(3))));
 
 const colourOf = (each, th, index) => th.series[each.name] || th.many[index % th.many.length];
 
@@ -85,7 +85,7 @@ function legendRows(series, width, beside = 34) {
   return rows;
 }
 
-/** Lines over layers, each with its interval as a band. */
+/** Lines over layers, each with its interval as a band, or where it is `edged` as two dotted lines: of overlapping bands no colour is left. */
 function drawLines({ series, layers, xTitle, yTitle, form, marks = [], at = null, zero = false, title = '' }, surfaceOf, th, width) {
   const names = surfaceOf ? legendRows(series, width - 24, 58) : [], extra = names.length ? 30 + 19 * names.length : 0, height = 300 + extra;
   const surface = (surfaceOf || svgSurface)(width, height);
@@ -124,7 +124,9 @@ function drawLines({ series, layers, xTitle, yTitle, form, marks = [], at = null
     const colour = colourOf(each, th, index);
     const known = each.mean.map((value, place) => place).filter((place) => isNumber(each.mean[place]));
     const banded = known.filter((place) => each.low && isNumber(each.low[place]) && isNumber(each.high[place]));
-    if (banded.length > 1) surface.area([...banded.map((p) => [x(p), y(each.high[p])]), ...[...banded].reverse().map((p) => [x(p), y(each.low[p])])], colour);
+    const [upper, lower] = [each.high, each.low].map((edge) => banded.map((p) => [x(p), y(edge[p])]));
+    if (banded.length > 1 && each.edged) [upper, lower].forEach((edge) => surface.path(edge, colour, 1, '1 3'));
+    else if (banded.length > 1) surface.area([...upper, ...lower.reverse()], colour);
     surface.path(known.map((p) => [x(p), y(each.mean[p])]), colour, 1.8, DASHES[each.name] || '');
     if (known.length === 1 || layers.length <= 12) known.forEach((p) => surface.circle(x(p), y(each.mean[p]), 2.4, colour));
     if (at !== null && isNumber(each.mean[at])) surface.circle(x(at), y(each.mean[at]), 4, th.paper, { stroke: colour, 'stroke-width': 2 });

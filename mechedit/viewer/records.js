@@ -30,7 +30,8 @@ makers.evaluation = async () => {
   function form(name, value, unit = true) {
     if (!isNumber(value)) return '–';
     const own = metric(name), scaled = own.scale * value;
-    if (own.scale > 1) return minus(scaled.toFixed(1)) + (unit && own.unit === '%' ? '\u202f%' : '');
+    if (own.unit === '%') return percent(value, unit).replace(/^0(?=\u202f|$)/, '0.0');
+    if (own.scale > 1) return minus(scaled.toFixed(1));
     return figure(scaled);
   }
   const counted = (n) => `${n} record${n === 1 ? '' : 's'}`;
@@ -119,7 +120,7 @@ makers.evaluation = async () => {
   }
   function sorter(key, label, tip) {
     const [name, column, way] = state.get('sort').split('.'), mine = key === `${name}.${column}`;
-    return el('th', { scope: 'col', 'aria-sort': mine ? (way === 'down' ? 'descending' : 'ascending') : null },
+    return el('th', { scope: 'col', role: 'columnheader', 'aria-sort': mine ? (way === 'down' ? 'descending' : 'ascending') : null },
       el('button.sort', { type: 'button', title: tip, onclick: () => { state.set({ sort: `${key}.${mine && way !== 'down' ? 'down' : 'up'}`, page: null }); list(); const again = holder.querySelector(`[data-key="${key}"]`); if (again) again.focus(); }, 'data-key': key }, label, mine ? (way === 'down' ? ' ↓' : ' ↑') : ''));
   }
 
@@ -131,7 +132,8 @@ makers.evaluation = async () => {
   }
 
   const holder = el('div.scroll.records', { tabindex: 0, role: 'region', 'aria-label': 'records' });
-  const pager = el('div.pager'), count = el('span.soft', { role: 'status' });
+  const pager = el('div.pager'), count = el('span.soft', { role: 'status' }), colours = el('p.soft');
+  const isPoor = (column, name, value) => column.stage !== 'before' && metric(name).unit === '%' && metric(name).better === 'higher' && isNumber(value) && value < 0.5;
   let rows = [];
   function list() {
     const found = chosen(), own = shownColumns(), names = shownNames(), selected = state.number('record', -1);
@@ -139,13 +141,14 @@ makers.evaluation = async () => {
     rows = found;
     const body = found.slice((page - 1) * PAGE_SIZE, page * PAGE_SIZE).map((index) => {
       const record = records[index];
-      return el('tr', { 'aria-current': index === selected ? 'true' : null, 'data-record': index, onclick: () => select(index) },
-        el('th', { scope: 'row' }, el('button.link', { type: 'button' }, said(short(record[PROMPT], 90)), ' ', el('span.arrow', {}, '→ '), el('span.answer', {}, said(short(record[NEW], 30)))), record[TRUE] ? el('span.soft', {}, ' not ', said(short(record[TRUE], 30))) : null, notes(record).length ? el('span.tag', {}, 'note') : null),
-        names.flatMap((name) => own.map((column) => { const value = valueOf(column.index, name, index); return el('td', { class: isNumber(value) && metric(name).unit === '%' && metric(name).better === 'higher' ? (column.stage !== 'before' && value < 0.5 ? 'poor' : '') : '' }, form(name, value, false)); })));
+      return el('tr', { role: 'row', 'aria-current': index === selected ? 'true' : null, 'data-record': index, onclick: () => select(index) },
+        el('th', { scope: 'row', role: 'rowheader' }, el('button.link', { type: 'button' }, said(short(record[PROMPT], 90)), ' ', el('span.arrow', {}, '→ '), el('span.answer', {}, said(short(record[NEW], 30)))), record[TRUE] ? el('span.soft', {}, ' not ', said(short(record[TRUE], 30))) : null, notes(record).length ? el('span.tag', {}, 'note') : null),
+        names.flatMap((name) => own.map((column) => { const value = valueOf(column.index, name, index); return el('td', { role: 'cell', class: isPoor(column, name, value) ? 'poor' : null }, form(name, value, false)); })));
     });
-    fill(holder, el('table', {}, el('caption.unseen', {}, 'Records with their numbers'),
-      el('thead', {}, el('tr', {}, sorter('fact.', 'Record', 'Sort by prompt'), names.flatMap((name) => own.map((column) => sorter(`${name}.${column.index}`, several ? `${metric(name).label} · ${short(results[column.result].label, 16)}` : metric(name).label, metric(name).meaning))))),
-      el('tbody', {}, body)));
+    fill(holder, el('table', { role: 'table' }, el('caption.unseen', {}, 'Records with their numbers'),
+      el('thead', { role: 'rowgroup' }, el('tr', { role: 'row' }, sorter('fact.', 'Record', 'Sort by prompt'), names.flatMap((name) => own.map((column) => sorter(`${name}.${column.index}`, several ? `${metric(name).label} · ${short(results[column.result].label, 16)}` : metric(name).label, metric(name).meaning))))),
+      el('tbody', { role: 'rowgroup' }, body)));
+    fill(colours, own.some((each) => each.stage !== 'before') ? [el('b.poor', {}, 'Below 50 %'), ' is in this colour where more is better.'] : null);
     drawKeys();
     fill(count, `${found.length} of ${counted(records.length)}`);
     fill(pager, pages > 1 ? [
@@ -201,7 +204,6 @@ makers.evaluation = async () => {
   }
   const both = (record) => columns.map((each, index) => ({ ...each, index })).filter((each) => each.shared || records[record][NOTE + each.result] !== null);
 
-  const brief = (p) => (p < 0.0001 ? '< 0.01\u202f%' : percent(p));
   /** Whether a prompt ends as it should: with the new target, or with its own answer; null where that cannot be said. */
   function isWanted([kind, , targets, values], at) {
     const [first, second] = values[at] || [];
@@ -220,7 +222,7 @@ makers.evaluation = async () => {
       return el('details.kind', { open: kind === 'prompt' || kind === 'paraphrase' || lines.length <= 3 }, el('summary', {}, el('h3', {}, kind === 'prompt' ? 'The prompt' : `${kind[0].toUpperCase()}${kind.slice(1)} (${lines.length})`), outcome ? el('span.soft', {}, `as wanted: ${outcome}`) : null), every.size === 1 ? names(lines[0][2]) : null, el('div.scroll', { tabindex: 0, role: 'region', 'aria-label': `prompts of record ${record + 1}: ${kind}` }, table(`Prompts of kind ${kind}, with the probability of each target`, ['Prompt', ...cols.map(nameOf)], lines.map(([, text, targets, values], line) => [
         [said(text), every.size > 1 ? names(targets) : null], ...cols.map(({ at }) => {
           const p = (values[at] || []).map((each) => (isNumber(each) ? Math.exp(each) : NaN)), right = isWanted(lines[line], at);
-          return el('div.pair', {}, targets.map((target, which) => el('div', { title: visible(target).slice(0, 200) }, bar(p[which], 56, which ? th.soft : th.accent, th), el('span.num', {}, brief(p[which])), el('span.target', {}, said(short(target, 24))))), right === null ? null : el('span', { class: right ? 'mark' : 'mark wrong', title: right ? 'as wanted' : 'not as wanted' }, right ? '✓' : '✗', el('span.unseen', {}, right ? ' as wanted' : ' not as wanted')));
+          return el('div.pair', {}, targets.map((target, which) => el('div', { title: visible(target).slice(0, 200) }, bar(p[which], 56, which ? th.soft : th.accent, th), num(p[which], percent), el('span.target', {}, said(short(target, 24))))), right === null ? null : el('span', { class: right ? 'mark' : 'mark wrong', title: right ? 'as wanted' : 'not as wanted' }, right ? '✓' : '✗', el('span.unseen', {}, right ? ' as wanted' : ' not as wanted')));
         })]), { class: 'quiet prompts' })));
     });
   }
@@ -268,7 +270,7 @@ makers.evaluation = async () => {
       results.filter((each) => each.nothing).map((each) => el('p.noted', {}, said(each.nothing))),
       several ? el('p.soft', {}, `${counted(data.compared.records)} ${data.compared.records === 1 ? 'is' : 'are'} in both; left is `, said(results[0].label), ', right ', said(results[1].label)) : null),
     means.element,
-    el('section.card', {}, el('header.bar', {}, el('h2', {}, 'Records'), pager), finder, holder),
+    el('section.card', {}, el('header.bar', {}, el('h2', {}, 'Records'), pager), finder, holder, colours),
     detail,
   ];
 };
