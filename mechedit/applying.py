@@ -28,7 +28,7 @@ __all__ = ["Applied", "Overlap", "apply", "check", "compose", "diff", "edited", 
 
 
 def check(model: HookedModel, wanted: Sequence[Edit], now: Identity | None = None) -> None:
-    """Raise unless every edit was found on exactly these weights, or on them with the edits before it.
+    """Raise unless every edit was found on exactly these weights, or on them with the edits before it, and is written once.
 
     `now` is the model's identity, where it was asked for.
 
@@ -41,6 +41,9 @@ def check(model: HookedModel, wanted: Sequence[Edit], now: Identity | None = Non
     line = lineage(model, now)
     before = line.edits
     for edit in wanted:
+        if set(edit.parts) & set(before):
+            there = f"applied to {model.cfg.model_name} already" if set(edit.parts) & set(line.edits) else "given twice"
+            raise EditError(f"an edit is written once; that of {edit.fact['subject']!r} is {there}. Leave it out.")
         if edit.is_of_0_1:
             matches = edit.origin["weight_hash"] == models.weight_hash(model)
         else:
@@ -251,12 +254,8 @@ def revert(model: HookedModel, *wanted: Edit) -> None:
     own = by_weight(change.negated() for edit in wanted for change in edit.changes)
     untold = _untold(model, wanted)
     with models.alone(model):
-        Applied(
-            model,
-            (),
-            models.identity(model),
-            {weight: _summed(model, weight, each, ()) for weight, each in own.items()},
-        ).write()
+        sums = {weight: _summed(model, weight, each, ()) for weight, each in own.items()}
+        Applied(model, (), models.identity(model), sums).write()
         for applied, text in untold.items():
             applied.told = text
         kept(model).applied.clear()

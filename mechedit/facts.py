@@ -324,7 +324,7 @@ def _flat(part: Part, index: int) -> Fact | None:
     near = _near(part)
     part.aside("cond", "pred")
     if part.value.get("ground_truth") is None and "target_true" in part.need:
-        part.mistakes.append("it lacks ground_truth")
+        part.mistakes.append(f"it lacks ground_truth{records.NEEDED}")
     return _fact(
         part,
         subject,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mechedit.cache import WriteError, atomic_write
 from mechedit.errors import MecheditError
 from mechedit.parsing import from_text
 
-__all__ = ["Blob", "FileError", "described", "digest", "kind", "read", "write"]
+__all__ = ["Blob", "FileError", "described", "digest", "kind", "names", "read", "write"]
 
 FORMATS = (
     torch.float64,
@@ -31,6 +32,7 @@ FORMATS = (
     torch.bool,
 )
 """Of the numbers in files."""
+MOST_NAMED = 8  # files of a folder
 FORMAT = 1  # of a kind of file that has had one form only
 
 
@@ -58,6 +60,18 @@ def kind(path: str | Path | Blob) -> str:
     if not isinstance(header.get("kind"), str):
         raise FileError(f"{path} is a safetensors file, but none of mechedit's.")
     return str(header["kind"])
+
+
+def names(folder: Path, kinds: Collection[str]) -> str:
+    """The files of these kinds in a folder, by name, the first of many; empty where there is none."""
+    found: list[str] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with suppress(FileError):
+            if kind(path) in kinds:
+                found.append(path.name)
+        if len(found) > MOST_NAMED:
+            return ", ".join([*found[:MOST_NAMED], "…"])
+    return ", ".join(found)
 
 
 def described(path: str | Path, what: str) -> tuple[str, dict[str, Any]]:

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 from mechedit import parsing, writing
 from mechedit.errors import FactError, ManyMistakes
 
-__all__ = ["Part", "RecordWarning", "listed", "load", "make", "unwritable"]
+__all__ = ["NEEDED", "Part", "RecordWarning", "listed", "load", "make", "unwritable"]
 
 Made = TypeVar("Made")
+NEEDED = ", which is needed to score an edit"  # of what may be missing elsewhere
 SHOWN = 20  # mistakes, before the rest is counted
 MOST_NAMED = 8  # fields that are not read
 
@@ -105,7 +106,7 @@ class Part:
     def _lacks(self, name: str) -> bool:
         """Whether nothing of this name is there. It is noted, unless all of the object is missing, which is."""
         if self.is_object and self._find(name) is None:
-            self.mistakes.append(f"it lacks {self._at}{name}")
+            self.mistakes.append(f"it lacks {self._at}{name}" + NEEDED * (name in self.need))
         return self.value.get(name) is None
 
 

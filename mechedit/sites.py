@@ -18,12 +18,14 @@ from torch import Tensor
 from mechedit.errors import MecheditError
 from mechedit.tracing import Trace, measures
 from mechedit.tracing.averages import Average
+from mechedit.tracing.cells import restored_blocks
 from mechedit.tracing.roles import ROLES, TITLES
 
 __all__ = ["Site", "SiteError", "early", "late"]
 
 
 LEAST = 0.05  # of what the corruption takes away
+SEEN = 0.0005  # what three decimals show
 
 
 class SiteError(MecheditError, ValueError):
@@ -38,7 +40,7 @@ class Site:
     there the rule's token does not decide. In an average, `near` are all layers that these facts do not tell from the best one,
     itself among them: the interval of the paired difference reaches zero. It is empty where facts are too few for one. Of
     `facts` facts, `exceptions` are decided at another token. `clean` and `corrupted` are the measure where nothing is corrupted, and
-    where nothing is restored.
+    where nothing is restored. `window` are the layers that are restored together, around this one; of a state, that one alone.
     """
 
     kind: str
@@ -54,17 +56,23 @@ class Site:
     exceptions: int = 0
     clean: float = nan
     corrupted: float = nan
+    window: tuple[int, ...] = ()
 
     @property
     def is_empty(self) -> bool:
-        """Whether less than a twentieth comes back there of what the corruption takes away."""
-        return self.p - self.corrupted < LEAST * max(0.0, self.clean - self.corrupted)
+        """Whether less than a twentieth comes back there of what the corruption takes away, or it takes nothing away."""
+        taken = self.clean - self.corrupted
+        return taken < SEEN or self.p - self.corrupted < LEAST * taken
 
     def __str__(self) -> str:
         token = f" {self.token!r}" if self.token is not None else ""
-        said = f"{self.kind} at layer {self.layer}, {TITLES[self.role]}{token}: {self.measure} = {self.p:.3f}"
+        around = f" (window {self.window[0]} to {self.window[-1]})" if len(self.window) > 1 else ""
+        said = f"{self.kind} at layer {self.layer}{around}, {TITLES[self.role]}{token}: {self.measure} = {self.p:.3f}"
         if self.is_empty:
-            said += f", where {self.corrupted:.3f} is the corrupted run's and {self.clean:.3f} the clean one's: next to nothing comes back"
+            back = (
+                "there is nothing to come back" if self.clean - self.corrupted < SEEN else "next to nothing comes back"
+            )
+            said += f", where {self.corrupted:.3f} is the corrupted run's and {self.clean:.3f} the clean one's: {back}"
         if len(self.near) > 1:
             said += f" (layers {', '.join(map(str, self.near))} are as good)"
         if self.facts > 1 and not self.near:
@@ -93,7 +101,7 @@ def early(trace: Trace | Average) -> Site:
     if float(grid[layer, column]) <= site.p:
         return site
     place = here[column]
-    there = replace(site, layer=layer, role=trace.roles[place], p=float(grid[layer, column]), position=place, token=trace.tokens[place])  # fmt: skip
+    there = replace(site, layer=layer, role=trace.roles[place], p=float(grid[layer, column]), position=place, token=trace.tokens[place], window=_window(trace, site.kind, layer))  # fmt: skip
     return replace(site, elsewhere=there)
 
 
@@ -107,7 +115,7 @@ def late(trace: Trace | Average) -> Site:
 
 
 def _best(trace: Trace | Average, kind: str, role: str) -> Site:
-    grids = trace.effects if isinstance(trace, Trace) else trace.restored
+    grids = _grids(trace)
     kind = kind if kind in grids else "resid"
     if kind not in grids:
         raise SiteError(
@@ -118,11 +126,20 @@ def _best(trace: Trace | Average, kind: str, role: str) -> Site:
         # a subject that ends the prompt is both
         position = trace.subject_range[1] - 1 if role == "subject_last" else len(trace.tokens) - 1
         layer, p = _highest(grids[kind][:, position], role)
-        return Site(kind, layer, role, p, position, trace.tokens[position], measure=measure, clean=trace.p_clean, corrupted=trace.p_corrupted)  # fmt: skip
+        return Site(kind, layer, role, p, position, trace.tokens[position], measure=measure, clean=trace.p_clean, corrupted=trace.p_corrupted, window=_window(trace, kind, layer))  # fmt: skip
     column = ROLES.index(role)
     layer, p = _highest(grids[kind][:, column], role)
     near = (trace.behind[kind][:, column] >= 0).nonzero()[:, 0].tolist()
-    return Site(kind, layer, role, p, near=tuple(near), measure=measure, facts=trace.n_role[column], clean=trace.clean.mean, corrupted=trace.corrupted.mean)  # fmt: skip
+    return Site(kind, layer, role, p, near=tuple(near), measure=measure, facts=trace.n_role[column], clean=trace.clean.mean, corrupted=trace.corrupted.mean, window=_window(trace, kind, layer))  # fmt: skip
+
+
+def _grids(trace: Trace | Average) -> dict[str, Tensor]:
+    return trace.effects if isinstance(trace, Trace) else trace.restored
+
+
+def _window(trace: Trace | Average, kind: str, layer: int) -> tuple[int, ...]:
+    """The layers that the site's cell restores."""
+    return tuple(restored_blocks(kind, layer, len(_grids(trace)[kind]), trace.settings))
 
 
 def _highest(column: Float[Tensor, " layer"], role: str) -> tuple[int, float]:

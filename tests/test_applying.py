@@ -217,6 +217,22 @@ def test_a_second_edit_on_top_of_one_that_is_in_the_model_says_what_to_do(model,
         pass
 
 
+def test_an_edit_that_is_applied_already_is_told_so_and_not_that_it_is_of_another_model(model, pair):
+    before, both = state(model), applying.compose(*pair[:2])
+    applied = applying.apply(model, pair[0])
+    for again in (pair[0], both):
+        with pytest.raises(EditError, match=f"'The Space Needle' is applied to {model.cfg.model_name} already"):
+            applying.apply(model, again)
+    with pytest.raises(EditError, match="was made for .* with weights"):
+        applying.check(model, [pair[1]])
+    applied.undo()
+    applied.undo()
+    assert_same_state(model, before)
+    with pytest.raises(EditError, match="an edit is written once; that of 'The Space Needle' is given twice"):
+        applying.apply(model, pair[0], pair[0])
+    assert_same_state(model, before)
+
+
 def test_an_edit_is_refused_by_a_model_that_differs_in_any_weight(model, pair):
     for name, parameter in model.named_parameters():
         if ".qkv." in name:  # which a bridge keeps, and does not compute with

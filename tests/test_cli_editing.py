@@ -27,6 +27,9 @@ def test_edit_apply_and_inspect_go_together(run, tmp_path):
     status, out, _ = run(*EDIT, "--out", str(path), "--json", str(record_path))
     assert status == 0
     assert "divisor" in out
+    said = " ".join(out.split())
+    assert "(1: as before)" in said
+    assert said.count(". docs/editing.md says what these are") == 1
     record = json.loads(record_path.read_text())
     assert record["layer"] == 1
     assert record["settings"]["prefixes"] == [[3, 2]]
@@ -41,6 +44,12 @@ def test_edit_apply_and_inspect_go_together(run, tmp_path):
     assert status == 0
     assert "Space Needle" in out
     assert json.loads((tmp_path / "inspect.json").read_text())["kind"] == "edit"
+
+
+def test_what_looks_wrong_about_a_subject_stands_before_the_edit(run):
+    part = [word.replace("The Space Needle", "The Space Need") if word != PROMPT else word for word in EDIT]
+    said = " ".join(run(*part)[1].split())
+    assert "stands inside a longer word, 'The Space Needle'." in said.partition("update norm")[0]
 
 
 def test_knowledge_neurons_are_shown_and_written(run, tmp_path):

@@ -41,6 +41,16 @@ def records(tmp_path):
     return str(path)
 
 
+def test_a_record_without_what_is_scored_says_what_it_is_needed_for(run, tmp_path):
+    path, needed = tmp_path / "records.json", ", which is needed to score an edit."
+    flat = {"prompt": "Rome is in", "subject": "Rome", "target_new": "London"}
+    lacking = {name: value for name, value in RECORDS[1].items() if name != "target_true"}
+    for rows, said in (([RECORDS[0], lacking], "record 1 (id 'Rome'): it lacks target_true"), ([flat | {"rephrase_prompt": "Rome?"}], "record 0: it lacks ground_truth")):  # fmt: skip
+        path.write_text(json.dumps(rows))
+        status, _, err = run("evaluate", "--facts", str(path), "--out", str(tmp_path / "run"))
+        assert (status, said + needed in err) == (2, True)
+
+
 def test_evaluate_scores_a_file_of_ones_own_and_resumes(run, records, tmp_path, monkeypatch):
     out = str(tmp_path / "run")
     status, said, _ = run("evaluate", "--facts", records, "--out", out, *QUICK)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 
-from mechedit import edits, models
+from mechedit import edits, files, models
+from tests import viewed
 from tests.command_line import QUICK, TRACE, command_line
 from tests.test_cli_evaluating import RECORDS
 
@@ -45,7 +47,14 @@ def test_an_evaluation_is_shown_as_it_was_when_it_ended_and_fits_80_columns(run,
     for place in (two[1], two[1] / "results.parquet", two[1] / "summary.json"):
         status, said, err = run("show", str(place), "--json", str(tmp_path / "shown.json"), model=False)
         assert (status, err) == (0, "")
-        for words in ("2 records", "before", "after", "ES, %", "relative_norm"):
+        for words in (
+            "2 records",
+            "before",
+            "after",
+            "ES, %",
+            "relative_norm",
+            "docs/measuring.md says what each name",
+        ):
             assert words in said
         assert "Intervals over 2 records are wide" in said
         assert "More records narrow them." in " ".join(said.split())
@@ -106,6 +115,23 @@ def test_what_cannot_be_shown_is_told_in_a_line(name, content, message, run, tmp
 def test_a_folder_of_nothing_is_told_in_a_line(run, tmp_path):
     status, _, err = run("show", str(tmp_path), model=False)
     assert (status, err.count("\n"), "is nothing that can be shown" in err) == (2, 1, True)
+
+
+def test_a_folder_of_files_names_those_that_are_shown(run, two, tmp_path):
+    place = tmp_path / "mixed"
+    place.mkdir()
+    viewed.trace().save(place / "trace.safetensors")
+    edits.save(viewed.edit(), place / "edit.safetensors")
+    (place / "broken.safetensors").write_text("x")
+    status, _, err = run("show", str(place), model=False)
+    here = "edit.safetensors, trace.safetensors"
+    assert (status, err) == (2, f"mechedit: {place} is nothing that can be shown: name a file in it ({here}).\n")
+    shutil.copytree(two[1] / "edits", place / "runs")  # as the demo keeps its trace
+    status, said, _ = run("show", str(place), model=False)
+    assert (status, f"files in it that are shown by their names: {here}" in " ".join(said.split())) == (0, True)
+    for number in range(9):
+        shutil.copy(place / "edit.safetensors", place / f"{number}.safetensors")
+    assert files.names(place, ("edit",)) == f"{', '.join(f'{number}.safetensors' for number in range(8))}, …"
 
 
 def test_a_sweep_and_settings_that_were_tuned_are_shown(run, tmp_path):

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechedit import figures, models
+from mechedit import figures, models, scoring
 from mechedit.models import loading
 from mechedit.settings import PRESETS, RomeSettings, TraceSettings
 from mechedit.tracing import Trace, trace
-from tests.command_line import PROMPT, TRACE, command_line
+from tests.command_line import EDIT, PROMPT, TRACE, command_line
 from tests.conftest import FACT, kept_units
 
 
@@ -182,6 +182,33 @@ def test_a_trace_says_what_may_surprise_and_where_the_sites_are(run):
     _, out, _ = run(*TRACE, "--answer", "Seattle Seattle")
     assert "P(first token of Seattle Seattle) = " in out
     assert "a trace measures the first (measure p_answer: all)" in " ".join(out.split())
+
+
+def test_what_to_know_of_prompt_and_answer_stands_before_the_maps(run, load, tmp_path):
+    part = (PROMPT, "--subject", "The Space Need", "--draws", "1")
+    said, _, p = scoring.top(load("gpt2"), PROMPT, 1)[0]
+    first = f"note: the model's first answer is not 'Seattle', but {said!r} with P = {p:.3f}."
+    cut = "note: the subject 'The Space Need' stands inside a longer word, 'The Space Needle'."
+    for command, table in (("trace", "resid: P("), ("sever", "nothing severed")):
+        _, out, _ = run(command, *part, "--answer", "Seattle", "--out", str(tmp_path / command))
+        before, _, after = " ".join(out.split()).partition(table)
+        assert first in before
+        assert cut in before
+        assert after
+        _, out, _ = run(command, *part)
+        assert f"no --answer is given, so it is what the model says first: {said.strip()!r}" in " ".join(out.split())
+        assert "first answer is not" not in out
+    _, out, _ = run("show", str(tmp_path / "trace" / "trace.safetensors"), model=False)
+    assert first in " ".join(out.split()).partition("resid: P(")[0]
+
+
+def test_what_would_keep_a_result_is_said_where_nothing_does(run, tmp_path):
+    sever = ("sever", *TRACE[1:])
+    for command, said in ((TRACE, "--out DIR keeps the trace"), (sever, "--out DIR keeps the curves"), (EDIT, "--out FILE keeps the edit")):  # fmt: skip
+        assert f"nothing is saved: {said}" in run(*command)[1]
+    for option, place in (("--json", "-"), ("--json", str(tmp_path / "kept.json")), ("--out", str(tmp_path / "kept"))):
+        _, out, err = run(*sever, option, place)
+        assert "nothing is saved" not in out + err
 
 
 def test_facts_the_model_does_not_know_are_left_out(run, known_file, tmp_path):

@@ -390,7 +390,7 @@ MISTAKES = [  # the field, what is put there, and what is said of it
     ("id", [1], "id must be a text or a whole number; found [1]"),
     ("target_new", " ", "target_new must be a word or more; found ' '"),
     ("target_new", "Italy", "target_new equals target_true ('Italy'): there is nothing to edit"),
-    ("target_new", GONE, "it lacks target_new"),
+    ("target_new", GONE, "it lacks target_new, which is needed to score an edit"),
     ("relation", {}, "relation must be a word or more; found {}"),
     ("colour", "red", "colour is no field of a fact; there are generations, id,"),
 ]

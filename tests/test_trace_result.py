@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from mechedit import files, models
+from mechedit import files, models, scoring
 from mechedit.settings import TraceSettings
 from mechedit.tracing import Trace, trace
 
@@ -21,6 +22,15 @@ def test_a_trace_survives_its_file(model, fact, tmp_path):
     for kind in SMALL.kinds:
         assert torch.equal(loaded.effects[kind], found.effects[kind])
         assert torch.equal(loaded.draws[kind], found.draws[kind])
+
+
+def test_a_trace_says_what_the_model_says_in_its_answers_place(model, fact, tmp_path):
+    found = trace(model, fact, SMALL)
+    said, _, p = scoring.top(model, fact.prompt, 1)[0]
+    assert found.notes == (f"the model's first answer is not 'Seattle', but {said!r} with P = {p:.3f}.",)
+    own = trace(model, replace(fact, target_true=None), SMALL)
+    assert (own.said, own.notes) == (None, ())
+    assert Trace.load(own.save(tmp_path / "own.safetensors")).said is None
 
 
 def test_the_json_has_the_fields_that_readers_rely_on(model, fact):

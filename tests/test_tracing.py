@@ -85,7 +85,13 @@ def test_a_blank_first_token_is_passed_over_and_the_label_says_so(model, monkeyp
     (blank,), digits = (model.tokenizer.encode(each, add_special_tokens=False) for each in (" ", "16"))
     assert len(digits) == 2
     year = Fact("The Space Needle", "{} is from the year", "1666", target_new="1912")
-    answers = {"1666": [blank, *digits], "1912": [blank, 9, 9], "Paris": [9], "16": [blank, digits[0]]}
+    answers = {
+        "1666": [blank, *digits],
+        "1912": [blank, 9, 9],
+        "Paris": [9],
+        "16": [blank, digits[0]],
+        "its own": [blank],
+    }
     monkeypatch.setattr(prompts, "continuation", lambda model, prompt, target, join=None: answers[target])
     with torch.no_grad():
         logits = model(torch.tensor([[*prompts.prepare(model, year).ids, blank, *digits]]))[0, -4:]
@@ -104,12 +110,17 @@ def test_a_blank_first_token_is_passed_over_and_the_label_says_so(model, monkeyp
     assert trace(model, replace(year, target_true="16"), only).label == "P(1, after a blank)"
     assert trace(model, replace(year, target_true="Paris"), only).blanks == 0
     assert len(first.tokens) == len(prompts.prepare(model, year).ids), "the grid is the prompt's"
+    own = int(logits[1].argmax())
+    answers["its own"].append(own)
+    for found in (first, whole):
+        assert found.said == (prompts.decoded(model, [own]), pytest.approx(float(log_p[1, own].exp()), rel=1e-3))
+    assert trace(model, replace(year, target_true="its own"), only).said is None
     slow = loop(model, (*prompts.prepare(model, year).ids, blank), prepare(model, year, only).corrupted, digits[0], [single(MLP_OUT, window(1, 2, 4), 3)])  # fmt: skip
     torch.testing.assert_close(first.draws["mlp"][1, 3], slow[0], atol=1e-6, rtol=1e-3)
     with pytest.raises(FactError, match="do not begin alike after .* p_answer"):
         trace(model, replace(year, target_new="Paris"), replace(only, measure="logit_difference"))
     said = iter([blank, blank, digits[0]])
-    monkeypatch.setattr(preparation, "_top", lambda model, ids: next(said))
+    monkeypatch.setattr(preparation, "_first", lambda model, ids: (next(said), 1.0))
     assert trace(model, replace(year, target_true=None), only).answer_ids == (blank, blank, digits[0])
 
 

@@ -656,4 +656,13 @@ def test_the_command_says_in_a_line_what_has_no_page(run, tmp_path):
         assert (status, out) == (2, ""), given
         assert words in err
         assert err.count("\n") == 1
+    Path("mixed").mkdir()
+    edits.save(viewed.edit(), "mixed/edit.safetensors")
+    viewed.trace().save("mixed/trace.safetensors")
+    Path("mixed/broken.safetensors").write_text("x")
+    status, out, err = run("mixed")
+    assert (status, out) == (2, "")
+    assert (
+        err == "mechedit: mixed is nothing that has a page: name a file in it (edit.safetensors, trace.safetensors).\n"
+    )
     assert not list(tmp_path.glob("*.html"))

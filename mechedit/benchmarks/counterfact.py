@@ -76,7 +76,11 @@ class Counterfact:
 
     def lacks(self, record: Fact) -> str:
         """A target that is not there."""
-        return "" if record.target_new is not None and record.target_true is not None else "a new or a true target"
+        return (
+            ""
+            if record.target_new is not None and record.target_true is not None
+            else "a new or a true target, and scores compare the two"
+        )
 
     def named(self, record: Fact, name: str) -> Fact:
         """The fact with another id."""

@@ -65,7 +65,7 @@ def add_editing(commands: Any, editor: str) -> None:
 
 
 def _edit(arguments: argparse.Namespace) -> None:
-    from mechedit import edits
+    from mechedit import edits, prompts
     from mechedit.editing import EditWarning, edit
 
     given = given_edit_settings(arguments)  # mistakes are reported before the model is loaded
@@ -96,9 +96,11 @@ def _edit(arguments: argparse.Namespace) -> None:
     found = {"neurons": made.details["neurons"][0]} if made.editor == "kn" else {}
     write_json(arguments.json, made.to_json() | found)
     console = console_of(arguments)
+    for note in prompts.doubts(model, chosen[0], prepend_bos=settings.prepend_bos):
+        console.print(f"note: {note}")
     show_edit(console, made.to_json())
     _show_neurons(console, found.get("neurons", []))
-    show_files(console, written)
+    show_files(console, written, "" if arguments.json else "--out FILE keeps the edit")
     return None
 
 

@@ -36,6 +36,7 @@ MANY_RUNS = 12  # of which `status` shows each stage's sum
 FEW = 100  # records, of which intervals are explained
 SHORT = 14  # characters of a result's name in the head of a column
 MANY_UNITS = 20  # of a run, that `show` names
+KINDS = ("edit", "trace", "severed", "moment")  # of files
 SHOWN = "an edit, sequence, trace, severed or moment file, or a folder of evaluate, sweep, tune, trace --facts or edit --facts (--sequence)"
 
 
@@ -200,15 +201,20 @@ def _plain(console: Console, place: Any, record: Mapping[str, Any]) -> dict[str,
 
 def _of_run(console: Console, folder: Path) -> dict[str, Any]:
     """How far runs are, and of a run what its units are."""
+    from mechedit import files
     from mechedit.runs import units
     from mechedit.runs.status import status
     from mechedit.runs.store import PLAN, RunError
 
+    here = files.names(folder, KINDS)
     try:
         found = status(folder)
     except RunError as error:
-        raise RunError(f"{folder} is nothing that can be shown: it must be {SHOWN}.") from error
+        must = f"name a file in it ({here})" if here else f"it must be {SHOWN}"
+        raise RunError(f"{folder} is nothing that can be shown: {must}.") from error
     _show_status(console, found)
+    if here:
+        console.print(f"files in it that are shown by their names: {here}")
     record: dict[str, Any] = {"runs": [vars(each) for each in found]}
     if (folder / PLAN).is_file() and found[0].finished:
         names = units.names(folder)
@@ -252,6 +258,7 @@ def show_evaluation(console: Console, result: Evaluation) -> None:
     if without:
         have = "record has" if len(without) == 1 else "records have"
         console.print(f"{len(without)} {have} a note; the first is about {without[0]['subject']}: {without[0]['reason']}")  # fmt: skip
+    console.print("docs/measuring.md says what each name means (`mechedit docs` opens it)")
 
 
 def _compare(arguments: argparse.Namespace) -> None:

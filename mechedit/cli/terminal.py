@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mechedit.edits import Edit
+    from mechedit.facts import Fact
     from mechedit.models import HookedModel
     from mechedit.moments import Moment
     from mechedit.progress import Progress
     from mechedit.tracing import Trace
     from mechedit.tracing.averages import Average
+    from mechedit.tracing.severing import Severed
 
 __all__ = [
     "UsageError",
@@ -39,6 +41,7 @@ __all__ = [
     "progress_bars",
     "screen",
     "show_average",
+    "show_doubts",
     "show_edit",
     "show_files",
     "show_moment",
@@ -184,6 +187,16 @@ def load_model(arguments: argparse.Namespace) -> HookedModel:
         return models.load(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
 
 
+def show_doubts(console: Console, model: HookedModel, fact: Fact, found: Trace | Severed) -> None:
+    """What may surprise about prompt, subject and answer."""
+    from mechedit import prompts
+
+    if fact.target_true is None:
+        console.print(f"no --answer is given, so it is what the model says first: {found.answer.strip()!r}")
+    for note in prompts.audit(model, fact, prepend_bos=found.settings.prepend_bos).notes:
+        console.print(f"note: {note}")
+
+
 def show_trace(console: Console, trace: Trace, kinds: Sequence[str] = ()) -> None:
     """What was measured, P in percent, by token and layer, darker where restoring helps more; of all kinds by default."""
     from rich.table import Table
@@ -193,6 +206,8 @@ def show_trace(console: Console, trace: Trace, kinds: Sequence[str] = ()) -> Non
 
     took = "" if math.isnan(trace.seconds) else f"; traced in {trace.seconds:.1f} s"  # of a kept one nobody knows
     console.print(f"{trace.label} = {trace.p_clean:.3f} clean, {trace.p_corrupted:.3f} corrupted{took}")
+    for note in trace.notes:
+        console.print(f"note: {note}")
     begin, end = trace.subject_range
     percent = measures.of(trace.settings).share
     for kind, grid in trace.effects.items():
@@ -254,8 +269,8 @@ def show_edit(console: Console, edit: dict[str, Any]) -> None:
     own = [f"{_REPORTED.get(name, name)} {value:.4g}" for name, value in report.items() if name not in _SAID]
     console.print(
         f"{edit['editor']} in {edit['seconds']:.1f} s: {where}, update norm {report['update_norm']:.3g} "
-        f"({report['relative_norm']:.1%} of the weight's); perplexity of other text x {report['perplexity_ratio']:.3f} (1: unharmed), "
-        f"KL after '{edit['subject']} is a' {report['essence_kl']:.2f} (0: as before){''.join(f'; {each}' for each in own)}",
+        f"({report['relative_norm']:.1%} of the weight's); perplexity of other text x {report['perplexity_ratio']:.3f} (1: as before), "
+        f"KL after '{edit['subject']} is a' {report['essence_kl']:.2f} (0: as before){''.join(f'; {each}' for each in own)}. docs/editing.md says what these are",
     )
     for reason in edit["reasons"]:
         console.print(f"out of its band: {reason}")
@@ -312,9 +327,10 @@ def show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[
     console.print(table)
 
 
-def show_files(console: Console, paths: Sequence[Path]) -> None:
-    if paths:
-        console.print("wrote")
+def show_files(console: Console, paths: Sequence[Path], unsaved: str = "") -> None:
+    """Where results were written; where none was, what would keep them."""
+    if paths or unsaved:
+        console.print("wrote" if paths else f"nothing is saved: {unsaved}")
     for path in paths:
         console.print(f"  {path}", soft_wrap=True)
 

@@ -16,6 +16,7 @@ from mechedit.cli.terminal import (
     load_model,
     progress_bars,
     show_average,
+    show_doubts,
     show_edit,
     show_files,
     show_sites,
@@ -157,7 +158,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _trace(arguments: argparse.Namespace) -> None:
-    from mechedit import figures, prompts, tracing
+    from mechedit import figures, tracing
     from mechedit.tracing import accuracy
 
     settings = TraceSettings(**given_settings(arguments, TraceSettings))
@@ -186,17 +187,12 @@ def _trace(arguments: argparse.Namespace) -> None:
         record["error"] = vars(error)
     written += write_json(arguments.json, record)
     console = console_of(arguments)
+    show_doubts(console, model, fact, trace)
     show_trace(console, trace)
-    if trace.blanks:
-        console.print(
-            "note: the answer begins with a blank token, which is passed over; --measure p_answer reads all of it."
-        )
-    for note in prompts.audit(model, fact, prepend_bos=settings.prepend_bos).notes:
-        console.print(f"note: {note}")
     show_sites(console, trace)
     if error is not None:
         console.print(f"what fewer draws or bfloat16 cost, against ten draws in the model's own format, {error}")
-    show_files(console, written)
+    show_files(console, written, "" if arguments.json else "--out DIR keeps the trace and its heat maps")
     return None
 
 
@@ -363,6 +359,8 @@ def _traces(
 
 def _sever(arguments: argparse.Namespace) -> None:
     from mechedit import figures
+    from mechedit.tracing.preparation import instead
+    from mechedit.tracing.result import not_first
     from mechedit.tracing.severing import severed
 
     settings = TraceSettings(**given_settings(arguments, TraceSettings))
@@ -378,6 +376,9 @@ def _sever(arguments: argparse.Namespace) -> None:
         written = [found.save(arguments.out / "severed.safetensors"), *figures.save_severed([found], arguments.out)]
     write_json(arguments.json, found.to_json())
     console = console_of(arguments)
+    show_doubts(console, model, fact, found)
+    if said := instead(model, fact, prepend_bos=settings.prepend_bos):
+        console.print(f"note: {not_first(found.answer, said)}")
     console.print(
         f"{found.prompt!r}, answer {found.answer.strip()!r}: {found.p_clean:.3f} clean, {found.p_corrupted:.3f} corrupted",
     )
@@ -387,4 +388,4 @@ def _sever(arguments: argparse.Namespace) -> None:
         ("layer", *(SEVERED_TITLES[name] for name in means)),
         [(str(layer), *(f"{curve[layer]:.3f}" for curve in means.values())) for layer in range(len(means["ordinary"]))],
     )
-    show_files(console, written)
+    show_files(console, written, "" if arguments.json else "--out DIR keeps the curves")

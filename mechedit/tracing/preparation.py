@@ -20,7 +20,7 @@ from mechedit.tracing import measures
 from mechedit.tracing.baseline import Job, Read
 from mechedit.tracing.cells import Cell
 
-__all__ = ["Prepared", "blanks_of", "check", "prepare"]
+__all__ = ["Prepared", "blanks_of", "check", "instead", "prepare"]
 
 MOST_BLANKS = 4  # tokens of an answer of the model's own, where it begins with blanks
 
@@ -107,8 +107,19 @@ def _answer(model: HookedModel, fact: Fact, prompt: Prompt) -> tuple[int, ...]:
         return tuple(prompts.continuation(model, fact.prompt, fact.target_true, fact.join))
     said: list[int] = []
     while len(said) < MOST_BLANKS and not str(model.tokenizer.decode(said)).strip():
-        said.append(_top(model, (*prompt.ids, *said)))
+        said.append(_first(model, (*prompt.ids, *said))[0])
     return tuple(said)
+
+
+def instead(model: HookedModel, fact: Fact, *, prepend_bos: bool | None = None) -> tuple[str, float] | None:
+    """What the model says first where the answer's first token that is not blank would be, and its P; None where that is what it says."""
+    if not fact.target_true:
+        return None
+    prompt = prompts.prepare(model, fact, prepend_bos=prepend_bos)
+    answer = prompts.continuation(model, fact.prompt, fact.target_true, fact.join)
+    blanks = blanks_of(model, answer)
+    first, p = _first(model, (*prompt.ids, *answer[:blanks]))
+    return None if first == answer[blanks] else (prompts.decoded(model, [first]), p)
 
 
 def _other_answer(model: HookedModel, fact: Fact, answer: Sequence[int]) -> tuple[int, ...]:
@@ -138,8 +149,10 @@ def _followed(
 
 
 @torch.no_grad()
-def _top(model: HookedModel, ids: tuple[int, ...]) -> int:
-    """The token the model finds most probable next."""
+def _first(model: HookedModel, ids: tuple[int, ...]) -> tuple[int, float]:
+    """The token the model finds most probable next, and its P."""
     tokens: Int[Tensor, "1 pos"] = torch.tensor([list(ids)], device=device_of(model))
     blocks = models.Blocks(model)
-    return int(blocks.logits(blocks.final(tokens)[:, -1])[0].argmax())
+    logits = blocks.logits(blocks.final(tokens)[:, -1])[0].float()
+    first = int(logits.argmax())
+    return first, float(logits.softmax(-1)[first])

@@ -19,7 +19,7 @@ from mechedit.settings import TraceSettings, from_json
 from mechedit.tracing import measures
 from mechedit.tracing.roles import roles
 
-__all__ = ["Trace"]
+__all__ = ["Trace", "not_first"]
 
 
 _FORM = {
@@ -50,6 +50,11 @@ def _check_grids(draws: dict[str, Tensor], subject: list[int], tokens: int) -> N
             )
 
 
+def not_first(answer: str, said: tuple[str, float]) -> str:
+    """A sentence on an answer where the model says something else first."""
+    return f"the model's first answer is not {answer.strip()!r}, but {said[0]!r} with P = {said[1]:.3f}."
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Trace:
     """A causal trace of one fact.
@@ -59,7 +64,8 @@ class Trace:
     position; nan where `settings.roles` left a position out. `draws[kind]` is [layer, position, draw]. `p_clean` and
     `p_corrupted` are the same measure of the other two runs. `corrupted_by` says what the settings do not: a family of noise
     of one's own, whose sigma it is, the subject that took the subject's place. `blanks` are tokens at the answer's beginning that
-    the measure passed over, because they are white space alone.
+    the measure passed over, because they are white space alone. `said` is what the model says first in the clean run, and its P,
+    where that is not the answer; files of earlier versions do not have it.
     """
 
     prompt: str
@@ -80,6 +86,7 @@ class Trace:
     versions: dict[str, str]
     seconds: float = math.nan
     blanks: int = 0
+    said: tuple[str, float] | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -90,6 +97,16 @@ class Trace:
     def label(self) -> str:
         """What was measured, in a few words: P(Seattle)."""
         return measures.of(self.settings).label(self.answer.strip(), len(self.answer_ids), self.blanks)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know of the answer before numbers are read."""
+        found = [not_first(self.answer, self.said)] if self.said else []
+        if self.blanks:
+            found.append(
+                "the answer begins with a blank token, which is passed over (measure p_answer: all of it is read)."
+            )
+        return tuple(found)
 
     def __repr__(self) -> str:
         kinds = ", ".join(self.effects)
@@ -116,6 +133,7 @@ class Trace:
             "answer": self.answer,
             "answer_ids": list(self.answer_ids),
             "blanks": self.blanks,
+            "said": self.said and list(self.said),
             "corrupted_by": self.corrupted_by,
             "p_clean": self.p_clean,
             "p_corrupted": self.p_corrupted,
@@ -160,6 +178,7 @@ class Trace:
                 origin=record["origin"],
                 versions=record["versions"],
                 blanks=record.get("blanks", 0),
+                said=(str(said[0]), float(said[1])) if (said := record.get("said")) else None,
             )
         except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
             raise files.FileError(

@@ -27,7 +27,7 @@ from mechedit.tracing.baseline import Job
 from mechedit.tracing.cells import STATES, WINDOWED, Cell, Component, resolve, restored_blocks, single
 from mechedit.tracing.engine import GIGABYTE, Swept, sweep
 from mechedit.tracing.measures import measured
-from mechedit.tracing.preparation import Prepared, prepare
+from mechedit.tracing.preparation import Prepared, instead, prepare
 from mechedit.tracing.result import Trace
 from mechedit.tracing.roles import roles
 
@@ -184,6 +184,7 @@ def _trace(
         versions=versions,
         seconds=seconds,
         blanks=prepared.blanks,
+        said=instead(model, prepared.fact, prepend_bos=settings.prepend_bos),
     )
 
 

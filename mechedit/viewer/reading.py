@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mechedit import edits, files, parsing
@@ -55,7 +56,8 @@ def _of_folder(folder: Path) -> Viewable:
         raise RunError(f"{folder} is a run of {len(every)} units; name one with --unit (`mechedit show {folder}` lists them).")  # fmt: skip
     if (folder / "before" / PLAN).is_file():
         raise RunError(f"{folder} holds an evaluation that has not ended: give its command again, and it goes on to its end.")  # fmt: skip
-    raise RunError(f"{folder} is nothing that has a page: it must be {HAS}.")
+    here = files.names(folder, _READERS)
+    raise RunError(f"{folder} is nothing that has a page: {f'name a file in it ({here})' if here else f'it must be {HAS}'}.")  # fmt: skip
 
 
 def _of_json(path: Path) -> Viewable:
@@ -70,14 +72,13 @@ def _of_json(path: Path) -> Viewable:
     raise files.FileError(f"{path} has no page: it must be {HAS}.")
 
 
+_READERS: dict[str, Callable[[Path | Blob], Viewable]] = {"trace": Trace.load, "severed": Severed.load, "edit": edits.load}  # fmt: skip
+
+
 def _of_file(place: Path | Blob) -> Viewable:
     if isinstance(place, Blob) and place.data.startswith(b"{"):
         raise files.FileError(f"{place} is the scores of one record; make the page of the evaluation's folder.")
     kind = files.kind(place)
-    if kind == "trace":
-        return Trace.load(place)
-    if kind == "severed":
-        return Severed.load(place)
-    if kind == "edit":
-        return edits.load(place)
+    if kind in _READERS:
+        return _READERS[kind](place)
     raise files.FileError(f"{place} is of kind {kind!r}, which has no page: it must be {HAS}.")
