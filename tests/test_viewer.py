@@ -485,6 +485,9 @@ def test_every_column_of_an_edit_has_a_heading_and_all_of_them_fit_a_phone(view)
     for row in ("essence kl 0.1000 0 to 2.5 settings within", "perplexity ratio 1.000 0 to 1.5 editor within", "divisor share 0.5000 from 0.05 editor within", "cond C 29000 0 to 1.0e12 editor within"):  # fmt: skip
         assert row in rows
     assert [row for row in rows if row.startswith("relative norm 1.500 0 to 1 editor outside: so large a change")]
+    assert "Band" not in read(view(viewed.edit(editor="outside:Mine")), "main"), (
+        "where none is known there is no column"
+    )
 
 
 def test_records_fit_a_phone_with_all_of_their_numbers_and_say_what_their_colour_means(view):

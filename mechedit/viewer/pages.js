@@ -198,7 +198,9 @@ makers.edit = () => {
   const inside = (each) => each.from === undefined ? null : isNumber(each.value) && !(isEdge(each.from) && each.value < each.from) && !(isEdge(each.to) && each.value > each.to);
   const edge = (value) => (Math.abs(value) >= 1e6 ? figure(value) : minus(Number(value.toPrecision(4))));
   const band = ({ from, to }) => [isEdge(from) && (isEdge(to) ? edge(from) : `from ${edge(from)}`), isEdge(to) && `to ${edge(to)}`].filter(Boolean).join(' ') || 'open';
-  const numbers = table('What the edit measured of itself', ['Number', 'Value', 'Band', 'Verdict'], data.numbers.map((each) => [each.name.replaceAll('_', ' '), figure(each.value, 4), each.from === undefined ? '' : [band(each), ' ', el('span.tag', {}, each.own ? 'settings' : 'editor')], inside(each) === null ? '' : inside(each) ? 'within' : el('b', {}, `outside${each.advice && ': '}${each.advice}`)]), { class: 'quiet' });
+  const banded = data.numbers.some((each) => each.from !== undefined);
+  const verdict = (each) => inside(each) === null ? ['', ''] : [[band(each), ' ', el('span.tag', {}, each.own ? 'settings' : 'editor')], inside(each) ? 'within' : el('b', {}, `outside${each.advice && ': '}${each.advice}`)];
+  const numbers = table('What the edit measured of itself', ['Number', 'Value', ...(banded ? ['Band', 'Verdict'] : [])], data.numbers.map((each) => [each.name.replaceAll('_', ' '), figure(each.value, 4), ...(banded ? verdict(each) : [])]), { class: 'quiet' });
   const changes = table('The weights that change', ['Weight', 'Layer', 'Kind', 'Norm of the change'], data.changes.map((each) => [el('code', {}, said(each.weight)), String(each.layer), each.kind.replaceAll('_', ' '), figure(each.norm, 4)]), { class: 'quiet' });
   cards.push({ redraw: () => places.forEach((each) => each()) });
   const first = data.facts[0];
@@ -208,7 +210,7 @@ makers.edit = () => {
     data.reasons.length || data.notes.length ? el('section.card.warned', {}, el('h2', {}, 'Notes'), el('ul', {}, [...data.reasons, ...data.notes].map((each) => el('li', {}, said(each))))) : null,
     data.told ? card('What the model is told', [], el('blockquote', {}, said(data.told, true))) : null,
     data.facts.map(fact),
-    card('Numbers', [], data.numbers.some((each) => each.from !== undefined) ? el('p.soft', {}, BANDS) : null, el('div.scroll', { tabindex: 0, role: 'region', 'aria-label': 'numbers of the edit' }, numbers)),
+    card('Numbers', [], banded ? el('p.soft', {}, BANDS) : null, el('div.scroll', { tabindex: 0, role: 'region', 'aria-label': 'numbers of the edit' }, numbers)),
     data.changes.length ? card('Changed weights', [], el('div.scroll', { tabindex: 0, role: 'region', 'aria-label': 'changed weights' }, changes)) : null,
   ];
 };
