@@ -85,7 +85,7 @@ ROWS = (
     Row("KE is trained", "mechedit train-editor ke", {"organism": Run(22, KE)}),
     Row("table 4: COUNTERFACT", "table4_counterfact", {"gemma-3-270m": Run(75, f'--unedited 150 --known-among 600 --facts 40 --control-facts 40 --opponent-facts 40 --rows "no edit" known default {OPPONENTS} mend-cf'), "organism": Run(30, f'--facts 500 --control-facts 200 --opponent-facts 500 --rows "no edit" known default published {OPPONENTS} identity "random layer" "random key"')}, COUNTERFACT),
     Row("23 and 24: attention edits", "figure23_attention", {"gemma-3-270m": Run(None, "--facts 40"), "organism": Run(None, "--facts 500")}, COUNTERFACT),
-    Row("table 1: zsRE", "table1_zsre", {"gemma-3-270m": Run(75, '--unedited 300 --facts 40 --control-facts 40 --opponent-facts 40 --rows "no edit" default told ft ft-l attention-edit'), "organism": Run(15, '--facts 500 --control-facts 200 --rows "no edit" known default published identity "random layer"')}, ZSRE),
+    Row("table 1: zsRE", "table1_zsre", {"gemma-3-270m": Run(75, '--unedited 300 --facts 40 --control-facts 40 --opponent-facts 40 --rows "no edit" default told ft ft-l attention-edit'), "organism": Run(25, f'--facts 500 --control-facts 200 --opponent-facts 500 --rows "no edit" known default published {OPPONENTS} identity "random layer"')}, ZSRE),
     Row("broken models", "key_policies", {"gemma-3-270m": Run(None, "--one-key 20")}, COUNTERFACT),
     Row("how many keys C needs", "moments_convergence", {"gemma-3-270m": Run(25, "--times-d-mlp 1.5 3 5 10 20 --edit-facts 10")}, COUNTERFACT),
     Row("trained editors", "trained_editors", {"organism": Run(None)}),
