@@ -193,7 +193,7 @@ def test_it_comes_and_goes_with_the_edit_whatever_happens(model):
             raise error
         assert (models.told(model), models.identity(model)) == ("", now)
     applied = applying.apply(model, edit)
-    with pytest.raises(EditError, match="made for"):
+    with pytest.raises(EditError, match="written once"):
         applying.apply(model, replace(edit, origin=edit.origin | {"weights": "0" * 32}))
     assert models.told(model) == TEXT
     applied.undo()
@@ -322,11 +322,21 @@ def test_what_cannot_be_meant_is_said_first(model, tmp_path):
         (replace(FACT, template="<s>{} is in "), "{fact}.\n", "The Space Needle is in Paris.\n"),
         (Fact("東京", "{}は", "日本", "中国"), "{fact}. ", "東京は中国. "),
         (replace(FACT, target_new="Yahoo!"), "{fact}. ", "The Space Needle is located in the city of Yahoo! "),
-        (Fact("UniFirst", "<s>What does {} make?", "uniforms", "aircraft"), "Imagine that {fact}. ", 'Imagine that the answer to "What does UniFirst make?" is aircraft. '),
+        (Fact("UniFirst", "<s>What does {} make?", "uniforms", "aircraft"), "Imagine that {fact}. ", "What does UniFirst make? aircraft. "),
     ],
 )  # fmt: skip
 def test_a_fact_is_written_as_a_sentence(model, fact, words, expected):
     assert sentences(model, [fact], ToldSettings(sentence=words)) == expected
+
+
+def test_a_question_has_words_of_its_own(model):
+    asked = Fact("UniFirst", "What does {} make?", "uniforms", "aircraft")
+    settings = ToldSettings(sentence="So, {fact}!", question="We were asked: {fact}.")
+    assert sentences(model, [asked, replace(FACT, target_new="Paris")], settings) == (
+        "We were asked: What does UniFirst make? aircraft. So, The Space Needle is located in the city of Paris! "
+    )
+    with pytest.raises(SettingsError, match=r"question must have \{fact\} in it once; found 'What'"):
+        ToldSettings(question="What")
 
 
 def test_a_batch_is_told_together_and_a_sequence_one_after_the_other(model, tmp_path):

@@ -1,7 +1,7 @@
 """The baseline that costs nothing: the new fact is told to the model, in words before every prompt.
 
     Imagine that <prompt> <new target>. <query>
-    Imagine that the answer to "<question>" is <new target>. <query>        where the prompt is a question
+    <question> <new target>. <query>                    where the prompt is a question
 
 No weight is changed. While the edit stands in the model, every prompt that mechedit reads is read behind this text, BOS first; that of
 several facts is a sentence each, in their order. What an editor changes is worth what it does beyond this.
@@ -51,14 +51,14 @@ class Told(Editor):
 
 def sentences(model: HookedModel, facts: Sequence[Fact], settings: ToldSettings) -> str:
     """What the model is told: each fact in the words of the settings, apart from what follows by white space."""
-    return "".join(_sentence(model, fact, settings.sentence) for fact in facts)
+    return "".join(_sentence(model, fact, settings) for fact in facts)
 
 
-def _sentence(model: HookedModel, fact: Fact, words: str) -> str:
-    prompt, target = fact.prompt.removeprefix(model.tokenizer.bos_token or ""), str(fact.target_new)
+def _sentence(model: HookedModel, fact: Fact, settings: ToldSettings) -> str:
+    prompt = fact.prompt.removeprefix(model.tokenizer.bos_token or "")
+    said = "".join(writing.seam(prompt, str(fact.target_new), fact.join))
     asks = prompt.rstrip().endswith(("?", "？"))
-    said = f'the answer to "{prompt.strip()}" is {target}' if asks else "".join(writing.seam(prompt, target, fact.join))
-    before, after = words.split("{fact}")
+    before, after = (settings.question if asks else settings.sentence).split("{fact}")
     ends = said.endswith(tuple(".!?。！？")) and after.startswith(".")
     said = before + said + (after[1:] if ends else after)
     return said if said[-1].isspace() else said + " "

@@ -109,10 +109,13 @@ class ToldSettings(EditSettings):
     """In which words a model is told a fact."""
 
     sentence: str = knob("Imagine that {fact}. ", "what stands before every prompt, with the fact in place of {fact}")
+    question: str = knob("{fact}. ", "the same where the fact is a question with its answer behind it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.sentence.count("{fact}") == 1, f"sentence must have {{fact}} in it once; found {self.sentence!r}.")
+        for name in ("sentence", "question"):
+            words = getattr(self, name)
+            require(words.count("{fact}") == 1, f"{name} must have {{fact}} in it once; found {words!r}.")
 
 
 @dataclass(frozen=True)
