@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -282,3 +283,15 @@ def test_the_first_sine_of_a_process_is_as_exact_as_the_second():
     )
     for _ in range(30):
         subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.anywhere
+def test_the_packaged_tokenizer_is_the_same_files_whether_it_was_made_offline_or_not(tmp_path):
+    """What transformers notes of the network is no part of what a model is."""
+    made = []
+    for name, offline in (("a", True), ("b", False)):
+        (tmp_path / name).write_text(json.dumps({"bos_token": "<bos>", "local_files_only": offline, "unk_token": "é"}))
+        gemma._settle(tmp_path / name)
+        made.append((tmp_path / name).read_bytes())
+    assert made[0] == made[1]
+    assert "é" in json.loads(made[0]).values()

@@ -68,6 +68,16 @@ def _unpacked(gguf: Path) -> Path:
     return gguf
 
 
+def _settle(config: Path) -> None:
+    """Let the tokenizer's files, by which a model is known, be the same bytes wherever they are made: transformers notes whether it was offline."""
+    config.write_text(
+        json.dumps(
+            json.loads(config.read_text()) | {"local_files_only": False}, indent=2, sort_keys=True, ensure_ascii=False
+        )
+        + "\n"
+    )
+
+
 def _convert(folder: Path) -> None:
     """Write the model's Hugging Face folder and its manifest into `folder`."""
     if not is_installed() or find_spec("gguf") is None:
@@ -86,6 +96,7 @@ def _convert(folder: Path) -> None:
         _, said = tokenizer.communicate()
     if tokenizer.returncode:
         raise ModelError(f"the tokenizer of {GEMMA} could not be made: {said.strip()[-300:]!r}")
+    _settle(folder / "tokenizer_config.json")
     gguf.unlink()
     hashes = {path.name: cache.file_hash(path) for path in sorted(folder.iterdir())}
     (folder / _MANIFEST).write_text(json.dumps({"model": GEMMA, "gguf_sha256": _SHA256, "sha256": hashes}, indent=1))
