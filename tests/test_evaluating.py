@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from mechedit.facts import Fact, FactError
 from mechedit.runs import scored, units
 from mechedit.runs.editing import edit_facts
 from mechedit.runs.evaluating import evaluate
+from mechedit.runs.shards import Shards
 from mechedit.runs.store import RunError
 from mechedit.settings import EvaluateSettings, FineTuningSettings, MomentSettings, SettingsError
 from mechedit.weights import Weight
@@ -392,6 +394,18 @@ def test_the_prefixes_of_a_sequence_are_those_of_the_model_before_any_edit(model
     evaluate(model, FACTS, tmp_path, replace(PLAIN, mode="sequential"), "rome", QUICK, ready)
     used = {tuple(edits.load(blob).details["prefixes"]) for blob in units.read_all(tmp_path / "edits")}
     assert used == {ready.prefixes}
+
+
+def test_a_sequence_of_which_one_edit_was_lost_ends_as_it_did(model, ready, tmp_path):
+    """The first is found again, and those after it are written though they are kept."""
+    settings = replace(PLAIN, mode="sequential")
+    first = evaluate(model, FACTS, tmp_path, settings, "rome", QUICK, ready)
+    there = Shards(tmp_path / "edits" / "units")
+    there.forget(there.names()[0])
+    for folder in tmp_path.glob("scores*"):
+        shutil.rmtree(folder)
+    again = evaluate(model, FACTS, tmp_path, settings, "rome", QUICK, ready)
+    same(again.rows["at the end"], first.rows["at the end"])
 
 
 @pytest.mark.parametrize("mode", ["independent", "batch", "sequential"])

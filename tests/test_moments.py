@@ -607,6 +607,7 @@ def test_a_published_file_is_read(model, tmp_path):
     moment = moments.read_published(path, model, 1)
     np.testing.assert_allclose(moment.C.numpy(), keys.T.astype(float) @ keys / 300, rtol=1e-3, atol=1e-4)
     assert (moment.layer, moment.keys) == (1, 300)
+    assert (moment.settings.tokens, moment.settings.context) == (300, model.cfg.n_ctx)
     assert moment.source.startswith("published file ")
 
 

@@ -179,7 +179,7 @@ def read_published(path: str | Path, model: HookedModel, layer: int) -> Moment:
             f"{path} must hold a finite, symmetric sum [{d_mlp}, {d_mlp}] over one or more keys; {found}."
         )
     C = torch.from_numpy(total.astype(np.float64)) / keys
-    settings = MomentSettings(tokens=keys, context=int(model.cfg.n_ctx), prepend_bos=None)
+    settings = MomentSettings(tokens=keys, context=int(model.cfg.n_ctx))
     return Moment.of(model, layer, C, keys, f"published file {cache.file_hash(Path(path))}", settings)
 
 
