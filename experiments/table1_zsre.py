@@ -132,6 +132,7 @@ def main(settings: Table1) -> None:
         if editor:
             edited[name] = found
             comparisons[LESS][name] = gained(found, COLUMNS)
+            comparisons[LESS_DEFAULT].pop(name, None)  # of an earlier run of this row
             comparisons[LESS_DEFAULT] |= less_default(edited, COLUMNS)
             spent |= costs(model, {name: (editor, edit)})
         shown = rows[name].scores

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -527,6 +528,11 @@ def test_the_table_of_zsre_has_every_row(to_edit, tmp_path, monkeypatch):
     assert "| less the default | 2 |" in next(tmp_path.rglob("table1_zsre.md")).read_text()
     table1_zsre.main(common.parse(table1_zsre.Table1, [*arguments, "--rows", "no edit"]))
     assert read(tmp_path, "table1_zsre") == record, "the other rows are kept"
+    (default,) = tmp_path.rglob("table1-from0/default")
+    shutil.rmtree(default)
+    table1_zsre.main(common.parse(table1_zsre.Table1, [*arguments, "--rows", "ft"]))
+    less = read(tmp_path, "table1_zsre")["paired"]["less the default"]
+    assert set(less) == {"published", "identity", "random layer"}, "a row that is made anew is compared anew, or not"
     table1_zsre.main(common.parse(table1_zsre.Table1, [*arguments, "--control-facts", "1", "--rows", "no edit"]))
     assert set(read(tmp_path, "table1_zsre")["rows"]) == {"no edit"}, "rows of other settings are not"
     with pytest.raises(SystemExit, match="rows are no edit, known, default, published, .*; found text"):
