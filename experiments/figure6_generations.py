@@ -118,7 +118,7 @@ def _write_pages(path: Path, model: HookedModel, settings: Figure6, record: Sequ
             rows = [f"| {way} | {_cell(texts[at]['greedy'])} | {_cell(texts[at]['sampled'])} |" for way, texts in ways]
             lines.append(f"{first['kind'].capitalize()}: *{_cell(first['prompt'])}* …")
             lines.append("\n".join(["| | greedy | sampled |", "|---|---|---|", *rows]))
-        notes = [f"{each['editor']}: {_cell(note)}" for each in fact["edited"] for note in each["notes"]]
+        notes = [f"{each['editor']}: {_cell(note.rstrip('.'))}" for each in fact["edited"] for note in each["notes"]]
         lines += ["Notes. " + "; ".join(notes) + "."] if notes else []
     with cache.atomic_write(path) as temporary:
         temporary.write_text("\n\n".join(lines) + "\n", encoding="utf-8")

@@ -585,6 +585,7 @@ def test_figure_6_shows_what_every_editor_makes_the_model_write(to_edit, tmp_pat
     page = next(tmp_path.rglob("figure6_generations.md")).read_text()
     assert page.count("| rome |") == page.count("| unedited |") == page.count("| told |") == 2 * 4
     assert "\\| is* …" in page
+    assert not any(line.endswith("..") for line in page.splitlines() if line.startswith("Notes."))
     figure6_generations.main(common.parse(figure6_generations.Figure6, [*arguments, "--editors", "told"]))
     assert [each["editor"] for each in read(tmp_path, "figure6_generations")["facts"][0]["edited"]] == ["told"]
 
