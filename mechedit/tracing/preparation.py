@@ -153,6 +153,7 @@ def _first(model: HookedModel, ids: tuple[int, ...]) -> tuple[int, float]:
     """The token the model finds most probable next, and its P."""
     tokens: Int[Tensor, "1 pos"] = torch.tensor([list(ids)], device=device_of(model))
     blocks = models.Blocks(model)
-    logits = blocks.logits(blocks.final(tokens)[:, -1])[0].float()
+    with models.alone(model):
+        logits = blocks.logits(blocks.final(tokens)[:, -1])[0].float()
     first = int(logits.argmax())
     return first, float(logits.softmax(-1)[first])
