@@ -400,6 +400,15 @@ def test_several_layers_in_one_pass_are_what_each_is_alone(model, text, monkeypa
         assert moment.layer == layer
 
 
+def test_blocks_above_the_last_layer_that_is_wanted_do_not_run(model, text):
+    ran = []
+    hooks = [block.register_forward_hook(lambda *_, at=at: ran.append(at)) for at, block in enumerate(model.blocks)]
+    moments.estimate_layers(model, [0, 1], [text], SMALL)
+    for hook in hooks:
+        hook.remove()
+    assert {*ran} == {0, 1}
+
+
 def test_progress_counts_through_all_batches(model, small_batches):
     said = []
     moments.estimate(model, 1, settings=SMALL, progress=lambda what, done, of: said.append((what, done, of)))

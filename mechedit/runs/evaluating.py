@@ -219,7 +219,7 @@ class _Run:
         whole = store.run([unit] if chosen else [], task, Local(self.model), self.progress, failed=failed)
         made = [Made(**note) for note in whole.notes]
         what = self.described | {"edits": [each.digest for each in made]}
-        after = self.here(what, task_after, lambda: applying.edited(self.model, *whole, force=True))
+        after = self.here(what, task_after, lambda: applying.edited(self.model, *whole))
         refused = [Made.of(editing.refused(self.model, [fact], way.editor, way.settings, reason)) if reason else made[0] for fact, reason in zip(self.facts, reasons, strict=True)]  # fmt: skip
         return refused, {"after": after}
 

@@ -156,7 +156,7 @@ class Measuring:
         if self.near is not None:
             return self.now(model, self.by_unit[unit], self.near[unit])
         before = self.at_neighbours(model, self.by_unit[unit])
-        with applying.edited(model, *([edit] if edit is not None else []), force=True):
+        with applying.edited(model, *([edit] if edit is not None else [])):
             return self.now(model, self.by_unit[unit], before)
 
     def at_neighbours(self, model: HookedModel, record: Any) -> Near | None:

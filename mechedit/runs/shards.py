@@ -66,7 +66,7 @@ class Shards:
             if said == b"%08x" % check(rest):
                 text, _, where = rest.partition(b" ")
                 self._lines[text.decode()] = where
-        for gone in [each for each, where in self._lines.items() if where.startswith(b"- ")]:
+        for gone in [each for each, where in self._lines.items() if where.startswith(GONE.encode())]:
             del self._lines[gone]
 
     def __contains__(self, name: str) -> bool:
@@ -131,7 +131,7 @@ class Shards:
     def forget(self, name: str) -> None:
         """Let a damaged result count as not there; nothing is said where that cannot be noted."""
         with suppress(OSError), (self.folder / INDEX).open("ab") as index:
-            index.write(_line(name, _Entry(GONE, 0, 0, "", "null")))
+            index.write(_line(name, GONE))
         self._lines.pop(name, None)
 
     def _entry(self, name: str) -> _Entry:
@@ -179,7 +179,7 @@ class Writer:
             said = json.dumps(note, separators=(",", ":"), sort_keys=True)
             entry = _Entry(Path(self._shard.name).name, at, len(data), hashlib.sha256(data).hexdigest(), said)
             _append(self._shard, data)
-            _append(self._index, _line(name, entry))
+            _append(self._index, _line(name, *entry))
             if time.monotonic() - self._safe > SAFE_SECONDS:
                 self._safely()
 
@@ -200,8 +200,8 @@ class Writer:
         self._safe = time.monotonic()
 
 
-def _line(name: str, entry: _Entry) -> bytes:
-    rest = " ".join([name, *map(str, entry)]).encode()
+def _line(name: str, *where: object) -> bytes:
+    rest = " ".join([name, *map(str, where)]).encode()
     return b"%08x %s\n" % (zlib.crc32(rest), rest)
 
 

@@ -199,7 +199,7 @@ class Store(Generic[Result]):
                 finished += 1
                 progress(self.noun, finished, of)
         if not broken:
-            (self.folder / FAILURES).unlink(missing_ok=True)
+            (self.folder / FAILURES).unlink()
         return broken
 
     @contextmanager

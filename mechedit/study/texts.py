@@ -151,7 +151,7 @@ class _Writing:
         edit = attempt(model, [fact], way.editor, way.settings, way.prepared) if way else None
         wanted = [_begin(fact, self.settings.seed), *([str(fact.target_new)] if self.settings.long_form else [])]
         bos = way.settings.prepend_bos if way else None
-        with applying.edited(model, *([edit] if edit else []), force=True):
+        with applying.edited(model, *([edit] if edit else [])):
             found = [self._text(model, prompt, bos) for prompt in wanted]
         notes = [*edit.reasons, *edit.doubts] if edit else []
         return _Written(found[0], found[1] if len(found) > 1 else "", notes)
