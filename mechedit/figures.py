@@ -56,11 +56,14 @@ AXES = {
     "attn": "layer at the centre of the restored attention outputs",
 }
 
+MARKED = 0.02  # of the scale: so far below its end the clean run has a mark of its own
+
 
 def heat_map(trace: Trace, kind: str) -> Figure:
     """P(answer) by token and layer for one kind, subject tokens starred (Meng et al. 2022, figure 1).
 
-    The colours run from the corrupted probability, which is white, to the clean one, so that kinds can be compared.
+    The colours of all kinds run alike, from the corrupted probability, which is white, to the clean one, or further where a cell does. Then a
+    line on the scale is the clean one.
     """
     import numpy as np
     from matplotlib.figure import Figure
@@ -68,7 +71,10 @@ def heat_map(trace: Trace, kind: str) -> Figure:
     if kind not in trace.effects:
         raise ValueError(f"the trace has kinds {', '.join(trace.effects)}, not {kind}.")
     grid = trace.effects[kind].T.numpy()
-    lowest, highest = float(np.nanmin(grid)), float(np.nanmax(grid))
+    every = np.stack(list(trace.effects.values()))
+    lowest = min(trace.p_corrupted, float(np.nanmin(every)))
+    highest = max(trace.p_clean, float(np.nanmax(every)))
+    is_over = highest - trace.p_clean > MARKED * (highest - lowest)
     begin, end = trace.subject_range
     labels = [
         token.replace("\n", "⏎") + ("*" if begin <= index < end else "") for index, token in enumerate(trace.tokens)
@@ -82,18 +88,22 @@ def heat_map(trace: Trace, kind: str) -> Figure:
     image = axes.imshow(
         grid,
         cmap=COLOURS.get(kind, "Blues"),
-        vmin=min(trace.p_corrupted, lowest),
-        vmax=max(trace.p_clean, highest),
+        vmin=lowest,
+        vmax=highest,
         aspect="auto",
         interpolation="nearest",
     )
     runs = f"{trace.origin['name']}: {trace.p_clean:.3f} clean, {trace.p_corrupted:.3f} corrupted"
-    (*labels, label, runs), fonts = _shown([*labels, trace.label, runs])
+    label = trace.label + ("   (line: the clean run)" if is_over else "")
+    (*labels, label, runs), fonts = _shown([*labels, label, runs])
     axes.set_yticks(range(len(labels)), labels, fontsize=9, fontfamily=fonts)
     axes.set_xticks(range(0, grid.shape[1], 1 if grid.shape[1] <= 12 else 5 if grid.shape[1] > 24 else 2))
     axes.set_xlabel(AXES.get(kind, f"layer at the centre of the restored {kind}") + "   (* subject)", fontsize=9)
     axes.set_title(f"{kind_title(kind, trace.settings.window)}\n{runs}", fontsize=9, fontfamily=fonts)
-    figure.colorbar(image, ax=axes).set_label(label, fontsize=9, fontfamily=fonts)
+    bar = figure.colorbar(image, ax=axes)
+    bar.set_label(label, fontsize=9, fontfamily=fonts)
+    if is_over:
+        bar.ax.axhline(trace.p_clean, color="black", linewidth=1.5)
     return figure
 
 

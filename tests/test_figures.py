@@ -29,6 +29,17 @@ def test_heat_maps_are_the_same_bytes_for_the_same_trace_and_star_the_subject(lo
         figures.heat_map(found, "head")
 
 
+def test_all_kinds_have_one_scale_on_which_a_line_is_the_clean_run_where_a_cell_goes_beyond(load):
+    found = trace(load("gpt2"), FACT, TraceSettings(draws=1))
+    most = max(float(each.max()) for each in found.effects.values())
+    for p_clean, lines in ((2 * most, []), (most / 2, [most / 2])):
+        for kind in found.effects:
+            axes, bar = figures.heat_map(replace(found, p_clean=p_clean, p_corrupted=0.0), kind).axes
+            assert axes.images[0].get_clim() == pytest.approx((0.0, max(p_clean, most)))
+            assert [line.get_ydata()[0] for line in bar.lines] == pytest.approx(lines)
+            assert ("line: the clean run" in bar.get_ylabel()) == bool(lines)
+
+
 def test_dollar_signs_in_tokens_do_not_break_a_picture(load, tmp_path):
     found = trace(load("gpt2"), FACT, TraceSettings(draws=1, kinds=("mlp",)))
     odd = replace(found, tokens=("$x_1$", "\n", *found.tokens[2:]), answer="$")

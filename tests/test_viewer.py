@@ -446,6 +446,21 @@ def test_a_cell_says_which_layers_its_window_covers(view):
     )
 
 
+def test_all_kinds_have_one_scale_on_which_a_line_is_the_clean_run_where_a_cell_goes_beyond(view):
+    whole = viewed.trace()
+    most = max(float(each.max()) for each in whole.effects.values())
+    labels = "[...document.querySelector('.stage svg').querySelectorAll('text')].map((each) => each.textContent)"
+    for p_clean, is_over in ((2 * most, False), (most / 2, True)):
+        found = view(replace(whole, p_clean=p_clean))
+        seen = []
+        for name in ("States", "MLP outputs", "Attention outputs"):
+            found.page.get_by_role("button", name=name).click()
+            texts = found.page.evaluate(labels)
+            assert any(each.endswith("line: clean") for each in texts) == is_over
+            seen.append([each for each in texts if re.fullmatch(r"[\d.]+", each)])
+        assert seen[0] == seen[1] == seen[2]
+
+
 def test_of_several_ranges_of_draws_that_of_the_maps_kind_alone_is_filled(view):
     found = view(viewed.trace(), at="#kind=mlp&at=1.0")
     filled = "[...document.querySelectorAll('.stage polygon')].map((each) => each.getAttribute('fill'))"

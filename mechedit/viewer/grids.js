@@ -1,6 +1,7 @@
 /* Heat maps by row and layer: the large one that is read cell by cell, and small ones to choose by. */
 
 const MANY_CELLS = 3000;  // above which cells are painted on a canvas
+const MARKED = 0.02;  // of the scale: so far below its end the clean run has a mark of its own
 
 /** As much of a text as has room. */
 function fitted(text, room, size) {
@@ -44,7 +45,8 @@ function drawGrid(own, surfaceOf, th, width) {
     const column = layers.indexOf(site.layer);
     if (site.kind === kind.name && column >= 0 && site.row !== null) surface.circle(left + (column + 0.5) * cw - 0.5, y0 + (site.row + 0.5) * ch - 0.5, clamp(Math.min(cw, ch) / 3.4, 2.2, 6), 'none', { stroke: colour(share(grid.at(site.row, column))).ink, 'stroke-width': 1.6 });
   }
-  surface.text(whole - 6, y0 - 9, short(own.measure, 40), { size: 11, fill: th.soft, anchor: 'end' });
+  const isOver = scale.high - scale.clean > MARKED * (scale.high - scale.low);
+  surface.text(whole - 6, y0 - 9, short(own.measure, 40) + (isOver ? '; line: clean' : ''), { size: 11, fill: th.soft, anchor: 'end' });
   const bar = Math.min(h, 150), xb = left + w + 16;
   for (let step = 0; step < 50; step++) surface.rect(xb, y0 + (bar * step) / 50, 9, bar / 50 + 0.6, colour(1 - (step + 0.5) / 50).fill);
   for (const value of bar < 60 ? [scale.low, scale.high] : ticks(scale.low, scale.high, bar / 38)) {
@@ -52,6 +54,7 @@ function drawGrid(own, surfaceOf, th, width) {
     surface.line(xb + 9, y, xb + 12, y, th.soft, 1);
     surface.text(xb + 15, y + 4, tick(form, value), { size: 11, fill: th.soft });
   }
+  if (isOver) surface.line(xb - 3, y0 + (1 - share(scale.clean)) * bar, xb + 12, y0 + (1 - share(scale.clean)) * bar, th.ink, 2);
   return { surface, geometry: { left, top: y0, cw, ch, w, h } };
 }
 

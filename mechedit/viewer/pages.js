@@ -54,8 +54,9 @@ function windowAt(kind, layer) {
 
 makers.trace = () => {
   const form = shown(data.share);
-  const kinds = unpackKinds((kind) => ({ low: Math.min(data.corrupted, kind.lowest), high: Math.max(data.clean, kind.highest) }));
-  const low = Math.min(...kinds.map((kind) => kind.scale.low)), high = Math.max(...kinds.map((kind) => kind.scale.high));
+  const scale = { clean: data.clean }, kinds = unpackKinds(() => scale);  // one for all kinds
+  const low = Math.min(data.corrupted, ...kinds.map((kind) => kind.lowest)), high = Math.max(data.clean, ...kinds.map((kind) => kind.highest));
+  Object.assign(scale, { low, high });
   let row = 0, kindNow = null;
   const total = data.clean - data.corrupted;
   function reading(kind, r, layer) {
