@@ -5,12 +5,13 @@
 The facts that are edited are not said in the held-out text, so that its perplexity speaks of what has nothing to do with them. The first
 `mixed` come in the world's order, which mixes subjects; behind them those of one subject stand together, so that few are written again. At each size: S and its parts and the generated
 answer, of edits sampled over the run and of its first hundred, beside the same facts edited alone; perplexity; seconds an edit, and the process's
-peak memory. The run is kept in out/MODEL, and goes on where it was stopped; seconds are of the parts that were not there: of the
+peak memory. The run is kept in out/MODEL, with what was scored, and goes on where it was stopped; seconds are of the parts that were not there: of the
 process where it has one thread, so that other work on the machine counts less, else of the clock.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -130,13 +131,14 @@ def main(settings: Scaling) -> None:
     folder = runs(model, f"scaling-{cache.content_key(f'{edit}{how}')}")
     once = alone(model, sample(facts[: settings.mixed], settings.scored), editor, edit, prepared)
     say(f"alone: {once}")
-    rows: list[dict[str, Any]] = []
+    kept = folder / "scored.json"
+    rows: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.is_file() else []
     looks: dict[int, dict[str, Any]] = {}  # by their edits: a run that goes on forgets the look that it ended with
     clock = time.process_time if settings.threads == 1 else time.perf_counter
     for n in settings.sizes:
         state = folder / "state.safetensors"
         had = len(sequence.load(state).entries) if state.exists() else 0
-        if had > n:
+        if had > n or n in (row["edits"] for row in rows):
             continue
         began = clock()
         found = run_sequence(model, facts[:n], folder, how, editor, edit, prepared, progress=progress(20))
@@ -148,7 +150,8 @@ def main(settings: Scaling) -> None:
         row |= {"edits": n, "standing": len(found.standing), "rows": len(found.rows), "conflicts": found.conflicts}
         row |= {"seconds": spent, "seconds_an_edit": spent / (n - had) if n > had else None, "peak": peak()}
         say(str(row))
-        rows.append(row)
+        rows.append(cache.plain(row))
+        kept.write_text(json.dumps(rows))
         looks |= {look["edits"]: look for look in found.looks}
         result = {
             "alone": once,
