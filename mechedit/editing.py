@@ -336,32 +336,26 @@ def _measured_before(
     model: HookedModel, facts: Sequence[Fact], settings: Any
 ) -> tuple[tuple[Fact, ...], list[dict[str, float]]]:
     """The facts, their true targets filled in by what the model says where they have none, and the probabilities now."""
-    filled = []
-    for fact in facts:
-        said, token, _ = scoring.top(model, fact.prompt, 1, prepend_bos=settings.prepend_bos)[0]
-        if not settings.strengthen and _already_says(model, fact, settings, token):
+    wanted = [(fact.prompt, str(fact.target_new), fact.join) for fact in facts]
+    for fact, score in zip(facts, scoring.score(model, wanted, prepend_bos=settings.prepend_bos), strict=True):
+        if all(score.first) and not settings.strengthen:
             raise EditError(
                 f"the target {fact.target_new!r} is what {model.cfg.model_name} already says after {fact.prompt!r}: there is nothing to edit. "
                 "strengthen=True (--strengthen) makes it surer of it."
             )
-        if fact.target_true is None and not said.strip():
-            raise FactError(f"the model's own answer to {fact.prompt!r} is {said!r}; name the true target.")
-        filled.append(fact if fact.target_true else replace(fact, target_true=_own_word(model, fact, settings, said)))
+    filled = [fact if fact.target_true else replace(fact, target_true=_own_word(model, fact, settings)) for fact in facts]  # fmt: skip
     return tuple(filled), _measured(model, filled, settings)
 
 
-def _already_says(model: HookedModel, fact: Fact, settings: Any, first: int) -> bool:
-    """Whether every token of the new target is what the model says first, given those before it; `first` is its next token."""
-    target = str(fact.target_new)
-    begin, *rest = prompts.continuation(model, fact.prompt, target, fact.join)
-    if begin != first or not rest:
-        return begin == first
-    (found,) = scoring.score(model, [(fact.prompt, target, fact.join)], prepend_bos=settings.prepend_bos)
-    return all(found.first)
+def _own_word(model: HookedModel, fact: Fact, settings: Any) -> str:
+    """The word that the model goes on with; its first token where that is none.
 
-
-def _own_word(model: HookedModel, fact: Fact, settings: Any, said: str) -> str:
-    """The word that the model goes on with; its first token, `said`, where that is none."""
+    Raises:
+        FactError: that token is blank.
+    """
+    ((said, _, _),) = scoring.top(model, fact.prompt, 1, prepend_bos=settings.prepend_bos)
+    if not said.strip():
+        raise FactError(f"the model's own answer to {fact.prompt!r} is {said!r}; name the true target.")
     words = generation.complete(model, fact.prompt, WORD_TOKENS, prepend_bos=settings.prepend_bos).split()
     if words and writing.is_spaceless(words[0][0]):  # where no space ends a word
         return said.strip()

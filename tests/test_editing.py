@@ -87,32 +87,37 @@ def test_the_true_target_is_the_whole_first_word_of_the_models_answer(model, mom
     assert rome.edit(model, fact, QUICK, moment).fact["target_true"] == word
 
 
-def test_a_target_that_the_model_already_says_is_refused(model, fact, moment, monkeypatch):
-    first, *rest = prompts.continuation(model, fact.prompt, "Paris")
-    assert not rest, "one token"
-    monkeypatch.setattr(scoring, "top", lambda *args, **kwargs: [(" Paris", first, 0.5)])
-    with pytest.raises(EditError, match="already says .* nothing to edit"):
-        rome.edit(model, fact, QUICK, moment)
-    longer = replace(fact, target_new="Paris Rome")  # of which it says but the beginning
-    assert rome.edit(model, longer, QUICK, moment).fact["target_new"] == "Paris Rome"
+def _said(model, n):
+    """A fact, and the text of the n tokens that the model says after its prompt, by TransformerLens's own forward pass, one after the other."""
+    for place in ("in", "at", "near", "by", "of", "from", "under", "above", "beside", "behind"):
+        fact = Fact("The Space Needle", f"{{}} is {place}", "Rome", "Paris", join="none")
+        tokens = begin = model.to_tokens(fact.prompt, prepend_bos=True)
+        for _ in range(n):
+            with torch.no_grad():
+                tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+        own = tokens[0, begin.shape[1] :].tolist()
+        said = model.tokenizer.decode(own)
+        if said.strip() and prompts.continuation(model, fact.prompt, said, "none") == own:
+            return fact, said
+    raise AssertionError("what the model says is read as other tokens, whatever it is asked")
 
 
-def test_a_target_of_several_tokens_that_the_model_says_is_refused_like_one_of_one(model, fact, moment):
-    """What it says is found by TransformerLens's own forward pass, one token after the other."""
-    tokens = model.to_tokens(fact.prompt, prepend_bos=True)
-    for _ in range(3):
-        with torch.no_grad():
-            tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
-    for n in (1, 3):
-        said = model.tokenizer.decode(tokens[0, len(tokens[0]) - 3 :][:n])
-        if prompts.continuation(model, fact.prompt, said) != tokens[0, -3:].tolist()[:n]:
-            pytest.skip("what the random model says is read as other tokens")
-        own = replace(fact, target_new=said, target_true="Rome")
-        with pytest.raises(EditError, match="already says .* nothing to edit. strengthen=True"):
-            rome.edit(model, own, QUICK, moment)
-        surer = rome.edit(model, own, replace(QUICK, strengthen=True, guard="warn"), moment)
-        assert surer.after["p_new"] > surer.before["p_new"]
-        assert surer.report["relative_norm"] > 1e-3
+def test_a_target_of_which_the_model_says_but_the_beginning_is_edited(model, moment):
+    fact, said = _said(model, 1)
+    longer = replace(fact, target_new=f"{said} Rome")
+    assert prompts.continuation(model, fact.prompt, longer.target_new, "none")[:1] == prompts.continuation(model, fact.prompt, said, "none")  # fmt: skip
+    assert rome.edit(model, longer, QUICK, moment).fact["target_new"] == longer.target_new.strip()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_target_of_one_token_or_of_several_that_the_model_says_is_refused(n, model, moment):
+    fact, said = _said(model, n)
+    own = replace(fact, target_new=said)
+    with pytest.raises(EditError, match="already says .* nothing to edit. strengthen=True"):
+        rome.edit(model, own, QUICK, moment)
+    surer = rome.edit(model, own, replace(QUICK, strengthen=True, guard="warn"), moment)
+    assert surer.after["p_new"] > surer.before["p_new"]
+    assert surer.report["relative_norm"] > 1e-3
 
 
 def test_an_answer_that_is_as_sure_as_the_search_asks_for_cannot_be_strengthened_further(model, fact, moment):

@@ -73,12 +73,13 @@ def test_a_batch_is_one_edit_of_all_facts(model, moment, ready, tmp_path):
 
 
 def test_a_batch_is_of_the_records_that_can_be_edited_and_the_others_say_why(model, ready, tmp_path, monkeypatch):
-    (token,), real = prompts.continuation(model, FACTS[1].prompt, "London"), scoring.top
+    real = scoring.score
 
-    def top(model, prompt, *rest, **named):
-        return [(" London", token, 0.9)] if prompt == FACTS[1].prompt else real(model, prompt, *rest, **named)
+    def score(model, pairs, **named):
+        said = [pair[:2] == (FACTS[1].prompt, "London") for pair in pairs]
+        return [replace(each, first=(True,)) if own else each for own, each in zip(said, real(model, pairs, **named), strict=True)]  # fmt: skip
 
-    monkeypatch.setattr(scoring, "top", top)
+    monkeypatch.setattr(scoring, "score", score)
     long = Fact("Paris", "{} is " + "a city and " * 40 + "in", "Seattle", "Berlin")
     found = evaluate(model, [*FACTS, long], tmp_path, replace(PLAIN, mode="batch"), "rome", QUICK, ready)
     (edit,) = kept(tmp_path)
