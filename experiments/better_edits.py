@@ -10,6 +10,9 @@ Each row is a way to edit, of the same facts, each alone; all are compared with 
 - bound: the change is no longer than `bound` times the weight;
 - quick: v* is sought with fewer prompts, each of which is left out when it is learnt (`--search quick`); for less time, not for more success;
 - few: the same with `few` prompts in all;
+- prose: C is also of prose (WikiText-2), of as many keys as of text sampled from the model;
+- statements: C is also of prose and of true statements about subjects that the edited records do not name, of as many keys each;
+- statements, further: so, and v* may go as far as `further` lengths of the value;
 - null space: the change stays where ordinary keys are small, in the `null` share of C's directions.
 
 Nothing is refused (`guard`). Scores are kept in out/ as soon as they are found, so a killed run goes on.
@@ -20,13 +23,26 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.common import FIGURES, parse, progress, say, short_name, write
-from experiments.editing import LESS, Row, benchmark_facts, compared, corrected, folder, gained, write_table
+from experiments.common import FIGURES, parse, progress, runs, say, short_name, write
+from experiments.editing import (
+    LESS,
+    Row,
+    also_of,
+    benchmark_facts,
+    compared,
+    corrected,
+    data,
+    folder,
+    gained,
+    write_table,
+)
 from mechedit import editing, generation, models, writing
+from mechedit.cache import atomic_write
 from mechedit.changes import LowRank
 from mechedit.closed_form import bounded
 from mechedit.editing import Editor, Found, State
@@ -53,6 +69,9 @@ ROWS = (
     "null space",
     "quick",
     "few",
+    "prose",
+    "statements",
+    "statements, further",
 )
 ASKED = ("{} In other words:", "{} That is to say,", "{} Put differently,", "{} To say it in another way:")
 
@@ -67,9 +86,11 @@ class BetterEdits:
     layers: tuple[int, ...] = (2, 3, 4, 5)  # of the spread rows; around the peak of Gemma's average trace
     sentences: int = 8  # of other topics
     others: int = 3000  # the benchmark's fact from which on those sentences are made
+    statements: int = 5000  # of them for C
     bound: float = 0.035  # times the weight's norm; the default's changes are of about 0.048
     null: float = 0.9  # share of C's directions, those of its smallest eigenvalues
     few: int = 5  # prompts, of which the bare one is one
+    further: float = 1.0  # the clamp; the default's is 0.75
     rows: tuple[str, ...] = ROWS
     seed: int = 0
     threads: int = 2
@@ -96,6 +117,18 @@ class Paraphrased(Rome):
         more = [each for fact in facts for each in paraphrases(model, fact, prepend_bos=bool(settings.prepend_bos))]
         found = super().find(model, [*facts, *more], settings, prepared, state, progress=progress)
         return replace(found, report={**found.report, "paraphrases": float(len(more))}, details={**found.details, "paraphrases": [each.prompt for each in more]})  # fmt: skip
+
+
+class Informed(Rome):
+    """ROME whose C is also of other texts."""
+
+    name = "rome-informed"
+
+    def __init__(self, texts: Sequence[Path]) -> None:
+        self.texts = texts
+
+    def prepare(self, model: HookedModel, settings: RomeSettings, *, progress: Progress = silent) -> Prepared:
+        return rome.prepare(model, settings, also_of(model, settings, self.texts, progress), progress=progress)
 
 
 class Bounded(Rome):
@@ -131,10 +164,23 @@ def paraphrases(model: HookedModel, fact: Fact, *, prepend_bos: bool) -> list[Fa
     return list(found.values())
 
 
-def sentences(settings: BetterEdits) -> list[str]:
+def sentences(settings: BetterEdits, n: int) -> list[str]:
     """True statements about other subjects, each a whole sentence."""
-    others = benchmark_facts(settings.model, settings.others, settings.sentences)
+    others = benchmark_facts(settings.model, settings.others, n)
     return ["".join(writing.seam(fact.prompt, str(fact.target_true), fact.join)) + ". " for fact in others]
+
+
+def statements(settings: BetterEdits, model: HookedModel) -> Path:
+    """A file of such statements, without those about subjects that stand in a prompt of the records."""
+    chosen = benchmark_facts(settings.model, settings.begin, settings.facts)
+    asked = " ".join(prompt for fact in chosen for prompt in (fact.prompt, *fact.paraphrases, *fact.neighbours))
+    others = benchmark_facts(settings.model, settings.others, settings.statements)
+    apart = [line for fact, line in zip(others, sentences(settings, settings.statements), strict=True) if fact.subject not in asked]  # fmt: skip
+    path = runs(model, "better_edits") / f"statements-{settings.begin}-{settings.facts}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_text("\n".join(apart), encoding="utf-8")
+    return path
 
 
 def effects(model: HookedModel, layers: Sequence[int]) -> tuple[float, ...]:
@@ -154,7 +200,7 @@ def effects(model: HookedModel, layers: Sequence[int]) -> tuple[float, ...]:
 def ways(settings: BetterEdits, model: HookedModel) -> dict[str, Callable[[], tuple[Editor, Any]]]:
     """What makes each row's editor and its settings."""
     default = replace(rome.resolve(model), guard="warn", seed=settings.seed)
-    emmet = named("emmet")
+    emmet, prose = named("emmet"), data("wikitext2_valid.txt")
 
     def spread(**fields: Any) -> tuple[Editor, Any]:
         own = {name: each for name, each in given(default).items() if name != "layer"}
@@ -170,12 +216,18 @@ def ways(settings: BetterEdits, model: HookedModel) -> dict[str, Callable[[], tu
         "spread": lambda: spread(),
         "spread by effect": lambda: spread(portions=effects(model, settings.layers)),
         "spread in full": lambda: spread(spread="own"),
-        "sentences": lambda: (Sentences(sentences(settings)), default),
+        "sentences": lambda: (Sentences(sentences(settings, settings.sentences)), default),
         "paraphrases": lambda: (Paraphrased(), default),
         "bound": lambda: (Bounded(settings.bound), default),
         "null space": null,
         "quick": lambda: (named("rome"), replace(default, **SEARCHES["quick"])),
         "few": lambda: (named("rome"), replace(default, leave_learnt=True, sought_with=settings.few)),
+        "prose": lambda: (Informed([prose]), default),
+        "statements": lambda: (Informed([prose, statements(settings, model)]), default),
+        "statements, further": lambda: (
+            Informed([prose, statements(settings, model)]),
+            replace(default, clamp=settings.further),
+        ),
     }
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common import FIGURES, runs, short_name
-from mechedit import applying, cache, editors, models, organism, provenance, sources, statistics
+from mechedit import applying, cache, editors, models, moments, organism, provenance, sources, statistics
 from mechedit.benchmarks import counterfact, metrics
 from mechedit.editors.trained.state import shipped
 from mechedit.edits import Edit
 from mechedit.facts import Fact
+from mechedit.moments import Moment
+from mechedit.progress import Progress, silent
 from mechedit.runs.results import Evaluation
 from mechedit.settings import CONSTANTS, POLICIES, PREFIXES, RomeSettings
 from mechedit.statistics import Mean, Paired
@@ -38,6 +40,14 @@ def benchmark_facts(model: str, begin: int, n: int) -> list[Fact]:
     """`n` facts from `begin` on: of the organism's world for an organism, else of the flat COUNTERFACT file."""
     chosen = sources.named("organism" if model in organism.MODELS else data("counterfact_flat.json"))
     return list(chosen[begin : begin + n])
+
+
+def also_of(model: models.HookedModel, settings: RomeSettings, texts: Sequence[Path], progress: Progress = silent) -> Moment:  # fmt: skip
+    """C of text sampled from the model and of as many keys of each of these texts."""
+    windows = MomentSettings(prepend_bos=settings.prepend_bos)
+    own = moments.estimate(model, settings.layer, settings=windows, progress=progress)
+    more = [moments.estimate(model, settings.layer, [text], replace(windows, tokens=own.keys), progress=progress) for text in texts]  # fmt: skip
+    return moments.merge([own, *more])
 
 
 def published(default: RomeSettings) -> RomeSettings:
