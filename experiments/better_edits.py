@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from experiments.common import FIGURES, parse, progress, runs, say, short_name, write
+from experiments.common import FIGURES, parse, progress, say, short_name, write
 from experiments.editing import (
     LESS,
     Row,
@@ -39,10 +39,11 @@ from experiments.editing import (
     data,
     folder,
     gained,
+    stated,
+    statements,
     write_table,
 )
 from mechedit import editing, generation, models, writing
-from mechedit.cache import atomic_write
 from mechedit.changes import LowRank
 from mechedit.closed_form import bounded
 from mechedit.editing import Editor, Found, State
@@ -164,25 +165,6 @@ def paraphrases(model: HookedModel, fact: Fact, *, prepend_bos: bool) -> list[Fa
     return list(found.values())
 
 
-def sentences(settings: BetterEdits, n: int) -> list[str]:
-    """True statements about other subjects, each a whole sentence."""
-    others = benchmark_facts(settings.model, settings.others, n)
-    return ["".join(writing.seam(fact.prompt, str(fact.target_true), fact.join)) + ". " for fact in others]
-
-
-def statements(settings: BetterEdits, model: HookedModel) -> Path:
-    """A file of such statements, without those about subjects that stand in a prompt of the records."""
-    chosen = benchmark_facts(settings.model, settings.begin, settings.facts)
-    asked = " ".join(prompt for fact in chosen for prompt in (fact.prompt, *fact.paraphrases, *fact.neighbours))
-    others = benchmark_facts(settings.model, settings.others, settings.statements)
-    apart = [line for fact, line in zip(others, sentences(settings, settings.statements), strict=True) if fact.subject not in asked]  # fmt: skip
-    path = runs(model, "better_edits") / f"statements-{settings.begin}-{settings.facts}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_text("\n".join(apart), encoding="utf-8")
-    return path
-
-
 def effects(model: HookedModel, layers: Sequence[int]) -> tuple[float, ...]:
     """The average trace's indirect effect of MLP windows at the subject's last token, at these layers.
 
@@ -201,6 +183,11 @@ def ways(settings: BetterEdits, model: HookedModel) -> dict[str, Callable[[], tu
     """What makes each row's editor and its settings."""
     default = replace(rome.resolve(model), guard="warn", seed=settings.seed)
     emmet, prose = named("emmet"), data("wikitext2_valid.txt")
+    others = benchmark_facts(settings.model, settings.others, settings.statements)
+
+    def informed() -> Informed:
+        chosen = benchmark_facts(settings.model, settings.begin, settings.facts)
+        return Informed([prose, statements(model, chosen, others)])
 
     def spread(**fields: Any) -> tuple[Editor, Any]:
         own = {name: each for name, each in given(default).items() if name != "layer"}
@@ -216,18 +203,15 @@ def ways(settings: BetterEdits, model: HookedModel) -> dict[str, Callable[[], tu
         "spread": lambda: spread(),
         "spread by effect": lambda: spread(portions=effects(model, settings.layers)),
         "spread in full": lambda: spread(spread="own"),
-        "sentences": lambda: (Sentences(sentences(settings, settings.sentences)), default),
+        "sentences": lambda: (Sentences([f"{stated(fact)} " for fact in others[: settings.sentences]]), default),
         "paraphrases": lambda: (Paraphrased(), default),
         "bound": lambda: (Bounded(settings.bound), default),
         "null space": null,
         "quick": lambda: (named("rome"), replace(default, **SEARCHES["quick"])),
         "few": lambda: (named("rome"), replace(default, leave_learnt=True, sought_with=settings.few)),
         "prose": lambda: (Informed([prose]), default),
-        "statements": lambda: (Informed([prose, statements(settings, model)]), default),
-        "statements, further": lambda: (
-            Informed([prose, statements(settings, model)]),
-            replace(default, clamp=settings.further),
-        ),
+        "statements": lambda: (informed(), default),
+        "statements, further": lambda: (informed(), replace(default, clamp=settings.further)),
     }
 
 

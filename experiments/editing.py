@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common import FIGURES, runs, short_name
-from mechedit import applying, cache, editors, models, moments, organism, provenance, sources, statistics
+from mechedit import applying, cache, editors, models, moments, organism, provenance, sources, statistics, writing
 from mechedit.benchmarks import counterfact, metrics
 from mechedit.editors.trained.state import shipped
 from mechedit.edits import Edit
@@ -48,6 +48,22 @@ def also_of(model: models.HookedModel, settings: RomeSettings, texts: Sequence[P
     own = moments.estimate(model, settings.layer, settings=windows, progress=progress)
     more = [moments.estimate(model, settings.layer, [text], replace(windows, tokens=own.keys), progress=progress) for text in texts]  # fmt: skip
     return moments.merge([own, *more])
+
+
+def stated(fact: Fact) -> str:
+    """The fact as a sentence."""
+    return "".join(writing.seam(fact.prompt, str(fact.target_true), fact.join)) + "."
+
+
+def statements(model: models.HookedModel, edited: Sequence[Fact], others: Sequence[Fact]) -> Path:
+    """A file in out/MODEL of what is true of others, without those that stand in a prompt of facts that are edited."""
+    asked = " ".join(prompt for fact in edited for prompt in (fact.prompt, *fact.paraphrases, *fact.neighbours))
+    text = "\n".join(stated(fact) for fact in others if fact.subject not in asked)
+    path = runs(model, "statements") / f"{cache.content_key(text)}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with cache.atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
 
 
 def published(default: RomeSettings) -> RomeSettings:

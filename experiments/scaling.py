@@ -21,11 +21,11 @@ import torch
 
 from experiments.benchmark_editing import peak
 from experiments.common import FIGURES, parse, progress, runs, say, short_name, write
-from experiments.editing import benchmark_facts
+from experiments.editing import also_of, benchmark_facts, data, statements
 from mechedit import applying, cache, figures, generation, guards, models
 from mechedit.benchmarks import answers, counterfact
 from mechedit.editing import make_ready
-from mechedit.editors import named
+from mechedit.editors import many, named
 from mechedit.facts import Fact
 from mechedit.models import HookedModel
 from mechedit.runs import sequence
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MANY = 100_000  # more than there are
+OTHERS, STATEMENTS = 3000, 5000  # the benchmark's fact from which on statements for C are taken, and how many
 PARTS = ("ES", "PS", "NS")
 PANELS = (("S", "S, %"), ("answer", "generated answer, %"), ("ES first", "ES of the first 100, %"), ("perplexity_ratio", "perplexity / unedited"))  # fmt: skip
 
@@ -56,6 +57,9 @@ class Scaling:
     a: float = 0.0
     layer: int = -1
     clamp: float = 0.0
+    informed: bool = (
+        False  # C is also of prose and of what is true of subjects that no prompt of the edited facts names
+    )
     search: str = "whole"  # of the values; quick: with fewer prompts, each left out when it is learnt
     rounds: int = 4  # of learning again after a batch
     again: int = 2  # facts for each of a batch, at most, that are learnt again at once
@@ -123,12 +127,17 @@ def main(settings: Scaling) -> None:
         name: getattr(settings, name) for name in ("a", "layer", "clamp") if getattr(settings, name) not in (0.0, -1)
     }
     edit = editor.resolve(model, editor.settings(guard="warn", **SEARCHES[settings.search], **own))
-    prepared = make_ready(model, editor, edit)
     facts = apart(model, benchmark_facts(settings.model, 0, MANY))
     rank = {subject: index for index, subject in enumerate(dict.fromkeys(fact.subject for fact in facts))}
     facts = facts[: settings.mixed] + sorted(facts[settings.mixed :], key=lambda fact: rank[fact.subject])
     how = SequenceSettings(together=settings.together, every=settings.every, keep=settings.together, rounds=settings.rounds, again=settings.again)  # fmt: skip
-    folder = runs(model, f"scaling-{cache.content_key(f'{edit}{how}')}")
+    prepared: Any = make_ready(model, editor, edit)
+    if settings.informed:
+        edited = facts[: max(settings.sizes)]
+        others = benchmark_facts(settings.model, OTHERS, STATEMENTS)
+        texts = [data("wikitext2_valid.txt"), statements(model, edited, others)]
+        prepared = many.prepare(model, edit, [also_of(model, edit, texts)], prepared.prefixes)
+    folder = runs(model, f"scaling-{cache.content_key(f'{edit}{how}{prepared.key}')}")
     once = alone(model, sample(facts[: settings.mixed], settings.scored), editor, edit, prepared)
     say(f"alone: {once}")
     kept = folder / "scored.json"
