@@ -19,7 +19,7 @@ from mechedit.facts import Fact
 from mechedit.moments import Moment
 from mechedit.progress import Progress, silent
 from mechedit.runs.results import Evaluation
-from mechedit.settings import CONSTANTS, POLICIES, PREFIXES, RomeSettings
+from mechedit.settings import CONSTANTS, POLICIES, PREFIXES, MomentSettings, RomeSettings
 from mechedit.statistics import Mean, Paired
 
 NUMBERS = ("relative_norm", "divisor_share", "essence_kl", "perplexity_ratio")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechedit import applying, edits, models, moments, prompts, provenance, rank_one, scoring, weights
+from mechedit import applying, edits, models, moments, provenance, rank_one, scoring, weights
 from mechedit.benchmarks import counterfact, metrics
 from mechedit.benchmarks.health import health, unedited
 from mechedit.editors import EditorError, rome

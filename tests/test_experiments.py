@@ -43,7 +43,7 @@ from experiments import (
     trained_editors,
     tuned_many,
 )
-from mechedit import models, provenance, scoring, sources
+from mechedit import models, moments, provenance, scoring, sources
 from mechedit.benchmarks.zsre import Question
 from mechedit.editors import rome
 from mechedit.facts import Fact
@@ -56,6 +56,7 @@ from mechedit.settings import (
     PRESETS,
     AttentionEditSettings,
     FineTuningSettings,
+    MomentSettings,
     RomeSettings,
     SweepSettings,
     TraceSettings,
@@ -274,6 +275,12 @@ TO_EDIT = [
 ]
 
 
+def counted(path, lines):
+    """A text of so many lines, in a file that is named in each."""
+    path.write_text("".join(f"{n} of {n * n} towns lie by {path.name}.\n" for n in range(lines)))
+    return path
+
+
 @pytest.fixture
 def to_edit(tiny, tmp_path, monkeypatch):
     """Editing experiments take four made-up facts."""
@@ -308,9 +315,15 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
         monkeypatch.setattr(module, "benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])
         monkeypatch.setattr(module, "FIGURES", tmp_path)
     quick = ["--model", to_edit, "--layer", "1"]
-    sizes = ["--sizes", "2", "4", "--together", "2", "--scored", "2", "--search", "quick"]
-    scaling.main(common.parse(scaling.Scaling, [*quick, *sizes]))
-    record = read(tmp_path, "scaling")
+    sizes = ["--together", "2", "--scored", "2", "--search", "quick", "--informed", "--name", "informed"]
+    prose, statements = (counted(tmp_path / name, 1000) for name in ("prose", "statements"))
+    monkeypatch.setattr(scaling, "data", lambda name: prose)
+    monkeypatch.setattr(scaling, "statements", lambda model, edited, others: statements)
+    scaling.main(common.parse(scaling.Scaling, [*quick, *sizes, "--sizes", "2"]))
+    scaling.main(
+        common.parse(scaling.Scaling, [*quick, *sizes, "--sizes", "2", "4"])
+    )  # goes on, and keeps what it scored
+    record = read(tmp_path, "informed")
     assert record["edit"]["sought_with"] == 11
     assert record["edit"]["leave_learnt"] is True
     assert [row["edits"] for row in record["rows"]] == [2, 4]
@@ -696,6 +709,9 @@ def test_ways_to_edit_better_are_compared_with_the_default(to_edit, tmp_path, mo
     place.write_text(json.dumps(record))
     said = [" Paris, Berlin is what London is in.", " London is found in Paris, they say.", " It is Paris.", " nothing"]
     monkeypatch.setattr(better_edits.generation, "completions", lambda model, prompts, *rest, **named: said[: len(prompts)])  # fmt: skip
+    prose, statements = (counted(tmp_path / name, 1000) for name in ("prose", "statements"))
+    monkeypatch.setattr(better_edits, "data", lambda name: prose)
+    monkeypatch.setattr(better_edits, "statements", lambda model, edited, others: statements)
     better_edits.main(settings)
     found = read(tmp_path, "better_edits")
     assert list(found["rows"]) == list(better_edits.ROWS)
@@ -705,9 +721,25 @@ def test_ways_to_edit_better_are_compared_with_the_default(to_edit, tmp_path, mo
     assert better_edits.effects(model, (1, 2, 3)) == (0.4, 0.2, 1e-3)
     told = better_edits.paraphrases(model, TO_EDIT[1], prepend_bos=False)
     assert [fact.prompt for fact in told] == ["London is found in"]
-    assert better_edits.sentences(settings) == ["Berlin is located in the city of London. ", "Seattle is located in the city of Apple. "]  # fmt: skip
     with pytest.raises(SystemExit, match="rows are default, spread"):
         better_edits.main(replace(settings, rows=("better",)))
+
+
+def test_C_is_also_of_what_is_true_of_others_and_of_no_subject_that_is_asked_about(to_edit, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "OUT", tmp_path)
+    model = models.load(to_edit)
+    edited = replace(TO_EDIT[0], neighbours=("Berlin is located in",))
+    path = editing.statements(model, [edited], TO_EDIT)
+    assert path.read_text().splitlines() == [editing.stated(fact) for fact in TO_EDIT if fact.subject not in (edited.subject, "Berlin")]  # fmt: skip
+    assert editing.stated(TO_EDIT[0]) == f"{TO_EDIT[0].prompt} {TO_EDIT[0].target_true}."
+    prose = counted(tmp_path / "prose", 1000)
+    settings = RomeSettings(layer=1, prepend_bos=True)
+    both = editing.also_of(model, settings, [prose])
+    windows = MomentSettings(prepend_bos=True)
+    own = moments.estimate(model, 1, settings=windows)
+    other = moments.estimate(model, 1, [prose], replace(windows, tokens=own.keys))
+    assert (both.keys, other.keys) == (2 * own.keys, own.keys)
+    torch.testing.assert_close(both.C, (own.C + other.C) / 2)
 
 
 def test_more_keys_bring_the_direction_closer(to_edit, tmp_path):
