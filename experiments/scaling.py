@@ -141,8 +141,8 @@ def main(settings: Scaling) -> None:
     once = alone(model, sample(facts[: settings.mixed], settings.scored), editor, edit, prepared)
     say(f"alone: {once}")
     kept = folder / "scored.json"
-    rows: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.is_file() else []
-    looks: dict[int, dict[str, Any]] = {}  # by their edits: a run that goes on forgets the look that it ended with
+    rows, stand = json.loads(kept.read_text()) if kept.is_file() else ([], [])
+    at = {each["edits"]: each for each in stand}  # a run that goes on forgets the look that it ended with
     clock = time.process_time if settings.threads == 1 else time.perf_counter
     for n in settings.sizes:
         state = folder / "state.safetensors"
@@ -160,12 +160,12 @@ def main(settings: Scaling) -> None:
         row |= {"seconds": spent, "seconds_an_edit": spent / (n - had) if n > had else None, "peak": peak()}
         say(str(row))
         rows.append(cache.plain(row))
-        kept.write_text(json.dumps(rows))
-        looks |= {look["edits"]: look for look in found.looks}
+        at |= {each["edits"]: each for each in _stand(found.looks)}
+        kept.write_text(json.dumps([rows, [*at.values()]]))
         result = {
             "alone": once,
             "rows": rows,
-            "forgetting": _stand(looks.values()),
+            "forgetting": [*at.values()],
             "edit": vars(edit),
             "facts": len(facts),
         }
@@ -175,7 +175,7 @@ def main(settings: Scaling) -> None:
 
 def _stand(looks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the forgetting matrix: at each look, which of the sampled earlier edits stand (1 or 0, by their numbers)."""
-    return [{"edits": look["edits"], "stand": {index: int(held) for index, held in look["row"].items()}} for look in looks]  # fmt: skip
+    return [{"edits": look["edits"], "stand": {str(index): int(held) for index, held in look["row"].items()}} for look in looks]  # fmt: skip
 
 
 if __name__ == "__main__":
