@@ -46,6 +46,14 @@ def test_edit_apply_and_inspect_go_together(run, tmp_path):
     assert json.loads((tmp_path / "inspect.json").read_text())["kind"] == "edit"
 
 
+def test_an_editor_of_many_facts_writes_the_target(run, tmp_path):
+    path = tmp_path / "edit.safetensors"
+    status, _, err = run(*EDIT, "--editor", "memit", "--a", "50", "--sought-in", "stream", "--out", str(path))
+    assert status == 0, err
+    edit = edits.load(path)
+    assert (edit.editor, edit.fact["target_new"], edit.settings["sought_in"]) == ("memit", "Paris", "stream")
+
+
 def test_what_looks_wrong_about_a_subject_stands_before_the_edit(run):
     part = [word.replace("The Space Needle", "The Space Need") if word != PROMPT else word for word in EDIT]
     said = " ".join(run(*part)[1].split())

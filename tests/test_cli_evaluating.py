@@ -120,6 +120,14 @@ def test_evaluate_has_every_option_of_its_settings(run, records, tmp_path):
     assert "on 2 workers" in said
 
 
+def test_knowledge_neurons_are_evaluated_in_one_batch(run, records, tmp_path):
+    out, quick = tmp_path / "run", ("--steps", "2", "--prefixes", "none", "--no-health", "--guard", "warn")
+    status, _, err = run("evaluate", "--facts", records, "--out", str(out), "--editor", "kn", "--mode", "batch", *quick)
+    assert status == 0, err
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["settings"]["mode"], summary["edit"]["action"]) == ("batch", "update")
+
+
 def test_evaluate_reads_zsre(run, tmp_path):
     path = tmp_path / "zsre.json"
     record = {"subject": "Rome", "src": "What city is Rome in?", "rephrase": "Where is Rome?", "alt": "London", "answers": ["Paris"], "loc": "nq question: where is London", "loc_ans": "Seattle"}  # fmt: skip

@@ -345,7 +345,7 @@ def test_what_is_published_of_editors_of_many_facts_gives_way_to_no_preset():
     assert (alpha.a, alpha.b, alpha.c, alpha.null) == (0.0, 1.0, 10.0, 0.02)
     _, memit = ways["MEMIT, published"]
     assert (memit.a, memit.b, memit.c, memit.null) == (20000 / 6400 * 768, 0.0, 0.0, 0.0)
-    assert {(each.steps, each.stop, each.target, each.spread) for each in (alpha, memit)} == {
+    assert {(each.steps, each.stop, each.sought_in, each.spread) for each in (alpha, memit)} == {
         (25, "published", "stream", "left")
     }
 

@@ -92,21 +92,21 @@ def test_an_update_as_published_is_the_codes_formula(shape, load, folder):
     close(added(found(model, settings, (LONG,), prepared).changes), {(each.layer, each.index): step for each in own.chosen})  # fmt: skip
 
 
-@pytest.mark.parametrize(("mode", "factor"), [("erase", -1.0), ("suppress", -1.0), ("amplify", 1.0)])
-def test_rows_are_erased_suppressed_and_amplified(mode, factor, load, folder):
+@pytest.mark.parametrize(("action", "factor"), [("erase", -1.0), ("suppress", -1.0), ("amplify", 1.0)])
+def test_rows_are_erased_suppressed_and_amplified(action, factor, load, folder):
     model, plain = load("llama"), Plain(folder("llama"), "llama")
     own = neurons.find(model, FACT, SMALL, prefixes=BEFORE.texts)
     expected = {(each.layer, each.index): factor * plain.value(each.layer, each.index) for each in own.chosen}
-    close(added(found(model, replace(SMALL, mode=mode)).changes), expected)
+    close(added(found(model, replace(SMALL, action=action)).changes), expected)
 
 
-@pytest.mark.parametrize(("mode", "times"), [("suppress", 0.0), ("amplify", 2.0)])
+@pytest.mark.parametrize(("action", "times"), [("suppress", 0.0), ("amplify", 2.0)])
 @pytest.mark.parametrize("shape", ["gpt2", "gemma2"])
-def test_a_row_times_so_much_is_the_activation_times_so_much(shape, mode, times, load, monkeypatch):
+def test_a_row_times_so_much_is_the_activation_times_so_much(shape, action, times, load, monkeypatch):
     widen_bands(monkeypatch)
     model = load(shape)
     tokens = torch.tensor([[0, 5, 9, 40, 33]])
-    edit = editing.edit(model, FACT, named("kn"), replace(SMALL, mode=mode, strengthen=True), prepared=BEFORE)
+    edit = editing.edit(model, FACT, named("kn"), replace(SMALL, action=action, strengthen=True), prepared=BEFORE)
     own = neurons.find(model, FACT, SMALL, prefixes=BEFORE.texts).chosen
 
     def scaled(activation, hook):
@@ -135,7 +135,7 @@ def test_facts_together_add_up_and_erase_the_most_frequent(model, monkeypatch):
     assert together.report["neurons"] == sum(map(len, alone))
     monkeypatch.setattr(knowledge_neurons, "ERASED", 1)
     again = [FACT, OTHER, replace(OTHER, target_new="Rome")]
-    (most,) = added(found(model, replace(settings, mode="erase"), again).changes)
+    (most,) = added(found(model, replace(settings, action="erase"), again).changes)
     assert most in alone[1], "it is among the neurons of two facts of three"
 
 
@@ -153,8 +153,8 @@ def test_suppressing_its_neurons_makes_an_answer_less_probable_and_amplifying_mo
     before = state(model)
     (p,) = (each.p for each in scoring.score(model, [(FACT.prompt, "Seattle")], prepend_bos=True))
     after = {
-        mode: editing.edit(model, FACT, named("kn"), replace(SMALL, mode=mode), prepared=BEFORE).after["p_true"]
-        for mode in ("suppress", "amplify")
+        action: editing.edit(model, FACT, named("kn"), replace(SMALL, action=action), prepared=BEFORE).after["p_true"]
+        for action in ("suppress", "amplify")
     }
     assert after["suppress"] < p < after["amplify"]
     assert_same_state(model, before)

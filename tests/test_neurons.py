@@ -308,7 +308,7 @@ def test_neurons_are_looked_for_once_for_all_settings_that_change_only_what_beco
     )
     attributions = neurons.attributions
     first = neurons.find(model, FACT, SMALL, prefixes=BEFORE)
-    afterwards = {"mode": "erase", "l1": 2.0, "l2": 3.0, "scale": "none", "old": "greedy", "direction": "embedding", "guard": "warn", "bands": (("after", 0.0, 1.0),), "strengthen": True}  # fmt: skip
+    afterwards = {"action": "erase", "l1": 2.0, "l2": 3.0, "scale": "none", "old": "greedy", "direction": "embedding", "guard": "warn", "bands": (("after", 0.0, 1.0),), "strengthen": True}  # fmt: skip
     assert {*afterwards, *OTHERS} == {each.name for each in fields(KnowledgeNeuronsSettings)}
     for name, value in afterwards.items():
         assert neurons.find(model, FACT, replace(SMALL, **{name: value}), prefixes=BEFORE) == first
@@ -363,7 +363,7 @@ def test_a_fact_without_an_answer_and_one_that_does_not_fit_are_refused(model):
         ({"fewest": 6}, "fewest must be 1 or more"),
         ({"layers": (1, 1)}, "different blocks"),
         ({"prefixes": ((0, 1),)}, "prefixes must be pairs"),
-        ({"mode": "rewrite"}, "mode must be one of"),
+        ({"action": "rewrite"}, "action must be one of"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(wrong, said):

@@ -83,7 +83,7 @@ def plain(model, settings, Cs, wanted):
 @pytest.mark.parametrize("policy", ["memit", "pmet"])
 def test_each_block_writes_what_the_published_loop_writes(policy, load):
     model = load("gpt2")
-    own = {name: MANY_POLICIES[policy][name] for name in ("target", "measured", "spread", "average")}
+    own = {name: MANY_POLICIES[policy][name] for name in ("sought_in", "measured", "spread", "average")}
     settings = MemitSettings(layers=LAYERS, layer=LAYERS[-1], a=30.0, **own)
     Cs, places = [positive(128, layer) for layer in LAYERS], [Weight(layer, "mlp.W_out") for layer in LAYERS]
     before = state(model)
@@ -159,12 +159,12 @@ def edited(model, name, settings, facts=FACTS, **given):
 def test_a_spread_edit_brings_to_the_last_block_what_one_block_brings(shape, target, load, few):
     model = load(shape)
     before = state(model)
-    settings = MemitSettings(**ROME, layers=LAYERS, target=target, a=1e-4)
+    settings = MemitSettings(**ROME, layers=LAYERS, sought_in=target, a=1e-4)
     edit = edited(model, "memit", settings, FACTS[:1])
     assert_same_state(model, before)
     assert [change.weight for change in edit.changes] == [Weight(layer, "mlp.W_out") for layer in LAYERS]
     assert {f"{name}.{layer}" for name in ("met", "left") for layer in LAYERS} <= set(edit.report)
-    alone = edited(model, "memit", MemitSettings(**ROME, layer=3, target=target, a=1e-4), FACTS[:1])
+    alone = edited(model, "memit", MemitSettings(**ROME, layer=3, sought_in=target, a=1e-4), FACTS[:1])
     assert len(alone.changes) == 1
     assert "met.3" not in alone.report
     if shape == "gpt2":
@@ -188,7 +188,7 @@ def test_pmet_lets_the_attention_change_and_writes_the_mlps_alone(model, few):
     C = moments.estimate_layers(model, [2])[2].C
     expected = (R.T @ K @ torch.linalg.inv(K.T @ K + 50.0 * C)).T
     assert float((total([change]) - expected).norm() / expected.norm()) < 1e-5
-    mlp_only = edited(model, "pmet", PmetSettings(**ROME, layer=2, a=50.0, target="mlp"))
+    mlp_only = edited(model, "pmet", PmetSettings(**ROME, layer=2, a=50.0, sought_in="mlp"))
     assert float((edit.vectors["v*"] - mlp_only.vectors["v*"]).norm() / mlp_only.vectors["v*"].norm()) > 1e-3
 
 
@@ -254,9 +254,9 @@ def test_a_layer_that_is_given_alone_is_edited_alone_whatever_the_preset_spreads
     monkeypatch.setitem(PRESETS, model.cfg.model_name, replace(preset, settings={**preset.settings, "memit": own}))
     editor = named("memit")
     resolved = editor.resolve(model)
-    assert (resolved.layers, resolved.layer, resolved.target, resolved.clamp) == ((1, 2), 2, "stream", 0.75)
+    assert (resolved.layers, resolved.layer, resolved.sought_in, resolved.clamp) == ((1, 2), 2, "stream", 0.75)
     alone = editor.resolve(model, MemitSettings(layer=0))
-    assert (alone.layers, alone.layer, alone.target) == ((), 0, "stream")
+    assert (alone.layers, alone.layer, alone.sought_in) == ((), 0, "stream")
     assert editor.resolve(model, resolved) == resolved
     assert editor.resolve(model, MemitSettings(layers=(0, 3))).layer == 3
 

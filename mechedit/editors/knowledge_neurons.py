@@ -109,11 +109,11 @@ def _rows(
 ) -> dict[Place, Float[Tensor, " d_model"]]:
     """What is added to each neuron's value, in float64."""
     places = Counter((each.layer, each.index) for own in found for each in own.chosen)
-    if settings.mode == "erase":
+    if settings.action == "erase":
         places = Counter(dict(places.most_common(ERASED)))
     values = {place: models.W_out(model, place[0])[place[1]].detach().double().cpu() for place in places}
-    if settings.mode != "update":
-        return {place: value if settings.mode == "amplify" else -value for place, value in values.items()}
+    if settings.action != "update":
+        return {place: value if settings.action == "amplify" else -value for place, value in values.items()}
     added = {place: torch.zeros_like(value) for place, value in values.items()}
     for fact, own in zip(facts, found, strict=True):
         old, new = _directions(model, fact, settings)

@@ -29,7 +29,7 @@ STEP, MOVES = 0.05, 6  # of p
 FEWEST_PROMPTS = 3  # of a refinement
 RULE = "neurons 1"  # by which they are found; another rule, another key
 AFTERWARDS = (
-    "mode",
+    "action",
     "l1",
     "l2",
     "scale",

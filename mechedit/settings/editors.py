@@ -15,7 +15,7 @@ __all__ = [
     "DESCENT_POLICIES",
     "EDITOR_SETTINGS",
     "LOSSES",
-    "NEURON_MODES",
+    "NEURON_ACTIONS",
     "NEURON_POLICIES",
     "AttentionEditSettings",
     "BoundedSettings",
@@ -33,7 +33,7 @@ ATTENTION_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O")
 DESCENT_POLICIES: dict[str, dict[str, Any]] = {  # of gradient steps: the published code's
     "published": {"loss": "last", "bias": True, "batch": 128, "steps": 25, "stop_at": 0.01},
 }
-NEURON_MODES = ("update", "erase", "suppress", "amplify")
+NEURON_ACTIONS = ("update", "erase", "suppress", "amplify")
 NEURON_POLICIES: dict[str, dict[str, Any]] = {
     "published": {  # the code behind the table of Meng et al. 2022
         "activation": "pre",
@@ -122,11 +122,11 @@ class ToldSettings(EditSettings):
 class KnowledgeNeuronsSettings(EditSettings):
     """Which neurons carry the true answer, and what becomes of their value rows (Dai et al. 2022; constants theirs)."""
 
-    mode: str = knob(
+    action: str = knob(
         "update",
         "what becomes of the neurons' value rows: the old answer's direction taken out and the new one's put in (update), nothing (erase, of "
         "the 20 most frequent among the facts' neurons; suppress, of all), twice what they are (amplify)",
-        NEURON_MODES,
+        NEURON_ACTIONS,
     )
     l1: float = knob(1.0, "how much of the old answer's direction is taken out")
     l2: float = knob(8.0, "how much of the new answer's direction is put in")

@@ -14,8 +14,8 @@ __all__ = [
     "MANY_CONSTANTS",
     "MANY_POLICIES",
     "MEASURED",
+    "SOUGHT_IN",
     "SPREADS",
-    "TARGETS",
     "AlphaEditSettings",
     "EmmetSettings",
     "MemitSettings",
@@ -24,15 +24,15 @@ __all__ = [
 ]
 
 SPREADS = ("left", "sqrt", "own")
-TARGETS = ("mlp", "stream", "both")
+SOUGHT_IN = ("mlp", "stream", "both")
 MEASURED = ("stream", "mlp")
 AVERAGES = ("even", "published")
 _PUBLISHED: dict[str, Any] = {
     "direction": "averaged", "inserted": "averaged", "shares": "whole", "average": "published", "prefixes": ((10, 5),),
 }  # fmt: skip
 MANY_POLICIES: dict[str, dict[str, Any]] = {  # beside ROME's
-    "memit": _PUBLISHED | {"target": "stream", "measured": "stream", "spread": "left", "stop": "published"},
-    "pmet": _PUBLISHED | {"target": "both", "measured": "mlp", "spread": "sqrt", "stop": "top"},
+    "memit": _PUBLISHED | {"sought_in": "stream", "measured": "stream", "spread": "left", "stop": "published"},
+    "pmet": _PUBLISHED | {"sought_in": "both", "measured": "mlp", "spread": "sqrt", "stop": "top"},
 }
 MANY_CONSTANTS: dict[str, dict[str, float]] = {  # of v*, and C's weight, as published for GPT-J
     "memit": {"clamp": 0.75, "steps": 25, "learning_rate": 0.5, "weight_decay": 0.5, "kl": 0.0625, "stop_at": 0.05, "a": 15000.0},
@@ -58,11 +58,11 @@ class MemitSettings(RomeSettings):
         (),
         "in place of spread, a number for each block, which writes its part of the sum of its own and those above it",
     )
-    target: str = knob(
+    sought_in: str = knob(
         "mlp",
         "what is changed while v* is sought: what the last block's MLP gives (mlp), the residual stream behind that block (stream), or its MLP "
         "and its attention, of which the MLP's change alone is written (both)",
-        TARGETS,
+        SOUGHT_IN,
     )
     measured: str = knob(
         "stream",
@@ -110,7 +110,7 @@ class MemitSettings(RomeSettings):
     @property
     def parts(self) -> tuple[str, ...]:
         """What is changed while v* is sought; the last is what is written."""
-        return {"mlp": ("mlp",), "stream": ("stream",), "both": ("attn", "mlp")}[self.target]
+        return {"mlp": ("mlp",), "stream": ("stream",), "both": ("attn", "mlp")}[self.sought_in]
 
     @property
     def is_shaped(self) -> bool:
@@ -173,11 +173,11 @@ class PmetSettings(MemitSettings):
         "share of what is still wanted that a block writes: one over the number of blocks left (left), over its root (sqrt), or all of it (own)",
         SPREADS,
     )
-    target: str = knob(
+    sought_in: str = knob(
         "both",
         "what is changed while v* is sought: what the last block's MLP gives (mlp), the residual stream behind that block (stream), or its MLP "
         "and its attention, of which the MLP's change alone is written (both)",
-        TARGETS,
+        SOUGHT_IN,
     )
     measured: str = knob(
         "mlp",
