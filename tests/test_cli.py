@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
 import subprocess
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,11 @@ import torch
 import mechedit
 from mechedit import cli, models
 from mechedit.cli import options, terminal
+from mechedit.cli.choosing import NONE, settings_of
+from mechedit.editing import Editor
 from mechedit.settings import (
+    EDITOR_SETTINGS,
+    EditSettings,
     EvaluateSettings,
     FineTuningSettings,
     KnowledgeNeuronsSettings,
@@ -21,6 +27,7 @@ from mechedit.settings import (
     RomeSettings,
     TraceSettings,
     TuneSettings,
+    knob,
     knobs,
 )
 from mechedit.tracing import trace
@@ -77,6 +84,36 @@ def test_every_setting_is_an_option_with_its_sentence(capsys):
             ):  # --try has a sentence of its own; the seed of an evaluation is its editor's too
                 continue
             assert text.split(",")[0].split("-")[0] in shown
+
+
+@pytest.mark.parametrize("editor", [*EDITOR_SETTINGS, NONE])
+def test_every_command_that_edits_has_every_option_of_every_editor(editor):
+    (commands,) = (each for each in cli._parser(editor)._actions if isinstance(each, argparse._SubParsersAction))
+    editing = {name: each for name, each in commands.choices.items() if each.get_default("edit_without") is not None}
+    assert editing.keys() == {"edit", "calibrate", "evaluate", "sweep"}
+    for command in editing.values():
+        for each in fields(settings_of(editor)):
+            if each.name == "seed" or each.name in command.get_default("edit_without"):
+                continue  # the command's own
+            option = command._option_string_actions["--" + each.name.replace("_", "-")]
+            assert str(option.help).replace("%%", "%").startswith(each.metadata["help"]), each.name
+
+
+@dataclass(frozen=True)
+class LimitedSettings(EditSettings):
+    limit: int = knob(1, "a number that the option of edit and evaluate is not")
+
+
+class Limited(Editor):
+    name = "limited"
+    settings = LimitedSettings
+
+
+def test_an_editors_field_that_is_called_as_an_option_of_the_command_is_refused(run):
+    status, _, err = run("edit", "x", "--editor", "tests.test_cli:Limited", "--limit", "1")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "LimitedSettings must have no field 'limit'" in err
+    assert "--limit is an option of `mechedit edit` already" in err
 
 
 @pytest.mark.parametrize("wrong", [["trace", "x", "--draws", "many"], ["diff", "x"], ["tune", "--clamps", "1"], ["edit", "x", "--editor", "ft", "--clamp", "1"], ["edit", "x", "--editor=ft", "--policy", "averaged"], ["no-such-command"], ["edit", "x", "--policy", "mixed"], ["evaluate", "--control", "identity"], ["evaluate", "--mode", "luck"], ["trace", "--no-such-option"], ["sever", "x", "--subject", "x", "--window", "3"], ["sever", "x", "--subject", "x", "--role", "verb"]])  # fmt: skip

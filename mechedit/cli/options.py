@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 DEFAULT_MODEL = "gemma-3-270m"
+SHARED = ("seed",)  # an option of this name stands for a field of two settings of one command
 PRESET = "A model with a preset (`mechedit models`) has the preset's {} instead of the defaults below."
 
 
@@ -157,12 +158,21 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: type, without: Sequence[str] = ()) -> None:
-    """An option for each field of a settings dataclass, with its default and its sentence. An option not given is None."""
+    """An option for each field of a settings dataclass, with its default and its sentence. An option not given is None.
+
+    Raises:
+        SettingsError: a field has the name of an option that the command has already.
+    """
+    taken = {action.dest for action in parser._actions}
     for each in fields(settings):
         name, text, choices = each.name, each.metadata["help"], each.metadata["choices"]
         flag = "--" + name.replace("_", "-")
-        if name in without or flag in parser._option_string_actions:
+        if name in without or (name in taken and name in SHARED):
             continue
+        if name in taken:
+            raise SettingsError(
+                f"{settings.__name__} must have no field {name!r}, as {flag} is an option of `{parser.prog}` already; give it another name."
+            )
         default = each.metadata["default"]
         shown = "" if default in (None, "") else f" (default: {_shown(default)})"
         if default is None or isinstance(default, bool):
