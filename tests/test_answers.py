@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -178,6 +181,42 @@ def test_a_judge_is_told_by_what_it_does_and_not_by_its_name():
             answers.judge_key(unknown)
     partial.key = "mine, 1"
     assert answers.judge_key(partial) == "mine, 1"
+
+
+@pytest.mark.anywhere
+def test_a_judge_that_has_sets_in_it_has_the_same_key_in_every_process():
+    judges = """
+from mechedit.benchmarks.answers import judge_key
+one = lambda question, said, target: said in {"yes", "ja", "oui", "si", "da"} and target not in {("no", "nein"), ("non",)}
+two = lambda question, said, target: said in {"yes", "ja", "oui", "si", "no"} and target not in {("no", "nein"), ("non",)}
+code = one.__code__
+nested = (frozenset(["yes", "ja", "oui"]), frozenset([frozenset(["non", "nein"]), frozenset(["si", "da"])]))
+three = type(one)(code.replace(co_consts=(nested, *code.co_consts[1:])), globals())
+print(*(judge_key(each).split()[1] for each in (one, two, three)))
+"""
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", judges],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for seed in ("1", "2", "3")
+    ]
+    assert said[0] == said[1] == said[2]
+    assert len(set(said[0])) == 3
+
+
+@pytest.mark.anywhere
+def test_a_judge_that_waits_for_what_it_closes_over_has_no_key_yet():
+    def judge(question, said, target):
+        return said == wanted
+
+    with pytest.raises(SettingsError, match="or have an attribute key"):
+        answers.judge_key(judge)
+    wanted = "yes"
+    assert answers.judge_key(judge).startswith(f"{__name__}.")
 
 
 @pytest.mark.anywhere

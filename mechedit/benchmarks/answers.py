@@ -135,8 +135,8 @@ def judge_key(judge: Judge) -> str:
     if isinstance(key, str) and key:
         return key
     if isinstance(judge, FunctionType):
-        cells = [cell.cell_contents for cell in judge.__closure__ or ()]
-        with suppress(TypeError, ValueError):
+        with suppress(TypeError, ValueError):  # of a value that is no JSON, or a variable that has none yet
+            cells = [cell.cell_contents for cell in judge.__closure__ or ()]
             values = json.dumps([judge.__defaults__, judge.__kwdefaults__, cells], allow_nan=False)
             code = json.dumps([_of_code(judge.__code__), values])
             return f"{judge.__module__}.{judge.__qualname__} {hashlib.sha256(code.encode()).hexdigest()[:16]}"
@@ -148,5 +148,14 @@ def judge_key(judge: Judge) -> str:
 
 def _of_code(code: CodeType) -> list[Any]:
     """What a function does, as JSON values: instructions, names, constants, and the functions inside it."""
-    inner = [_of_code(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
+    inner = [_of_code(each) if isinstance(each, CodeType) else _of_constant(each) for each in code.co_consts]
     return [code.co_code.hex(), code.co_names, code.co_varnames, inner]
+
+
+def _of_constant(value: Any) -> str:
+    """Its `repr`, with sets in an order that is the same in every process."""
+    if isinstance(value, frozenset):
+        return f"frozenset({{{', '.join(sorted(map(_of_constant, value)))}}})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_of_constant, value))}{',' * (len(value) == 1)})"
+    return repr(value)
