@@ -137,7 +137,7 @@ def test_edits_of_many_facts_are_kept_and_can_be_composed_compared_and_exported(
     whole = tmp_path / "whole.safetensors"
     assert run("compose", first, second, "--out", str(whole), model=False)[0] == 0
     status, _, err = run("compose", first, second, "--out", first, model=False)
-    assert (status, "is one of the edits that are composed" in err) == (2, True)
+    assert (status, "is one of the files that it is made of" in err) == (2, True)
     circle = tmp_path / "circle"
     circle.symlink_to(circle)
     status, _, err = run("compose", str(circle), str(circle), "--out", str(tmp_path / "of-circles"), model=False)

@@ -32,6 +32,12 @@ def test_parts_of_a_moment_are_merged_and_used(run, tmp_path, monkeypatch):
     paths = [tmp_path / f"{part}.safetensors" for part in (0, 1)]
     for part, path in enumerate(paths):
         assert run(*common, "--part", str(part), "--out", str(path))[0] == 0
+    before, link = paths[1].read_bytes(), tmp_path / "link.safetensors"
+    link.symlink_to(paths[1])
+    for out in (paths[1], link):
+        status, _, err = run("merge", *map(str, paths), "--out", str(out), model=False)
+        assert (status, err.count("\n"), "is one of the files that it is made of" in err) == (2, 1, True)
+    assert (link.is_symlink(), paths[1].read_bytes() == before) == (True, True)
     whole = tmp_path / "whole.safetensors"
     status, _, _ = run("merge", *map(str, paths), "--out", str(whole), model=False)
     assert status == 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mechedit.cli.options import DEFAULT_MODEL, a_path, add_command, add_json, an_integer
 from mechedit.cli.terminal import (
     UsageError,
+    check_apart,
     check_places,
     console_of,
     load_model,
@@ -104,8 +104,7 @@ def model_of(loaded: Sequence[Edit]) -> str:
 def _compose(arguments: argparse.Namespace) -> None:
     from mechedit import applying, edits
 
-    if os.path.realpath(arguments.out) in map(os.path.realpath, arguments.files):  # which no circle of links stops
-        raise UsageError(f"--out {arguments.out} is one of the edits that are composed; name another file.")
+    check_apart(arguments.out, arguments.files)
     check_places(arguments.out)
     loaded = [edits.load(path) for path in arguments.files]
     console = console_of(arguments)

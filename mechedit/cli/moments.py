@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mechedit.cli.options import a_path, add_command, add_json, add_settings, add_text, an_integer, given_settings
 from mechedit.cli.terminal import (
     UsageError,
+    check_apart,
     check_files,
     check_places,
     console_of,
@@ -95,6 +96,7 @@ def _moments(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from mechedit import moments
 
+    check_apart(arguments.out, arguments.files)
     check_places(arguments.json, arguments.out)
     whole = moments.merge([moments.Moment.load(path) for path in arguments.files])
     written = [whole.save(arguments.out)]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "UsageError",
+    "check_apart",
     "check_files",
     "check_places",
     "console_of",
@@ -342,6 +343,12 @@ def check_places(*paths: Path | None) -> None:
     for path in paths:
         if path is not None and not _is_standard(path):
             check_writable(path)
+
+
+def check_apart(out: Path, files: Sequence[Path]) -> None:
+    """Raise where a result would take the place of a file that it is made of."""
+    if os.path.realpath(out) in map(os.path.realpath, files):  # which no circle of links stops
+        raise UsageError(f"--out {out} is one of the files that it is made of; name another file.")
 
 
 def check_files(*paths: Path | None) -> None:
