@@ -254,11 +254,7 @@ class Pmet(Memit):
     settings: ClassVar[type[PmetSettings]] = PmetSettings
 
     def defaults(self, model: HookedModel) -> Any:
-        """The model's preset for this editor, else PMET's own constants with the layer, clamp and prefixes of that for ROME."""
-        found = super().defaults(model)
-        if isinstance(found, self.settings):
-            return found
-        return self.settings(**{name: getattr(found, name) for name in ("layer", "clamp", "prefixes")})
+        return _own(self, super().defaults(model))
 
 
 class AlphaEdit(Memit):
@@ -274,10 +270,20 @@ class Sequential(Memit):
     name = "sequential"
     settings: ClassVar[type[SequentialSettings]] = SequentialSettings
 
+    def defaults(self, model: HookedModel) -> Any:
+        return _own(self, super().defaults(model))
+
     def resolve(self, model: HookedModel, settings: Any = None) -> Any:
         resolved = super().resolve(model, settings)
         d_mlp = models.W_out(model, resolved.layer).shape[0]
         return resolved if resolved.a or resolved.c else replace(resolved, a=ORDINARY * d_mlp)
+
+
+def _own(editor: Memit, found: Any) -> Any:
+    """The model's preset for this editor, else the editor's own constants with the layer, clamp and prefixes of that for ROME."""
+    if isinstance(found, editor.settings):
+        return found
+    return editor.settings(**{name: getattr(found, name) for name in ("layer", "clamp", "prefixes")})
 
 
 def _ready(prepared: Prepared) -> list[Prepared]:
