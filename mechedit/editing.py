@@ -47,6 +47,7 @@ __all__ = [
     "refused",
 ]
 
+OTHERS = 20  # tokens that are looked at for another answer than the target
 WORD_TOKENS = 6  # of the model's own answer, of which the first word is taken
 SITES = {"early": "MLP outputs at the subject's last token", "late": "attention outputs at the prompt's last token"}
 PUNCTUATION = ".,;:!?\"')]}"
@@ -348,15 +349,19 @@ def _measured_before(
 
 
 def _own_word(model: HookedModel, fact: Fact, settings: Any) -> str:
-    """The word that the model goes on with; its first token where that is none.
+    """The word that the model goes on with, its first token where that is none; where that is the new target, which is to be made surer, the
+    most probable token that does not begin it.
 
     Raises:
         FactError: that token is blank.
     """
-    ((said, _, _),) = scoring.top(model, fact.prompt, 1, prepend_bos=settings.prepend_bos)
+    (said, _, _), *others = scoring.top(model, fact.prompt, OTHERS, prepend_bos=settings.prepend_bos)
     if not said.strip():
         raise FactError(f"the model's own answer to {fact.prompt!r} is {said!r}; name the true target.")
     words = generation.complete(model, fact.prompt, WORD_TOKENS, prepend_bos=settings.prepend_bos).split()
-    if words and writing.is_spaceless(words[0][0]):  # where no space ends a word
-        return said.strip()
-    return (words[0].rstrip(PUNCTUATION) if words else "") or said.strip()
+    if words and not writing.is_spaceless(words[0][0]):  # else no space ends a word
+        said = words[0].rstrip(PUNCTUATION) or said
+    target = str(fact.target_new)
+    if writing.same(said.strip(), target):
+        said = next((text for text, _, _ in others if text.strip() and not target.startswith(text.strip())), said)
+    return said.strip()

@@ -87,6 +87,13 @@ def test_the_true_target_is_the_whole_first_word_of_the_models_answer(model, mom
     assert rome.edit(model, fact, QUICK, moment).fact["target_true"] == word
 
 
+def test_the_old_answer_of_a_target_that_is_made_surer_is_the_most_probable_other(model, moment, monkeypatch):
+    fact = Fact("Rome", "{} is the city", target_new="Paris")
+    monkeypatch.setattr(generation, "complete", lambda *args, **kwargs: " Paris, and")
+    monkeypatch.setattr(scoring, "top", lambda *args, **kwargs: [(each, -1, 0.1) for each in (" Paris", " Par", "\n", " London", " Oslo")])  # fmt: skip
+    assert rome.edit(model, fact, replace(QUICK, strengthen=True), moment).fact["target_true"] == "London"
+
+
 def _said(model, n):
     """A fact, and the text of the n tokens that the model says after its prompt, by TransformerLens's own forward pass, one after the other."""
     for place in ("in", "at", "near", "by", "of", "from", "under", "above", "beside", "behind"):
@@ -109,15 +116,17 @@ def test_a_target_of_which_the_model_says_but_the_beginning_is_edited(model, mom
     assert rome.edit(model, longer, QUICK, moment).fact["target_new"] == longer.target_new.strip()
 
 
+@pytest.mark.parametrize("true", ["Rome", None])
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_target_of_one_token_or_of_several_that_the_model_says_is_refused(n, model, moment):
+def test_a_target_of_one_token_or_of_several_that_the_model_says_is_refused_or_made_surer(n, true, model, moment):
     fact, said = _said(model, n)
-    own = replace(fact, target_new=said)
+    own = replace(fact, target_new=said, target_true=true)
     with pytest.raises(EditError, match="already says .* nothing to edit. strengthen=True"):
         rome.edit(model, own, QUICK, moment)
     surer = rome.edit(model, own, replace(QUICK, strengthen=True, guard="warn"), moment)
     assert surer.after["p_new"] > surer.before["p_new"]
     assert surer.report["relative_norm"] > 1e-3
+    assert (surer.fact["target_true"] == "Rome") if true else surer.fact["target_true"] not in ("", said.strip())
 
 
 def test_an_answer_that_is_as_sure_as_the_search_asks_for_cannot_be_strengthened_further(model, fact, moment):

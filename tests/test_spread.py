@@ -267,3 +267,10 @@ def test_where_a_model_has_no_preset_for_pmet_its_constants_are_pmets_and_its_la
     found = named("pmet").resolve(model)
     assert (found.layer, found.clamp, found.stop, found.learning_rate, found.kl) == (1, 0.6, "top", 0.2, 1.0)
     assert named("memit").resolve(model).stop == "target"
+
+
+def test_a_subject_of_which_nothing_was_wanted_says_nothing_of_what_was_met():
+    wanted = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    added = torch.tensor([[1.5, 2.0], [0.1, 0.0]])
+    assert spread.met(added, wanted) == pytest.approx(0.5)
+    assert spread.met(added[1:], wanted[1:]) == 1.0

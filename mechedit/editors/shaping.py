@@ -67,7 +67,9 @@ def unmet(report: Mapping[str, float], settings: MemitSettings) -> str:
     met = report["met"]
     if met >= settings.least_met:
         return ""
-    if settings.a > 0 and (settings.slack or settings.loose):
+    if settings.loose and not settings.slack:
+        advice = f"lower loose, the slack, from {settings.loose:g}"
+    elif settings.a > 0 and settings.slack:
         advice = f"lower a, the weight of C, from {settings.a:g}"
     elif settings.null:
         advice = (

@@ -186,7 +186,7 @@ class Spread:
         change, did = shaped(solved, original, first, self.settings)
         added = normed(now + added_by(change, keys), weight) - normed(now, weight)
         weights.write_(self.model, change.weight, original, change.dense())
-        share_left = float((left.norm(dim=1) / self.change.norm(dim=1)).max())
+        share_left = float((left.norm(dim=1) / self.change.norm(dim=1)).nan_to_num(0.0).max())
         return Written(keys, change, met(added, wanted), share_left, did)
 
     def met(self) -> float:
@@ -229,5 +229,7 @@ def added_by(change: Change, keys: Float[Tensor, "n d_mlp"]) -> Float[Tensor, "n
 
 
 def met(added: Float[Tensor, "n d_model"], wanted: Float[Tensor, "n d_model"]) -> float:
-    """Of the subject for which it is least, the share of what was wanted that was added."""
-    return float(((added * wanted).sum(1) / wanted.square().sum(1)).min())
+    """Of the subject for which it is least, the share of what was wanted that was added; 1 where nothing was wanted."""
+    size = wanted.square().sum(1)
+    shares = ((added * wanted).sum(1) / size)[size > 0]
+    return float(shares.min()) if len(shares) else 1.0
