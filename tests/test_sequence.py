@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -434,6 +435,50 @@ def test_a_run_that_is_killed_before_its_first_look_rolls_back_to_its_start_as_o
     assert (found.entries, found.collapse["edits"], float(found.sums.P.norm())) == ((), 4, 0.0)
     for name in ("state.safetensors", "looks.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def breaks_at(monkeypatch, number):
+    """From so many edits on a look finds a measure far out of its band."""
+    once = extending.look
+
+    def look(model, found, healthy, how, *, bos):
+        seen = once(model, found, healthy, how, bos=bos) | ({"spectrum": 1e12} if len(found.entries) >= number else {})
+        return seen | {"out": watching.out_of_bands(seen, how)}
+
+    monkeypatch.setattr(extending, "look", look)
+
+
+BACK = WELL | {"on_collapse": "roll back"}
+
+
+def test_a_run_rolls_back_only_to_what_is_its_own_and_earlier(model, prepared, tmp_path, take_out, monkeypatch):
+    run(model, prepared, tmp_path / "own", FACTS[:2], every=2, **WELL)
+    run(model, prepared, tmp_path / "facts", FACTS[1::-1], every=2, **WELL)
+    run(model, prepared, tmp_path / "settings", FACTS[:2], SequentialSettings(**QUICK, a=30.0, slack=1.0, loose=0.0), every=2, **WELL)  # fmt: skip
+    run(model, prepared, tmp_path / "later", FACTS[:4], every=4, **WELL)
+    breaks_at(monkeypatch, 4)
+    for name, number in (("own", 2), ("facts", 0), ("settings", 0), ("later", 0)):
+        place = tmp_path / f"on {name}"
+        shutil.copytree(tmp_path / "own", place)
+        shutil.copy(tmp_path / name / "good.safetensors", place)
+        found = run(model, prepared, place, every=2, **BACK)
+        assert (len(found.entries), len(found.rows), found.collapse["edits"]) == (number, number, 4), name
+    first = sequence.load(tmp_path / "own" / "state.safetensors")
+    sequence.save(sequence.reverted(model, first, 1, prepared), tmp_path / "own" / "state.safetensors")
+    assert run(model, prepared, tmp_path / "own", every=2, **BACK).entries == (), (
+        "edit 1 was taken out of the state alone"
+    )
+    (tmp_path / "later" / "state.safetensors").unlink()
+    assert run(model, prepared, tmp_path / "later", every=5, **BACK).entries == (), "the state was deleted"
+
+
+def test_what_is_taken_out_is_not_taken_out_of_what_another_run_left(model, prepared, tmp_path, take_out):
+    run(model, prepared, tmp_path / "other", FACTS[1::-1], every=2, **WELL)
+    run(model, prepared, tmp_path / "own", FACTS[:2], every=2, **WELL)
+    shutil.copy(tmp_path / "other" / "good.safetensors", tmp_path / "own")
+    before = (tmp_path / "own" / "good.safetensors").read_bytes()
+    assert sorted(take_out([0], tmp_path / "own", every=2, **ILL).standing) == [1]
+    assert (tmp_path / "own" / "good.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("seen", [WELL, ILL])

@@ -35,6 +35,7 @@ from mechedit.runs import rehearsing
 from mechedit.runs.editing import attempt
 from mechedit.runs.planning import SAID, Plan, plain, planned
 from mechedit.runs.sequence import (  # fmt: skip
+    TAKEN_OUT,
     Entry,
     Row,
     Sequence,
@@ -89,6 +90,8 @@ def run_sequence(
         check_of(model, found, sequence)
         _check_facts(found, facts)
         sequence = found
+    else:
+        (folder / GOOD).unlink(missing_ok=True)  # of a run whose state is gone
     return extend(model, sequence, facts[len(sequence.entries) :], how, editor, settings, prepared, folder=folder, progress=progress)  # fmt: skip
 
 
@@ -125,7 +128,7 @@ def extend(
         sequence = _kept(writer.restored(sequence), folder, STATE)
     if sequence.collapse and how.on_collapse != "go on":
         return sequence
-    saved, good = len(sequence.entries), _good(sequence, folder)
+    saved, good = len(sequence.entries), sequence
     if facts:
         sequence = replace(sequence, looks=tuple(each for each in sequence.looks if not each.get(ENDED)))
     for first in range(0, len(facts), how.together):
@@ -138,7 +141,8 @@ def extend(
             seen = look(model, sequence, healthy, how, bos=bos) | ({} if due else {ENDED: True})
             sequence = replace(sequence, looks=(*sequence.looks, seen))
             if seen["out"] and how.on_collapse == "roll back":
-                sequence = replace(good, looks=sequence.looks)
+                back = good if folder is None else _good(model, sequence, folder, before)
+                sequence = replace(back, looks=sequence.looks)
             elif due and not seen["out"]:
                 good = _kept(sequence, folder, GOOD)
             last = last or bool(seen["out"] and how.on_collapse != "go on")
@@ -151,11 +155,19 @@ def extend(
     return sequence
 
 
-def _good(sequence: Sequence, folder: Path | None) -> Sequence:
-    """What a sequence rolls back to: as it was at the last due look at which all was well, or before any edit; without a folder as it is now."""
-    if folder is None:
-        return sequence
-    return load(folder / GOOD) if (folder / GOOD).exists() else sequence.empty
+def _good(model: HookedModel, sequence: Sequence, folder: Path, most: int) -> Sequence:
+    """What a sequence rolls back to: as it was at the last due look at which all was well, of at most so many facts; or before any edit, where
+    the folder has none of this run."""
+    if not (folder / GOOD).exists():
+        return sequence.empty
+    found = load(folder / GOOD)
+    try:
+        check_of(model, found, sequence)
+    except SequenceError:
+        return sequence.empty
+    pairs = [*zip(found.entries, sequence.entries, strict=False)]
+    is_its = all(own.fact == entry.fact and not (own.row >= 0 and entry.why == TAKEN_OUT) for own, entry in pairs)
+    return found if is_its and len(found.entries) <= min(most, len(sequence.entries)) else sequence.empty
 
 
 def take_out(
@@ -177,7 +189,10 @@ def take_out(
     settings = from_json(editor.settings, sequence.settings)
     prepared = editing.make_ready(model, editor, settings)
     check_of(model, sequence, begin(model, editor, settings, prepared, how))
-    writer, good = _Writer(model, editor, settings, prepared, how), _good(sequence, folder)
+    writer, good = (
+        _Writer(model, editor, settings, prepared, how),
+        _good(model, sequence, folder, len(sequence.entries)),
+    )
     sequence = writer.parted(sequence, numbers)
     bos = prompts.resolve_bos(model, settings.prepend_bos)
     seen = look(model, sequence, unedited(model, prepend_bos=bos), how, bos=bos)

@@ -42,6 +42,7 @@ from mechedit.weights import Weight
 
 __all__ = [
     "KIND",
+    "TAKEN_OUT",
     "Entry",
     "Row",
     "Sequence",
