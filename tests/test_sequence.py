@@ -18,6 +18,7 @@ from mechedit import applying, edits, files, models, moments
 from mechedit.closed_form import ClosedFormError, Metric, Terms
 from mechedit.editing import make_ready
 from mechedit.editors import named
+from mechedit.editors.many import Sequential
 from mechedit.editors.rome import Prepared
 from mechedit.facts import Fact
 from mechedit.recursive import Sums, least_squares
@@ -29,6 +30,7 @@ from mechedit.settings import (
     DESCENT_POLICIES,
     AlphaEditSettings,
     AttentionEditSettings,
+    FineTuningSettings,
     MemitSettings,
     MomentSettings,
     RomeSettings,
@@ -308,6 +310,13 @@ def test_an_edit_is_taken_out_as_if_its_key_had_not_been_there(model, prepared, 
         sequence.reverted(model, left, 2, prepared)
     with pytest.raises(SequenceError, match="edits 0 to 5"):
         sequence.reverted(model, found, 6, prepared)
+    with pytest.raises(SequenceError, match="another C or other prefixes"):
+        sequence.reverted(model, found, 3, replace(prepared, prefixes=("", "Well. ")))
+    with (
+        applying.edited(model, sequence.as_edit(found)),
+        pytest.raises(SequenceError, match="with another weights.*Load the model it was begun on, without edits"),
+    ):
+        sequence.reverted(model, found, 3, prepared)
     added = run(model, prepared, tmp_path / "memit", settings=MemitSettings(**QUICK, guard="warn"), editor="memit")
     with pytest.raises(SequenceError, match="`sequential` can"):
         sequence.without(model, added, [0], Metric(Terms(), prepared.moment.C))
@@ -510,6 +519,38 @@ def test_facts_that_shared_a_value_with_what_was_taken_out_are_written_again(mod
     assert take_out([1, 0], tmp_path).standing == {}
     sequence.save(found, tmp_path / "state.safetensors")
     assert sorted(take_out([1, 2], tmp_path).standing) == [0], "both of one row"
+
+
+def test_of_an_editor_that_adds_changes_up_none_is_taken_out(model, tmp_path, monkeypatch):
+    widen_bands(monkeypatch)
+    settings = FineTuningSettings(layer=LAYER, steps=2, prepend_bos=False, guard="warn")
+    run(model, None, tmp_path, FACTS[:2], settings, "ft")
+    with pytest.raises(SequenceError, match="the editor ft with these settings adds changes up, and none can be taken"):
+        extending.take_out(model, [0], tmp_path)
+
+
+class Own(Sequential):
+    """An editor from outside, which no list of names has."""
+
+    name = "own"
+
+
+class Namesake(Sequential):
+    """One that has the name of another."""
+
+
+def test_an_editor_of_ones_own_takes_edits_out_by_where_it_is(model, prepared, tmp_path, take_out):
+    found = run(model, prepared, tmp_path, FACTS[:3], editor=f"{__name__}:Own")
+    left = sequence.reverted(model, found, 1, prepared)
+    assert torch.equal(change(take_out([1], tmp_path)), change(left))
+    close(change(left), all_at_once(model, left.rows.values(), Terms(a=20.0, b=1.0), prepared.moment.C))
+    with pytest.raises(SequenceError, match="of the editor own, not of sequential"):
+        run(model, prepared, tmp_path, FACTS[:3])
+    run(model, prepared, tmp_path / "same", FACTS[:1])
+    with pytest.raises(
+        SequenceError, match=f"of the editor mechedit.editors.many:Sequential, not of {__name__}:Namesake"
+    ):
+        run(model, prepared, tmp_path / "same", FACTS[:1], editor=Namesake())
 
 
 def test_what_cannot_be_written_again_says_why(model, prepared, tmp_path, take_out, monkeypatch):

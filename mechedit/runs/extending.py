@@ -42,6 +42,7 @@ from mechedit.runs.sequence import (  # fmt: skip
     SequenceError,
     begin,
     check_of,
+    editor_of,
     load,
     parts_of,
     returned,
@@ -185,7 +186,7 @@ def take_out(
     check_plain(model)
     sequence = load(folder / STATE)
     how = how or from_json(SequenceSettings, sequence.how)
-    editor = named(sequence.editor)
+    editor = editor_of(sequence)
     settings = from_json(editor.settings, sequence.settings)
     prepared = editing.make_ready(model, editor, settings)
     check_of(model, sequence, begin(model, editor, settings, prepared, how))

@@ -50,6 +50,7 @@ __all__ = [
     "as_edit",
     "begin",
     "check_of",
+    "editor_of",
     "load",
     "parts_of",
     "reverted",
@@ -110,6 +111,7 @@ class Sequence:
     origin: dict[str, Any]
     prepared: str
     how: dict[str, Any] = field(default_factory=dict)  # the settings of sequences that decide what is written
+    place: str = ""  # of the editor's class, as package.module:Class
     entries: tuple[Entry, ...] = ()
     rows: Mapping[int, Row] = field(default_factory=dict)
     sums: Sums | None = None
@@ -139,7 +141,7 @@ class Sequence:
     def empty(self) -> Sequence:
         """The same before any edit."""
         sums = None if self.sums is None else Sums.none(*self.sums.Q.shape)
-        return Sequence(self.editor, self.settings, self.origin, self.prepared, self.how, sums=sums)
+        return Sequence(self.editor, self.settings, self.origin, self.prepared, self.how, self.place, sums=sums)
 
     @property
     def collapse(self) -> dict[str, Any] | None:
@@ -181,7 +183,8 @@ def begin(
     exact = exact and not settings.is_shaped  # what is done to a change after its solve is no part of one solve for all
     sums = Sums.none(*models.W_out(model, settings.layer).shape) if exact else None
     own, plain = cache.plain(how.writing), cache.plain(asdict(settings))
-    return Sequence(editor.name, plain, provenance.origin(model), prepared.key if prepared else "", own, sums=sums)
+    key, place = prepared.key if prepared else "", f"{type(editor).__module__}:{type(editor).__qualname__}"
+    return Sequence(editor.name, plain, provenance.origin(model), key, own, place, sums=sums)
 
 
 def check_of(model: HookedModel, sequence: Sequence, like: Sequence) -> None:
@@ -196,8 +199,9 @@ def check_of(model: HookedModel, sequence: Sequence, like: Sequence) -> None:
                 f"the sequence was begun on {sequence.origin['name']} with another {name}; {model.cfg.model_name} as it is now cannot go on with it. "
                 "Load the model it was begun on, without edits, or begin another."
             )
-    if sequence.editor != like.editor:
-        raise SequenceError(f"the sequence is of the editor {sequence.editor}, not of {like.editor}; begin another.")
+    if (sequence.editor, sequence.place) != (like.editor, like.place):
+        was, now = (each.editor if sequence.editor != like.editor else each.place for each in (sequence, like))
+        raise SequenceError(f"the sequence is of the editor {was}, not of {now}; begin another.")
     if not sequence.how:
         raise SequenceError(
             f"the sequence's file does not say how it was written ({', '.join(like.how)}), as an earlier version of mechedit kept it; begin another."
@@ -211,6 +215,14 @@ def check_of(model: HookedModel, sequence: Sequence, like: Sequence) -> None:
         )
     if sequence.prepared != like.prepared:
         raise SequenceError("the sequence was begun with another C or other prefixes; give the same, or begin another.")
+
+
+def _check_exact(sequence: Sequence) -> Sums:
+    if sequence.sums is None:
+        raise SequenceError(
+            f"the editor {sequence.editor} with these settings adds changes up, and none can be taken out of the middle; `sequential` can."
+        )
+    return sequence.sums
 
 
 def _listed(value: Any) -> Any:
@@ -258,13 +270,10 @@ def without(model: HookedModel, sequence: Sequence, rows: Several[int], metric: 
     """The sequence without these rows; the entries are left to the caller."""
     if not rows:
         return sequence
-    if sequence.sums is None:
-        raise SequenceError(
-            f"the editor {sequence.editor} with these settings adds changes up, and none can be taken out of the middle; `sequential` can."
-        )
+    sums = _check_exact(sequence)
     gone = parts_of(model, int(sequence.settings["layer"]), [sequence.rows[row] for row in rows])
     left = {row: each for row, each in sequence.rows.items() if row not in rows}
-    return solved(replace(sequence, rows=left), sequence.sums.minus(*gone), metric)
+    return solved(replace(sequence, rows=left), sums.minus(*gone), metric)
 
 
 def reverted(model: HookedModel, sequence: Sequence, index: int, prepared: Any) -> Sequence:
@@ -276,23 +285,27 @@ def reverted(model: HookedModel, sequence: Sequence, index: int, prepared: Any) 
     again, with a value of their own.
 
     Raises:
-        SequenceError: no such edit, one that is not there any more, or an editor whose edits cannot be taken out.
+        SequenceError: no such edit, one that is not there any more, or an editor whose edits cannot be taken out; a model that is not as it was
+            before any edit, or another C.
     """
     if not 0 <= index < len(sequence.entries):
         raise SequenceError(f"the sequence has edits 0 to {len(sequence.entries) - 1}; found {index}.")
     row = sequence.entries[index].row
     if row < 0 and index not in sequence.waiting:
         raise SequenceError(f"nothing stands for edit {index} any more: {sequence.entries[index].why}.")
+    _check_exact(sequence)
+    check_of(model, sequence, replace(sequence, origin=provenance.origin(model), prepared=prepared.key))
     if row >= 0:
-        metric = latest(prepared, _settings(sequence))
-        sequence = without(model, sequence, [row], metric)
+        settings = from_json(editor_of(sequence).settings, sequence.settings)
+        sequence = without(model, sequence, [row], latest(prepared, settings))
     entries = [replace(each, row=-1, why=WAITS) if each.row == row >= 0 else each for each in sequence.entries]
     entries[index] = replace(entries[index], row=-1, why=TAKEN_OUT)
     return replace(sequence, entries=tuple(entries))
 
 
-def _settings(sequence: Sequence) -> Any:
-    return from_json(named(sequence.editor).settings, sequence.settings)
+def editor_of(sequence: Sequence) -> Editor:
+    """The editor that writes it, made anew."""
+    return named(sequence.place or sequence.editor)
 
 
 def as_edit(sequence: Sequence) -> Edit:
@@ -330,7 +343,7 @@ def load(path: str | Path) -> Sequence:
         FileError: the file is missing, cut off, changed, or something else.
     """
     tensors, record = files.read(path, KIND)
-    record = {"how": {}} | record  # of an earlier version, which is shown and does not go on
+    record = {"how": {}, "place": ""} | record  # of an earlier version, which is shown and does not go on
     try:
         check(record, _FORM)
         rows = record["rows"]
@@ -352,13 +365,14 @@ def load(path: str | Path) -> Sequence:
         ) from error
 
 
-_RECORD = ("editor", "settings", "origin", "prepared", "how", "looks", "batches", "made", "conflicts")
+_RECORD = ("editor", "settings", "origin", "prepared", "how", "place", "looks", "batches", "made", "conflicts")
 _FORM = {
     "editor": str,
     "settings": dict,
     "origin": {"name": str, "weights": str, "configuration": str, "tokenizer": str, "dtype": str},
     "prepared": str,
     "how": dict,
+    "place": str,
     "looks": [{"edits": int, "out": [str]}],
     "batches": int,
     "made": int,
