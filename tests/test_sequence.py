@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mechedit import applying, edits, files, models, moments
+from mechedit import applying, edits, files, models, moments, provenance
 from mechedit.closed_form import ClosedFormError, Metric, Terms
 from mechedit.editing import make_ready
 from mechedit.editors import named
@@ -635,6 +637,25 @@ def test_a_look_that_ended_a_run_out_of_its_band_stays(model, prepared, tmp_path
     assert [look["edits"] for look in run(model, prepared, tmp_path, **WELL, every=4).looks] == [4, 6]
 
 
+def test_a_state_of_another_version_is_refused_and_so_is_one_that_names_none(model, prepared, tmp_path, monkeypatch):
+    run(model, prepared, tmp_path, FACTS[:1])
+    now, state = provenance.versions(), tmp_path / "state.safetensors"
+    for name, why in (
+        ("torch", re.escape(f"begun with torch = {now['torch']!r}, and this is '0.0.1'")),
+        ("python", ""),
+    ):
+        with monkeypatch.context() as other:
+            other.setattr(provenance, "versions", lambda name=name: now | {name: "0.0.1"})
+            with pytest.raises(SequenceError, match=why) if why else nullcontext():
+                run(model, prepared, tmp_path, FACTS[:1])
+    sequence.save(replace(sequence.load(state), versions={}), state)
+    with pytest.raises(SequenceError, match="begun with mechedit = 'unknown', and this is"):
+        run(model, prepared, tmp_path, FACTS[:1])
+    tensors, record = files.read(state, sequence.KIND)
+    files.write(state, sequence.KIND, tensors, {name: each for name, each in record.items() if name not in ("versions", "place")})  # fmt: skip
+    assert len(sequence.load(state).standing) == 1, "one of an earlier form is shown"
+
+
 OTHERS = {"together": 2, "shared": False, "sought": "unedited", "rehearsed": 3, "again": 1, "rounds": 2, "gentle": 2.0, "conflicts": "refuse"}  # fmt: skip
 
 
@@ -651,7 +672,7 @@ def test_a_state_goes_on_only_with_the_settings_that_decide_what_is_written(mode
     run(model, prepared, tmp_path, FACTS[:2], every=1, sampled=3, keep=2, most_kl=1e9, on_collapse="stop")
     old = replace(sequence.load(tmp_path / "state.safetensors"), how={})
     sequence.save(old, tmp_path / "state.safetensors")
-    with pytest.raises(SequenceError, match=r"does not say how it was written \(together, shared.*an earlier version"):
+    with pytest.raises(SequenceError, match="begun with together = 'unknown', and this is 1"):
         run(model, prepared, tmp_path, FACTS[:2])
 
 

@@ -112,6 +112,7 @@ class Sequence:
     prepared: str
     how: dict[str, Any] = field(default_factory=dict)  # the settings of sequences that decide what is written
     place: str = ""  # of the editor's class, as package.module:Class
+    versions: dict[str, str] = field(default_factory=dict)  # of what numbers depend on
     entries: tuple[Entry, ...] = ()
     rows: Mapping[int, Row] = field(default_factory=dict)
     sums: Sums | None = None
@@ -141,7 +142,7 @@ class Sequence:
     def empty(self) -> Sequence:
         """The same before any edit."""
         sums = None if self.sums is None else Sums.none(*self.sums.Q.shape)
-        return Sequence(self.editor, self.settings, self.origin, self.prepared, self.how, self.place, sums=sums)
+        return Sequence(self.editor, self.settings, self.origin, self.prepared, self.how, self.place, self.versions, sums=sums)  # fmt: skip
 
     @property
     def collapse(self) -> dict[str, Any] | None:
@@ -184,14 +185,15 @@ def begin(
     sums = Sums.none(*models.W_out(model, settings.layer).shape) if exact else None
     own, plain = cache.plain(how.writing), cache.plain(asdict(settings))
     key, place = prepared.key if prepared else "", f"{type(editor).__module__}:{type(editor).__qualname__}"
-    return Sequence(editor.name, plain, provenance.origin(model), key, own, place, sums=sums)
+    versions = provenance.kept_under(model)["versions"]
+    return Sequence(editor.name, plain, provenance.origin(model), key, own, place, versions, sums=sums)
 
 
 def check_of(model: HookedModel, sequence: Sequence, like: Sequence) -> None:
     """Raise unless a sequence goes on where `like`, an empty one, begins.
 
     Raises:
-        SequenceError: it is of another model, editor, settings, C or prefixes, or does not say how it was written.
+        SequenceError: it is of another model, editor, settings, C or prefixes, or versions, or does not say of which.
     """
     for name in ("weights", "configuration", "tokenizer", "dtype"):
         if sequence.origin[name] != like.origin[name]:
@@ -200,16 +202,12 @@ def check_of(model: HookedModel, sequence: Sequence, like: Sequence) -> None:
                 "Load the model it was begun on, without edits, or begin another."
             )
     if (sequence.editor, sequence.place) != (like.editor, like.place):
-        was, now = (each.editor if sequence.editor != like.editor else each.place for each in (sequence, like))
-        raise SequenceError(f"the sequence is of the editor {was}, not of {now}; begin another.")
-    if not sequence.how:
-        raise SequenceError(
-            f"the sequence's file does not say how it was written ({', '.join(like.how)}), as an earlier version of mechedit kept it; begin another."
-        )
-    before = sequence.settings | sequence.how
-    plain = {name: _listed(value) for name, value in (like.settings | like.how).items()}
-    if other := [name for name in plain if before.get(name) != plain[name]]:
-        was, now = before.get(other[0]), plain[other[0]]
+        of, not_of = (each.editor if sequence.editor != like.editor else each.place for each in (sequence, like))
+        raise SequenceError(f"the sequence is of the editor {of}, not of {not_of}; begin another.")
+    before = sequence.settings | sequence.how | sequence.versions
+    here = like.settings | like.how | like.versions
+    if other := [name for name in here if before.get(name) != here[name]]:
+        was, now = before.get(other[0], "unknown"), here[other[0]]
         raise SequenceError(
             f"the sequence was begun with {other[0]} = {was!r}, and this is {now!r}; give the same, or begin another."
         )
@@ -223,10 +221,6 @@ def _check_exact(sequence: Sequence) -> Sums:
             f"the editor {sequence.editor} with these settings adds changes up, and none can be taken out of the middle; `sequential` can."
         )
     return sequence.sums
-
-
-def _listed(value: Any) -> Any:
-    return [_listed(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 @contextmanager
@@ -296,7 +290,7 @@ def reverted(model: HookedModel, sequence: Sequence, index: int, prepared: Any) 
     _check_exact(sequence)
     check_of(model, sequence, replace(sequence, origin=provenance.origin(model), prepared=prepared.key))
     if row >= 0:
-        settings = from_json(editor_of(sequence).settings, sequence.settings)
+        settings: Any = from_json(editor_of(sequence).settings, sequence.settings)
         sequence = without(model, sequence, [row], latest(prepared, settings))
     entries = [replace(each, row=-1, why=WAITS) if each.row == row >= 0 else each for each in sequence.entries]
     entries[index] = replace(entries[index], row=-1, why=TAKEN_OUT)
@@ -343,7 +337,11 @@ def load(path: str | Path) -> Sequence:
         FileError: the file is missing, cut off, changed, or something else.
     """
     tensors, record = files.read(path, KIND)
-    record = {"how": {}, "place": ""} | record  # of an earlier version, which is shown and does not go on
+    record = {
+        "how": {},
+        "place": "",
+        "versions": {},
+    } | record  # of an earlier version, which is shown and does not go on
     try:
         check(record, _FORM)
         rows = record["rows"]
@@ -365,7 +363,19 @@ def load(path: str | Path) -> Sequence:
         ) from error
 
 
-_RECORD = ("editor", "settings", "origin", "prepared", "how", "place", "looks", "batches", "made", "conflicts")
+_RECORD = (
+    "editor",
+    "settings",
+    "origin",
+    "prepared",
+    "how",
+    "place",
+    "versions",
+    "looks",
+    "batches",
+    "made",
+    "conflicts",
+)
 _FORM = {
     "editor": str,
     "settings": dict,
@@ -373,6 +383,7 @@ _FORM = {
     "prepared": str,
     "how": dict,
     "place": str,
+    "versions": {str: str},
     "looks": [{"edits": int, "out": [str]}],
     "batches": int,
     "made": int,
