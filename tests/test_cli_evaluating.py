@@ -155,6 +155,10 @@ def test_evaluate_reads_zsre(run, tmp_path):
         (("--out", "x", "--top-k", "2"), "--top-k is of generated text"),
         (("--out", "x", "--editor", "none", "--clamp", "1"), "--clamp is of edits"),
         (("--out", "x", "--editor", "none", "--mode", "batch"), "--mode is of edits"),
+        (("--out", "x", "--editor", "none", "--policy", "published"), "--policy is of edits"),
+        (("--out", "x", "--editor", "none", "--constants", "paper"), "--constants is of edits"),
+        (("--out", "x", "--editor", "none", "--search", "quick"), "--search is of edits"),
+        (("--out", "x", "--no-answers", "--answer-rule", "published"), "--answer-rule is of answers"),
         (("--out", "x", "--benchmark", "zsre", "--facts", "built-in"), "no zsRE questions"),
     ],
 )

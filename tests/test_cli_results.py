@@ -80,6 +80,10 @@ def test_the_units_of_a_run_are_listed_shown_and_written_as_files(run, two, alon
     assert (status, "scores" in said) == (0, True)
     status, _, err = run("show", str(two[1] / "edits"), "--unit", "none", model=False)
     assert (status, err.count("\n"), "has 2 units" in err) == (2, 1, True)
+    both = ("--export", str(tmp_path / "more"), "--json", str(tmp_path / "shown.json"))
+    status, _, err = run("show", str(two[1] / "edits"), *both, model=False)
+    assert (status, err.count("\n"), "give one of the two" in err) == (2, 1, True)
+    assert not (tmp_path / "more").exists()
 
 
 def test_a_trace_is_shown_as_it_was_traced(run, alone, tmp_path):

@@ -190,7 +190,10 @@ def _check(arguments: argparse.Namespace, settings: EvaluateSettings) -> None:
     asked = given_settings(arguments, EvaluateSettings)
     if idle := [name for name in ("tokens", "top_k") if name in asked and not settings.generate]:
         raise UsageError(f"--{idle[0].replace('_', '-')} is of generated text: give --generate too.")
+    if "answer_rule" in asked and not settings.answers:
+        raise UsageError("--answer-rule is of answers: leave --no-answers out.")
     edits = [name for name in given_settings(arguments, arguments.edit_settings) if name not in ("seed", "prepend_bos")]
+    edits += [name for name in arguments.edit_settings.bundles if getattr(arguments, name) is not None]
     edits += ["mode"] * ("mode" in asked)
     if arguments.editor == NONE and edits:
         raise UsageError(f"--{edits[0].replace('_', '-')} is of edits, and --editor none makes none.")

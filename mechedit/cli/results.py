@@ -70,6 +70,8 @@ def _show(arguments: argparse.Namespace) -> None:
 def _show_units(arguments: argparse.Namespace, console: Console) -> None:
     from mechedit.runs import units
 
+    if arguments.export is not None and arguments.json is not None:
+        raise UsageError("--export writes a file for each unit, and nothing to --json: give one of the two.")
     chosen = [] if arguments.unit is None else [arguments.unit]
     if arguments.export is not None:
         return show_files(console, units.export(arguments.result, arguments.export, chosen))
