@@ -99,6 +99,13 @@ def test_every_command_that_edits_has_every_option_of_every_editor(editor):
             assert str(option.help).replace("%%", "%").startswith(each.metadata["help"]), each.name
 
 
+@pytest.mark.parametrize("named", [("--editor", "ft", "--editor", "rome"), ("--editor=ft", "--editor", "rome"), ("--editor", "ft", "--editor=rome")])  # fmt: skip
+def test_the_last_editor_that_is_named_has_the_options(named):
+    command = ["edit", *named, "--clamp", "2"]  # of rome, and not of ft
+    parsed = cli._parser(cli.named_in(command)).parse_args(command)
+    assert (parsed.editor, parsed.edit_settings) == ("rome", RomeSettings)
+
+
 @dataclass(frozen=True)
 class LimitedSettings(EditSettings):
     limit: int = knob(1, "a number that the option of edit and evaluate is not")

@@ -29,13 +29,14 @@ NONE = "none"
 
 
 def named_in(argv: Sequence[str]) -> str:
-    """The editor that a command line names: its options are known only then."""
+    """The editor that a command line names, the last where there are several, as argparse has it: its options are known only then."""
+    editor = DEFAULT_EDITOR
     for index, word in enumerate(argv):
         if word.startswith("--editor="):
-            return word.partition("=")[2]
-        if word == "--editor" and index + 1 < len(argv):
-            return argv[index + 1]
-    return DEFAULT_EDITOR
+            editor = word.partition("=")[2]
+        elif word == "--editor" and index + 1 < len(argv):
+            editor = argv[index + 1]
+    return editor
 
 
 def settings_of(editor: str) -> type[EditSettings]:
