@@ -17,12 +17,26 @@ from mechedit.corruption import generator
 from mechedit.errors import check_list
 from mechedit.models import HookedModel, Stepper, device_of
 from mechedit.progress import Progress, silent
-from mechedit.prompts import check_length, decoded, encode, resolve_bos, told_tokens
+from mechedit.prompts import check_length, check_read, decoded, encode, resolve_bos, told_tokens
+from mechedit.settings import SettingsError
 
-__all__ = ["complete", "completions", "continuations", "extended", "sample"]
+__all__ = ["check_top_k", "complete", "completions", "continuations", "extended", "sample"]
 
 GENERATED_ROWS = 64  # continuations that are sampled together
 DRAW_ROWS = 16  # a softmax over so few rows stays in memory that is reused
+
+
+def check_top_k(model: HookedModel, top_k: int | None) -> None:
+    """Raise unless the model has so many tokens to choose among.
+
+    Raises:
+        SettingsError: it has not.
+    """
+    there = int(model.cfg.d_vocab)
+    if top_k is not None and not 1 <= top_k <= there:
+        raise SettingsError(
+            f"top_k must be from 1 to the {there} tokens of {model.cfg.model_name}; found {top_k}. Choose among fewer (--top-k)."
+        )
 
 
 @torch.no_grad()
@@ -35,7 +49,12 @@ def sample(
     top_k: int | None = None,
     progress: Progress = silent,
 ) -> Int[Tensor, "rows length"]:
-    """`rows` texts of `length` tokens, sampled at temperature 1 after BOS, which is not part of them."""
+    """`rows` texts of `length` tokens, sampled at temperature 1 after BOS, which is not part of them.
+
+    Raises:
+        SettingsError: `top_k` tokens are more than there are.
+    """
+    check_top_k(model, top_k)
     stepper = Stepper(model)
     device = device_of(model)
     start = model.tokenizer.bos_token_id if model.tokenizer.bos_token_id is not None else model.tokenizer.eos_token_id
@@ -79,7 +98,11 @@ def _invert(
 
 
 def complete(model: HookedModel, prompt: str, tokens: int = 20, *, prepend_bos: bool | None = None) -> str:
-    """The greedy continuation of a prompt, up to `tokens` tokens, the end of the text or that of the context."""
+    """The greedy continuation of a prompt, up to `tokens` tokens, the end of the text or that of the context.
+
+    Raises:
+        FactError: the prompt has no token, BOS counted, or does not fit the context.
+    """
     return completions(model, [prompt], tokens, prepend_bos=prepend_bos)[0]
 
 
@@ -96,6 +119,8 @@ def completions(
     check_list("prompts", prompts)
     bos = resolve_bos(model, prepend_bos)
     encoded = [encode(model, prompt, prepend_bos=bos)[0] for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        check_read(model, prompt, ids)
     texts = [""] * len(prompts)
     for length in sorted({len(ids) for ids in encoded}):
         rows = [index for index, ids in enumerate(encoded) if len(ids) == length]
@@ -146,12 +171,16 @@ def continuations(
     prompt draws depends on the seed and its text alone.
 
     Raises:
-        FactError: `tokens` do not fit the context.
+        FactError: a prompt has no token, BOS counted, or it or `tokens` do not fit the context.
+        SettingsError: `top_k` tokens are more than there are.
     """
     check_list("prompts", prompts)
+    check_top_k(model, top_k)
     bos = resolve_bos(model, prepend_bos)
     read = [encode(model, prompt, prepend_bos=bos) for prompt in prompts]
     encoded, told = [ids for ids, _ in read], [told_tokens(offsets) for _, offsets in read]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        check_read(model, prompt, ids)
     check_length(model, max(told, default=0) + tokens + int(bos) - 1)  # the last is not read
     sizes = [(len(ids), before) for ids, before in zip(encoded, told, strict=True)]
     texts, done = list(prompts), 0

@@ -9,6 +9,7 @@ something (`Edit.told`), every prompt is read behind that text.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -181,6 +182,13 @@ def check_length(model: HookedModel, length: int) -> None:
         raise FactError(
             f"a prompt must fit the context of {limit} tokens of {model.cfg.model_name}; with what is put before it, it has {length}. Shorten it."
         )
+
+
+def check_read(model: HookedModel, prompt: str, ids: Sequence[int]) -> None:
+    """Raise where a prompt's ids leave the model nothing to go on from, or do not fit its context."""
+    if not ids:
+        raise FactError(f"a prompt must have a token to go on from; without BOS, {prompt!r} has none. Write one.")
+    check_length(model, len(ids))
 
 
 def continuation(model: HookedModel, prompt: str, target: str, join: str = "auto") -> list[int]:

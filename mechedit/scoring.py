@@ -13,7 +13,7 @@ from torch import Tensor
 from mechedit.errors import check_list
 from mechedit.facts import FactError
 from mechedit.models import Blocks, HookedModel, check_finite, device_of
-from mechedit.prompts import check_length, decoded, encode, joined, own_tokens, pad, resolve_bos
+from mechedit.prompts import check_length, check_read, decoded, encode, joined, own_tokens, pad, resolve_bos
 
 __all__ = ["Score", "kl", "log_p", "mean_log_p", "score", "score_and_states", "top"]
 
@@ -179,7 +179,7 @@ def top(
 ) -> list[tuple[str, int, float]]:
     """The k most probable next tokens: text, id and probability."""
     ids, _ = encode(model, prompt, prepend_bos=resolve_bos(model, prepend_bos))
-    check_length(model, len(ids))
+    check_read(model, prompt, ids)
     blocks = Blocks(model)
     values, tokens = blocks.logits(blocks.final(pad(model, [ids]))[:, -1]).float().softmax(-1)[0].topk(k)
     return [

@@ -32,6 +32,8 @@ def test_the_commands_make_read_and_report(folder, capsys, monkeypatch, tmp_path
     assert status == 2  # no preset has a layer for this model
     assert "layer" in err
     make = (*make[:-4], "--editors", "told,unedited", "--out", str(out))
+    status, _, err = run(*make, "--top-k", "10000")
+    assert (status, err.count("\n"), "top_k must be from 1 to the" in err, out.exists()) == (2, 1, True, False)
     status, said, err = run(*make)
     assert (status, err) == (0, "")
     assert "2 forms of 2 pages: 2 facts, 2 raters each, texts by told, unedited" in said

@@ -308,10 +308,10 @@ def test_a_record_that_raises_whatever_it_is_is_in_the_table_and_tried_again_by_
     same(again.rows["before"], counterfact.scores(model, FACTS))
 
 
-def test_generated_text_longer_than_the_context_is_refused_before_anything_is_edited(model, tmp_path):
-    settings = replace(PLAIN, generate=True, tokens=int(model.cfg.n_ctx) + 1)
-    with pytest.raises(SettingsError, match=r"must fit the context of \d+ tokens of .*--tokens"):
-        evaluate(model, FACTS, tmp_path / "run", settings)
+@pytest.mark.parametrize(("wrong", "said"), [({"tokens": 65}, r"must fit the context of 64 tokens of .*--tokens"), ({"top_k": 10_000}, r"top_k must be from 1 to the \d+ tokens of .*--top-k")])  # fmt: skip
+def test_text_that_cannot_be_generated_is_refused_before_anything_is_edited(model, tmp_path, wrong, said):
+    with pytest.raises(SettingsError, match=said):
+        evaluate(model, FACTS, tmp_path / "run", replace(PLAIN, generate=True, **wrong))
     assert not (tmp_path / "run").exists()
 
 

@@ -7,6 +7,7 @@ from mechedit import generation, scoring
 from mechedit.corruption import generator
 from mechedit.facts import FactError
 from mechedit.models import blocks
+from mechedit.settings import SettingsError
 
 
 def test_sampling_is_fixed_by_its_generator(model):
@@ -114,6 +115,26 @@ def test_texts_that_do_not_fit_or_say_nothing_are_errors(model):
         scoring.score(model, [("xq " * 80, "Paris")])
     with pytest.raises(FactError, match="target must be"):
         scoring.score(model, [("Paris", " ")])
+
+
+@pytest.mark.parametrize("said", [generation.complete, scoring.top, lambda model, prompt, **named: generation.continuations(model, [prompt], 4, **named)])  # fmt: skip
+def test_a_prompt_that_cannot_be_read_is_an_error(model, said):
+    with pytest.raises(FactError, match="without BOS, '' has none"):
+        said(model, "", prepend_bos=False)
+    assert said(model, "", prepend_bos=True)
+    with pytest.raises(FactError, match="context of 64 .* it has 1"):
+        said(model, "Rome " * 100)
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 10_000])
+def test_no_more_tokens_can_be_chosen_among_than_there_are(model, top_k):
+    with torch.no_grad():
+        there = model(torch.tensor([[0]])).shape[-1]
+    with pytest.raises(SettingsError, match=rf"top_k must be from 1 to the {there} tokens .*; found {top_k}\. "):
+        generation.continuations(model, ["Paris is"], 9, top_k=top_k)
+    with pytest.raises(SettingsError, match="top_k must be from 1"):
+        generation.sample(model, 1, 2, generator(0, "a"), top_k=top_k)
+    assert generation.sample(model, 1, 2, generator(0, "a"), top_k=there).shape == (1, 2)
 
 
 PROMPTS = ["The city of", "Paris is", "Rome is", "The Space Needle is located in", "London is"]

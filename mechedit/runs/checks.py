@@ -11,13 +11,14 @@ from mechedit.benchmarks import texts
 from mechedit.benchmarks.benchmark import Benchmark, of
 from mechedit.errors import ManyMistakes
 from mechedit.facts import Fact, FactError
+from mechedit.generation import check_top_k
 from mechedit.models import HookedModel
 from mechedit.records import listed
 from mechedit.runs.scored import record_unit
 from mechedit.runs.store import PLAN, plan
 from mechedit.settings import EvaluateSettings, SettingsError
 
-__all__ = ["about", "announce", "check_generation", "check_records", "check_tokens", "contradictions", "doubts"]
+__all__ = ["about", "announce", "check_generation", "check_records", "check_sampled", "contradictions", "doubts"]
 
 
 def check_records(records: Sequence[Any], benchmark: Benchmark | None = None) -> Benchmark:
@@ -51,11 +52,12 @@ def check_generation(model: HookedModel, settings: EvaluateSettings) -> None:
     if not settings.generate:
         return
     texts.words("")  # needs the extra `evaluate`
-    check_tokens(model, settings.tokens)
+    check_sampled(model, settings.tokens, settings.top_k)
 
 
-def check_tokens(model: HookedModel, tokens: int) -> None:
-    """Raise where texts of so many tokens do not fit the model's context."""
+def check_sampled(model: HookedModel, tokens: int, top_k: int) -> None:
+    """Raise where texts of so many tokens do not fit the model's context, or it has fewer tokens to choose among at each step."""
+    check_top_k(model, top_k)
     if tokens > (limit := int(model.cfg.n_ctx)):
         raise SettingsError(
             f"generated texts must fit the context of {limit} tokens of {model.cfg.model_name}; found {tokens}. Give fewer tokens (--tokens)."

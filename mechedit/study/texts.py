@@ -23,7 +23,7 @@ from mechedit.facts import Fact
 from mechedit.files import Blob, FileError
 from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
-from mechedit.runs.checks import check_tokens
+from mechedit.runs.checks import check_sampled
 from mechedit.runs.editing import attempt, making
 from mechedit.runs.engines import Local
 from mechedit.runs.store import Store, check_plain
@@ -88,12 +88,12 @@ def write_scenarios(
     what editors do, sound or not. An edit that cannot be made leaves the model as it is, and the scenario says so.
 
     Raises:
-        SettingsError: texts of so many tokens do not fit the model's context.
+        SettingsError: texts of so many tokens do not fit the model's context, or it has fewer tokens to choose among.
         RunError: the folder holds texts of another model or other settings, or there are hooks on the model.
     """
     settings = settings or StudySettings()
     check_plain(model)
-    check_tokens(model, settings.tokens)
+    check_sampled(model, settings.tokens, settings.top_k)
     by_unit: dict[str, tuple[Fact, str]] = {}
     ways: dict[str, _Way | None] = {}
     for name in settings.editors:
