@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 
 import pytest
+import torch
 
-from mechedit import edits, files, models
+from mechedit import applying, edits, files, models
+from mechedit.edits import Measured
+from mechedit.rank_one import RankOneEdit
+from mechedit.runs.sequence import Entry, Sequence, as_edit
+from mechedit.weights import Weight
 from tests import viewed
 from tests.command_line import QUICK, TRACE, command_line
 from tests.test_cli_evaluating import RECORDS
@@ -136,6 +142,59 @@ def test_a_folder_of_files_names_those_that_are_shown(run, two, tmp_path):
     for number in range(9):
         shutil.copy(place / "edit.safetensors", place / f"{number}.safetensors")
     assert files.names(place, ("edit",)) == f"{', '.join(f'{number}.safetensors' for number in range(8))}, …"
+
+
+def fact(subject, before=None, after=None):
+    """A fact of a made edit, with P of both targets where it was measured."""
+    own = {"prompt": f"{subject} is in", "subject": subject, "target_new": "Paris", "target_true": "Seattle"}
+    return Measured(own, *({"p_new": p, "p_true": 1 - p} if p else {} for p in (before, after)))
+
+
+def made():
+    """Edits of every kind that `show` may be given, by name."""
+    one = viewed.edit(reasons=(), seconds=math.nan)
+    two = viewed.edit(facts=(fact("Rome", 0.25, 0.5), fact("Oslo", 0.125, 0.75)), reasons=(), changes=(RankOneEdit(4, torch.ones(4), torch.full((5,), 2.0), 2.0),))  # fmt: skip
+    refused = viewed.edit(changes=(), report={}, facts=(fact("Bonn"), fact("Kyiv")), reasons=("Bonn is not asked about",), settings={})  # fmt: skip
+    facts = [{"subject": f"Subject {number}", "template": "{} is in", "relation": "", "target_new": "Paris"} for number in range(22)]  # fmt: skip
+    entries = tuple(Entry(own, 0, -1 if number == 5 else number) for number, own in enumerate(facts))
+    running = Sequence("sequential", {"layer": 1}, viewed.ORIGIN, "", entries=entries, totals={Weight(1, "mlp.W_out"): torch.full((4, 4), 0.5)})  # fmt: skip
+    return {
+        "one": one,
+        "left a band": viewed.edit(),
+        "rolled back": viewed.edit(changes=(), facts=(fact("Rome", 0.25, 0.25),)),
+        "two": two,
+        "refused": refused,
+        "composed": applying.compose(one, two),
+        "composed of refused": applying.compose(refused, viewed.edit(seconds=2.0)),
+        "sequence": as_edit(running),
+    }
+
+
+NUMBERS = " (150.0% of the weight's); perplexity of other text x 1.000 (1: as before); KL after '"
+SHOWN = {
+    "one": ["The Space Needle is in | before | after", "P(Paris) | 0.0100 | 0.8000", "P(Seattle) | 0.9000 | 0.1000", f"rome: mlp.W_out of layer 3, update norm 1{NUMBERS}The Space Needle is a' 0.10 (0: as before). docs/editing.md says what these are"],
+    "left a band": ["rome in 1.5 s: mlp.W_out of layer 3, update norm 1", "out of its band: relative_norm = 1.5 is above 1"],
+    "rolled back": ["P(Paris) | 0.2500 | 0.2500", "rome in 1.5 s: no weight of layer 3, update norm 1", "out of its band: relative_norm = 1.5 is above 1", "note: it has no changes, and writes nothing."],
+    "two": ["prompt | new target | P before | P after", "Rome is in | Paris | 0.2500 | 0.5000", "Oslo is in | Paris | 0.1250 | 0.7500", f"rome in 1.5 s: mlp.W_out of layer 4, update norm 1{NUMBERS}X is a' 0.10"],
+    "refused": ["Bonn is in -> Paris, and 1 more: not edited; Bonn is not asked about"],
+    "composed": ["The Space Needle is in | Paris | 0.0100 | 0.8000", "Oslo is in | Paris | 0.1250 | 0.7500", "probabilities are those of each part alone, measured when it was found", "composed of 2 edits: mlp.W_out of layers 3, 4, update norm 10. docs"],
+    "composed of refused": ["Bonn is in | Paris | - | -", "The Space Needle is in | Paris | 0.0100 | 0.8000", "composed of 2 edits in 3.5 s: mlp.W_out of layer 3, update norm 4.47. docs", "of a part: Bonn is not asked about", "of a part: relative_norm = 1.5 is above 1"],
+    "sequence": ["prompt | new target", "Subject 0 is in | Paris", "Subject 20 is in | Paris", "and 1 more", "composed of 21 edits: mlp.W_out of layer 1, update norm 2. docs"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(SHOWN))
+def test_an_edit_of_any_kind_is_shown_as_much_as_it_says(name, run, tmp_path):
+    path = edits.save(made()[name], tmp_path / "edit.safetensors")
+    status, said, err = run("show", str(path), model=False)
+    assert (status, err) == (0, "")
+    plain = " ".join(re.sub("[│┃]", "|", said).split())
+    for words in SHOWN[name]:
+        assert words in plain, said
+    assert ("not edited" in plain, "nan" in plain) == (name == "refused", False)
+    assert ("of a part" in plain) == (name == "composed of refused")
+    assert ("out of its band" in plain) == (name in ("left a band", "rolled back"))
+    assert ("Subject 5 " in plain, "Subject 21 " in plain) == (False, False)
 
 
 def test_a_sweep_and_settings_that_were_tuned_are_shown(run, tmp_path):

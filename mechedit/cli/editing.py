@@ -17,7 +17,6 @@ from mechedit.cli.terminal import (
     keeping,
     load_model,
     progress_bars,
-    show_edit,
     show_files,
     show_table,
     write_json,
@@ -33,9 +32,17 @@ if TYPE_CHECKING:
     from mechedit.moments import Moment
     from mechedit.progress import Progress
 
-__all__ = ["add_editing"]
+__all__ = ["add_editing", "show_edit"]
 
 SHOWN = 10  # neurons
+FACTS = 20  # of an edit of many
+REPORTED = {"cond_C": "cond(C)", "divisor_share": "divisor share"}
+EXPLAINED = {
+    "update_norm": ", update norm {:.3g}",
+    "relative_norm": " ({:.1%} of the weight's)",
+    "perplexity_ratio": "; perplexity of other text x {:.3f} (1: as before)",
+    "essence_kl": "; KL after '{subject} is a' {:.2f} (0: as before)",
+}
 
 
 def add_editing(commands: Any, editor: str) -> None:
@@ -102,6 +109,63 @@ def _edit(arguments: argparse.Namespace) -> None:
     _show_neurons(console, found.get("neurons", []))
     show_files(console, written, "" if arguments.json else "--out FILE keeps the edit")
     return None
+
+
+def show_edit(console: Console, edit: dict[str, Any]) -> None:
+    """An edit as JSON: its facts, what it writes, and what was measured of both; of an edit of many less was than of one alone."""
+    facts, parts, reasons = edit.get("facts", [edit]), edit.get("parts", ()), edit["reasons"]
+    measured = any(fact["before"] for fact in facts)
+    if not (edit["changes"] or edit.get("told") or measured):
+        more = f", and {len(facts) - 1} more" if len(facts) > 1 else ""
+        console.print(f"{edit['prompt']} -> {edit['target_new']}{more}: not edited; {'; '.join(reasons)}")
+        return
+    if len(facts) == 1 and measured:
+        rows = [
+            (f"P({edit[f'target_{name}']})", *(_p(edit[when], f"p_{name}") for when in ("before", "after")))
+            for name in ("new", "true")
+        ]
+        show_table(console, (edit["prompt"], "before", "after"), rows)
+    else:
+        _show_facts(console, facts, measured=measured)
+    if parts and measured:
+        console.print("probabilities are those of each part alone, measured when it was found")
+    console.print(f"{_made(edit, len(parts))}: {_writes(edit)}. docs/editing.md says what these are")
+    for reason in reasons:
+        console.print(f"{'of a part' if parts else 'out of its band'}: {reason}")
+    for note in edit["notes"]:
+        console.print(f"note: {note}.")
+
+
+def _show_facts(console: Console, facts: list[dict[str, Any]], *, measured: bool) -> None:
+    """A fact a row."""
+    rows = [
+        (fact["prompt"], str(fact["target_new"]), *measured * (_p(fact["before"], "p_new"), _p(fact["after"], "p_new")))
+        for fact in facts[:FACTS]
+    ]
+    show_table(console, ("prompt", "new target", *measured * ("P before", "P after")), rows)
+    if len(facts) > FACTS:
+        console.print(f"and {len(facts) - FACTS} more")
+
+
+def _p(found: dict[str, float], name: str) -> str:
+    return f"{found[name]:.4f}" if name in found else "-"
+
+
+def _made(edit: dict[str, Any], parts: int) -> str:
+    """Who made it, of how many parts, and in which time where that was kept."""
+    of = f" of {parts} edit{'s' * (parts != 1)}" if parts else ""
+    return f"{edit['editor']}{of}" + (f" in {edit['seconds']:.1f} s" if edit["seconds"] == edit["seconds"] else "")
+
+
+def _writes(edit: dict[str, Any]) -> str:
+    """Where it writes, and every number of its report."""
+    weights = ", ".join(dict.fromkeys(each["weight"] for each in edit["changes"])) or "no weight"
+    layers = sorted({each["layer"] for each in edit["changes"]} or {edit["layer"]} - {-1})
+    where = f"{weights} of layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}" if layers else weights
+    report, subject = edit["edit"], "X" if "facts" in edit else edit["subject"]
+    known = [text.format(report[name], subject=subject) for name, text in EXPLAINED.items() if name in report]
+    own = [f"; {REPORTED.get(name, name)} {value:.4g}" for name, value in report.items() if name not in EXPLAINED]
+    return "".join([where, *known, *own])
 
 
 def _show_neurons(console: Console, neurons: list[dict[str, Any]]) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mechedit.cli.editing import show_edit
 from mechedit.cli.options import a_path, add_command, add_json
 from mechedit.cli.sequencing import show_sequence
 from mechedit.cli.terminal import (
     UsageError,
     check_places,
     console_of,
-    show_edit,
     show_files,
     show_moment,
     show_sites,
@@ -125,10 +125,7 @@ def _of_blob(console: Console, place: Path | Blob) -> dict[str, Any]:
     kind = files.kind(place)
     if kind == "edit":
         edit = edits.load(place).to_json()
-        if edit["before"] and edit["after"]:
-            show_edit(console, edit)
-        else:
-            console.print(f"{edit['prompt']} -> {edit['target_new']}: not edited; {'; '.join(edit['reasons'])}")
+        show_edit(console, edit)
         return edit
     if kind == "trace":
         trace = Trace.load(place)

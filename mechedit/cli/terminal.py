@@ -43,7 +43,6 @@ __all__ = [
     "screen",
     "show_average",
     "show_doubts",
-    "show_edit",
     "show_files",
     "show_moment",
     "show_notes",
@@ -254,33 +253,6 @@ def show_sites(console: Console, found: Trace | Average) -> None:
 
 
 _SHADES = (22, 28, 34, 34, 40)
-
-
-def show_edit(console: Console, edit: dict[str, Any]) -> None:
-    """Probabilities before and after, and what the edit measured of itself."""
-    before, after, report = edit["before"], edit["after"], edit["edit"]
-    rows = [
-        (f"P({edit['target_new']})", f"{before['p_new']:.4f}", f"{after['p_new']:.4f}"),
-        (f"P({edit['target_true']})", f"{before['p_true']:.4f}", f"{after['p_true']:.4f}"),
-    ]
-    show_table(console, (edit["prompt"], "before", "after"), rows)
-    weights = ", ".join(dict.fromkeys(each["weight"] for each in edit["changes"])) or "no weight"
-    layers = sorted({each["layer"] for each in edit["changes"]} or {edit["layer"]} - {-1})
-    where = f"{weights} of layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}" if layers else weights
-    own = [f"{_REPORTED.get(name, name)} {value:.4g}" for name, value in report.items() if name not in _SAID]
-    console.print(
-        f"{edit['editor']} in {edit['seconds']:.1f} s: {where}, update norm {report['update_norm']:.3g} "
-        f"({report['relative_norm']:.1%} of the weight's); perplexity of other text x {report['perplexity_ratio']:.3f} (1: as before), "
-        f"KL after '{edit['subject']} is a' {report['essence_kl']:.2f} (0: as before){''.join(f'; {each}' for each in own)}. docs/editing.md says what these are",
-    )
-    for reason in edit["reasons"]:
-        console.print(f"out of its band: {reason}")
-    for note in edit["notes"]:
-        console.print(f"note: {note}.")
-
-
-_REPORTED = {"cond_C": "cond(C)", "divisor_share": "divisor share"}
-_SAID = ("update_norm", "relative_norm", "perplexity_ratio", "essence_kl")
 
 
 def show_notes(console: Console, named: Mapping[Path, Edit]) -> None:

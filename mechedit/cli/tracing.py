@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mechedit.cli.editing import show_edit
 from mechedit.cli.options import a_path, add_command, add_json, add_prompt, add_settings, an_integer, given_settings
 from mechedit.cli.terminal import (
     UsageError,
@@ -17,7 +18,6 @@ from mechedit.cli.terminal import (
     progress_bars,
     show_average,
     show_doubts,
-    show_edit,
     show_files,
     show_sites,
     show_table,
