@@ -13,6 +13,7 @@ import torch
 from mechedit import applying, edits, files, models
 from mechedit.edits import Measured
 from mechedit.rank_one import RankOneEdit
+from mechedit.runs import units
 from mechedit.runs.sequence import Entry, Sequence, as_edit
 from mechedit.weights import Weight
 from tests import viewed
@@ -90,6 +91,22 @@ def test_the_units_of_a_run_are_listed_shown_and_written_as_files(run, two, alon
     status, _, err = run("show", str(two[1] / "edits"), *both, model=False)
     assert (status, err.count("\n"), "give one of the two" in err) == (2, 1, True)
     assert not (tmp_path / "more").exists()
+
+
+def test_a_folder_whose_units_are_in_the_cache_or_below_is_shown_as_far_as_they_are_there(run, two, alone, tmp_path):
+    alone()
+    status, said, err = run("show", str(two[1] / "before"), "--json", str(tmp_path / "shown.json"), model=False)
+    assert (status, err, "2 of 2" in said) == (0, "", True)
+    assert list(json.loads((tmp_path / "shown.json").read_text())) == ["runs"]
+    outer = tmp_path / "outer"
+    shutil.copytree(two[1] / "edits", outer)
+    shutil.copytree(two[1] / "scores", outer / "a")
+    shutil.rmtree(outer / "a" / "units")
+    status, said, _ = run("show", str(outer), "--json", str(tmp_path / "shown.json"), model=False)
+    found = json.loads((tmp_path / "shown.json").read_text())
+    assert [(each["folder"], each["finished"]) for each in found["runs"]] == [("a", 0), (str(outer), 2)]
+    assert (status, found["units"]) == (0, units.names(two[1] / "edits"))
+    assert "Rome is located in the city of -> London" in " ".join(re.sub("[│┃]", " ", said).split())
 
 
 def test_a_trace_is_shown_as_it_was_traced(run, alone, tmp_path):

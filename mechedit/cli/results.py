@@ -202,8 +202,9 @@ def _of_run(console: Console, folder: Path) -> dict[str, Any]:
     """How far runs are, and of a run what its units are."""
     from mechedit import files
     from mechedit.runs import units
+    from mechedit.runs.shards import Shards
     from mechedit.runs.status import status
-    from mechedit.runs.store import PLAN, RunError
+    from mechedit.runs.store import PLAN, RunError, units_of
 
     here = files.names(folder, KINDS)
     try:
@@ -215,8 +216,8 @@ def _of_run(console: Console, folder: Path) -> dict[str, Any]:
     if here:
         console.print(f"files in it that are shown by their names: {here}")
     record: dict[str, Any] = {"runs": [vars(each) for each in found]}
-    if (folder / PLAN).is_file() and found[0].finished:
-        names = units.names(folder)
+    names = Shards(units_of(folder)).names() if (folder / PLAN).is_file() else []
+    if names:  # else they are somewhere else: below, or in the cache
         record["units"] = names
         rows = [(str(index), name, _line(units.read(folder, name))) for index, name in enumerate(names[:MANY_UNITS])]
         show_table(console, ("", "unit", "of"), rows)
