@@ -483,14 +483,29 @@ def test_a_C_that_does_not_belong_to_the_layer_is_refused_in_a_sequence_too(mode
 
 
 def test_scores_in_a_batch_are_those_of_its_own_edit(model, ready, tmp_path):
-    """Two batches of other settings, whose edits are in the same folder's place, one after the other."""
-    import shutil
-
+    """Two batches of other settings, whose scores are in one folder, one after the other."""
     batch = replace(PLAIN, mode="batch")
     evaluate(model, FACTS, tmp_path / "a", batch, "rome", QUICK, ready)
     weak = replace(QUICK, clamp=0.01)
-    evaluate(model, FACTS, tmp_path / "b", batch, "rome", weak, ready)
+    first = evaluate(model, FACTS, tmp_path / "b", batch, "rome", weak, ready)
     shutil.rmtree(tmp_path / "b" / "scores")
     shutil.copytree(tmp_path / "a" / "scores", tmp_path / "b" / "scores")
-    with pytest.raises(RunError, match="edits"):
-        evaluate(model, FACTS, tmp_path / "b", batch, "rome", weak, ready)
+    assert evaluate(model, FACTS, tmp_path / "b", batch, "rome", weak, ready) == first
+
+
+def test_a_batch_whose_edit_failed_is_tried_again(model, ready, tmp_path, monkeypatch):
+    batch = replace(PLAIN, mode="batch")
+    whole = evaluate(model, FACTS, tmp_path / "whole", batch, "rome", QUICK, ready)
+
+    def find(*given, **named):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rome.Rome, "find", find)
+        for _ in range(2):
+            failed = evaluate(model, FACTS, tmp_path / "run", batch, "rome", QUICK, ready)
+            assert [(row["edited"], row["p_new"]) for row in failed.rows["after"]] == [
+                (0.0, row["p_new"]) for row in failed.rows["before"]
+            ]
+            assert all("MemoryError: no room" in each["reason"] for each in failed.facts)
+    assert evaluate(model, FACTS, tmp_path / "run", batch, "rome", QUICK, ready) == whole

@@ -170,10 +170,12 @@ class _Run:
         whole = Measuring(self.by_unit, self.benchmark, self.settings, self.bos, before, self.references, self.judge)
         return replace(whole, **changes)
 
-    def with_neighbours(self, before: Unedited | None) -> Measuring:
+    def with_neighbours(self, before: Unedited | None, **changes: Any) -> Measuring:
         """For edits that will stand in the model when records are scored: what it says now at every record's neighbours."""
-        plain = self.measuring(before, drifts=True)
-        return replace(plain, near={unit: plain.at_neighbours(self.model, each) for unit, each in self.by_unit.items()})
+        plain = self.measuring(before, drifts=True, **changes)
+        return replace(
+            plain, near={unit: plain.at_neighbours(self.model, each) for unit, each in plain.by_unit.items()}
+        )
 
     def healthy(self) -> Unedited | None:
         """The model as it is now, where its health is measured."""
@@ -215,11 +217,12 @@ class _Run:
         def failed(done: Done[Any]) -> Edit:
             return editing.refused(self.model, chosen, way.editor, way.settings, done.error)
 
-        task_after = self.with_neighbours(self.healthy())
         whole = store.run([unit] if chosen else [], task, Local(self.model), self.progress, failed=failed)
         made = [Made(**note) for note in whole.notes]
-        what = self.described | {"edits": [each.digest for each in made]}
-        after = self.here(what, task_after, lambda: applying.edited(self.model, *whole))
+        digests = [each.digest for each in made]  # an edit that failed is tried again, and has other scores then
+        by_unit = {cache.content_key([unit, digests]): record for unit, record in self.by_unit.items()}
+        task_after = self.with_neighbours(self.healthy(), by_unit=by_unit)
+        after = self.here(self.described, task_after, lambda: applying.edited(self.model, *whole))
         refused = [Made.of(editing.refused(self.model, [fact], way.editor, way.settings, reason)) if reason else made[0] for fact, reason in zip(self.facts, reasons, strict=True)]  # fmt: skip
         return refused, {"after": after}
 
@@ -241,7 +244,7 @@ class _Run:
         self, what: dict[str, Any], measuring: Measuring, edited: Callable[[], AbstractContextManager[object]]
     ) -> Sequence[Scored]:
         """Every record on the edited model, in this process; where all are kept, nothing is written into the model."""
-        store, units = score_store(self.folder / "scores", what, "records after"), list(self.by_unit)
+        store, units = score_store(self.folder / "scores", what, "records after"), list(measuring.by_unit)
         with edited() if store.finished(units) < len(units) else nullcontext():
             return store.run(units, measuring, Local(self.model), self.progress, failed=_unscored)
 
