@@ -51,17 +51,19 @@ def check(model: HookedModel, wanted: Sequence[Edit], now: Identity | None = Non
                 edit.base == line.base and edit.parents in (line.edits, before)
             )
         if not matches:
-            raise EditError(_not_for(model, edit, now.weights))
+            raise EditError(_not_for(model, edit, now))
         before = (*before, *edit.parts)
 
 
-def _not_for(model: HookedModel, edit: Edit, now: str) -> str:
-    found = models.weight_hash(model) if edit.is_of_0_1 else now
+def _not_for(model: HookedModel, edit: Edit, now: Identity) -> str:
+    found = models.weight_hash(model) if edit.is_of_0_1 else now.weights
     wanted = edit.origin.get("weights", edit.origin.get("weight_hash", ""))
     on_top = f" and {_counted(edit.parents)} in it" if edit.parents else ""
+    dtype = str(edit.origin.get("dtype", now.dtype)).removeprefix("torch.")
+    its, own, how = ("", "", "") if dtype == now.dtype else (f" in {dtype}", f" in {now.dtype}", f" (--dtype {dtype})")
     return (
-        f"this edit of {edit.fact['subject']!r} was made for {edit.origin['name']} with weights {wanted[:12]}…{on_top}, but "
-        f"{model.cfg.model_name} has weights {found[:12]}…. Load the model it was made for, give edits that belong together in one "
+        f"this edit of {edit.fact['subject']!r} was made for {edit.origin['name']} with weights {wanted[:12]}…{its}{on_top}, but "
+        f"{model.cfg.model_name} has weights {found[:12]}…{own}. Load the model it was made for{how}, give edits that belong together in one "
         "call, in the order in which they were found, or pass force=True (--force) if you know that the weights agree where it matters."
     )
 
