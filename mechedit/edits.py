@@ -335,6 +335,7 @@ def _check_whole(edit: Edit) -> None:
     check(digests, {str: (str, None)}, "origin")
     if edit.editor == COMPOSED:
         check(edit.details["parts"], [{"prompt": str}], "details.parts")
+        check([part.get("settings", {}) for part in edit.details["parts"]], [dict], "details.parts.settings")
         check(list(edit.parts), [str], "details.digests")
     check(edit.layer, int, "layer")
     check(edit.told, str, "told")

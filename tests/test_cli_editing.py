@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from mechedit import applying, cli, edits, guards, models
 from mechedit.cli.applying import model_of
 from mechedit.cli.terminal import UsageError
 from mechedit.editors import rome
+from mechedit.generation import complete
 from mechedit.runs import sequence, units
 from tests import hand_made
 from tests.command_line import EDIT, PROMPT, command_line
@@ -93,6 +95,31 @@ def test_an_edit_for_other_weights_is_refused_unless_forced(run, folder, tmp_pat
     assert status == 2
     assert "--force" in err
     assert run("apply", str(path), "--force")[0] == 0
+
+
+def test_an_edit_for_another_number_format_says_which(run, tmp_path):
+    path = tmp_path / "edit.safetensors"
+    assert run(*EDIT, "--guard", "warn", "--dtype", "bfloat16", "--out", str(path))[0] == 0
+    status, _, err = run("apply", str(path))
+    assert (status, err.count("\n")) == (2, 1)
+    assert re.search(r"weights \w{12}… in bfloat16, but .* has weights \w{12}… in float32\. ", err)
+    assert "Load the model it was made for (--dtype bfloat16), give" in err
+    assert run("apply", str(path), "--dtype", "bfloat16")[0] == 0
+
+
+def test_an_edits_own_prompt_is_completed_with_the_edits_bos(run, load, tmp_path):
+    (one, other, both), shown = (str(tmp_path / name) for name in ("one", "other", "both")), tmp_path / "apply.json"
+    at, there = [word.replace("The Space Needle", "Rome") for word in EDIT], "Rome is located in the city of"
+    assert run(*EDIT, "--no-prepend-bos", "--guard", "warn", "--out", one)[0] == 0
+    assert run(*at, "--guard", "warn", "--out", other)[0] == 0
+    assert run("compose", one, other, "--out", both, model=False)[0] == 0
+    expected = {PROMPT: False, there: True, "The city of": True}
+    said = {bos: {prompt: complete(load("gpt2"), prompt, prepend_bos=bos) for prompt in expected} for bos in (False, True)}  # fmt: skip
+    assert all(said[True][prompt] != said[False][prompt] for prompt in expected)
+    for files in ([one, other], [both]):
+        assert run("apply", *files, "--prompt", "The city of", "--prompt", PROMPT, "--json", str(shown))[0] == 0
+        found = {each["prompt"]: each["before"] for each in json.loads(shown.read_text())["completions"]}
+        assert found == {prompt: said[bos][prompt] for prompt, bos in expected.items()}
 
 
 def test_constants_and_prefixes_go_by_name(run, tmp_path):

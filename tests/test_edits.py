@@ -245,6 +245,7 @@ SPOILT = {  # the file has a rank-one change, rows and a change of low rank
     "base null": (lambda tensors, record: record["origin"].update(base=None, weights=None, weight_hash=None), "not whole"),
     "no relative norm": (lambda tensors, record: record["report"].pop("relative_norm"), "relative_norm"),
     "nothing measured after": (lambda tensors, record: record["facts"][0].update(after={}), "p_new"),
+    "parts with settings that are none": (lambda tensors, record: record.update(editor="composed", details={"parts": [{"prompt": "a", "settings": "b"}]}), r"details.parts.settings\[0\]"),
     "parts that have no prompt": (lambda tensors, record: record.update(editor="composed", details={"parts": [{}]}), r"details.parts\[0\]"),
     "digests that are none": (
         lambda tensors, record: record.update(editor="composed", details={"parts": [{"prompt": "a"}], "digests": [3]}),

@@ -69,11 +69,11 @@ def _apply(arguments: argparse.Namespace) -> None:
     model = load_model(arguments)
     if not arguments.force:
         applying.check(model, loaded)
-    own = [part["prompt"] for edit in loaded for part in edit.details.get("parts", [edit.fact])]
-    asked = [*dict.fromkeys([*own, *arguments.prompt])]
-    before = {prompt: generation.complete(model, prompt) for prompt in asked}
+    asked = _own_prompts(loaded)
+    asked |= {prompt: None for prompt in arguments.prompt if prompt not in asked}
+    before = {prompt: generation.complete(model, prompt, prepend_bos=bos) for prompt, bos in asked.items()}
     with applying.edited(model, *loaded, force=True):
-        after = {prompt: generation.complete(model, prompt) for prompt in asked}
+        after = {prompt: generation.complete(model, prompt, prepend_bos=bos) for prompt, bos in asked.items()}
     write_json(
         arguments.json,
         {
@@ -85,6 +85,12 @@ def _apply(arguments: argparse.Namespace) -> None:
     console = console_of(arguments)
     show_table(console, ("prompt", "before", "after"), [(prompt, before[prompt], after[prompt]) for prompt in asked])
     show_notes(console, dict(zip(arguments.files, loaded, strict=True)))
+
+
+def _own_prompts(loaded: Sequence[Edit]) -> dict[str, bool | None]:
+    """The prompts that the edits were made for, and whether BOS stood before each."""
+    parts = [(part, edit) for edit in loaded for part in edit.details.get("parts", [{"prompt": edit.fact["prompt"]}])]
+    return {part["prompt"]: part.get("settings", edit.settings).get("prepend_bos") for part, edit in parts}
 
 
 def model_of(loaded: Sequence[Edit]) -> str:
