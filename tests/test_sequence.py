@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -654,6 +655,31 @@ def test_a_state_of_another_version_is_refused_and_so_is_one_that_names_none(mod
     tensors, record = files.read(state, sequence.KIND)
     files.write(state, sequence.KIND, tensors, {name: each for name, each in record.items() if name not in ("versions", "place")})  # fmt: skip
     assert len(sequence.load(state).standing) == 1, "one of an earlier form is shown"
+
+
+def test_a_run_goes_on_by_the_bands_that_it_is_given_now(model, prepared, tmp_path):
+    whole = run(model, prepared, tmp_path / "whole", every=2, **WELL)
+    for on_collapse, number in (("stop", 2), ("roll back", 0)):
+        folder = tmp_path / on_collapse
+        assert len(run(model, prepared, folder, every=2, **(ILL | {"on_collapse": on_collapse})).entries) == number
+        found = run(model, prepared, folder, every=2, **(WELL | {"on_collapse": on_collapse}))
+        assert (len(found.entries), found.looks, found.collapse) == (6, whole.looks, None)
+        for path in (tmp_path / "whole").iterdir():
+            assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
+    run(model, prepared, tmp_path / "ill", FACTS[:2], every=2, **WELL)
+    found = run(model, prepared, tmp_path / "ill", every=2, **(ILL | {"on_collapse": "stop"}))
+    assert (len(found.entries), found.collapse["edits"]) == (2, 2)
+
+
+def test_a_measure_that_is_not_finite_is_out_of_its_band_when_it_is_read_again_too(
+    model, prepared, tmp_path, monkeypatch
+):
+    broken = {"perplexity_ratio": math.inf, "next_token_kl": math.nan, "next_token_same": 0.0, "weight_norm_ratio": 1.0}
+    monkeypatch.setattr(watching, "health", lambda model, healthy: broken)
+    how = WELL | {"every": 2, "on_collapse": "stop"}
+    first = run(model, prepared, tmp_path, FACTS[:2], **how)
+    assert first.collapse["out"] == ["perplexity_ratio inf above 1e+09", "next_token_kl inf above 1e+09"]
+    assert run(model, prepared, tmp_path, **how).looks == first.looks
 
 
 OTHERS = {"together": 2, "shared": False, "sought": "unedited", "rehearsed": 3, "again": 1, "rounds": 2, "gentle": 2.0, "conflicts": "refuse"}  # fmt: skip

@@ -53,7 +53,7 @@ from mechedit.runs.sequence import (  # fmt: skip
     written,
 )
 from mechedit.runs.store import check_plain
-from mechedit.runs.watching import look
+from mechedit.runs.watching import look, out_of_bands
 from mechedit.settings import SequenceSettings, from_json
 
 __all__ = ["extend", "run_sequence", "take_out"]
@@ -127,11 +127,14 @@ def extend(
     healthy = unedited(model, prepend_bos=bos)
     if sequence.waiting:
         sequence = _kept(writer.restored(sequence), folder, STATE)
-    if sequence.collapse and how.on_collapse != "go on":
-        return sequence
+    if looks := sequence.looks:  # the last is judged by the bands of now
+        sequence = replace(sequence, looks=(*looks[:-1], looks[-1] | {"out": out_of_bands(looks[-1], how)}))
+        if sequence.looks[-1]["out"] and how.on_collapse != "go on":
+            return sequence
     saved, good = len(sequence.entries), sequence
     if facts:
-        sequence = replace(sequence, looks=tuple(each for each in sequence.looks if not each.get(ENDED)))
+        looks = tuple(each for each in sequence.looks if not each.get(ENDED) and each["edits"] <= saved)
+        sequence = replace(sequence, looks=looks)
     for first in range(0, len(facts), how.together):
         progress("editing in sequence", first, len(facts))
         before, last = len(sequence.entries), first + how.together >= len(facts)

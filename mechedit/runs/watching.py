@@ -14,13 +14,14 @@ one as many as there is room for. So later looks go on with edits that earlier o
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit import scoring, weights
+from mechedit import cache, scoring, weights
 from mechedit.benchmarks.health import Unedited, health
 from mechedit.facts import Fact
 from mechedit.models import HookedModel
@@ -53,7 +54,7 @@ def look(
         kept = _compared(model, _others(facts, asked, how.sampled), bos)
         found |= health(model, healthy)
     found |= {"success": _share(held), "others": _share(kept), "row": dict(zip(map(str, chosen), held, strict=True))}
-    found |= _of_weights(model, sequence)
+    found = cache.plain(found | _of_weights(model, sequence))
     return found | {"out": out_of_bands(found, how)}
 
 
@@ -100,9 +101,10 @@ def _largest(W: Float[Tensor, "rows columns"]) -> list[float]:
 
 
 def out_of_bands(found: dict[str, Any], how: SequenceSettings) -> list[str]:
-    """Which measures are outside of their bands, and by what."""
+    """Which measures are outside of their bands, and by what; None is a number that is not finite."""
     least = {"success": how.least_success, "others": how.least_others}
     most = {"perplexity_ratio": how.most_perplexity, "next_token_kl": how.most_kl, "spectrum": how.most_spectrum}
     low = [f"{name} {found[name]:.3g} below {edge:g}" for name, edge in least.items() if found[name] is not None and found[name] < edge]  # fmt: skip
-    high = [f"{name} {found[name]:.3g} above {edge:g}" for name, edge in most.items() if not found[name] <= edge]
+    own = {name: inf if found[name] is None else found[name] for name in most}
+    high = [f"{name} {own[name]:.3g} above {edge:g}" for name, edge in most.items() if not own[name] <= edge]
     return low + high
