@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mechedit import applying, edits, files, models, moments, provenance
+from mechedit import applying, editing, edits, files, models, moments, provenance
 from mechedit.closed_form import ClosedFormError, Metric, Terms
 from mechedit.editing import make_ready
 from mechedit.editors import named
@@ -192,6 +192,52 @@ def test_what_the_model_does_not_say_is_learnt_again_after_each_batch(model, pre
     assert not asked, "editors that are published are left as they are"
 
 
+def refusing(monkeypatch, refuses):
+    """Attempts of facts, by their subjects, of which some are refused."""
+    tried, once = [], extending.attempt
+
+    def attempt(model, facts, editor, settings, *given):
+        tried.append([fact.subject for fact in facts])
+        if refuses(tried[-1], settings):
+            return editing.refused(model, facts, editor, settings, "not this")
+        return once(model, facts, editor, settings, *given)
+
+    monkeypatch.setattr(extending, "attempt", attempt)
+    return tried
+
+
+def test_what_cannot_be_learnt_again_is_left_out_and_the_others_are_learnt(model, prepared, tmp_path, monkeypatch):
+    one, two, three = NAMES[:3]
+    monkeypatch.setattr(extending._Writer, "unsaid", lambda writer, plan: plan)
+    settings = SequentialSettings(**QUICK, loose=1e-9, a=500.0)
+    how = {"settings": settings, "rehearsed": 4, "gentle": 1e-12}
+    plain = run(model, prepared, tmp_path / "plain", FACTS[:3], together=3, rounds=0, **how)
+    monkeypatch.setattr(rehearsing, "says", lambda model, facts, settings: [False] * len(facts))
+    with monkeypatch.context() as patched:
+        tried = refusing(patched, lambda subjects, settings: settings.strengthen and one in subjects)
+        found = run(model, prepared, tmp_path / "batch", FACTS[:3], together=3, rounds=2, **how)
+    assert tried == [[one, two, three], [one, two, three], [one], [two], [three], [two, three], [two, three]]
+    same = [torch.equal(found.rows[row].value, plain.rows[row].value) for row in (0, 1, 2)]
+    assert same == [True, False, False]
+    with monkeypatch.context() as patched:
+        tried = refusing(patched, lambda subjects, settings: settings.strengthen and two in subjects)
+        run(model, prepared, tmp_path / "single", FACTS[:2], rounds=2, again=1, **how)
+    assert tried == [[one], [one], [one], [two], [two], [one]], "what is left out does not take the others' place"
+    with monkeypatch.context() as patched:
+        tried = refusing(patched, lambda subjects, settings: settings.strengthen and len(subjects) > 1)
+        run(model, prepared, tmp_path / "together", FACTS[:2], together=2, rounds=2, **how)
+    assert tried == [[one, two], [one, two], [one], [two], [one, two]]
+
+
+def test_slack_is_in_proportion_to_keys_and_not_to_facts(model, prepared, tmp_path, monkeypatch):
+    made, settings = found_edits(monkeypatch), SequentialSettings(**QUICK, loose=1e-9, a=500.0)
+    facts = [FACTS[0], FACTS[1], replace(FACTS[1], template=SPORT, target_new="violin"), FACTS[2]]
+    found = run(model, prepared, tmp_path, facts, settings, together=3, rounds=0, gentle=6.0)
+    assert len(found.rows) == 3
+    share = 6.0 / models.W_out(model, LAYER).shape[0]
+    assert [edit.settings["loose"] for edit in made] == pytest.approx([2 * share, 3 * share])
+
+
 def test_of_a_subject_with_several_rows_one_is_learnt_again_at_a_time(model, prepared, tmp_path, monkeypatch):
     both = [Fact("Rome", CITY, "Seattle", "Paris"), Fact("Rome", SPORT, "soccer", "piano")]
     settings = SequentialSettings(**QUICK, loose=1e-9, a=500.0)
@@ -355,6 +401,29 @@ def test_what_cannot_be_edited_is_left_out_and_says_why(model, prepared, tmp_pat
     found = run(model, prepared, tmp_path, [FACTS[0], wrong, FACTS[2]], together=3)
     assert sorted(found.standing) == [0, 2]
     assert "no target_new" in found.entries[1].why
+
+
+def test_a_fact_that_cannot_be_edited_is_left_out_of_its_batch_and_the_others_are_written(model, prepared, tmp_path):
+    """Of one that fits the model's context, but not behind a prefix, this is found only when it is edited."""
+    behind = replace(prepared, prefixes=("", "Apple is located in the city of"))
+    wide = int(model.cfg.n_ctx) - len(model.tokenizer(FACTS[1].prompt, add_special_tokens=False).input_ids) - 2
+    long = replace(FACTS[1], template="city " * wide + CITY)
+    found = run(model, behind, tmp_path / "1", [FACTS[0], long, FACTS[2]], together=3)
+    assert sorted(found.standing) == [0, 2]
+    assert f"context of {model.cfg.n_ctx} tokens" in found.entries[1].why
+    others = run(model, behind, tmp_path / "2", [FACTS[0], FACTS[2]], together=2)
+    assert torch.equal(change(found), change(others))
+    before = run(model, behind, tmp_path / "3", FACTS[:2], together=2)
+    found = run(model, behind, tmp_path / "3", [*FACTS[:2], long, FACTS[2]], together=2)
+    assert sorted(found.standing) == [0, 1, 3]
+    assert torch.equal(found.rows[1].value, before.rows[1].value), "the earlier fact about its subject stays as it was"
+
+
+def test_a_batch_that_cannot_be_written_together_is_left_out_and_says_why(model, prepared, tmp_path, monkeypatch):
+    tried = refusing(monkeypatch, lambda subjects, settings: len(subjects) > 1)
+    found = run(model, prepared, tmp_path, FACTS[:3], together=2)
+    assert tried == [[*NAMES[:2]], [NAMES[0]], [NAMES[1]], [NAMES[2]]]
+    assert [(entry.row, entry.why) for entry in found.entries] == [(-1, "not this"), (-1, "not this"), (0, "")]
 
 
 def first_of(model, prompt, target):

@@ -13,11 +13,12 @@ divides their number: a look that was taken only because it ended is dropped.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Set
 from collections.abc import Sequence as Several
-from collections.abc import Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mechedit import cache, editing, prompts
@@ -26,6 +27,7 @@ from mechedit.changes import Dense, by_weight, total
 from mechedit.closed_form import Metric
 from mechedit.editing import Editor, Prepared
 from mechedit.editors import named
+from mechedit.editors.aims import by_subject
 from mechedit.editors.earlier import latest
 from mechedit.edits import Edit, EditError
 from mechedit.facts import Fact, FactError
@@ -33,10 +35,9 @@ from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
 from mechedit.runs import rehearsing
 from mechedit.runs.editing import attempt
-from mechedit.runs.planning import SAID, Plan, plain, planned
+from mechedit.runs.planning import SAID, Plan, noted, planned
 from mechedit.runs.sequence import (  # fmt: skip
     TAKEN_OUT,
-    Entry,
     Row,
     Sequence,
     SequenceError,
@@ -234,23 +235,41 @@ class _Writer:
         """That of exact editors, whose costly work is done once."""
         return latest(self.prepared, self.settings)
 
-    def batch(self, sequence: Sequence, facts: Several[Fact], said: Set[int] = frozenset()) -> Sequence:
+    def batch(
+        self,
+        sequence: Sequence,
+        facts: Several[Fact],
+        said: Set[int] = frozenset(),
+        why: Mapping[Fact, str] = MappingProxyType({}),
+    ) -> Sequence:
         """The sequence with a batch behind it; as it was, with the reason, where the batch cannot be written. `said` are places of repeats that
-        were found to be said already."""
-        plan = planned(sequence, facts, self.how, self.unfit, said)
+        were found to be said already, and `why` has facts that were found to be such as cannot be edited."""
+        plan = planned(sequence, facts, self.how, lambda fact: why.get(fact) or self.unfit(fact), said)
         base = without(self.model, sequence, plan.rows, self.metric) if plan.rows else sequence
         if len(facts) > 1 or plan.rows:
             with self.on(base):
                 plan = self.unsaid(plan)
         if kept := {place for place in plan.repeats if plan.why.get(place) == SAID}:  # what they repeat stays
-            return self.batch(sequence, facts, said | kept)
+            return self.batch(sequence, facts, said | kept, why)
         if not plan.wanted:
-            return self.noted(base, facts, plan, sequence)
+            return noted(base, facts, plan, sequence)
         edit = self.sought(base, plan)
+        if edit.is_empty and (unfit := self.hopeless(base, plan)):
+            return self.batch(sequence, facts, said, {**why, **unfit})
         if edit.is_empty:
-            why = {**plan.why, **dict.fromkeys(plan.chosen, "; ".join(edit.reasons))}
-            return self.noted(sequence, facts, Plan(why=why, conflicts=plan.conflicts), sequence)
-        return self.mended(self.noted(self.added(base, edit, plan.wanted), facts, plan, sequence))
+            reasons = {**plan.why, **dict.fromkeys(plan.chosen, "; ".join(edit.reasons))}
+            return noted(sequence, facts, Plan(why=reasons, conflicts=plan.conflicts), sequence)
+        return self.mended(noted(self.added(base, edit, plan.wanted), facts, plan, sequence))
+
+    def hopeless(self, base: Sequence, plan: Plan) -> dict[Fact, str]:
+        """Of several facts that cannot be edited together, why some cannot be even with those alone that they share a value with."""
+        found: dict[Fact, str] = {}
+        for place, fact in plan.chosen.items() if len(plan.chosen) > 1 else ():
+            again = {index: each for index, each in plan.again.items() if each.subject == fact.subject}
+            edit = self.sought(base, Plan({place: fact}, again))
+            if edit.is_empty:
+                found[fact] = "; ".join(edit.reasons)
+        return found
 
     def restored(self, sequence: Sequence) -> Sequence:
         """The sequence with the facts that wait written again, those of one subject at a time; what cannot be says why."""
@@ -263,7 +282,7 @@ class _Writer:
                 entries = [replace(entry, why=why) if index in own else entry for index, entry in enumerate(sequence.entries)]  # fmt: skip
                 sequence = replace(sequence, entries=tuple(entries))
             else:
-                sequence = self.mended(self.noted(self.added(sequence, edit, plan.wanted), (), plan, sequence))
+                sequence = self.mended(noted(self.added(sequence, edit, plan.wanted), (), plan, sequence))
         return sequence
 
     def parted(self, sequence: Sequence, numbers: Several[int]) -> Sequence:
@@ -285,7 +304,8 @@ class _Writer:
     def sought(self, base: Sequence, plan: Plan) -> Edit:
         """The edit of what a plan wants, on what stands."""
         settings = replace(self.settings, strengthen=True) if plan.again else self.settings
-        settings = rehearsing.gently(self.model, settings, self.how, len(base.rows) + len(plan.wanted))
+        rows = len(base.rows) + len(by_subject(plan.wanted))
+        settings = rehearsing.gently(self.model, settings, self.how, rows)
         with self.on(base):
             edit = attempt(self.model, plan.wanted, self.editor, settings, self.prepared, {} if self.apart(base) else base.earlier)  # fmt: skip
         if edit.told:
@@ -297,19 +317,29 @@ class _Writer:
         at most."""
         if not rehearsing.is_gentle(self.settings, self.how) or sequence.sums is None:
             return sequence
+        left: set[int] = set()  # rows that cannot be learnt again
         for turn in range(self.how.rounds):
-            lost = rehearsing.lost(self.model, sequence, self.settings, self.how, turn)
+            lost = rehearsing.lost(self.model, sequence, self.settings, self.how, turn, left)
             if not lost:
                 break
-            settings = replace(self.settings, strengthen=True)
-            settings = rehearsing.gently(self.model, settings, self.how, len(sequence.rows))
-            facts = [fact for own in lost.values() for fact in own]
-            with written(self.model, sequence):
-                edit = attempt(self.model, facts, self.editor, settings, self.prepared, sequence.earlier)
+            edit = self.learnt(sequence, lost)
+            if edit.is_empty and len(lost) > 1:
+                able = {row: own for row, own in lost.items() if not self.learnt(sequence, {row: own}).is_empty}
+                left |= lost.keys() - able.keys()
+                lost, edit = able, self.learnt(sequence, able)
             if edit.is_empty:
-                break
+                left |= lost.keys()
+                continue
             sequence = rehearsing.raised(sequence, list(lost), rehearsing.forces(edit) / self.settings.b, self.metric)
         return sequence
+
+    def learnt(self, sequence: Sequence, lost: Mapping[int, list[Fact]]) -> Edit:
+        """The edit of the facts of rows that stand, sought from where the model is."""
+        settings = replace(self.settings, strengthen=True)
+        settings = rehearsing.gently(self.model, settings, self.how, len(sequence.rows))
+        facts = [fact for own in lost.values() for fact in own]
+        with written(self.model, sequence):
+            return attempt(self.model, facts, self.editor, settings, self.prepared, sequence.earlier)
 
     def unfit(self, fact: Fact) -> str:
         """Why a fact can be edited on no model of this kind; empty where it can."""
@@ -346,32 +376,3 @@ class _Writer:
         sums = base.sums.plus(*parts_of(self.model, self.settings.layer, new))
         rows = dict(base.rows) | {base.made + index: row for index, row in enumerate(new)}
         return solved(replace(base, rows=rows), sums, self.metric, keys)
-
-    def noted(self, done: Sequence, facts: Several[Fact], plan: Plan, before: Sequence) -> Sequence:
-        """The sequence with the entries of a batch, and those that it changed."""
-        subjects = list(dict.fromkeys(fact.subject for fact in plan.wanted))
-        exact = done.sums is not None
-        row = {subject: before.made + (index if exact else 0) for index, subject in enumerate(subjects)}
-
-        def now(index: int, entry: Entry) -> Entry:
-            if index in plan.gone:
-                return replace(entry, row=-1, why=plan.gone[index])
-            if index in plan.again:
-                batch = entry.batch if entry.row >= 0 else before.batches
-                return replace(entry, row=row[entry.fact["subject"]], why="", batch=batch)
-            return entry
-
-        entries = [now(index, entry) for index, entry in enumerate(before.entries)] if plan.gone or plan.again else before.entries  # fmt: skip
-        new = [
-            Entry(
-                plain(fact), before.batches, row[fact.subject] if place in plan.chosen else -1, plan.why.get(place, "")
-            )
-            for place, fact in enumerate(facts)
-        ]
-        return replace(
-            done,
-            entries=(*entries, *new),
-            batches=before.batches + 1,
-            made=before.made + (len(subjects) if exact else int(bool(subjects))),
-            conflicts=before.conflicts + plan.conflicts,
-        )

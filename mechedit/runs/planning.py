@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 from collections.abc import Sequence as Several
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mechedit.facts import Fact
 from mechedit.runs.sequence import Entry, Sequence
 from mechedit.settings import SequenceSettings
 
-__all__ = ["SAID", "Plan", "plain", "planned"]
+__all__ = ["SAID", "Plan", "noted", "plain", "planned"]
 
 SAID = "the model says it already"
 REFUSED = "it contradicts an earlier edit of the sequence, which stays (conflicts = refuse)"
@@ -98,6 +98,34 @@ def _shared(
     rows |= {entry.row for entry in standing.values() if entry.fact["subject"] in subjects}
     again = {index: entry.as_fact for index, entry in standing.items() if entry.row in rows and index not in gone}
     return tuple(sorted(rows)), again
+
+
+def noted(done: Sequence, facts: Several[Fact], plan: Plan, before: Sequence) -> Sequence:
+    """The sequence with the entries of a batch, and those that it changed."""
+    subjects = list(dict.fromkeys(fact.subject for fact in plan.wanted))
+    exact = done.sums is not None
+    row = {subject: before.made + (index if exact else 0) for index, subject in enumerate(subjects)}
+
+    def now(index: int, entry: Entry) -> Entry:
+        if index in plan.gone:
+            return replace(entry, row=-1, why=plan.gone[index])
+        if index in plan.again:
+            batch = entry.batch if entry.row >= 0 else before.batches
+            return replace(entry, row=row[entry.fact["subject"]], why="", batch=batch)
+        return entry
+
+    entries = [now(index, entry) for index, entry in enumerate(before.entries)] if plan.gone or plan.again else before.entries  # fmt: skip
+    new = [
+        Entry(plain(fact), before.batches, row[fact.subject] if place in plan.chosen else -1, plan.why.get(place, ""))
+        for place, fact in enumerate(facts)
+    ]
+    return replace(
+        done,
+        entries=(*entries, *new),
+        batches=before.batches + 1,
+        made=before.made + (len(subjects) if exact else int(bool(subjects))),
+        conflicts=before.conflicts + plan.conflicts,
+    )
 
 
 def plain(fact: Fact) -> dict[str, Any]:

@@ -7,6 +7,7 @@ model is. So the change stays small, as a fact is pushed little further than it 
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
+from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
@@ -47,10 +48,15 @@ def says(model: HookedModel, facts: Several[Fact], settings: Any) -> list[bool]:
 
 
 def lost(
-    model: HookedModel, sequence: Sequence, settings: Any, how: SequenceSettings, turn: int
+    model: HookedModel,
+    sequence: Sequence,
+    settings: Any,
+    how: SequenceSettings,
+    turn: int,
+    but: Set[int] = frozenset(),
 ) -> dict[int, list[Fact]]:
-    """Of the last batch and of earlier facts that are drawn, the rows of those that the model does not say, with all their facts: `again` rows
-    at most for each fact of a batch. The model without edits is given."""
+    """Of the last batch and of earlier facts that are drawn, the rows of those that the model does not say, but these, with all their facts:
+    `again` rows at most for each fact of a batch. The model without edits is given."""
     standing = list(sequence.standing.values())
     new = [entry for entry in standing if entry.batch == sequence.batches - 1]
     old = [entry for entry in standing if entry.batch < sequence.batches - 1]
@@ -61,7 +67,7 @@ def lost(
         return {}
     with written(model, sequence):
         stands = says(model, [entry.as_fact for entry in asked], settings)
-    missed = [entry for entry, stood in zip(asked, stands, strict=True) if not stood]
+    missed = [entry for entry, stood in zip(asked, stands, strict=True) if not stood and entry.row not in but]
     rows = {entry.fact["subject"]: entry.row for entry in reversed(missed)}  # an edit has one value a subject
     some = list(dict.fromkeys(entry.row for entry in missed if entry.row in rows.values()))[: how.again * how.together]
     return {row: [entry.as_fact for entry in standing if entry.row == row] for row in some}
