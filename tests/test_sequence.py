@@ -128,6 +128,18 @@ def test_values_sought_on_the_model_without_edits_end_the_same_in_any_order_and_
     assert float((change(current) - change(first)).norm() / change(first).norm()) > 1e-2, "the control"
 
 
+@pytest.mark.parametrize("given", [{}, {"slack": 1.0}, {"slack": 1.0, "loose": 0.0, "b": 2.0}])
+def test_values_sought_on_the_model_without_edits_are_refused_another_slack_than_the_one_solve_has(given, model, prepared, tmp_path):  # fmt: skip
+    settings = SequentialSettings(**QUICK, **({"a": 20.0} | given))
+    wanted = 0.5 if "b" in given else 1
+    with pytest.raises(SequenceError, match=f"a slack of 1/b; found .*Give slack = {wanted} and loose = 0"):
+        run(model, prepared, tmp_path, FACTS[:2], settings, sought="unedited")
+    settings = replace(settings, slack=wanted, loose=0.0)
+    found = run(model, prepared, tmp_path, FACTS[:2], settings, sought="unedited")
+    terms = Terms(a=20.0, slack=wanted)
+    close(change(found), all_at_once(model, found.rows.values(), terms, prepared.moment.C))
+
+
 def found_edits(monkeypatch):
     """The edits of batches, as they are found."""
     found, once = [], extending.attempt
@@ -394,6 +406,29 @@ def test_facts_of_one_subject_share_one_value_that_answers_them_all(model, prepa
     left = sequence.reverted(model, found, 2, prepared)
     assert sorted(left.standing) == [0], "what shares a value goes out with it"
     assert sorted(left.waiting) == [1], "and waits to be written again"
+
+
+def test_facts_of_one_subject_that_share_no_value_are_written_each_by_itself_in_a_batch_too(model, prepared, tmp_path, take_out):  # fmt: skip
+    other = replace(FACTS[1], template=SPORT, target_new="violin")
+    facts = [*FACTS[:2], other, FACTS[2]]
+    found = run(model, prepared, tmp_path / "batch", facts, together=4, shared=False)
+    assert [(entry.row, entry.batch) for entry in found.entries] == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    assert (len(found.rows), found.batches, found.made) == (4, 2, 4)
+    close(change(found), all_at_once(model, found.rows.values(), Terms(a=20.0, b=1.0), prepared.moment.C))
+    pairs = run(model, prepared, tmp_path / "pairs", facts, together=2, shared=False)
+    assert torch.equal(change(pairs), change(found))
+    assert sorted(take_out([1], tmp_path / "batch").standing) == [0, 2, 3], "and nothing waits"
+    added = run(
+        model,
+        prepared,
+        tmp_path / "memit",
+        facts,
+        MemitSettings(**QUICK, guard="warn"),
+        "memit",
+        together=4,
+        shared=False,
+    )
+    assert added.batches == 1
 
 
 def test_what_cannot_be_edited_is_left_out_and_says_why(model, prepared, tmp_path):

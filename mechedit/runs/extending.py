@@ -35,7 +35,7 @@ from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
 from mechedit.runs import rehearsing
 from mechedit.runs.editing import attempt
-from mechedit.runs.planning import SAID, Plan, noted, planned
+from mechedit.runs.planning import SAID, Plan, noted, parts, planned
 from mechedit.runs.sequence import (  # fmt: skip
     TAKEN_OUT,
     Row,
@@ -139,7 +139,8 @@ def extend(
     for first in range(0, len(facts), how.together):
         progress("editing in sequence", first, len(facts))
         before, last = len(sequence.entries), first + how.together >= len(facts)
-        sequence = writer.batch(sequence, facts[first : first + how.together])
+        for part in parts(sequence, facts[first : first + how.together], how):
+            sequence = writer.batch(sequence, part)
         n = len(sequence.entries)
         due = bool(how.every) and n // how.every > before // how.every
         if last or due:

@@ -16,7 +16,7 @@ from mechedit.facts import Fact
 from mechedit.runs.sequence import Entry, Sequence
 from mechedit.settings import SequenceSettings
 
-__all__ = ["SAID", "Plan", "noted", "plain", "planned"]
+__all__ = ["SAID", "Plan", "noted", "parts", "plain", "planned"]
 
 SAID = "the model says it already"
 REFUSED = "it contradicts an earlier edit of the sequence, which stays (conflicts = refuse)"
@@ -86,6 +86,18 @@ def planned(
     chosen = {place: fact for place, fact in enumerate(facts) if place not in why}
     rows, again = _shared(sequence, chosen, gone, how) if sequence.sums is not None else ((), {})
     return Plan(chosen, again, rows, gone, why, conflicts, repeats & chosen.keys())
+
+
+def parts(sequence: Sequence, facts: Several[Fact], how: SequenceSettings) -> list[list[Fact]]:
+    """The batch as it is written, one part after another: as one, or with each subject once in a part where its facts share no value."""
+    if how.shared or sequence.sums is None:
+        return [list(facts)]
+    found: list[list[Fact]] = [[]]
+    for fact in facts:
+        if any(each.subject == fact.subject for each in found[-1]):
+            found.append([])
+        found[-1].append(fact)
+    return found
 
 
 def _shared(

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Several
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from math import nan
+from math import isclose, nan
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +179,18 @@ class Sequence:
 def begin(
     model: HookedModel, editor: Editor, settings: Any, prepared: Prepared | None, how: SequenceSettings
 ) -> Sequence:
-    """A sequence without edits, for settings as `resolve` gives them."""
+    """A sequence without edits, for settings as `resolve` gives them.
+
+    Raises:
+        SequenceError: values are to be sought on the model without edits, and their slack is not that of one solve for all.
+    """
     exact = isinstance(editor, Memit) and settings.b > 0 and settings.parts == ("mlp",) and not settings.layers
     exact = exact and not settings.is_shaped  # what is done to a change after its solve is no part of one solve for all
+    if exact and how.sought == "unedited" and (settings.loose or not isclose(settings.b * settings.slack, 1.0)):
+        raise SequenceError(
+            f"values that are sought on the model without edits (sought = unedited) are met up to a slack of 1/b; found slack = {settings.slack:g} and "
+            f"loose = {settings.loose:g}. Give slack = {1 / settings.b:g} and loose = 0, or leave sought at current."
+        )
     sums = Sums.none(*models.W_out(model, settings.layer).shape) if exact else None
     own, plain = cache.plain(how.writing), cache.plain(asdict(settings))
     key, place = prepared.key if prepared else "", f"{type(editor).__module__}:{type(editor).__qualname__}"
@@ -337,11 +346,7 @@ def load(path: str | Path) -> Sequence:
         FileError: the file is missing, cut off, changed, or something else.
     """
     tensors, record = files.read(path, KIND)
-    record = {
-        "how": {},
-        "place": "",
-        "versions": {},
-    } | record  # of an earlier version, which is shown and does not go on
+    record = {"how": {}, "place": "", "versions": {}} | record  # of an earlier form, which is shown and does not go on
     try:
         check(record, _FORM)
         rows = record["rows"]

@@ -25,7 +25,7 @@ class SequenceSettings(Settings):
     sought: str = knob(
         "current",
         "where values are sought: on what the earlier edits left (current); or on the model without edits (unedited), so that they do not depend "
-        "on those before, for editors that can take edits out",
+        "on those before, for editors that can take edits out, with loose = 0 and slack = 1/b",
         ("current", "unedited"),
     )
     rehearsed: int = knob(
