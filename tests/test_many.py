@@ -171,7 +171,7 @@ def test_the_layer_and_constants_are_those_of_the_models_preset_for_the_editor_o
     assert weights == [(150.0, 0.0, 1.0), (150.0, 0.0, 1.0), (1.0, 0.0, 0.0), (0.0, 1.0, 1.0)]
     assert MemitSettings().a == 15000.0, "as published, where a model has no preset"
     long = named("sequential").resolve(model)
-    assert (long.guard, long.learning_rate, long.stop_at) == ("warn", 0.15, 0.2), "its own, where the preset is ROME's"
+    assert (rome.guard, long.guard, long.loose) == ("refuse", "warn", 0.2), "its own, where the preset is ROME's"
 
 
 @pytest.mark.anywhere

@@ -198,15 +198,13 @@ class PmetSettings(MemitSettings):
 
 @dataclass(frozen=True)
 class SequentialSettings(MemitSettings):
-    """How keys and values are found, as ROME's by smaller steps to a nearer end; earlier edits weigh as much as new ones, and C holds on to all else."""
+    """How keys and values are found, as ROME's; earlier edits weigh as much as new ones, and C holds on to all else."""
 
     guard: str = knob(
         "warn",
         "an edit out of its bands is an error (refuse), a warning (warn), or empty, with the reason (rollback); a sequence is watched as a whole",
         GUARDS,
     )
-    learning_rate: float = knob(0.15, "Adam's learning rate")
-    stop_at: float = knob(0.2, "stop once the target's own loss, -log p, averaged over prefixes, is below this")
     a: float = knob(
         0.0, "weight of C: so many ordinary keys hold against the facts; 0: as the model's width has it, 5 d_mlp"
     )
