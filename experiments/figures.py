@@ -90,6 +90,7 @@ ROWS = (
     Row("how many keys C needs", "moments_convergence", {"gemma-3-270m": Run(25, "--times-d-mlp 1.5 3 5 10 20 --edit-facts 10")}, COUNTERFACT),
     Row("trained editors", "trained_editors", {"organism": Run(None)}),
     Row("many edits in sequence", "scaling", {"organism": Run(8, "--sizes 1 10 100 300 1000 --together 50 --threads 1")}),
+    Row("ten thousand edits", "scaling", {"organism": Run(25, "--sizes 100 1000 2000 5000 10000 --together 100 --every 1000 --search quick --rounds 0 --name scaling_10000 --threads 1")}),
     Row("when sequences break", "collapse", {"organism": Run(12, "--edits 300 --every 20 --threads 1")}),
     Row("weights of editors of many facts", "tuned_many", {"organism": Run(12)}),
     Row("better single edits", "better_edits", {"gemma-3-270m": Run(20, "--rows default quick")}, COUNTERFACT),
