@@ -30,6 +30,7 @@ from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
 from mechedit.runs import tracing as runs
 from mechedit.runs.editing import edit_facts
+from mechedit.runs.results import check_kept, who
 from mechedit.settings import SettingsError, TraceSettings, TuneSettings
 from mechedit.sites import Site
 from mechedit.tracing.averages import average
@@ -71,6 +72,7 @@ class Tuned:
     rows: tuple[Row, ...]
     best: Row
     traced: int
+    facts: tuple[dict[str, Any], ...]  # those that were traced, and those that were edited
     origin: dict[str, Any]
     versions: dict[str, str]
 
@@ -102,13 +104,14 @@ def tune(
     Raises:
         FactError: too few facts are known, or can be edited and scored.
         SettingsError: an option to try that the editor does not have.
-        RunError: the folder holds a run of other settings.
+        RunError: the folder holds a run of other settings, or a `tuned.json` of facts that are not among those chosen here.
     """
     settings, folder, way = settings or TuneSettings(), Path(folder), named(editor)
     given = base if base is not None else way.settings()
     tries = _combinations(way, given, settings)
     bos = prompts.resolve_bos(model, given.prepend_bos)
     known, scored = _chosen(model, facts, settings, bos, progress)
+    check_kept(folder / "tuned.json", [*known, *scored])
     kind, role, best_of = SITES[way.site]
     wanted = TraceSettings(kinds=(kind,), roles=(role,), draws=settings.draws, seed=settings.seed, prepend_bos=bos)
     site = best_of(average(runs.trace_facts(model, known, folder / "traces", wanted, progress=progress)))
@@ -132,7 +135,18 @@ def tune(
     best = max(rows, key=lambda row: (row.within >= MOSTLY, round(row.S, 6), -row.relative_norm))
     proposed = way.resolve(model, replace(given, **best.tried, **({"layer": best.layer} if best.layer != -1 else {})))
     origin, versions = provenance.origin(model), provenance.versions()
-    return Tuned(way.name, proposed, site, unedited, tuple(rows), best, len(known), origin, versions)
+    return Tuned(
+        way.name,
+        proposed,
+        site,
+        unedited,
+        tuple(rows),
+        best,
+        len(known),
+        tuple(who([*known, *scored])),
+        origin,
+        versions,
+    )
 
 
 def _combinations(editor: Editor, given: Any, settings: TuneSettings) -> list[dict[str, Any]]:

@@ -148,7 +148,7 @@ def counterfact(tmp_path):
     return path
 
 
-def test_edits_of_many_facts_are_kept_and_can_be_composed_compared_and_exported(run, counterfact, tmp_path):
+def test_edits_of_many_facts_are_kept_and_can_be_composed_compared_and_exported(run, counterfact, tmp_path, monkeypatch):  # fmt: skip
     quick = ("--layer", "1", "--steps", "3", "--prefixes", "none")
     folder = tmp_path / "run"
     status, out, _ = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder))
@@ -161,6 +161,12 @@ def test_edits_of_many_facts_are_kept_and_can_be_composed_compared_and_exported(
         each["prompt"] for each in listed
     ]
     assert [each["seconds"] for each in listed] == [None, None], "files of a run do not depend on its speed"
+    before = (folder / "edits.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load", lambda *args, **named: pytest.fail("loaded"))
+        status, _, err = run("edit", "--facts", str(counterfact), "--limit", "1", *quick, "--out", str(folder))
+    assert (status, err.count("\n"), "has results that are not of these 1 records" in err) == (2, 1, True)
+    assert (folder / "edits.json").read_bytes() == before
     whole = tmp_path / "whole.safetensors"
     assert run("compose", first, second, "--out", str(whole), model=False)[0] == 0
     status, _, err = run("compose", first, second, "--out", first, model=False)

@@ -171,7 +171,7 @@ def test_evaluate_says_what_does_not_go_together_before_anything_is_loaded(run, 
     assert err.count("\n") == 1
 
 
-def test_sweep_draws_its_maps_and_says_how_far_traces_foretell_them(run, records, tmp_path):
+def test_sweep_draws_its_maps_and_says_how_far_traces_foretell_them(run, records, tmp_path, monkeypatch):
     status, said, _ = run("sweep", "--facts", records, "--out", str(tmp_path / "s"), "--layers", "0,2", "--tokens", "subject_last,last", "--draws", "2", "--steps", "2", "--prefixes", "none")  # fmt: skip
     assert status == 0
     assert "rank correlation of S" in said
@@ -183,6 +183,12 @@ def test_sweep_draws_its_maps_and_says_how_far_traces_foretell_them(run, records
     assert [line[:2] for line in lines[1:]] == [["0", "subject_last"], ["0", "last"], ["2", "subject_last"], ["2", "last"]]  # fmt: skip
     assert float(lines[4][6]) == record["mean"]["effect"][1][1]
     assert lines[4][7] == "2"
+    there = {path: path.read_bytes() for path in (tmp_path / "s").glob("sweep.*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load", lambda *args, **named: pytest.fail("loaded"))
+        status, _, err = run("sweep", "--facts", records, "--begin", "1", "--out", str(tmp_path / "s"))
+    assert (status, err.count("\n"), "has results that are not of these 1 records" in err) == (2, 1, True)
+    assert {path: path.read_bytes() for path in there} == there
     status, _, err = run("sweep", "--facts", records, "--out", str(tmp_path / "t" / "u"), "--layers", "9")
     assert (status, "layer must be from 0 to 3" in err) == (2, True)
     assert not (tmp_path / "t").exists(), "a command that is refused leaves nothing"
@@ -242,6 +248,15 @@ def test_tuning_proposes_settings_and_keeps_its_runs(run, tmp_path, monkeypatch)
     assert [row["tried"]["clamp"] for row in record["rows"]] == [1.0, 3.0]
     kept = [Trace.load(unit) for unit in units.read_all(tmp_path / "tune" / "traces")]
     assert len(kept) == 2, "the first of four is left out, and one is edited"
+    other = rows[0] | {
+        "requested_rewrite": rows[0]["requested_rewrite"] | {"target_new": {"str": "Bonn"}},
+        "case_id": 4,
+    }
+    path.write_text(json.dumps([*rows[:1], *rows[2:], other, rows[1]]))  # what was traced first is last, and not chosen
+    status, _, err = run(*command, "--draws", "1", "--out", str(tmp_path / "tune"))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "has results that are not of these 3 records (1 of them; 'The Space Needle is located in the city of' becoming 'Rome' for one)" in err  # fmt: skip
+    assert json.loads((tmp_path / "tune" / "tuned.json").read_text()) == record
 
 
 # --- editors and benchmarks by name -----------------------------------------------------------------------------------

@@ -129,6 +129,16 @@ def test_a_run_over_facts_is_kept_resumed_and_averaged(run, known_file, tmp_path
     status, _, err = run(*command, "--seed", "1")
     assert status == 2
     assert "holds a run of other settings (settings.seed: 0 there, 1 now)" in err
+    there = {path: path.read_bytes() for path in folder.glob("average*")}
+    rows = json.loads(known_file.read_text())
+    known_file.write_text(json.dumps(rows[1:]))
+    status, _, err = run(*command)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "has results that are not of these 3 records (1 of them; 'London is in the city of'" in err
+    assert {path: path.read_bytes() for path in there} == there
+    known_file.write_text(json.dumps([rows[3], *rows[:3]]))
+    assert run(*command[:-4], "--out", str(folder))[0] == 0
+    assert read(folder / "average.json")["n"] == 4, "more facts are welcome"
 
 
 def test_facts_share_sweeps_and_average_alike(run, known_file, tmp_path, monkeypatch):

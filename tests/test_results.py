@@ -9,9 +9,10 @@ import torch
 
 from mechedit import generation, moments, prompts
 from mechedit.benchmarks import metrics
+from mechedit.facts import Fact
 from mechedit.runs import shards
 from mechedit.runs.evaluating import evaluate
-from mechedit.runs.results import Evaluation
+from mechedit.runs.results import Evaluation, check_kept
 from mechedit.runs.status import status
 from mechedit.runs.store import RunError
 from mechedit.settings import EvaluateSettings, MomentSettings
@@ -28,6 +29,27 @@ def moment(model, monkeypatch):
 @pytest.fixture
 def ready(model, moment):
     return made_ready(model, QUICK, moment)
+
+
+@pytest.mark.parametrize("form", ["list", "object"])
+def test_a_table_gives_way_to_one_of_more_facts_and_to_no_other(form, tmp_path):
+    lines = [{"subject": "Rome", "prompt": "Rome is in", "target_new": "Oslo", "P": 0.5}, {"subject": "Bonn", "prompt": "Bonn is in", "target_new": None}]  # fmt: skip
+    rome, bonn, kyiv = Fact("Rome", "{} is in", None, "Oslo"), Fact("Bonn", "{} is in"), Fact("Kyiv", "{} is in")
+    path = tmp_path / "table.json"
+    check_kept(path, [kyiv])
+    path.write_text(json.dumps(lines if form == "list" else {"n": 2, "facts": lines}))
+    check_kept(path, [bonn, kyiv, rome])
+    said = r"of these 1 records \(1 of them; 'Rome is in' becoming 'Oslo' for one\), and they would be replaced\. Take those too, choose another"
+    with pytest.raises(RunError, match=said):
+        check_kept(path, [bonn])
+    with pytest.raises(RunError, match=r"\(2 of them; 'Bonn is in' for one\)"):
+        check_kept(path, [kyiv, replace(rome, target_new="Paris")])
+    path.write_text(json.dumps({"n": 2}))
+    check_kept(path, [kyiv])  # of an earlier version, which does not say whose it is
+    for damaged in ("{", "5", '{"facts": 5}', '[{"subject": "Rome"}]'):
+        path.write_text(damaged)
+        with pytest.raises(RunError, match=r"table\.json is damaged \(.*delete it, or choose another folder"):
+            check_kept(path, [rome])
 
 
 def test_results_are_written_in_every_form(tmp_path):

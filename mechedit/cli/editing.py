@@ -203,6 +203,7 @@ def _fact_to_edit(arguments: argparse.Namespace) -> Fact:
 def _facts_to_edit(arguments: argparse.Namespace) -> list[Fact]:
     """The facts of --facts, checked before anything is loaded."""
     from mechedit import sources
+    from mechedit.runs.results import check_kept
 
     if arguments.out is None:
         raise UsageError("--facts needs --out DIR, where each edit is kept as soon as it is done.")
@@ -217,6 +218,8 @@ def _facts_to_edit(arguments: argparse.Namespace) -> list[Fact]:
     if arguments.out.is_file():
         raise UsageError(f"--out {arguments.out} is a file; with --facts it is a folder, of all edits.")
     check_places(arguments.json, arguments.out / "edits.json")
+    if not arguments.sequence:  # which has a guard of its own
+        check_kept(arguments.out / "edits.json", chosen)
     return chosen
 
 

@@ -134,6 +134,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from mechedit.runs.engines import Cluster
     from mechedit.runs.estimating import estimate
     from mechedit.runs.evaluating import evaluate
+    from mechedit.runs.parquet import RESULTS
     from mechedit.runs.results import check_kept
     from mechedit.runs.store import RunError
 
@@ -144,7 +145,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     benchmark = benchmarks.named(arguments.benchmark)
     chosen = _records(arguments, benchmark)
     if arguments.out and not arguments.estimate:
-        check_kept(arguments.out, [benchmark.fact(record) for record in chosen])
+        check_kept(arguments.out / RESULTS, [benchmark.fact(record) for record in chosen])
     references = _references(arguments)
     began = time.perf_counter()
     model = load_model(arguments)
@@ -258,6 +259,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     from mechedit import figures
     from mechedit.benchmarks.counterfact import COUNTERFACT
     from mechedit.runs import sweeping
+    from mechedit.runs.results import check_kept, who
 
     settings = SweepSettings(**given_settings(arguments, SweepSettings))
     given = given_edit_settings(arguments)
@@ -265,11 +267,12 @@ def _sweep(arguments: argparse.Namespace) -> None:
     chosen = _records(arguments, COUNTERFACT)
     sweeping.check_complete(chosen)
     check_places(arguments.json, arguments.out / "sweep.json")
+    check_kept(arguments.out / "sweep.json", chosen)
     model = load_model(arguments)
     base = editor.settings(**given)
     with keeping(f"what is finished is kept in {arguments.out}"), progress_bars() as progress:
         found = sweeping.sweep(model, chosen, arguments.out, settings, editor, base, progress=progress)
-    record = found.to_json()
+    record = found.to_json() | {"facts": who(chosen)}
     written = [*write_json(arguments.out / "sweep.json", record), found.save_csv(arguments.out / "sweep.csv")]
     written += write_json(arguments.json, record) + figures.write(sweeping.sweep_maps(found), arguments.out / "sweep")
     console = console_of(arguments)

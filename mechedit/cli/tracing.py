@@ -258,6 +258,7 @@ def _statistics(arguments: argparse.Namespace, model: HookedModel, facts: Sequen
 def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None:
     from mechedit import figures, sources
     from mechedit.runs import tracing as runs
+    from mechedit.runs.results import check_kept, who
     from mechedit.tracing import accuracy
     from mechedit.tracing.averages import average
 
@@ -270,10 +271,12 @@ def _trace_facts(arguments: argparse.Namespace, settings: TraceSettings) -> None
         runs.check_run(model, arguments.out, settings)  # before every fact is asked
     with progress_bars() as progress:
         chosen = _chosen(arguments, model, read, settings, progress)
+        check_kept(arguments.out / "average.json", chosen)
         statistics = _statistics(arguments, model, chosen)
         traces = _traces(arguments, model, chosen, settings, statistics, progress)
     mean = average(traces, seed=settings.seed)
-    written = write_json(arguments.out / "average.json", mean.to_json()) + write_json(arguments.json, mean.to_json())
+    record = mean.to_json() | {"facts": who(chosen)}
+    written = write_json(arguments.out / "average.json", record) + write_json(arguments.json, record)
     written += figures.save_average(mean, arguments.out)
     if not accuracy.is_exact(settings) and settings.corruption != "tokens":
         error = accuracy.sample_error(model, chosen[0], settings, statistics=statistics)

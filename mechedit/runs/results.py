@@ -22,14 +22,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mechedit import parsing
 from mechedit.benchmarks import metrics
 from mechedit.cache import atomic_write, plain
 from mechedit.facts import Fact
-from mechedit.runs.parquet import RESULTS, Details, read_details, read_results, write_details, write_results
+from mechedit.runs.parquet import Details, read_details, read_results, write_details, write_results
 from mechedit.runs.store import RunError
 from mechedit.statistics import Mean
 
-__all__ = ["Evaluation", "check_kept"]
+__all__ = ["Evaluation", "check_kept", "who"]
+
+WHO = ("subject", "prompt", "target_new")  # what facts of a table are told by
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -169,27 +172,48 @@ class Evaluation:
         return out.getvalue()
 
 
-def check_kept(folder: Path, facts: Sequence[Fact]) -> None:
-    """Raise where the table of these would take the place of one of other records.
+def who(facts: Sequence[Fact]) -> list[dict[str, Any]]:
+    """What a table keeps of the facts that it is of, for `check_kept`."""
+    return [{name: getattr(fact, name) for name in WHO} for fact in facts]
+
+
+def check_kept(path: Path, facts: Sequence[Fact]) -> None:
+    """Raise where the table of these would take the place of one of other facts. A table of these and more may.
+
+    `path` is that of `results.parquet`, or of JSON: a list of facts, or an object with the list `facts` (of one without nobody knows).
 
     Raises:
-        RunError: `folder` has results of records that are not among these.
+        RunError: the table there is of facts that are not among these, or is damaged.
     """
-    path = folder / RESULTS
     if not path.is_file():
         return
+    there = {tuple(line[name] for name in WHO) for line in (_of_json if path.suffix == ".json" else _of_parquet)(path)}
+    if others := there - {tuple(each.values()) for each in who(facts)}:
+        _, prompt, target = min(others, key=str)
+        one = f"{prompt!r} becoming {target!r}" if target else repr(prompt)
+        raise RunError(
+            f"{path.parent} has results that are not of these {len(facts)} records ({len(others)} of them; {one} for one), and they would be "
+            "replaced. Take those too, choose another folder, or delete that one."
+        )
+
+
+def _of_parquet(path: Path) -> list[dict[str, Any]]:
     from pyarrow import ArrowException, parquet
 
-    names = ("subject", "prompt", "target_new")
     try:
-        kept = {tuple(line.values()) for line in parquet.read_table(path, columns=list(names)).to_pylist()}
+        return list(parquet.read_table(path, columns=list(WHO)).to_pylist())
     except (ArrowException, OSError) as error:
         raise RunError(f"{path} is damaged ({error}); delete it, or choose another folder.") from error
-    if others := kept - {tuple(getattr(fact, name) for name in names) for fact in facts}:
-        raise RunError(
-            f"{folder} has results that are not of these {len(facts)} records ({len(others)} of them; {min(others)[1]!r} becoming "
-            f"{min(others)[2]!r} for one), and they would be replaced. Evaluate those too, choose another folder, or delete that one."
-        )
+
+
+def _of_json(path: Path) -> list[dict[str, Any]]:
+    try:
+        found = parsing.from_file(path)
+        lines = found.get("facts", []) if isinstance(found, dict) else found
+        parsing.check(lines, [dict.fromkeys(WHO, (str, None))], "facts")
+    except parsing.ParseError as error:
+        raise RunError(f"{path} is damaged ({error}); delete it, or choose another folder.") from error
+    return list(lines)
 
 
 def _cell(name: str, each: Mean | None, n: int) -> str:
