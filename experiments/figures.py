@@ -93,7 +93,7 @@ ROWS = (
     Row("ten thousand edits", "scaling", {"organism": Run(25, "--sizes 100 1000 2000 5000 10000 --together 100 --every 1000 --search quick --rounds 0 --name scaling_10000 --threads 1")}),
     Row("when sequences break", "collapse", {"organism": Run(12, "--edits 300 --every 20 --threads 1")}),
     Row("weights of editors of many facts", "tuned_many", {"organism": Run(12)}),
-    Row("better single edits", "better_edits", {"gemma-3-270m": Run(20, "--rows default quick")}, COUNTERFACT),
+    Row("better single edits", "better_edits", {"gemma-3-270m": Run(40, "--rows default quick statements 'statements, further'")}, COUNTERFACT),
     Row("what makes facts localise", "localisation", {"organism": Run(8, "--models organism out/plain organism-gptj organism-llama")}, {"organism": "out/plain"}),
     Row("how often intervals hold", "coverage", {"organism": Run(10)}),
     Row("records of fine-tuning", "mechedit evaluate", {"organism": Run(None, "--facts organism --limit 120 --editor ft --out out/organism/ft")}),
