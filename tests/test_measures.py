@@ -57,7 +57,7 @@ def test_a_trace_says_what_was_measured(model, fact, measure, ids, label):
         repr(found)
         == f"Trace({fact.prompt!r}: {label} = {found.p_clean:.3f} clean, {found.p_corrupted:.3f} corrupted; mlp)"
     )
-    assert figures.heat_map(found, "mlp").axes[1].get_ylabel() == label
+    assert figures.heat_map(found, "mlp").axes[1].get_ylabel().removesuffix("   (line: the clean run)") == label
 
 
 def test_measures_are_what_they_are_called(model):
