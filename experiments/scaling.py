@@ -140,7 +140,7 @@ def main(settings: Scaling) -> None:
     folder = runs(model, f"scaling-{cache.content_key(f'{edit}{how}{prepared.key}')}")
     once = alone(model, sample(facts[: settings.mixed], settings.scored), editor, edit, prepared)
     say(f"alone: {once}")
-    kept = folder / "scored.json"
+    kept = folder / f"scored-{settings.scored}-{settings.mixed}.json"
     rows, stand = json.loads(kept.read_text()) if kept.is_file() else ([], [])
     at = {each["edits"]: each for each in stand}  # a run that goes on forgets the look that it ended with
     clock = time.process_time if settings.threads == 1 else time.perf_counter
@@ -162,15 +162,10 @@ def main(settings: Scaling) -> None:
         rows.append(cache.plain(row))
         at |= {each["edits"]: each for each in _stand(found.looks)}
         kept.write_text(json.dumps([rows, [*at.values()]]))
-        result = {
-            "alone": once,
-            "rows": rows,
-            "forgetting": [*at.values()],
-            "edit": vars(edit),
-            "facts": len(facts),
-        }
-        for path in [*figures.write(picture(rows, once), FIGURES / short_name(model) / settings.name), write(settings.name, model, settings, cache.plain(result))]:  # fmt: skip
-            say(f"wrote {path}")
+    rows = [row for row in rows if row["edits"] in settings.sizes]
+    result = {"alone": once, "rows": rows, "forgetting": [*at.values()], "edit": vars(edit), "facts": len(facts)}
+    for path in [*figures.write(picture(rows, once), FIGURES / short_name(model) / settings.name), write(settings.name, model, settings, cache.plain(result))]:  # fmt: skip
+        say(f"wrote {path}")
 
 
 def _stand(looks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

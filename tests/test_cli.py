@@ -6,7 +6,7 @@ import os
 import resource
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields, make_dataclass
 from pathlib import Path
 
 import pytest
@@ -106,21 +106,20 @@ def test_the_last_editor_that_is_named_has_the_options(named):
     assert (parsed.editor, parsed.edit_settings) == ("rome", RomeSettings)
 
 
-@dataclass(frozen=True)
-class LimitedSettings(EditSettings):
-    limit: int = knob(1, "a number that the option of edit and evaluate is not")
-
-
 class Limited(Editor):
     name = "limited"
-    settings = LimitedSettings
 
 
-def test_an_editors_field_that_is_called_as_an_option_of_the_command_is_refused(run):
-    status, _, err = run("edit", "x", "--editor", "tests.test_cli:Limited", "--limit", "1")
+@pytest.mark.parametrize("name", ["limit", "keep", "out"])
+def test_an_editors_field_that_is_called_as_an_option_of_the_command_is_refused(name, run, monkeypatch):
+    own = make_dataclass(
+        "LimitedSettings", [(name, int, knob(1, "another number"))], bases=(EditSettings,), frozen=True
+    )
+    monkeypatch.setattr(Limited, "settings", own)
+    status, _, err = run("edit", "x", "--editor", "tests.test_cli:Limited")
     assert (status, err.count("\n")) == (2, 1)
-    assert "LimitedSettings must have no field 'limit'" in err
-    assert "--limit is an option of `mechedit edit` already" in err
+    assert f"LimitedSettings must have no field '{name}'" in err
+    assert f"--{name} is an option of `mechedit edit` already" in err
 
 
 @pytest.mark.parametrize("wrong", [["trace", "x", "--draws", "many"], ["diff", "x"], ["tune", "--clamps", "1"], ["edit", "x", "--editor", "ft", "--clamp", "1"], ["edit", "x", "--editor=ft", "--policy", "averaged"], ["no-such-command"], ["edit", "x", "--policy", "mixed"], ["evaluate", "--control", "identity"], ["evaluate", "--mode", "luck"], ["trace", "--no-such-option"], ["sever", "x", "--subject", "x", "--window", "3"], ["sever", "x", "--subject", "x", "--role", "verb"]])  # fmt: skip

@@ -758,7 +758,11 @@ def test_a_state_of_another_version_is_refused_and_so_is_one_that_names_none(mod
         run(model, prepared, tmp_path, FACTS[:1])
     tensors, record = files.read(state, sequence.KIND)
     files.write(state, sequence.KIND, tensors, {name: each for name, each in record.items() if name not in ("versions", "place")})  # fmt: skip
-    assert len(sequence.load(state).standing) == 1, "one of an earlier form is shown"
+    earlier = sequence.load(state)
+    assert len(earlier.standing) == 1, "one of an earlier form is shown"
+    for use in (lambda: run(model, prepared, tmp_path, FACTS[:1]), lambda: extending.take_out(model, [0], tmp_path), lambda: sequence.reverted(model, earlier, 0, prepared)):  # fmt: skip
+        with pytest.raises(SequenceError, match="of an earlier version of mechedit"):
+            use()
 
 
 def test_a_run_goes_on_by_the_bands_that_it_is_given_now(model, prepared, tmp_path):

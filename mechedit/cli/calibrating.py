@@ -39,9 +39,11 @@ def add_calibrating(commands: Any, editor: str) -> None:
     )
     add_settings(calibrate, CalibrateSettings, without=("facts", "seed"))
     calibrate.add_argument("--limit", type=an_integer, default=CalibrateSettings().facts, metavar="N", help="facts that are edited, each in every way (default: 20)")  # fmt: skip
-    add_editor(calibrate, editor, without=("layer", "layers", "guard", "bands"))  # its seed is the calibration's
     calibrate.add_argument("--out", type=a_path, required=True, metavar="DIR", help="every number is kept there, and bands.json, for --bands")  # fmt: skip
     add_json(calibrate)
+    add_editor(
+        calibrate, editor, without=("layer", "layers", "guard", "bands")
+    )  # the last; its seed is the calibration's
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:

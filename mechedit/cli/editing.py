@@ -59,7 +59,6 @@ def add_editing(commands: Any, editor: str) -> None:
         help="edit every fact of a JSON file, of `built-in` or of `organism`, each alone, into --out DIR",
     )
     edit.add_argument("--limit", type=an_integer, metavar="N", help="of --facts, the first N")
-    add_editor(edit, editor)
     add_sequencing(edit)
     add_text(edit)
     edit.add_argument(
@@ -69,6 +68,7 @@ def add_editing(commands: Any, editor: str) -> None:
         "--out", type=a_path, metavar="FILE", help="write the edit there (.safetensors); with --facts a folder"
     )
     add_json(edit)
+    add_editor(edit, editor)  # the last, so that it sees which names are taken
 
 
 def _edit(arguments: argparse.Namespace) -> None:

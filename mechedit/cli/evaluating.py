@@ -81,13 +81,13 @@ def _add_evaluate(commands: Any, editor: str) -> None:
         metavar=("IDF.npy", "VOCAB.json"),
         help="with --references: published TF-IDF statistics (default: of the references)",
     )
-    add_editor(evaluate, editor, none=True)  # its seed is the evaluation's
     _add_engine(evaluate)
     evaluate.add_argument(
         "--estimate", action="store_true", help="try three records, say what all will take on --workers, and stop"
     )
     evaluate.add_argument("--out", type=a_path, metavar="DIR", help="everything is kept there; run again to resume")
     add_json(evaluate)
+    add_editor(evaluate, editor, none=True)  # the last; its seed is the evaluation's
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:

@@ -194,7 +194,8 @@ def _of_tuned(console: Console, record: Mapping[str, Any]) -> None:
 def _plain(console: Console, place: Any, record: Mapping[str, Any]) -> dict[str, Any]:
     import json
 
-    show_table(console, ("", str(place)), [(str(name), json.dumps(value, ensure_ascii=False)) for name, value in record.items()])  # fmt: skip
+    shown = {str(name): value for name, value in record.items() if name != "facts"}  # which may be many
+    show_table(console, ("", str(place)), [(name, json.dumps(value, ensure_ascii=False)) for name, value in shown.items()])  # fmt: skip
     return dict(record)
 
 

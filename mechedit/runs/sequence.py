@@ -210,6 +210,7 @@ def check_of(model: HookedModel, sequence: Sequence, like: Sequence) -> None:
                 f"the sequence was begun on {sequence.origin['name']} with another {name}; {model.cfg.model_name} as it is now cannot go on with it. "
                 "Load the model it was begun on, without edits, or begin another."
             )
+    editor_of(sequence)
     if (sequence.editor, sequence.place) != (like.editor, like.place):
         of, not_of = (each.editor if sequence.editor != like.editor else each.place for each in (sequence, like))
         raise SequenceError(f"the sequence is of the editor {of}, not of {not_of}; begin another.")
@@ -307,8 +308,16 @@ def reverted(model: HookedModel, sequence: Sequence, index: int, prepared: Any) 
 
 
 def editor_of(sequence: Sequence) -> Editor:
-    """The editor that writes it, made anew."""
-    return named(sequence.place or sequence.editor)
+    """The editor that writes it, made anew.
+
+    Raises:
+        SequenceError: an earlier version of mechedit kept the sequence, and did not say who writes it.
+    """
+    if not sequence.place:
+        raise SequenceError(
+            "the sequence is of an earlier version of mechedit, and does not say how it was written; begin another."
+        )
+    return named(sequence.place)
 
 
 def as_edit(sequence: Sequence) -> Edit:
@@ -321,7 +330,7 @@ def as_edit(sequence: Sequence) -> Edit:
         raise SequenceError("the sequence has no edit that stands; there is nothing to write.")
     told = [described(entry.as_fact) for entry in sequence.standing.values()]
     facts = tuple(Measured(fact, {}, {}) for fact in told)
-    return Edit(COMPOSED, tuple(sequence.changes), facts, {"update_norm": norm(sequence.changes)}, sequence.origin, sequence.settings, provenance.versions(), nan, details={"parts": [{"prompt": each["prompt"]} for each in told]})  # fmt: skip
+    return Edit(COMPOSED, tuple(sequence.changes), facts, {"update_norm": norm(sequence.changes)}, sequence.origin, sequence.settings, provenance.versions(), nan, details={"parts": [{"prompt": each["prompt"], "settings": sequence.settings} for each in told]})  # fmt: skip
 
 
 def save(sequence: Sequence, path: str | Path) -> Path:
