@@ -269,7 +269,8 @@ def test_notes_of_an_evaluation_are_shown(run, tmp_path):
     assert "must fit the context" in said
 
 
-def test_the_facts_of_an_average_are_not_printed_one_by_one(run, tmp_path):
+def test_the_facts_of_an_average_are_not_printed_one_by_one(capsys, tmp_path):
     (tmp_path / "average.json").write_text(json.dumps({"n": 3, "facts": [{"subject": "Rome"}]}))
-    status, out, _ = run("show", str(tmp_path / "average.json"))
+    status = cli.main(["show", str(tmp_path / "average.json")])
+    out = capsys.readouterr().out
     assert (status, "Rome" in out, " 3" in out) == (0, False, True)

@@ -324,7 +324,9 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
         common.parse(scaling.Scaling, [*quick, *sizes, "--sizes", "2", "4"])
     )  # goes on, and keeps what it scored
     record = read(tmp_path, "informed")
-    scaling.main(common.parse(scaling.Scaling, [*quick, *sizes, "--sizes", "4", "--name", "again"]))  # is scored already
+    scaling.main(
+        common.parse(scaling.Scaling, [*quick, *sizes, "--sizes", "4", "--name", "again"])
+    )  # is scored already
     assert read(tmp_path, "again")["rows"] == record["rows"][1:]
     assert record["edit"]["sought_with"] == 11
     assert record["edit"]["leave_learnt"] is True

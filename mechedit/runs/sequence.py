@@ -314,9 +314,7 @@ def editor_of(sequence: Sequence) -> Editor:
         SequenceError: an earlier version of mechedit kept the sequence, and did not say who writes it.
     """
     if not sequence.place:
-        raise SequenceError(
-            "the sequence is of an earlier version of mechedit, and does not say how it was written; begin another."
-        )
+        raise SequenceError("the sequence is of an earlier version of mechedit, and cannot go on; begin another.")
     return named(sequence.place)
 
 
@@ -330,7 +328,7 @@ def as_edit(sequence: Sequence) -> Edit:
         raise SequenceError("the sequence has no edit that stands; there is nothing to write.")
     told = [described(entry.as_fact) for entry in sequence.standing.values()]
     facts = tuple(Measured(fact, {}, {}) for fact in told)
-    return Edit(COMPOSED, tuple(sequence.changes), facts, {"update_norm": norm(sequence.changes)}, sequence.origin, sequence.settings, provenance.versions(), nan, details={"parts": [{"prompt": each["prompt"], "settings": sequence.settings} for each in told]})  # fmt: skip
+    return Edit(COMPOSED, tuple(sequence.changes), facts, {"update_norm": norm(sequence.changes)}, sequence.origin, sequence.settings, provenance.versions(), nan, details={"parts": [{"prompt": each["prompt"], "settings": {"prepend_bos": sequence.settings.get("prepend_bos")}} for each in told]})  # fmt: skip
 
 
 def save(sequence: Sequence, path: str | Path) -> Path:
@@ -377,19 +375,7 @@ def load(path: str | Path) -> Sequence:
         ) from error
 
 
-_RECORD = (
-    "editor",
-    "settings",
-    "origin",
-    "prepared",
-    "how",
-    "place",
-    "versions",
-    "looks",
-    "batches",
-    "made",
-    "conflicts",
-)
+_RECORD = ("editor", "settings", "origin", "prepared", "how", "place", "versions", "looks", "batches", "made", "conflicts")  # fmt: skip
 _FORM = {
     "editor": str,
     "settings": dict,
