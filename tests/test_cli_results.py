@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 
-from mechedit import applying, edits, files, models
+from mechedit import applying, cli, edits, files, models
 from mechedit.edits import Measured
 from mechedit.rank_one import RankOneEdit
 from mechedit.runs import units
