@@ -57,9 +57,7 @@ class Scaling:
     a: float = 0.0
     layer: int = -1
     clamp: float = 0.0
-    informed: bool = (
-        False  # C is also of prose and of what is true of subjects that no prompt of the edited facts names
-    )
+    informed: bool = False  # C is also of prose and of what is true of subjects that no edited fact's prompt names
     search: str = "whole"  # of the values; quick: with fewer prompts, each left out when it is learnt
     rounds: int = 4  # of learning again after a batch
     again: int = 2  # facts for each of a batch, at most, that are learnt again at once
