@@ -802,5 +802,6 @@ def test_wrong_lines_are_drawn_of_every_module_first():
     assert {each.module for each in mutants.drawn(common.parse(mutants.Mutants, ["--n", "5", "--only", "keys"]))} == {
         "keys"
     }
+    assert len(mutants.known()) == 18  # each is there, once
     with pytest.raises(SystemExit, match="--only must be of all, known, rank_one, .*; found rank_two"):
         mutants.main(mutants.Mutants(only=("rank_two",)))
