@@ -1,10 +1,12 @@
 """v*, the value to store: the MLP output at the subject's last token that makes the model say the new target.
 
     loss(d) = -mean_j log p(target | x_j + p, d) + kl * KL(p(. | essence, d) || p(. | essence)) + decay * |d| / |v|^2
+              + fisher * d G d / 2
 
 after Meng et al. 2022, eq. 4, with the form and constants of the published code (the paper's text has others). d is
 optimised by Adam and kept within `clamp` lengths of v. The essence prompt is "{subject} is a", read at the subject's last
-token, as the code does. Only d changes: no parameter needs a gradient.
+token, as the code does. The last term is ours, and off where nothing else is said: the KL that d costs ordinary text
+(`mechedit.moments.curvature`). Only d changes: no parameter needs a gradient.
 
 A rank-one write that gives the key k* the value v + d gives another key k the share (k @ u) / (k* @ u) of d. Each row is
 optimised with the share that its own key will get (`Sought.shares`), so that what is optimised is what will be written; the
@@ -33,7 +35,7 @@ from mechedit.above import HOOKS, Row
 from mechedit.keys import Context
 from mechedit.models import Blocks, HookedModel, check_layer, check_plain, device_of, frozen
 from mechedit.progress import Progress, silent
-from mechedit.settings import RomeSettings
+from mechedit.settings import RomeSettings, SettingsError
 
 __all__ = ["HOOKS", "Sought", "Value", "optimise", "optimise_all"]
 
@@ -48,8 +50,8 @@ Losses = tuple[tuple[float, float, float], ...]
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """v* in float32, one for each part where `initial` had several, and a row for each step of the optimisation: target, KL and decay
-    terms of the loss."""
+    """v* in float32, one for each part where `initial` had several, and a row for each step of the optimisation: the terms of the loss, of the
+    target, of the essence's KL, and of what d itself costs (decay and G)."""
 
     value: Float[Tensor, "*parts d_model"]
     losses: Losses
@@ -94,11 +96,12 @@ def optimise(
     settings: RomeSettings,
     parts: Sequence[str] = ("mlp",),
     *,
+    G: Float[Tensor, "d_model d_model"] | None = None,
     progress: Progress = silent,
 ) -> Value:
-    """Find v* of one fact (`Sought`)."""
+    """Find v* of one fact (`Sought`); errors as `optimise_all`."""
     one = Sought(rows, essence, targets, initial, shares)
-    return optimise_all(model, [one], layer, settings, parts, progress=progress)[0]
+    return optimise_all(model, [one], layer, settings, parts, G=G, progress=progress)[0]
 
 
 def optimise_all(
@@ -108,16 +111,23 @@ def optimise_all(
     settings: RomeSettings,
     parts: Sequence[str] = ("mlp",),
     *,
+    G: Float[Tensor, "d_model d_model"] | None = None,
     progress: Progress = silent,
 ) -> list[Value]:
-    """Find v* of each fact, together: as many at once as `MEMORY` lets."""
+    """Find v* of each fact, together: as many at once as `MEMORY` lets. G is of the last part, where the settings weigh it.
+
+    Raises:
+        SettingsError: they do, and there is no G.
+    """
     check_layer(model, layer)
     check_plain(model)
+    if settings.fisher and G is None:
+        raise SettingsError(f"fisher = {settings.fisher:g} weighs G (moments.fisher), and none was given.")
     found: list[Value] = []
     of = len(sought) * settings.steps
     with frozen(model):
         for batch in _batches(model, sought, layer):
-            done, search = len(found) * settings.steps, _Search(model, batch, layer, settings, parts)
+            done, search = len(found) * settings.steps, _Search(model, batch, layer, settings, parts, G)
             for step in range(settings.steps):
                 progress("finding v*", done + step * len(batch), of)
                 if not search.step():
@@ -146,7 +156,13 @@ class _Search:
     """The values of some facts, as far as they are found: d, Adam's averages and the losses so far, of each."""
 
     def __init__(
-        self, model: HookedModel, sought: Sequence[Sought], layer: int, settings: RomeSettings, parts: Sequence[str]
+        self,
+        model: HookedModel,
+        sought: Sequence[Sought],
+        layer: int,
+        settings: RomeSettings,
+        parts: Sequence[str],
+        G: Float[Tensor, "d_model d_model"] | None,
     ) -> None:
         self.model, self.layer, self.settings, self.parts = model, layer, settings, parts
         self.blocks, device = Blocks(model), device_of(model)
@@ -154,6 +170,7 @@ class _Search:
         initial = torch.stack([each.initial.view(len(parts), -1) for each in sought]).to(device)
         self.initial = initial.to(torch.promote_types(initial.dtype, torch.float32))
         self.size = self.initial.norm(dim=2, keepdim=True)
+        self.G = G.to(self.initial) if G is not None and settings.fisher else None
         self.delta, self.mean, self.square = (torch.zeros_like(self.initial) for _ in range(3))
         self.losses: list[list[tuple[float, float, float]]] = [[] for _ in sought]
         self.done = torch.zeros(len(sought), dtype=torch.bool, device=device)
@@ -209,7 +226,7 @@ class _Search:
     def _terms(
         self,
     ) -> tuple[Float[Tensor, "facts 3"], Bool[Tensor, " facts"], Float[Tensor, "facts parts d_model"]]:
-        """Target, KL and decay terms of each fact's loss; whether its target is first everywhere; and the slope of the loss. Of a fact that is
+        """Terms of each fact's loss (`Value.losses`); whether its target is first everywhere; and the slope of the loss. Of a fact that is
         done they say nothing; of a row that has left its last loss counts, and no slope."""
         target, kl, missed = (torch.zeros(len(self.delta)).to(self.initial) for _ in range(3))
         of_target, of_kl = (torch.zeros_like(self.initial) for _ in range(2))
@@ -236,8 +253,13 @@ class _Search:
         weigh = torch.where(is_top, TOP_WEIGHT, 1.0).to(target)
         decay = self.settings.weight_decay / self.size**2
         slope = weigh[:, None, None] * of_target + of_kl + decay * F.normalize(self.delta, dim=2)
-        decayed = (decay * self.delta.norm(dim=2, keepdim=True)).sum((1, 2))
-        return torch.stack([weigh * target, kl, decayed], 1), is_top, slope
+        costs = (decay * self.delta.norm(dim=2, keepdim=True)).sum((1, 2))
+        if self.G is not None:
+            own = self.delta[:, -1]
+            felt = self.settings.fisher * own @ self.G
+            slope[:, -1] += felt
+            costs = costs + (own * felt).sum(1) / 2
+        return torch.stack([weigh * target, kl, costs], 1), is_top, slope
 
     @torch.no_grad()
     def _before(

@@ -23,7 +23,7 @@ def shipped(model, tmp_path, monkeypatch):
 def test_C_of_the_model_that_wrote_it_is_made_from_the_text_that_ships(model, monkeypatch, tmp_path):
     settings = MomentSettings(tokens=250, context=8)
     sampled = moments.estimate(model, 1, settings=settings)
-    batches = {str(i): tokens()[:, 1:] for i, (_, tokens) in enumerate(corpus.batches(model, (), moments.estimation._resolved(model, [1], settings), lambda *_: None))}  # fmt: skip
+    batches = {str(i): tokens()[:, 1:] for i, (_, tokens) in enumerate(corpus.batches(model, (), moments.estimation.resolved(model, [1], settings), lambda *_: None))}  # fmt: skip
     monkeypatch.setattr(
         packaged, "PLACE", packaged.write(model, batches, 0, corpus.PURPOSE, tmp_path / "t.safetensors")
     )

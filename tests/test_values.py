@@ -16,7 +16,7 @@ QUICK = RomeSettings(layer=1, steps=8, prefixes=((3, 2), (5, 1)))
 BOS = replace(QUICK, prepend_bos=True)
 
 
-def slow_value(model, rows, essence, target, initial, shares, layer, settings):
+def slow_value(model, rows, essence, target, initial, shares, layer, settings, cost=lambda delta: 0.0):
     """The same optimisation written plainly: whole forward passes with all logits, one prompt at a time."""
     delta = torch.zeros_like(initial, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=settings.learning_rate)
@@ -42,6 +42,7 @@ def slow_value(model, rows, essence, target, initial, shares, layer, settings):
         new = log_p(essence.ids, essence.lookup, shares[-1], delta)[essence.lookup]
         nll, kl = torch.stack(losses).mean(), (new.exp() * (new - original)).sum()
         loss = nll + settings.kl * kl + settings.weight_decay * delta.norm() / initial.norm() ** 2
+        loss = loss + cost(delta)
         (delta.grad,) = torch.autograd.grad(loss, [delta])
         adam.step()
         with torch.no_grad():

@@ -23,7 +23,7 @@ from mechedit.cache import content_key
 from mechedit.corruption import generator
 from mechedit.editing import Found, State
 from mechedit.editors.aims import Aim, by_subject
-from mechedit.editors.rome import Prepared, Rome
+from mechedit.editors.rome import Prepared, Rome, fisher_of
 from mechedit.edits import EditError
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel, hooked, identity
@@ -48,7 +48,7 @@ class Identity(Rome):
         one = MomentSettings(tokens=d_mlp + 1, prepend_bos=settings.prepend_bos)
         C = torch.eye(d_mlp, dtype=torch.float64)
         moment = Moment.of(model, settings.layer, C, d_mlp + 1, "identity", one)
-        return Prepared(moment, keys.prefixes(model, settings), moment)
+        return Prepared(moment, keys.prefixes(model, settings), moment, fisher_of(model, settings, progress=progress))
 
 
 class RandomKey(Rome):
@@ -109,7 +109,8 @@ class RandomLayer(Rome):
         found = []
         for done, layer in enumerate(others):
             progress("clamps of layers", done, len(others))
-            found.append((layer, _clamp(model, replace(trial, layer=layer), Prepared(Cs[layer], before, Cs[layer]))))
+            there = replace(trial, layer=layer)
+            found.append((layer, _clamp(model, there, Prepared(Cs[layer], before, Cs[layer], fisher_of(model, there)))))
         progress("clamps of layers", len(others), len(others))
         return EveryLayer(hashes, before, tuple(found))
 
@@ -130,10 +131,12 @@ class RandomLayer(Rome):
     ) -> Found:
         layer = random_layer(model, facts[0], settings.layer, settings.seed)
         windows = MomentSettings(prepend_bos=settings.prepend_bos)
-        with applying.underneath(model):  # C is that of `prepare`, whatever edits stand in the model
-            moment = moments.estimate(model, layer, settings=windows, progress=progress)
         there = replace(settings, layer=layer, clamp=dict(prepared.clamps)[layer])
-        return super().find(model, facts, there, Prepared(moment, prepared.prefixes, moment), state, progress=progress)
+        with applying.underneath(model):  # C and G are those of `prepare`, whatever edits stand in the model
+            moment = moments.estimate(model, layer, settings=windows, progress=progress)
+            G = fisher_of(model, there, progress=progress)
+        ready = Prepared(moment, prepared.prefixes, moment, G)
+        return super().find(model, facts, there, ready, state, progress=progress)
 
 
 def random_layer(model: HookedModel, fact: Fact, layer: int, seed: int) -> int:

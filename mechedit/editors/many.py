@@ -71,7 +71,7 @@ class Stack(Prepared):
     @cached_property
     def key(self) -> str:
         """A digest of all."""
-        return content_key(self.moment.hash, self.prefixes, *(each.moment.hash for each in self.below))
+        return content_key(*self._hashes, *(each.moment.hash for each in self.below))
 
 
 def prepare(
@@ -99,12 +99,14 @@ def prepare(
         rome.prepare(model, alone(settings, layer), moment, prefixes, progress=progress)
         for layer, moment in zip(layers, given, strict=True)
     ]
-    return Stack(own[-1].moment, own[-1].prefixes, own[-1].estimated, tuple(own[:-1])) if own[1:] else own[0]
+    last = own[-1]
+    return Stack(last.moment, last.prefixes, last.estimated, last.fisher, tuple(own[:-1])) if own[1:] else last
 
 
 def alone(settings: MemitSettings, layer: int) -> MemitSettings:
-    """The settings of an edit of this block alone."""
-    return replace(settings, layer=layer, layers=(), portions=())
+    """The settings of an edit of this block alone; of one below the last, where no v* is sought, without G."""
+    fisher = settings.fisher if layer == settings.layer else 0.0
+    return replace(settings, layer=layer, layers=(), portions=(), fisher=fisher)
 
 
 class Memit(Rome):
@@ -167,6 +169,7 @@ class Memit(Rome):
         ):  # what stands in a block changes the keys of those above, and C stays as it was
             for layer, each in zip(settings.layers, own, strict=True):
                 rome.check_moment(model, each.estimated, alone(settings, layer))
+                rome.check_fisher(model, each.fisher, alone(settings, layer))
 
     def averaged(
         self, rows: Float[Tensor, "n d_mlp"], bare: Float[Tensor, "m d_mlp"], settings: RomeSettings

@@ -34,11 +34,11 @@ from mechedit.errors import check_list
 from mechedit.facts import Fact
 from mechedit.guards import Band
 from mechedit.models import HookedModel
-from mechedit.moments import Moment
+from mechedit.moments import Fisher, Moment
 from mechedit.progress import Progress, silent
 from mechedit.settings import MomentSettings, RomeSettings, SettingsError
 
-__all__ = ["Prepared", "Rome", "check_moment", "edit", "prepare", "resolve"]
+__all__ = ["Prepared", "Rome", "check_fisher", "check_moment", "edit", "fisher_of", "prepare", "resolve"]
 
 BANDS: dict[str, Band] = {
     "cond_C": (0.0, 1e12, "C^-1 k* would be noise; estimate C from more keys, or add a ridge"),
@@ -52,7 +52,8 @@ BANDS: dict[str, Band] = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """C, its ridge added, and the prefixes: "" and sampled ones. `estimated` is C as it was before.
+    """C, its ridge added, and the prefixes: "" and sampled ones. `estimated` is C as it was before. G (`moments.fisher`) where the settings
+    weigh it.
 
     Raises:
         EditError: "", the bare prompt's, is not among the prefixes.
@@ -61,6 +62,7 @@ class Prepared:
     moment: Moment
     prefixes: tuple[str, ...]
     estimated: Moment
+    fisher: Fisher | None = None
 
     def __post_init__(self) -> None:
         if "" not in self.prefixes:
@@ -68,8 +70,12 @@ class Prepared:
 
     @cached_property
     def key(self) -> str:
-        """A digest of both."""
-        return content_key(self.moment.hash, self.prefixes)
+        """A digest of all."""
+        return content_key(*self._hashes)
+
+    @property
+    def _hashes(self) -> tuple[str | tuple[str, ...], ...]:
+        return (self.moment.hash, self.prefixes, *([self.fisher.hash] if self.fisher else []))
 
     @cached_property
     def made(self) -> dict[str, Any]:
@@ -106,7 +112,14 @@ def prepare(
     before = keys.prefixes(model, settings) if prefixes is None else tuple(prefixes)
     C = rank_one.regularised(found.C, settings.ridge)
     ready = replace(found, C=C, cond=moments.condition(C)) if settings.ridge else found
-    return Prepared(ready, tuple(sorted(before, key=bool)), found)  # the bare prompt first, the others in their order
+    before = tuple(sorted(before, key=bool))  # the bare prompt first, the others in their order
+    return Prepared(ready, before, found, fisher_of(model, settings, progress=progress))
+
+
+def fisher_of(model: HookedModel, settings: RomeSettings, *, progress: Progress = silent) -> Fisher | None:
+    """G of the layer, where the settings weigh it."""
+    windows = MomentSettings(prepend_bos=settings.prepend_bos)
+    return moments.fisher(model, settings.layer, windows, progress=progress) if settings.fisher else None
 
 
 class Rome(Editor):
@@ -147,6 +160,7 @@ class Rome(Editor):
     ) -> None:
         if prepared is not None:
             check_moment(model, prepared.estimated, settings)
+            check_fisher(model, prepared.fisher, settings)
         if len({fact.subject for fact in facts}) > 1 and settings.direction != settings.inserted:
             raise SettingsError(
                 "facts about several subjects are written together along the keys that return their values; give direction and "
@@ -195,7 +209,8 @@ class Rome(Editor):
         begun = self.begun(model, facts, settings, prepared)
         (parts,) = {each.parts for each in begun}
         sought = [each.sought for each in begun]
-        found = values.optimise_all(model, sought, settings.layer, settings, parts, progress=progress)
+        G = prepared.fisher.G if prepared.fisher else None
+        found = values.optimise_all(model, sought, settings.layer, settings, parts, G=G, progress=progress)
         check_learnt([each.facts[0] for each in begun], found, settings)
         return [each.aim(value) for each, value in zip(begun, found, strict=True)]
 
@@ -257,8 +272,8 @@ def _report(aims: Sequence[Aim], written: Sequence[rank_one.RankOneEdit], prepar
 def details(aims: Sequence[Aim], prepared: Prepared) -> dict[str, Any]:
     """What an edit was made from; of several subjects, lists of lists."""
     losses, shares = ([list(map(list, aim.losses)) for aim in aims], [list(aim.shares) for aim in aims])
-    moment = prepared.estimated
-    return {
+    moment, fisher = prepared.estimated, prepared.fisher
+    return ({"fisher": {"hash": fisher.hash, "tokens": fisher.tokens}} if fisher else {}) | {
         "prefixes": list(prepared.prefixes),
         "losses": losses[0] if len(aims) == 1 else losses,
         "shares": shares[0] if len(aims) == 1 else shares,
@@ -294,6 +309,21 @@ def edit(
         check_moment(model, moment, settings)
     given = prepare(model, settings, moment, prefixes, progress=progress)
     return editing.edit(model, fact, Rome(), settings, prepared=given, progress=progress)
+
+
+def check_fisher(model: HookedModel, fisher: Fisher | None, settings: RomeSettings) -> None:
+    """Raise unless G is there where the settings weigh it, of the layer, and of the model as it is now, the layer's own W_out aside.
+
+    Raises:
+        EditError: it is not.
+    """
+    if not settings.fisher:
+        return
+    if fisher is None or fisher.layer != settings.layer or not fisher.is_of(model):
+        found = "there is none" if fisher is None else f"this one is of layer {fisher.layer} of {fisher.origin['name']}"
+        raise EditError(
+            f"fisher = {settings.fisher:g} weighs G of layer {settings.layer} of the model as it is; {found}. Prepare anew (editors.rome.prepare)."
+        )
 
 
 def check_moment(model: HookedModel, moment: Moment, settings: RomeSettings) -> None:

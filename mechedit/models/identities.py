@@ -9,6 +9,7 @@ What was computed is kept under the part of the identity that it depends on:
 
     whole     everything: what the model says
     keys(l)   all that the keys of block l depend on; not the W_out of that block, nor anything above
+    around(l) everything but that W_out and its bias
 """
 
 from __future__ import annotations
@@ -75,6 +76,12 @@ class Identity:
             if not name.startswith(after) and not (name.split(".")[0].isdigit() and int(name.split(".")[0]) > layer)
         }
         return digest_of(below, layer, self._rest)
+
+    def around(self, layer: int) -> str:
+        """Of everything but what a block's W_out is."""
+        own = (f"{layer}.mlp.W_out", f"{layer}.mlp.b_out")
+        rest = {name: digest for name, digest in self.parts.items() if name not in own}
+        return digest_of(rest, layer, self._rest, *self._before)
 
     @property
     def _before(self) -> list[str]:

@@ -7,6 +7,7 @@
     packaged.py   text of the packaged Gemma, which ships
     estimation.py C from text, resumably, kept in the cache
     merging.py    one C from parts or several texts
+    curvature.py  G, how much what the model says depends on what the block gives: what an edit may write, as C is where it is read
 
 Text is one stream, cut into windows of equal length, so nothing is padded. Keys of BOS are left out: every text has the same one,
 and it is far from all others. Each batch's product is float32, the sum of batches float64.
@@ -16,6 +17,7 @@ killed goes on from its last checkpoint and ends with the same bits; jobs on sev
 """
 
 from mechedit.moments.corpus import Corpus
+from mechedit.moments.curvature import Fisher, fisher
 from mechedit.moments.estimation import Sums, accumulate, estimate, estimate_layers
 from mechedit.moments.merging import merge
 from mechedit.moments.moment import SAMPLED, Moment, MomentError, condition, read_published
@@ -23,6 +25,7 @@ from mechedit.moments.moment import SAMPLED, Moment, MomentError, condition, rea
 __all__ = [
     "SAMPLED",
     "Corpus",
+    "Fisher",
     "Moment",
     "MomentError",
     "Sums",
@@ -30,6 +33,7 @@ __all__ = [
     "condition",
     "estimate",
     "estimate_layers",
+    "fisher",
     "merge",
     "read_published",
 ]

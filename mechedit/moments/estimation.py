@@ -23,7 +23,7 @@ from mechedit.progress import Progress, silent
 from mechedit.prompts import resolve_bos
 from mechedit.settings import MomentSettings
 
-__all__ = ["Sums", "accumulate", "estimate", "estimate_layers"]
+__all__ = ["Sums", "accumulate", "estimate", "estimate_layers", "resolved"]
 
 CHECKPOINT_SECONDS = 60.0
 GRAM_BLOCKS = 8  # of rows: more save multiplications, and make products less square
@@ -63,7 +63,7 @@ def estimate_layers(
     texts = texts or ()
     for layer in layers:
         check_layer(model, layer)
-    settings = _resolved(model, layers, settings or MomentSettings())
+    settings = resolved(model, layers, settings or MomentSettings())
     source = source_of(texts)
     now, keep = identity(model), not hooked(model)  # with hooks on it, the model's keys are not those of its parameters
     of_text = now.whole if source == SAMPLED else ""  # who wrote it
@@ -130,7 +130,7 @@ def _made(
     return found
 
 
-def _resolved(model: HookedModel, layers: Sequence[int], settings: MomentSettings) -> MomentSettings:
+def resolved(model: HookedModel, layers: Sequence[int], settings: MomentSettings) -> MomentSettings:
     """The settings with the number of keys and BOS filled in, if they can be meant."""
     d_mlp = max(W_out(model, layer).shape[0] for layer in layers)
     bos = resolve_bos(model, settings.prepend_bos)

@@ -131,6 +131,10 @@ class MemitSettings(RomeSettings):
         for name in ("a", "b", "c", "slack", "null", "loose", "longest"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), f"{name} must be 0 or more; found {value}.")
+        require(
+            not self.fisher or self.sought_in == "mlp",
+            f"fisher is of what the MLP gives, and needs sought_in = mlp; found {self.sought_in}. Give fisher = 0, or seek v* in the mlp.",
+        )
         require(0 < self.entries <= 1, f"entries must be above 0, and 1 at most; found {self.entries}.")
         require(
             self.spectrum_base == 0 or self.spectrum_base > 1,

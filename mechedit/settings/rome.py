@@ -41,6 +41,11 @@ class RomeSettings(EditSettings):
     steps: int = knob(20, "Adam steps on v*")
     learning_rate: float = knob(0.5, "Adam's learning rate")
     weight_decay: float = knob(0.5, "weight of |delta| / |value|^2 in the loss")
+    fisher: float = knob(
+        0.0,
+        "weight of d G d / 2 in the loss: the KL, in nats, that the change d of the value costs where it is added at a token of the model's own text "
+        "(mechedit.moments.curvature), so that v* keeps clear of what such text depends on; 0: off, as published",
+    )
     kl: float = knob(0.0625, "weight of the essence term: KL of what '{subject} is a' predicts, at the subject")
     stop_at: float = knob(0.05, "stop once the target's own loss, -log p, averaged over prefixes, is below this")
     prefixes: tuple[tuple[int, int], ...] = knob(
@@ -81,4 +86,5 @@ class RomeSettings(EditSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_prefixes(self.prefixes)
+        require(0 <= self.fisher < float("inf"), f"fisher must be 0 or more; found {self.fisher}.")
         require(self.sought_with >= 0, f"sought_with must be 0 (all prompts) or more; found {self.sought_with}.")
