@@ -13,6 +13,7 @@ Each row is a way to edit, of the same facts, each alone; all are compared with 
 - prose: C is also of prose (WikiText-2), of as many keys as of text sampled from the model;
 - statements: C is also of prose and of true statements about subjects that the edited records do not name, of as many keys each;
 - statements, further: so, and v* may go as far as `further` lengths of the value;
+- fisher; statements, fisher; statements, fisher, further: v* also keeps clear of what ordinary text depends on (`--fisher`);
 - null space: the change stays where ordinary keys are small, in the `null` share of C's directions.
 
 Nothing is refused (`guard`). Scores are kept in out/ as soon as they are found, so a killed run goes on.
@@ -73,6 +74,9 @@ ROWS = (
     "prose",
     "statements",
     "statements, further",
+    "fisher",
+    "statements, fisher",
+    "statements, fisher, further",
 )
 ASKED = ("{} In other words:", "{} That is to say,", "{} Put differently,", "{} To say it in another way:")
 
@@ -92,6 +96,7 @@ class BetterEdits:
     null: float = 0.9  # share of C's directions, those of its smallest eigenvalues
     few: int = 5  # prompts, of which the bare one is one
     further: float = 1.0  # the clamp; the default's is 0.75
+    fisher: float = 16.0  # the weight of what v* costs ordinary text
     rows: tuple[str, ...] = ROWS
     seed: int = 0
     threads: int = 2
@@ -182,6 +187,7 @@ def effects(model: HookedModel, layers: Sequence[int]) -> tuple[float, ...]:
 def ways(settings: BetterEdits, model: HookedModel) -> dict[str, Callable[[], tuple[Editor, Any]]]:
     """What makes each row's editor and its settings."""
     default = replace(rome.resolve(model), guard="warn", seed=settings.seed)
+    clear = replace(default, fisher=settings.fisher)
     emmet, prose = named("emmet"), data("wikitext2_valid.txt")
     others = benchmark_facts(settings.model, settings.others, settings.statements)
 
@@ -212,6 +218,9 @@ def ways(settings: BetterEdits, model: HookedModel) -> dict[str, Callable[[], tu
         "prose": lambda: (Informed([prose]), default),
         "statements": lambda: (informed(), default),
         "statements, further": lambda: (informed(), replace(default, clamp=settings.further)),
+        "fisher": lambda: (named("rome"), clear),
+        "statements, fisher": lambda: (informed(), clear),
+        "statements, fisher, further": lambda: (informed(), replace(clear, clamp=settings.further)),
     }
 
 

@@ -95,7 +95,7 @@ def test_a_slope_is_what_a_small_change_makes_of_what_follows(folder):
     stream = torch.Generator().manual_seed(0)
     direction = torch.randn(32, generator=stream, dtype=torch.float64)
     normal = torch.randn(len(window), int(model.cfg.d_vocab), generator=stream, dtype=torch.float64)
-    slopes = curvature.slopes_of(model, models.Blocks(model), 1, window[None], normal)[0]
+    _, (slopes,) = curvature.slopes_of(model, models.Blocks(model), 1, window[None], normal)
     with torch.no_grad():
         p = model(window[None])[0].softmax(-1)
         for at in (1, 4, 7):

@@ -209,7 +209,7 @@ class Rome(Editor):
         begun = self.begun(model, facts, settings, prepared)
         (parts,) = {each.parts for each in begun}
         sought = [each.sought for each in begun]
-        G = prepared.fisher.G if prepared.fisher else None
+        G = prepared.fisher.relative if prepared.fisher else None
         found = values.optimise_all(model, sought, settings.layer, settings, parts, G=G, progress=progress)
         check_learnt([each.facts[0] for each in begun], found, settings)
         return [each.aim(value) for each, value in zip(begun, found, strict=True)]

@@ -43,8 +43,8 @@ class RomeSettings(EditSettings):
     weight_decay: float = knob(0.5, "weight of |delta| / |value|^2 in the loss")
     fisher: float = knob(
         0.0,
-        "weight of d G d / 2 in the loss: the KL, in nats, that the change d of the value costs where it is added at a token of the model's own text "
-        "(mechedit.moments.curvature), so that v* keeps clear of what such text depends on; 0: off, as published",
+        "weight, in the loss, of the KL that the change d of the value costs where it is added to ordinary text (mechedit.moments.curvature), in that of "
+        "a random d as long as what W_out gives there: v* keeps clear of what such text depends on; 0: off, as published",
     )
     kl: float = knob(0.0625, "weight of the essence term: KL of what '{subject} is a' predicts, at the subject")
     stop_at: float = knob(0.05, "stop once the target's own loss, -log p, averaged over prefixes, is below this")
