@@ -48,10 +48,10 @@ TESTS = {
     "tracing/severing": ("severing",),
     "benchmarks/metrics": ("metrics",),
     "statistics": ("statistics",),
-    "scoring": ("metrics", "scored", "generation"),
+    "scoring": ("metrics", "scored", "generation", "told"),
     "editing": ("editing", "contract", "guards"),
-    "runs/evaluating": ("evaluating",),
-    "runs/scored": ("scored", "evaluating"),
+    "runs/evaluating": ("evaluating", "beside"),
+    "runs/scored": ("scored", "evaluating", "beside"),
     "runs/shards": ("shards",),
     "runs/store": ("store", "shards"),
 }

@@ -11,6 +11,7 @@ from mechedit.edits import EditError
 from mechedit.facts import Fact
 from mechedit.interventions import mlp_outputs
 from mechedit.moments import Fisher, MomentError, corpus, curvature
+from mechedit.runs.extending import run_sequence
 from mechedit.settings import (
     EmmetSettings,
     MomentSettings,
@@ -196,7 +197,7 @@ def test_editors_that_seek_values_weigh_G_and_say_by_which(name, load, monkeypat
     model = load("gpt2")
     monkeypatch.setattr(curvature, "TIMES", 1)
     editor = editors.named(name)
-    settings = editor.settings(layer=1, steps=3, prefixes=(), guard="warn", prepend_bos=True)
+    settings = editor.settings(layer=1, steps=3, prefixes=(), guard="warn", prepend_bos=True, fisher=0.0)
     plain = editing.edit(model, FACT, editor, settings)
     weighed = editing.edit(model, FACT, editor, replace(settings, fisher=1e4))
     assert "fisher" not in plain.details
@@ -205,7 +206,7 @@ def test_editors_that_seek_values_weigh_G_and_say_by_which(name, load, monkeypat
     assert not torch.equal(plain.vectors["v*"], weighed.vectors["v*"])
 
 
-def test_G_that_does_not_belong_is_refused(load):
+def test_G_that_does_not_belong_is_refused(load, tmp_path):
     model = load("gpt2")
     settings = rome.resolve(model, RomeSettings(layer=1, steps=2, prefixes=(), prepend_bos=True, fisher=1.0))
     ready = rome.prepare(model, settings)
@@ -213,6 +214,11 @@ def test_G_that_does_not_belong_is_refused(load):
     for other, found in ((None, "there is none"), (moments.fisher(model, 0), "this one is of layer 0")):
         with pytest.raises(EditError, match=rf"fisher = 1 weighs G of layer 1 .*{found}"):
             editing.edit(model, FACT, editors.named("rome"), settings, prepared=replace(ready, fisher=other))
+    long = SequentialSettings(layer=1, steps=2, prefixes=(), prepend_bos=True)
+    with pytest.raises(
+        EditError, match=r"fisher = 16 weighs G of layer 1 .*there is none"
+    ):  # and not that each fact cannot be edited
+        run_sequence(model, [FACT], tmp_path, settings=long, prepared=replace(ready, fisher=None))
     with pytest.raises(SettingsError, match=r"fisher must be 0 or more; found -1"):
         RomeSettings(fisher=-1.0)
     with pytest.raises(SettingsError, match=r"sought_in = mlp; found both"):
@@ -233,4 +239,3 @@ def test_several_blocks_have_G_of_the_last_alone(load):
     assert ready.key != many.prepare(model, replace(settings, fisher=0.0)).key
     with pytest.raises(EditError, match=r"fisher = 1 weighs G of layer 1 .*there is none"):
         editing.edit(model, FACT, editor, settings, prepared=replace(ready, fisher=None))
-    assert SequentialSettings(fisher=2.0).fisher == 2.0

@@ -25,8 +25,9 @@ FACTS = [Fact(name, "{} is located in the city of", "Seattle", "Paris" if index 
 @pytest.fixture
 def prepared(model, monkeypatch):
     widen_bands(monkeypatch)
-    moment = moments.estimate_layers(model, [LAYER], settings=MomentSettings(tokens=600, context=32, prepend_bos=False))[LAYER]  # fmt: skip
-    return Prepared(moment, ("",), moment)
+    windows = MomentSettings(tokens=600, context=32, prepend_bos=False)
+    moment = moments.estimate(model, LAYER, settings=windows)
+    return Prepared(moment, ("",), moment, moments.fisher(model, LAYER, windows))
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_a_run_that_goes_on_ends_in_the_same_bits_and_one_of_many_facts_at_once_
     settings = settings_of("sequential", prepared)
     whole = run(model, prepared, tmp_path / "whole", settings)
     run(model, prepared, tmp_path / "part", settings, facts=FACTS[:3])
-    other = Prepared(prepared.moment, ("",), prepared.estimated)
+    other = Prepared(prepared.moment, ("",), prepared.estimated, prepared.fisher)
     found = run(model, other, tmp_path / "part", settings)
     for name in ("totals", "state"):
         ours, theirs = getattr(found, name), getattr(whole, name)

@@ -41,6 +41,7 @@ def test_the_report_is_what_was_written(model, fact, moment):
     assert edit.report["relative_norm"] == pytest.approx(float(change.norm() / original.norm()), rel=1e-3)
     assert edit.report["cond_C"] == moment.cond
     assert edit.editor == "rome"
+    assert 0 < edit.seconds < 600
     record = json.loads(json.dumps(edit.to_json()))
     wanted = {
         "model",

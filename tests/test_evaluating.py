@@ -16,6 +16,7 @@ from mechedit.editors import EditorError, rome
 from mechedit.facts import Fact, FactError
 from mechedit.runs import scored, units
 from mechedit.runs.editing import edit_facts
+from mechedit.runs.engines import Local
 from mechedit.runs.evaluating import evaluate
 from mechedit.runs.shards import Shards
 from mechedit.runs.store import RunError
@@ -58,6 +59,19 @@ def test_independent_edits_are_scored_one_by_one(model, moment, ready, tmp_path)
     assert found.what["prepared"] == ready.key, "a digest of C and of the prefixes"
     assert table["ES"].mean == pytest.approx(np.mean([row["ES"] for row in found.rows["after"]]))
     assert table["S"].mean == pytest.approx(metrics.harmonic(*(table[name].mean for name in metrics.SUCCESSES)))
+
+
+def test_edits_and_scores_of_independent_records_are_the_engines_work(model, ready, tmp_path):
+    done = []
+
+    class Watched(Local):
+        def map(self, task, units, own=None):
+            for each in super().map(task, units, own):
+                done.append(type(each.value).__name__)
+                yield each
+
+    evaluate(model, FACTS, tmp_path, PLAIN, "rome", QUICK, ready, engine=Watched(model))
+    assert done == ["Scored"] * 3 + ["Edit"] * 3 + ["Scored"] * 3
 
 
 def test_a_batch_is_one_edit_of_all_facts(model, moment, ready, tmp_path):

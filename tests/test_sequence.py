@@ -57,8 +57,9 @@ FACTS = [Fact(name, CITY, "Seattle", "Paris" if index % 2 else "Berlin", neighbo
 @pytest.fixture
 def prepared(model, monkeypatch):
     widen_bands(monkeypatch)
-    moment = moments.estimate_layers(model, [LAYER], settings=MomentSettings(tokens=600, context=32, prepend_bos=False))[LAYER]  # fmt: skip
-    return Prepared(moment, ("",), moment)
+    windows = MomentSettings(tokens=600, context=32, prepend_bos=False)
+    moment = moments.estimate(model, LAYER, settings=windows)
+    return Prepared(moment, ("",), moment, moments.fisher(model, LAYER, windows))
 
 
 def run(model, prepared, folder, facts=FACTS, settings=None, editor="sequential", **how):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -56,10 +57,24 @@ def test_an_index_and_a_shard_cut_anywhere_give_a_beginning_and_go_on_to_the_sam
 def test_a_large_result_begins_another_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "LARGEST", 1000)
     there = added(tmp_path)
-    assert len(list(tmp_path.glob("*.shard"))) > 5
+    names = sorted(path.name for path in tmp_path.glob("*.shard"))
+    assert names == [f"{index:04d}.shard" for index in range(len(names))]
+    assert len(names) > 5
     assert list(there.read(RESULTS)) == list(RESULTS.values())
     added(tmp_path, {"more": b"1"})
     assert Shards(tmp_path).get("more") == b"1"
+
+
+def test_a_result_that_comes_in_pieces_is_read_whole(tmp_path):
+    class Slow(FileIO):
+        """A file of which a system reads 100 bytes at a time."""
+
+        def read(self, size=-1):
+            return super().read(min(size, 100))
+
+    there, slow = added(tmp_path), Slow(tmp_path / "0000.shard")
+    assert shards._bytes(slow, there._entry("039")) == RESULTS["039"]
+    slow.close()
 
 
 def test_a_result_that_the_disk_does_not_take_leaves_those_before_it(tmp_path):

@@ -78,6 +78,7 @@ def run_sequence(
 
     Raises:
         SequenceError: the folder has a sequence of another model, other settings or other facts.
+        EditError: what was prepared does not belong to the model or the settings.
         FileError: its state was cut off or changed.
     """
     folder, how = Path(folder), how or SequenceSettings()
@@ -85,7 +86,9 @@ def run_sequence(
     check_plain(model)
     editor = named(editor)
     settings = editor.resolve(model, settings)
-    prepared = prepared if prepared is not None else editing.make_ready(model, editor, settings, progress=progress)
+    if prepared is None:
+        prepared = editing.make_ready(model, editor, settings, progress=progress)
+    editor.check(model, (), settings, prepared)
     sequence = begin(model, editor, settings, prepared, how)
     if (place := folder / STATE).exists():
         found = load(place)

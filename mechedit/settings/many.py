@@ -202,7 +202,8 @@ class PmetSettings(MemitSettings):
 
 @dataclass(frozen=True)
 class SequentialSettings(MemitSettings):
-    """How keys and values are found, as ROME's; earlier edits weigh as much as new ones, and C holds on to all else."""
+    """How keys and values are found, as ROME's, but clear of what ordinary text depends on; earlier edits weigh as much as new ones, and C holds
+    on to all else."""
 
     guard: str = knob(
         "warn",
@@ -213,6 +214,11 @@ class SequentialSettings(MemitSettings):
         0.0, "weight of C: so many ordinary keys hold against the facts; 0: as the model's width has it, 5 d_mlp"
     )
     b: float = knob(1.0, "weight of each key that an earlier edit of the sequence wrote")
+    fisher: float = knob(
+        16.0,
+        "weight, in the loss, of the KL that the change d of the value costs where it is added to ordinary text (mechedit.moments.curvature), in that of "
+        "a random d as long as what W_out gives there: v* keeps clear of what such text depends on; 0: off",
+    )
     slack: float = knob(0.0, "how loosely residuals are met; 0: exactly")
     loose: float = knob(0.2, "more slack, in means of k M^-1 k over the keys that are written")
 
