@@ -57,6 +57,7 @@ class Scaling:
     a: float = 0.0
     layer: int = -1
     clamp: float = 0.0
+    fisher: float = -1.0
     informed: bool = False  # C is also of prose and of what is true of subjects that no edited fact's prompt names
     search: str = "whole"  # of the values; quick: with fewer prompts, each left out when it is learnt
     rounds: int = 4  # of learning again after a batch
@@ -121,9 +122,8 @@ def main(settings: Scaling) -> None:
     torch.set_num_threads(settings.threads)
     model = models.load(settings.model)
     editor = named(settings.editor)
-    own = {
-        name: getattr(settings, name) for name in ("a", "layer", "clamp") if getattr(settings, name) not in (0.0, -1)
-    }
+    unset = {"a": 0.0, "layer": -1, "clamp": 0.0, "fisher": -1.0}
+    own = {name: getattr(settings, name) for name, none in unset.items() if getattr(settings, name) != none}
     edit = editor.resolve(model, editor.settings(guard="warn", **SEARCHES[settings.search], **own))
     facts = apart(model, benchmark_facts(settings.model, 0, MANY))
     rank = {subject: index for index, subject in enumerate(dict.fromkeys(fact.subject for fact in facts))}
