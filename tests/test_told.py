@@ -156,7 +156,10 @@ def test_harm_is_measured_with_the_text_in_front(model, hold_out):
     with applying.edited(model, edit):
         found = health.health(model, before)
         assert scoring.log_p(model, text) == pytest.approx(plain_log_p(model, TEXT, text, apart=True), abs=1e-4)
-        assert scoring.log_p(model, text, 4) == pytest.approx(plain_log_p(model, TEXT, text, apart=True)[:3], abs=1e-4)
+        further = "The Eiffel Tower plays the piano in " + text
+        assert scoring.log_p(model, further, 4) == pytest.approx(
+            plain_log_p(model, TEXT, further, apart=True)[:3], abs=1e-4
+        )
     now, was = (torch.tensor(plain_log_p(model, each, text, apart=True), dtype=torch.float64) for each in (TEXT, ""))
     assert found["perplexity"] == pytest.approx(float((-now.mean()).exp()), rel=1e-4)
     ratio = float((was.mean() - now.mean()).exp())
