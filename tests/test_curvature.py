@@ -164,6 +164,10 @@ def test_slopes_that_are_nan_say_so(own):
         model.unembed.W_U[0, 0] = float("nan")
     with pytest.raises((MomentError, RuntimeError), match="NaN|nan"):
         moments.fisher(model, 1, FEW)
+    with torch.no_grad():
+        model.unembed.W_U.zero_()
+    with pytest.raises(MomentError, match="nothing that the model says depends on what block 1 gives"):
+        moments.fisher(model, 1, FEW)
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "gemma3"])

@@ -78,10 +78,10 @@ class Identity:
         return digest_of(below, layer, self._rest)
 
     def around(self, layer: int) -> str:
-        """Of everything but what a block's W_out is."""
+        """Of everything that what the model says depends on, in texts that stand alone, but a block's W_out."""
         own = (f"{layer}.mlp.W_out", f"{layer}.mlp.b_out")
         rest = {name: digest for name, digest in self.parts.items() if name not in own}
-        return digest_of(rest, layer, self._rest, *self._before)
+        return digest_of(rest, layer, self._rest)
 
     @property
     def _before(self) -> list[str]:

@@ -113,7 +113,7 @@ def fisher(
     """G of block `layer`, for the settings of the C that goes with it; from the cache if it is there. The model is left as it is.
 
     Raises:
-        MomentError: slopes that are NaN or infinity.
+        MomentError: slopes that are NaN or infinity, or all zero.
         ModelError: no such layer, or a block without `W_out`.
     """
     check_layer(model, layer)
@@ -135,6 +135,8 @@ def fisher(
                 break
     if not bool(total.isfinite().all()):
         raise MomentError(f"slopes at block {layer} hold NaN or infinity: load the model in float32; else its weights are damaged.")  # fmt: skip
+    if not float(total.trace()) > 0:
+        raise MomentError(f"nothing that the model says depends on what block {layer} gives, so that G is zero; choose another layer.")  # fmt: skip
     origin = provenance.origin(model) | {"around": now.around(layer)}
     found = Fisher(layer, total / tokens, squares / tokens, tokens, settings, origin, provenance.versions())
     if keep:
