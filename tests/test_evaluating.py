@@ -67,7 +67,7 @@ def test_edits_and_scores_of_independent_records_are_the_engines_work(model, rea
     class Watched(Local):
         def map(self, task, units, own=None):
             for each in super().map(task, units, own):
-                done.append(type(each.value).__name__)
+                done.append(type(each.result).__name__)
                 yield each
 
     evaluate(model, FACTS, tmp_path, PLAIN, "rome", QUICK, ready, engine=Watched(model))
