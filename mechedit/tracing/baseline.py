@@ -40,7 +40,8 @@ class Job:
 
     All jobs of a sweep have as many draws, and reads of one shape. `held_shift` lets a cell's held values come from another
     draw, so many places on, as the published severed runs do; 0 holds those of the same draw. `clean` are the embeddings that
-    were corrupted, where the sweep computes in another number format and so has others.
+    were corrupted, where the sweep computes in another number format and so has others. `asked` is the position after which the clean run's most
+    probable token is told.
     """
 
     ids: tuple[int, ...]
@@ -49,6 +50,7 @@ class Job:
     cells: tuple[Cell, ...]
     held_shift: int = 0
     clean: Float[Tensor, "pos d_model"] | None = None
+    asked: int | None = None
 
 
 @dataclass(eq=False)
@@ -127,6 +129,15 @@ class Runs:
             past = self.past[layer]
             first = KeyValues(past.keys[:1], past.values[:1], past.axis)
             self.blocks.compare_parts(layer, resid[:1], first, after[:1])
+
+    @torch.no_grad()
+    def first(self, job: int) -> tuple[int, float] | None:
+        """The clean run's most probable token where the job asks for it, and its P."""
+        at = self.jobs[job].asked
+        if at is None:
+            return None
+        p = self.blocks.logits(self.clean_states[-1][job, at][None])[0].float().softmax(-1)
+        return int(p.argmax()), float(p.max())
 
     @property
     def bytes(self) -> int:

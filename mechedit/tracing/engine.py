@@ -34,11 +34,12 @@ GIGABYTE = 1 << 30
 @dataclass(frozen=True, eq=False)
 class Swept:
     """What each read finds of its targets, log P or logits, one after another: in the clean run, the corrupted ones, and each
-    cell."""
+    cell; and the clean run's most probable token, with its P, where it was asked for."""
 
     clean: Float[Tensor, " targets"]
     corrupted: Float[Tensor, "draws targets"]
     cells: Float[Tensor, "cells draws targets"]
+    first: tuple[int, float] | None = None
 
 
 @torch.no_grad()
@@ -65,9 +66,15 @@ def sweep(
 
             part = [_with_draws(jobs[index], draws) for index in which]
             for index, each in zip(which, _sweep(model, part, part_of, memory), strict=True):
-                found[index].append(Swept(each.clean, each.corrupted[: len(draws)], each.cells[:, : len(draws)]))
+                found[index].append(
+                    replace(each, corrupted=each.corrupted[: len(draws)], cells=each.cells[:, : len(draws)])
+                )
     return [
-        Swept(each[0].clean, torch.cat([part.corrupted for part in each]), torch.cat([part.cells for part in each], 1))
+        replace(
+            each[0],
+            corrupted=torch.cat([part.corrupted for part in each]),
+            cells=torch.cat([part.cells for part in each], 1),
+        )
         for each in found
     ]
 
@@ -110,8 +117,8 @@ def _with_draws(job: Job, draws: range) -> Job:
 def _sweep(model: HookedModel, jobs: Sequence[Job], progress: Progress, memory: int) -> list[Swept]:
     runs = Runs.of(model, jobs, memory)
     results = [
-        Swept(runs.clean_read[job], runs.corrupted_read[job], runs.corrupted_read[job].repeat(len(each.cells), 1, 1))
-        for job, each in enumerate(jobs)
+        Swept(clean, own, own.repeat(len(each.cells), 1, 1), runs.first(job))
+        for job, (each, clean, own) in enumerate(zip(jobs, runs.clean_read, runs.corrupted_read, strict=True))
     ]
     members = [
         Member(job, index, effect)

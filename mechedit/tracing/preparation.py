@@ -57,10 +57,17 @@ class Prepared:
     reads: tuple[Read, ...]
     settings: TraceSettings
     blanks: int = 0  # tokens at the answer's beginning that are passed over
+    asked: int | None = None  # the position after which what the model says first is compared with a given answer
 
     def job(self, cells: Sequence[Cell], held_shift: int = 0) -> Job:
         """A sweep of these cells."""
-        return Job(self.ids, self.corrupted, self.reads, tuple(cells), held_shift)
+        return Job(self.ids, self.corrupted, self.reads, tuple(cells), held_shift, asked=self.asked)
+
+    def instead(self, model: HookedModel, first: tuple[int, float] | None) -> tuple[str, float] | None:
+        """What the clean run says first in place of a given answer, and its P; None where it says that answer."""
+        if self.asked is None or first is None or first[0] == self.answer_ids[self.asked - len(self.prompt.ids) + 1]:
+            return None
+        return prompts.decoded(model, [first[0]]), first[1]
 
 
 def prepare(
@@ -89,7 +96,8 @@ def prepare(
     if given := measure.given(answer, blanks):
         corrupted = _followed(model, corrupted, given)
     reads = measure.reads(len(prompt.ids) - 1, answer, second, blanks)
-    return Prepared(fact, prompt, answer, (*prompt.ids, *given), corrupted, std, by, reads, settings, blanks)
+    asked = len(prompt.ids) - 1 + blanks_of(model, answer) if fact.target_true else None
+    return Prepared(fact, prompt, answer, (*prompt.ids, *given), corrupted, std, by, reads, settings, blanks, asked)
 
 
 def blanks_of(model: HookedModel, answer: Sequence[int]) -> int:

@@ -27,7 +27,7 @@ from mechedit.tracing.baseline import Job
 from mechedit.tracing.cells import STATES, WINDOWED, Cell, Component, resolve, restored_blocks, single
 from mechedit.tracing.engine import GIGABYTE, Swept, sweep
 from mechedit.tracing.measures import measured
-from mechedit.tracing.preparation import Prepared, instead, prepare
+from mechedit.tracing.preparation import Prepared, prepare
 from mechedit.tracing.result import Trace
 from mechedit.tracing.roles import roles
 
@@ -117,10 +117,9 @@ def _trace_all(
         grids = [grid(settings, components, n_layers, each.prompt) for each in part]
         jobs = [each.job([cell for _, cell in cells_]) for each, cells_ in zip(part, grids, strict=True)]
         found = run_jobs(model, jobs, settings, progress)
-        said = [instead(model, each.fact, prepend_bos=settings.prepend_bos) for each in part]
         seconds = (time.perf_counter() - began) / len(part)
-        for each, cells_, log_p, first in zip(part, grids, found, said, strict=True):
-            yield _trace(model, each, cells_, log_p, origin, versions, seconds, first)
+        for each, cells_, log_p in zip(part, grids, found, strict=True):
+            yield _trace(model, each, cells_, log_p, origin, versions, seconds)
 
 
 def _check_asked(
@@ -158,7 +157,6 @@ def _trace(
     origin: dict[str, Any],
     versions: dict[str, str],
     seconds: float,
-    said: tuple[str, float] | None,
 ) -> Trace:
     prompt, settings = prepared.prompt, prepared.settings
     values = measured(settings, log_p.cells)
@@ -186,7 +184,7 @@ def _trace(
         versions=versions,
         seconds=seconds,
         blanks=prepared.blanks,
-        said=said,
+        said=prepared.instead(model, log_p.first),
     )
 
 
