@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mechedit import cache, editing, editors, files, keys, models, moments, prompts, values
-from mechedit.editors import many, rome
+from mechedit.editors import controls, many, rome
 from mechedit.edits import EditError
 from mechedit.facts import Fact
 from mechedit.interventions import mlp_outputs
@@ -23,7 +23,7 @@ from mechedit.settings import (
 from tests.conftest import FACT, assert_same_state, state
 from tests.test_values import slow_value
 
-DRAWS = 60
+DRAWS = 40
 FEW = MomentSettings(tokens=160, context=8, prepend_bos=True)
 
 
@@ -200,6 +200,8 @@ def test_a_value_that_weighs_G_equals_a_plain_optimisation(shape, load):
 def test_editors_that_seek_values_weigh_G_and_say_by_which(name, load, monkeypatch):
     model = load("gpt2")
     monkeypatch.setattr(curvature, "TIMES", 1)
+    monkeypatch.setattr(controls, "CLAMPS", (1.0,))  # of other layers, one for each
+    monkeypatch.setattr(controls, "TRIALS", 1)
     editor = editors.named(name)
     settings = editor.settings(layer=1, steps=3, prefixes=(), guard="warn", prepend_bos=True, fisher=0.0)
     plain = editing.edit(model, FACT, editor, settings)
