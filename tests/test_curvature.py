@@ -210,6 +210,7 @@ def test_editors_that_seek_values_weigh_G_and_say_by_which(name, load, monkeypat
     layer = weighed.changes[0].weight.layer
     assert weighed.details["fisher"]["hash"] == moments.fisher(model, layer, MomentSettings(prepend_bos=True)).hash
     assert not torch.equal(plain.vectors["v*"], weighed.vectors["v*"])
+    assert plain.details["prepared"] != weighed.details["prepared"]
 
 
 def test_G_that_does_not_belong_is_refused(load, tmp_path):

@@ -79,7 +79,7 @@ def _at_random(aim: Aim, fact: Fact, settings: RomeSettings, prepared: Prepared)
 
 @dataclass(frozen=True)
 class EveryLayer:
-    """The digest of each other layer's C, which is kept in the cache, the prefixes, and each layer's clamp."""
+    """The digest of what each other layer needs, which is kept in the cache, the prefixes, and each layer's clamp."""
 
     hashes: tuple[tuple[int, str], ...]
     prefixes: tuple[str, ...]
@@ -104,15 +104,17 @@ class RandomLayer(Rome):
         others = [layer for layer in range(int(model.cfg.n_layers)) if layer != settings.layer]
         windows = MomentSettings(prepend_bos=settings.prepend_bos)
         Cs = moments.estimate_layers(model, others, settings=windows, progress=progress)
-        hashes, before = tuple((layer, Cs[layer].hash) for layer in others), keys.prefixes(model, settings)
+        before = keys.prefixes(model, settings)
         trial = replace(settings, guard="warn", bands=(), strengthen=False, fact_token=FACT_TOKENS[0])
-        found = []
+        found, hashes = [], []
         for done, layer in enumerate(others):
             progress("clamps of layers", done, len(others))
             there = replace(trial, layer=layer)
-            found.append((layer, _clamp(model, there, Prepared(Cs[layer], before, Cs[layer], fisher_of(model, there)))))
+            ready = Prepared(Cs[layer], before, Cs[layer], fisher_of(model, there))
+            found.append((layer, _clamp(model, there, ready)))
+            hashes.append((layer, ready.key))
         progress("clamps of layers", len(others), len(others))
-        return EveryLayer(hashes, before, tuple(found))
+        return EveryLayer(tuple(hashes), before, tuple(found))
 
     def check(  # type: ignore[override]
         self, model: HookedModel, facts: Sequence[Fact], settings: RomeSettings, prepared: EveryLayer | None
