@@ -42,11 +42,11 @@ def benchmark_facts(model: str, begin: int, n: int) -> list[Fact]:
     return list(chosen[begin : begin + n])
 
 
-def also_of(model: models.HookedModel, settings: RomeSettings, texts: Sequence[Path], progress: Progress = silent) -> Moment:  # fmt: skip
-    """C of text sampled from the model and of as many keys of each of these texts."""
+def also_of(model: models.HookedModel, settings: RomeSettings, texts: Sequence[Path], progress: Progress = silent, times: int = 1) -> Moment:  # fmt: skip
+    """C of text sampled from the model and of so many times as many keys of each of these texts."""
     windows = MomentSettings(prepend_bos=settings.prepend_bos)
     own = moments.estimate(model, settings.layer, settings=windows, progress=progress)
-    more = [moments.estimate(model, settings.layer, [text], replace(windows, tokens=own.keys), progress=progress) for text in texts]  # fmt: skip
+    more = [moments.estimate(model, settings.layer, [text], replace(windows, tokens=times * own.keys), progress=progress) for text in texts]  # fmt: skip
     return moments.merge([own, *more])
 
 

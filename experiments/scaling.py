@@ -14,15 +14,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from experiments.benchmark_editing import peak
 from experiments.common import FIGURES, parse, progress, runs, say, short_name, write
 from experiments.editing import also_of, benchmark_facts, data, statements
-from mechedit import applying, cache, figures, generation, guards, models
+from mechedit import applying, cache, figures, generation, guards, models, moments, statistics
 from mechedit.benchmarks import answers, counterfact
 from mechedit.editing import make_ready
 from mechedit.editors import many, named
@@ -31,6 +32,7 @@ from mechedit.models import HookedModel
 from mechedit.runs import sequence
 from mechedit.runs.editing import attempt
 from mechedit.runs.extending import run_sequence
+from mechedit.scoring import log_p
 from mechedit.settings import SequenceSettings
 from mechedit.settings.rome import SEARCHES
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 MANY = 100_000  # more than there are
 OTHERS, STATEMENTS = 3000, 5000  # the benchmark's fact from which on statements for C are taken, and how many
+PROSE, STRETCH, WINDOW = "wikitext2_valid.txt", 800, 128  # characters of a stretch, of which so many tokens are read
 PARTS = ("ES", "PS", "NS")
 PANELS = (("S", "S, %"), ("answer", "generated answer, %"), ("ES first", "ES of the first 100, %"), ("perplexity_ratio", "perplexity / unedited"))  # fmt: skip
 
@@ -58,7 +61,8 @@ class Scaling:
     layer: int = -1
     clamp: float = 0.0
     fisher: float = -1.0
-    informed: bool = False  # C is also of prose and of what is true of subjects that no edited fact's prompt names
+    informed: int = 0  # times as many keys of prose, and of what is true of others than the edited, as of sampled text, in C; and G of prose too
+    prose: int = 0  # stretches of prose, which neither C nor G has, on which perplexity is measured as well
     search: str = "whole"  # of the values; quick: with fewer prompts, each left out when it is learnt
     rounds: int = 4  # of learning again after a batch
     again: int = 2  # facts for each of a batch, at most, that are learnt again at once
@@ -90,6 +94,35 @@ def alone(model: HookedModel, facts: Sequence[Fact], editor: Any, settings: Any,
             rows.append(scored(model, [fact]))
     found = {name: sum(row[name] for row in rows) / len(rows) for name in (*PARTS, "answer")}
     return found | {"S": 3 / sum(1 / max(found[name], 1e-9) for name in PARTS)}
+
+
+def informed(model: HookedModel, edit: Any, facts: Sequence[Fact], prepared: Any, times: int) -> Any:
+    """The same with a C that is also of prose and of what is true of subjects that no prompt of these facts names, and a G that is also of prose."""
+    texts = [data(PROSE), statements(model, facts, benchmark_facts(str(model.cfg.model_name), OTHERS, STATEMENTS))]
+    found = many.prepare(model, edit, [also_of(model, edit, texts, times=times)], prepared.prefixes)
+    if found.fisher is None:
+        return found
+    return replace(
+        found, fisher=found.fisher.merged(moments.fisher(model, edit.layer, texts[:1], found.fisher.settings))
+    )
+
+
+def prose(model: HookedModel, n: int) -> np.ndarray:
+    """Mean log p of a token in each of so many stretches, from the end of the prose, as C and G have its beginning."""
+    text = data(PROSE).read_text(encoding="utf-8") if n else ""
+    begins = range(len(text) - n * STRETCH, len(text), STRETCH)
+    return np.array([np.mean(log_p(model, text[begin : begin + STRETCH], WINDOW)) for begin in begins[:n]])
+
+
+def ratio(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    """Perplexity over the unedited model's, with its interval over stretches."""
+    found = statistics.summary(before - after)
+    return {
+        "mean": float(np.exp(found.mean)),
+        "low": float(np.exp(found.low)),
+        "high": float(np.exp(found.high)),
+        "n": len(before),
+    }
 
 
 def sample(facts: Sequence[Fact], n: int) -> list[Fact]:
@@ -131,10 +164,8 @@ def main(settings: Scaling) -> None:
     how = SequenceSettings(together=settings.together, every=settings.every, keep=settings.together, rounds=settings.rounds, again=settings.again)  # fmt: skip
     prepared: Any = make_ready(model, editor, edit)
     if settings.informed:
-        edited = facts[: max(settings.sizes)]
-        others = benchmark_facts(settings.model, OTHERS, STATEMENTS)
-        texts = [data("wikitext2_valid.txt"), statements(model, edited, others)]
-        prepared = many.prepare(model, edit, [also_of(model, edit, texts)], prepared.prefixes)
+        prepared = informed(model, edit, facts[: max(settings.sizes)], prepared, settings.informed)
+    before = prose(model, settings.prose)
     folder = runs(model, f"scaling-{cache.content_key(f'{edit}{how}{prepared.key}')}")
     once = alone(model, sample(facts[: settings.mixed], settings.scored), editor, edit, prepared)
     say(f"alone: {once}")
@@ -153,6 +184,7 @@ def main(settings: Scaling) -> None:
         with sequence.written(model, found):
             row: dict[str, Any] = scored(model, sample(facts[:n], settings.scored))
             row["ES first"] = scored(model, facts[: min(n, 100)])["ES"]
+            row["prose"] = ratio(before, prose(model, settings.prose)) if settings.prose else None
         row |= {name: found.looks[-1][name] for name in ("success", "others", "perplexity_ratio", "next_token_kl", "change", "spectrum")}  # fmt: skip
         row |= {"edits": n, "standing": len(found.standing), "rows": len(found.rows), "conflicts": found.conflicts}
         row |= {"seconds": spent, "seconds_an_edit": spent / (n - had) if n > had else None, "peak": peak()}

@@ -6,7 +6,7 @@
 after Meng et al. 2022, eq. 4, with the form and constants of the published code (the paper's text has others). d is
 optimised by Adam and kept within `clamp` lengths of v. The essence prompt is "{subject} is a", read at the subject's last
 token, as the code does. The last term is ours, and off where nothing else is said: the KL that d costs ordinary text
-(`mechedit.moments.curvature`). Only d changes: no parameter needs a gradient.
+(`mechedit.moments.curvature`); with it d is optimised by L-BFGS (`mechedit.optimisers`). Only d changes: no parameter needs a gradient.
 
 A rank-one write that gives the key k* the value v + d gives another key k the share (k @ u) / (k* @ u) of d. Each row is
 optimised with the share that its own key will get (`Sought.shares`), so that what is optimised is what will be written; the
@@ -34,13 +34,13 @@ from mechedit import above
 from mechedit.above import HOOKS, Row
 from mechedit.keys import Context
 from mechedit.models import Blocks, HookedModel, check_layer, check_plain, device_of, frozen
+from mechedit.optimisers import descent
 from mechedit.progress import Progress, silent
 from mechedit.settings import RomeSettings, SettingsError
 
 __all__ = ["HOOKS", "Sought", "Value", "optimise", "optimise_all"]
 
 MEMORY = 2**29  # bytes of what is kept of the rows of facts whose values are sought at once
-MOMENTS = (0.9, 0.999, 1e-8)  # of Adam: how much of both averages of slopes stays, and what is added to the divisor
 TIE = 1e-4  # of logits: of two that are closer, rounding decides which is first
 # PMET's stop, once the target is first everywhere: its loss's weight, and the KL term to reach.
 TOP_WEIGHT, TOP_KL = 0.1, 0.01
@@ -50,8 +50,8 @@ Losses = tuple[tuple[float, float, float], ...]
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """v* in float32, one for each part where `initial` had several, and a row for each step of the optimisation: the terms of the loss, of the
-    target, of the essence's KL, and of what d itself costs (decay and G)."""
+    """v* in float32, one for each part where `initial` had several, and a row for each step of the optimisation that was not taken back: the terms of
+    the loss, of the target, of the essence's KL, and of what d itself costs (decay and G)."""
 
     value: Float[Tensor, "*parts d_model"]
     losses: Losses
@@ -154,7 +154,7 @@ def _batches(model: HookedModel, sought: Sequence[Sought], layer: int) -> Iterat
 
 
 class _Search:
-    """The values of some facts, as far as they are found: d, Adam's averages and the losses so far, of each."""
+    """The values of some facts, as far as they are found: d, and the losses so far, of each."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class _Search:
         self.initial = initial.to(torch.promote_types(initial.dtype, torch.float32))
         self.size = self.initial.norm(dim=2, keepdim=True)
         self.G = G.to(self.initial) if G is not None and settings.fisher else None
-        self.delta, self.mean, self.square = (torch.zeros_like(self.initial) for _ in range(3))
+        self.descent = descent(self.initial, settings, None if self.G is None else settings.fisher * self.G)
         self.losses: list[list[tuple[float, float, float]]] = [[] for _ in sought]
         self.done = torch.zeros(len(sought), dtype=torch.bool, device=device)
         self.rows_of = torch.tensor([len(each.rows) for each in sought], device=device)
@@ -193,13 +193,15 @@ class _Search:
     def step(self) -> bool:
         """Take the loss of each fact that is not done, and a step where it is not good enough; False where all are done."""
         terms, is_top, slope = self._terms()
+        self.steps += 1
+        is_better = self.descent.judge(terms.sum(1), slope)
         done = self.done.clone()
-        for fact in (~self.done).nonzero()[:, 0].tolist():
+        for fact in (~self.done & is_better).nonzero()[:, 0].tolist():
             self.losses[fact].append(tuple(terms[fact].tolist()))
             done[fact] = _done(self.losses[fact], self.settings, bool(is_top[fact]))
         self.done = done
         self._leave()
-        self._adam(slope)
+        self.descent.go(done)
         return not bool(done.all())
 
     def _leave(self) -> None:
@@ -213,30 +215,20 @@ class _Search:
             self.groups = [left for each in self.groups if (left := each.without(gone)) is not None]
             self.run_at_once = above.at_once(self.model, self.groups)
 
-    def _adam(self, slope: Float[Tensor, "facts parts d_model"]) -> None:
-        """A step of Adam for each fact that is not done, to `clamp` lengths of v at most."""
-        first, second, least = MOMENTS
-        self.steps += 1
-        self.mean.lerp_(slope, 1 - first)
-        self.square.mul_(second).addcmul_(slope, slope, value=1 - second)
-        divisor = (self.square / (1 - second**self.steps)).sqrt() + least
-        new = self.delta - self.settings.learning_rate / (1 - first**self.steps) * self.mean / divisor
-        new = new * (self.settings.clamp * self.size / new.norm(dim=2, keepdim=True)).clamp(max=1.0)
-        self.delta = torch.where(self.done[:, None, None], self.delta, new)
-
     def _terms(
         self,
     ) -> tuple[Float[Tensor, "facts 3"], Bool[Tensor, " facts"], Float[Tensor, "facts parts d_model"]]:
         """Terms of each fact's loss (`Value.losses`); whether its target is first everywhere; and the slope of the loss. Of a fact that is
         done they say nothing; of a row that has left its last loss counts, and no slope."""
-        target, kl, missed = (torch.zeros(len(self.delta)).to(self.initial) for _ in range(3))
+        delta = self.descent.delta
+        target, kl, missed = (torch.zeros(len(self.initial)).to(self.initial) for _ in range(3))
         of_target, of_kl = (torch.zeros_like(self.initial) for _ in range(2))
         for parts in self.run_at_once:
             rows, reads = (torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "reads"))
             token, row = self.token[reads], self.row[reads]
             fact, essence = self.fact[row], (token < 0).nonzero()[:, 0]
             share = self.share[rows, None, None]
-            changes = [(self.share[part.rows, None, None] * self.delta[self.fact[part.rows]]).requires_grad_() for part in parts]  # fmt: skip
+            changes = [(self.share[part.rows, None, None] * delta[self.fact[part.rows]]).requires_grad_() for part in parts]  # fmt: skip
             with torch.enable_grad():
                 final = torch.cat([part.run(self.model, self.blocks, self.layer, self.parts, own) for part, own in zip(parts, changes, strict=True)])  # fmt: skip
                 before = self._before(fact[essence], final[essence].detach())
@@ -253,10 +245,10 @@ class _Search:
         is_top = (missed == 0) & (self.settings.stop == "top")
         weigh = torch.where(is_top, TOP_WEIGHT, 1.0).to(target)
         decay = self.settings.weight_decay / self.size**2
-        slope = weigh[:, None, None] * of_target + of_kl + decay * F.normalize(self.delta, dim=2)
-        costs = (decay * self.delta.norm(dim=2, keepdim=True)).sum((1, 2))
+        slope = weigh[:, None, None] * of_target + of_kl + decay * F.normalize(delta, dim=2)
+        costs = (decay * delta.norm(dim=2, keepdim=True)).sum((1, 2))
         if self.G is not None:
-            own = self.delta[:, -1]
+            own = delta[:, -1]
             felt = self.settings.fisher * own @ self.G
             slope[:, -1] += felt
             costs = costs + (own * felt).sum(1) / 2
@@ -275,7 +267,7 @@ class _Search:
 
     def found(self) -> list[Value]:
         """As far as they are found."""
-        values = (self.initial + self.delta).cpu()
+        values = (self.initial + self.descent.best).cpu()
         return [Value(value.view(shape), tuple(own)) for value, shape, own in zip(values, self.given, self.losses, strict=True)]  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def prepared(model, monkeypatch):
     widen_bands(monkeypatch)
     windows = MomentSettings(tokens=600, context=32, prepend_bos=False)
     moment = moments.estimate(model, LAYER, settings=windows)
-    return Prepared(moment, ("",), moment, moments.fisher(model, LAYER, windows))
+    return Prepared(moment, ("",), moment, moments.fisher(model, LAYER, settings=windows))
 
 
 @pytest.fixture

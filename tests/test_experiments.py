@@ -6,6 +6,7 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -315,7 +316,20 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
         monkeypatch.setattr(module, "benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])
         monkeypatch.setattr(module, "FIGURES", tmp_path)
     quick = ["--model", to_edit, "--layer", "1"]
-    sizes = ["--together", "2", "--scored", "2", "--search", "quick", "--informed", "--name", "informed"]
+    sizes = [
+        "--together",
+        "2",
+        "--scored",
+        "2",
+        "--search",
+        "quick",
+        "--informed",
+        "2",
+        "--prose",
+        "8",
+        "--name",
+        "informed",
+    ]
     prose, statements = (counted(tmp_path / name, 1000) for name in ("prose", "statements"))
     monkeypatch.setattr(scaling, "data", lambda name: prose)
     monkeypatch.setattr(scaling, "statements", lambda model, edited, others: statements)
@@ -333,6 +347,7 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
     assert [row["edits"] for row in record["rows"]] == [2, 4]
     assert all(0 <= row[name] <= 1 for row in [record["alone"], *record["rows"]] for name in ("S", "answer", "NS"))
     assert [look["edits"] for look in record["forgetting"]] == [2, 4]
+    assert all(row["prose"]["low"] <= row["prose"]["mean"] <= row["prose"]["high"] and row["prose"]["n"] == 8 for row in record["rows"])  # fmt: skip
     collapse.main(common.parse(collapse.Collapse, [*quick, "--edits", "2", "--every", "1", "--rows", *collapse.COLOURS]))  # fmt: skip
     rows = read(tmp_path, "collapse")["rows"]
     assert list(rows) == list(collapse.COLOURS)
@@ -340,6 +355,21 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
         assert row["broke"] is None or row["looks"][-1]["out"] == row["broke"]["by"]
         assert [look["edits"] for look in row["looks"]] == list(range(1, row["edits"] + 1))
     assert next(tmp_path.rglob("collapse.png")).stat().st_size > 5000
+
+
+def test_prose_is_read_from_its_end_and_the_ratio_is_of_perplexities(to_edit, tmp_path, monkeypatch):
+    text = counted(tmp_path / "prose", 1000)
+    monkeypatch.setattr(scaling, "data", lambda name: text)
+    monkeypatch.setattr(scaling, "STRETCH", 40)
+    model = models.load(to_edit)
+    found = scaling.prose(model, 2)
+    ends = text.read_text()[-80:]
+    for one, piece in zip(found, (ends[:40], ends[40:]), strict=True):
+        row = torch.tensor([model.tokenizer(piece)["input_ids"]])
+        log_p = model(row)[0, :-1].log_softmax(-1).gather(1, row[0, 1:, None])
+        assert one == pytest.approx(float(log_p.mean()), abs=1e-4)
+    assert scaling.ratio(np.log([0.2, 0.2]), np.log([0.1, 0.1]))["mean"] == pytest.approx(2)
+    assert len(scaling.prose(model, 0)) == 0
 
 
 def test_what_is_published_of_editors_of_many_facts_gives_way_to_no_preset():

@@ -275,6 +275,7 @@ ORDER = [
     "edits",
     "moments",
     "above",
+    "optimisers",
     "values",
     "benchmarks",
     "huggingface",

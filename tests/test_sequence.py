@@ -59,7 +59,7 @@ def prepared(model, monkeypatch):
     widen_bands(monkeypatch)
     windows = MomentSettings(tokens=600, context=32, prepend_bos=False)
     moment = moments.estimate(model, LAYER, settings=windows)
-    return Prepared(moment, ("",), moment, moments.fisher(model, LAYER, windows))
+    return Prepared(moment, ("",), moment, moments.fisher(model, LAYER, settings=windows))
 
 
 def run(model, prepared, folder, facts=FACTS, settings=None, editor="sequential", **how):

@@ -109,7 +109,7 @@ def test_the_spectrum_is_that_of_all_change_since_the_weight_was_unedited(model,
 def prepared_of(model):
     windows = MomentSettings(tokens=600, context=32, prepend_bos=False)
     moment = moments.estimate(model, LAYER, settings=windows)
-    return Prepared(moment, ("",), moment, moments.fisher(model, LAYER, windows))
+    return Prepared(moment, ("",), moment, moments.fisher(model, LAYER, settings=windows))
 
 
 def test_what_is_met_is_of_the_change_that_is_written_and_several_blocks_are_shaped_each(model, prepared):

@@ -119,7 +119,7 @@ def prepare(
 def fisher_of(model: HookedModel, settings: RomeSettings, *, progress: Progress = silent) -> Fisher | None:
     """G of the layer, where the settings weigh it."""
     windows = MomentSettings(prepend_bos=settings.prepend_bos)
-    return moments.fisher(model, settings.layer, windows, progress=progress) if settings.fisher else None
+    return moments.fisher(model, settings.layer, settings=windows, progress=progress) if settings.fisher else None
 
 
 class Rome(Editor):

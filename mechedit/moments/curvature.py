@@ -9,15 +9,15 @@ change of W_out adds to an ordinary token with key k the share (k u) / (k* u) of
 Grosse 2015 (arXiv 1503.05671). C decides where an edit is read, G what it may write.
 
 J^T F J is g g^T on average, where g = J^T (sqrt(p) * e - p (sqrt(p) . e)) and e has normal numbers: one pass back gives a g for every token of a
-window. The text is that of C, in its windows, as much as gives five times d_model tokens; what lies behind a window's end is not seen.
+window. The text is that of C, in its windows, as much as gives ten times d_model tokens; what lies behind a window's end is not seen.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from torch import Tensor
 
 from mechedit import cache, files, provenance
 from mechedit.corruption import generator
+from mechedit.errors import check_list
 from mechedit.interventions import mlp_outputs
 from mechedit.models import Blocks, HookedModel, W_out, check_layer, device_of, frozen, hooked, identity
-from mechedit.moments.corpus import batches
+from mechedit.moments.corpus import Text, batches, described, source_of
 from mechedit.moments.estimation import resolved
 from mechedit.moments.moment import MomentError
 from mechedit.parsing import check, number
@@ -39,14 +40,16 @@ from mechedit.settings import MomentSettings, from_json
 
 __all__ = ["Fisher", "fisher", "seeded", "slopes_of"]
 
-TIMES = 5  # d_model tokens, at least
+TIMES = 10  # d_model tokens, at least
 NUMBERS = 2**25  # of logits that are held at once, or those of one window
 RULE = "what is said from a token to its window's end"  # whose KL it is; part of the cache's key
+AND = " and "  # between the sources of what is merged
 PURPOSE = "seeds of slopes"  # of normal numbers, a part of their seed
 _FORM = {
     "layer": int,
     "square": number,
     "tokens": int,
+    "source": str,
     "settings": dict,
     "origin": {"name": str, "around": str},
     "versions": {str: str},
@@ -55,12 +58,13 @@ _FORM = {
 
 @dataclass(frozen=True, eq=False)
 class Fisher:
-    """G [d_model, d_model] of one block in float64, from `tokens` tokens, and the mean square length of what W_out gives at them."""
+    """G [d_model, d_model] of one block in float64, from `tokens` tokens of `source`, and the mean square length of what W_out gives at them."""
 
     layer: int
     G: Float[Tensor, "d_model d_model"]
     square: float
     tokens: int
+    source: str
     settings: MomentSettings
     origin: dict[str, Any]
     versions: dict[str, str]
@@ -79,10 +83,31 @@ class Fisher:
         """G in such units that, of all d as long as what W_out gives on ordinary text, d G d / 2 is 1 on average."""
         return self.G * (2 * len(self.G) / float(self.G.trace()) / self.square)
 
+    def merged(self, other: Fisher) -> Fisher:
+        """G of the text of both, each as much as it has tokens.
+
+        Raises:
+            MomentError: the other is of another block or model, or of the same text.
+        """
+        for what, mine, theirs in (
+            ("block", self.layer, other.layer),
+            ("model", self.origin["around"], other.origin["around"]),
+        ):
+            if mine != theirs:
+                raise MomentError(f"both G must be of one {what}; found {mine} and {theirs}.")
+        if set(self.source.split(AND)) & set(other.source.split(AND)):
+            raise MomentError(f"the same text would count twice: {self.source}; {other.source}.")
+        tokens = self.tokens + other.tokens
+        share = other.tokens / tokens
+        G = (1 - share) * self.G + share * other.G
+        square = (1 - share) * self.square + share * other.square
+        return replace(self, G=G, square=square, tokens=tokens, source=f"{self.source}{AND}{other.source}")
+
     def to_json(self) -> dict[str, Any]:
         """Everything but G itself."""
-        record = {"layer": self.layer, "square": self.square, "tokens": self.tokens, "settings": asdict(self.settings)}
-        return record | {"origin": self.origin, "versions": self.versions}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "G"} | {
+            "settings": asdict(self.settings)
+        }
 
     def save(self, path: str | Path) -> Path:
         """Write as one safetensors file."""
@@ -98,47 +123,57 @@ class Fisher:
         tensors, record = files.read(path, "fisher")
         try:
             check(record, _FORM)
-            settings, G = from_json(MomentSettings, record["settings"]), tensors["G"]
+            found = Fisher(**record | {"settings": from_json(MomentSettings, record["settings"]), "G": tensors["G"]})
         except (KeyError, TypeError, ValueError) as error:
             raise files.FileError(f"{path} is a G that lacks something, or has what is not known: {error}.") from error
+        G = found.G
         if G.ndim != 2 or G.shape[0] != G.shape[1] or G.dtype != torch.float64 or not bool(G.isfinite().all()):
             raise files.FileError(f"{path} is a G that is no finite square matrix in float64.")
-        rest = (record["square"], record["tokens"], settings, record["origin"], record["versions"])
-        return Fisher(record["layer"], G, *rest)
+        return found
 
 
 def fisher(
-    model: HookedModel, layer: int, settings: MomentSettings | None = None, *, progress: Progress = silent
+    model: HookedModel,
+    layer: int,
+    texts: Sequence[Text] | None = None,
+    settings: MomentSettings | None = None,
+    *,
+    progress: Progress = silent,
 ) -> Fisher:
-    """G of block `layer`, for the settings of the C that goes with it; from the cache if it is there. The model is left as it is.
+    """G of block `layer`, from texts or, without any, from text sampled from the model, in the windows of `settings`; from the cache if it is
+    there. The model is left as it is.
 
     Raises:
-        MomentError: slopes that are NaN or infinity, or all zero.
+        MomentError: a text that cannot be read, or is too short; slopes that are NaN or infinity, or all zero.
         ModelError: no such layer, or a block without `W_out`.
     """
     check_layer(model, layer)
     settings = resolved(model, [layer], settings or MomentSettings())
+    check_list("texts", texts)
+    source = source_of(texts or ())
     now, keep = identity(model), not hooked(model)
-    path = cache.root() / "moments" / f"{cache.content_key(now.whole, layer, settings, RULE)}.fisher.safetensors"
+    path = cache.root() / "moments" / f"{cache.content_key(now.whole, layer, source, settings, TIMES, RULE)}.fisher.safetensors"  # fmt: skip
     if keep and path.is_file():
         with suppress(files.FileError):
             return Fisher.load(path)
     total, squares, tokens = torch.zeros(2 * W_out(model, layer).shape[1:], dtype=torch.float64), 0.0, 0
     enough = TIMES * len(total)
     with frozen(model):
-        for outputs, slopes in _slopes(model, layer, settings, progress):
+        for outputs, slopes in _slopes(model, layer, texts or (), settings, progress):
             total += (slopes.T @ slopes).double().cpu()
             squares += float(outputs.square().sum())
             tokens += len(slopes)
             progress("slopes of text", min(tokens, enough), enough)
             if tokens >= enough:
                 break
+    if tokens < len(total):
+        raise MomentError(f"G of a block needs {len(total)} tokens, and better {enough}; {described(texts or ())} has {tokens}.")  # fmt: skip
     if not bool(total.isfinite().all()):
         raise MomentError(f"slopes at block {layer} hold NaN or infinity: load the model in float32; else its weights are damaged.")  # fmt: skip
     if not float(total.trace()) > 0:
         raise MomentError(f"nothing that the model says depends on what block {layer} gives, so that G is zero; choose another layer.")  # fmt: skip
     origin = provenance.origin(model) | {"around": now.around(layer)}
-    found = Fisher(layer, total / tokens, squares / tokens, tokens, settings, origin, provenance.versions())
+    found = Fisher(layer, total / tokens, squares / tokens, tokens, source, settings, origin, provenance.versions())
     if keep:
         with cache.keeping():
             found.save(path)
@@ -146,13 +181,13 @@ def fisher(
 
 
 def _slopes(
-    model: HookedModel, layer: int, settings: MomentSettings, progress: Progress
+    model: HookedModel, layer: int, texts: Sequence[Text], settings: MomentSettings, progress: Progress
 ) -> Iterator[tuple[Float[Tensor, "tokens d_model"], Float[Tensor, "tokens d_model"]]]:
     """What W_out gives and g, at each token of windows of text but BOS, some windows at a time."""
     blocks, skip = Blocks(model), int(bool(settings.prepend_bos))
     at_once = max(1, NUMBERS // (settings.context * int(model.cfg.d_vocab)))
     stream = generator(settings.seed, PURPOSE)
-    for _, tokens in batches(model, (), settings, progress):
+    for _, tokens in batches(model, texts, settings, progress):
         for windows in tokens().to(device_of(model)).split(at_once):
             normal = torch.randn(windows.numel(), int(model.cfg.d_vocab), generator=stream)
             found = slopes_of(model, blocks, layer, windows, normal.to(windows.device))

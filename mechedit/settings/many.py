@@ -219,6 +219,7 @@ class SequentialSettings(MemitSettings):
         "weight, in the loss, of the KL that the change d of the value costs where it is added to ordinary text (mechedit.moments.curvature), in that of "
         "a random d as long as what W_out gives there: v* keeps clear of what such text depends on; 0: off",
     )
+    steps: int = knob(10, "steps on v*, one that is taken back counted too")
     slack: float = knob(0.0, "how loosely residuals are met; 0: exactly")
     loose: float = knob(0.2, "more slack, in means of k M^-1 k over the keys that are written")
 

@@ -38,13 +38,13 @@ class RomeSettings(EditSettings):
 
     layer: int = knob(-1, "block whose W_out is edited, from 0; -1 means the model's preset")
     clamp: float = knob(4.0, "longest allowed change of the value, in lengths of the original value")
-    steps: int = knob(20, "Adam steps on v*")
-    learning_rate: float = knob(0.5, "Adam's learning rate")
+    steps: int = knob(20, "steps on v*, one that is taken back counted too")
+    learning_rate: float = knob(0.5, "Adam's learning rate; L-BFGS has none")
     weight_decay: float = knob(0.5, "weight of |delta| / |value|^2 in the loss")
     fisher: float = knob(
         0.0,
         "weight, in the loss, of the KL that the change d of the value costs where it is added to ordinary text (mechedit.moments.curvature), in that of "
-        "a random d as long as what W_out gives there: v* keeps clear of what such text depends on; 0: off, as published",
+        "a random d as long as what W_out gives there: v* keeps clear of what such text depends on, and is sought by L-BFGS in place of Adam; 0: off, as published",
     )
     kl: float = knob(0.0625, "weight of the essence term: KL of what '{subject} is a' predicts, at the subject")
     stop_at: float = knob(0.05, "stop once the target's own loss, -log p, averaged over prefixes, is below this")

@@ -1,0 +1,168 @@
+"""How a change d of a value goes down its loss, for many facts at once, each by itself: Adam, as published, or L-BFGS by the curvature that
+is known beforehand.
+
+Adam's first steps move every coordinate by the learning rate, whatever it matters. Where the loss weighs G (`mechedit.moments.curvature`) they
+cost ordinary text more than the target gains, and what follows is spent on taking them back. L-BFGS (Nocedal 1980) seeks z = L^T d in d's
+place, with L L^T = fisher * G and a little of the identity: what the loss holds against d is then |z|^2 / 2, round in all directions, and only what
+the target adds has to be learnt from slopes. A step that does not lower the loss enough (Armijo 1966) is shortened.
+
+Both keep each part of d within `clamp` lengths of the value's own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechedit.settings import RomeSettings
+
+__all__ = ["Adam", "Descent", "Lbfgs", "descent"]
+
+MOMENTS = (0.9, 0.999, 1e-8)  # of Adam: how much of both averages of slopes stays, and what is added to the divisor
+PAIRS = 10  # of steps and differences of slopes that L-BFGS remembers
+ENOUGH = 1e-4  # of what the slope promises, a step's gain
+SHORTER = (0.1, 0.5)  # least and most share of a step that was too long
+ROUND = 0.1  # of the mean curvature, in all directions
+
+
+class Descent(ABC):
+    """Where the loss of each fact is to be taken next, `delta`, from 0 on; the latest that was an improvement, `best`."""
+
+    def __init__(self, initial: Float[Tensor, "facts parts d_model"], settings: RomeSettings) -> None:
+        self.delta, self.settings = torch.zeros_like(initial), settings
+        self.longest = settings.clamp * initial.norm(dim=2, keepdim=True)
+
+    @property
+    def best(self) -> Float[Tensor, "facts parts d_model"]:
+        return self.delta
+
+    @abstractmethod
+    def judge(
+        self, loss: Float[Tensor, " facts"], slope: Float[Tensor, "facts parts d_model"]
+    ) -> Bool[Tensor, " facts"]:
+        """Take the loss and its slope at `delta`; says whose is good enough to go on from."""
+        ...
+
+    @abstractmethod
+    def go(self, done: Bool[Tensor, " facts"]) -> None:
+        """Move `delta` of each fact that is not done."""
+        ...
+
+    def within(self, delta: Float[Tensor, "facts parts d_model"]) -> Float[Tensor, "facts parts 1"]:
+        """The share of each part that the clamp lets."""
+        return (self.longest / delta.norm(dim=2, keepdim=True)).clamp(max=1.0)
+
+
+class Adam(Descent):
+    """As published; it does not go back."""
+
+    def __init__(self, initial: Float[Tensor, "facts parts d_model"], settings: RomeSettings) -> None:
+        super().__init__(initial, settings)
+        self.mean, self.square = torch.zeros_like(initial), torch.zeros_like(initial)
+        self.steps = 0
+
+    def judge(
+        self, loss: Float[Tensor, " facts"], slope: Float[Tensor, "facts parts d_model"]
+    ) -> Bool[Tensor, " facts"]:
+        first, second, _ = MOMENTS
+        self.steps += 1
+        self.mean.lerp_(slope, 1 - first)
+        self.square.mul_(second).addcmul_(slope, slope, value=1 - second)
+        return torch.ones_like(loss, dtype=torch.bool)
+
+    def go(self, done: Bool[Tensor, " facts"]) -> None:
+        first, second, least = MOMENTS
+        divisor = (self.square / (1 - second**self.steps)).sqrt() + least
+        new = self.delta - self.settings.learning_rate / (1 - first**self.steps) * self.mean / divisor
+        self.delta = torch.where(done[:, None, None], self.delta, new * self.within(new))
+
+
+class Lbfgs(Descent):
+    """In the coordinates z, in float64; `curvature` is what the loss is known to have, of the last part."""
+
+    def __init__(
+        self,
+        initial: Float[Tensor, "facts parts d_model"],
+        settings: RomeSettings,
+        curvature: Float[Tensor, "d_model d_model"],
+    ) -> None:
+        super().__init__(initial, settings)
+        known = curvature.double()
+        self.L = torch.linalg.cholesky(known + ROUND * known.diagonal().mean() * torch.eye(len(known)).to(known))
+        zero = torch.zeros_like(initial, dtype=torch.float64)
+        self.tried, self.at, self.slope, self.way = zero, zero, zero, zero  # z
+        self.loss = zero.new_full((len(zero),), torch.inf)  # there
+        self.share = torch.ones_like(self.loss)  # of the way that is tried
+        self.steps = self.bends = zero.new_zeros(PAIRS, *zero.shape)  # the latest last; bends are differences of slopes
+        self.curved = zero.new_zeros(PAIRS, len(zero))  # the products of both
+
+    @property
+    def best(self) -> Float[Tensor, "facts parts d_model"]:
+        return self._of(self.at).to(self.delta)
+
+    def judge(
+        self, loss: Float[Tensor, " facts"], slope: Float[Tensor, "facts parts d_model"]
+    ) -> Bool[Tensor, " facts"]:
+        loss, slope, step = loss.double(), self._slope_of(slope.double()), self.tried - self.at
+        promised, bend = _product(self.slope, step), slope - self.slope
+        is_better = loss <= self.loss + ENOUGH * promised
+        better, curved = is_better[:, None, None], _product(step, bend)
+        is_known = is_better & (curved > 0)
+        for name, new in (("steps", step), ("bends", bend), ("curved", curved)):
+            old = getattr(self, name)
+            known = is_known.view(-1, *[1] * (new.ndim - 1))
+            setattr(self, name, torch.where(known, torch.cat([old[1:], new[None]]), old))
+        shorter = (-promised / (2 * (loss - self.loss - promised))).nan_to_num(0.0).clamp(*SHORTER)
+        self.share = torch.where(is_better, 1.0, self.share * shorter)
+        self.loss = torch.where(is_better, loss, self.loss)
+        self.at, self.slope = torch.where(better, self.tried, self.at), torch.where(better, slope, self.slope)
+        self.way = torch.where(better, self._way(), self.way)
+        return is_better
+
+    def go(self, done: Bool[Tensor, " facts"]) -> None:
+        z = torch.where(done[:, None, None], self.at, self.at + self.share[:, None, None] * self.way)
+        delta = self._of(z)
+        within = self.within(delta)
+        self.tried, self.delta = z * within, (delta * within).to(self.delta)
+
+    def _way(self) -> Float[Tensor, "facts parts d_model"]:
+        """Down, by what the pairs say of the curvature; without any, a step of length 1."""
+        way, weights = -self.slope, []
+        for step, bend, curved in zip(self.steps.flip(0), self.bends.flip(0), self.curved.flip(0), strict=True):
+            weights.append(torch.where(curved > 0, _product(step, way) / curved, 0.0)[:, None, None])
+            way = way - weights[-1] * bend
+        first = 1 / self.slope.flatten(1).norm(dim=1)
+        known = self.curved[-1] / _product(self.bends[-1], self.bends[-1])
+        way = way * torch.where(self.curved[-1] > 0, known, first)[:, None, None]
+        for step, bend, curved, weight in zip(self.steps, self.bends, self.curved, reversed(weights), strict=True):
+            back = torch.where(curved > 0, _product(bend, way) / curved, 0.0)[:, None, None]
+            way = way + (weight - back) * step
+        return way
+
+    def _of(self, z: Float[Tensor, "facts parts d_model"]) -> Float[Tensor, "facts parts d_model"]:
+        """d of z: by L^-T, or, of parts whose curvature is not known, in lengths of the clamp."""
+        delta = z * self.longest
+        delta[:, -1] = torch.linalg.solve_triangular(self.L.T, z[:, -1].T, upper=True).T
+        return delta
+
+    def _slope_of(self, slope: Float[Tensor, "facts parts d_model"]) -> Float[Tensor, "facts parts d_model"]:
+        """The slope by z of the slope by d."""
+        found = slope * self.longest
+        found[:, -1] = torch.linalg.solve_triangular(self.L, slope[:, -1].T, upper=False).T
+        return found
+
+
+def _product(a: Tensor, b: Tensor) -> Float[Tensor, " facts"]:
+    return (a * b).sum((1, 2))
+
+
+def descent(
+    initial: Float[Tensor, "facts parts d_model"],
+    settings: RomeSettings,
+    curvature: Float[Tensor, "d_model d_model"] | None,
+) -> Descent:
+    """L-BFGS where some curvature is known, else Adam."""
+    return Adam(initial, settings) if curvature is None else Lbfgs(initial, settings, curvature)
