@@ -96,7 +96,7 @@ class BetterEdits:
     null: float = 0.9  # share of C's directions, those of its smallest eigenvalues
     few: int = 5  # prompts, of which the bare one is one
     further: float = 1.0  # the clamp; the default's is 0.75
-    fisher: float = 16.0  # the weight of what v* costs ordinary text
+    fisher: float = 4.0  # the weight of what v* costs ordinary text
     rows: tuple[str, ...] = ROWS
     seed: int = 0
     threads: int = 2

@@ -165,6 +165,7 @@ def test_the_harness_asks_the_editors_bands_where_none_are_given(model, fact):
     assert editing.Editor().resolve(model).bands == ()
 
 
+@pytest.mark.anywhere
 def test_the_command_writes_bands_that_edits_take(tmp_path, capsys):
     command = [
         "calibrate",

@@ -216,6 +216,7 @@ def test_it_is_evaluated_in_every_mode_and_a_stopped_run_ends_in_the_same_bytes(
             assert {name: row[name] for name in alone} == pytest.approx(alone, abs=1e-6, nan_ok=True)
 
 
+@pytest.mark.anywhere
 def test_it_is_tuned_and_swept(model, way, tmp_path, monkeypatch):
     editor, settings, _ = way
     monkeypatch.setattr(tuning.runs, "known", lambda model, facts, **options: list(facts))

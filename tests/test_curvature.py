@@ -265,7 +265,7 @@ def test_G_that_does_not_belong_is_refused(load, tmp_path):
             editing.edit(model, FACT, editors.named("rome"), settings, prepared=replace(ready, fisher=other))
     long = SequentialSettings(layer=1, steps=2, prefixes=(), prepend_bos=True)
     with pytest.raises(
-        EditError, match=r"fisher = 16 weighs G of layer 1 .*there is none"
+        EditError, match=r"fisher = 4 weighs G of layer 1 .*there is none"
     ):  # and not that each fact cannot be edited
         run_sequence(model, [FACT], tmp_path, settings=long, prepared=replace(ready, fisher=None))
     with pytest.raises(SettingsError, match=r"fisher must be 0 or more; found -1"):

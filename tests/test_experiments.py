@@ -246,6 +246,7 @@ def test_known_facts_are_asked_once_and_their_order_is_the_seeds(tiny, tmp_path,
     assert len(first) == 20
 
 
+@pytest.mark.anywhere
 def test_models_of_one_world_are_compared_at_their_sites(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "OUT", tmp_path / "out")
     monkeypatch.setattr(localisation, "FIGURES", tmp_path)
@@ -311,6 +312,7 @@ def test_rows_of_trained_editors_are_there_where_their_network_is(model, tmp_pat
         assert chosen.checkpoint in ("generic", "set")
 
 
+@pytest.mark.anywhere
 def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, monkeypatch):
     for module in (scaling, collapse):
         monkeypatch.setattr(module, "benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])
@@ -326,7 +328,7 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
         "--informed",
         "2",
         "--prose",
-        "8",
+        "24",
         "--name",
         "informed",
     ]
@@ -347,7 +349,7 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
     assert [row["edits"] for row in record["rows"]] == [2, 4]
     assert all(0 <= row[name] <= 1 for row in [record["alone"], *record["rows"]] for name in ("S", "answer", "NS"))
     assert [look["edits"] for look in record["forgetting"]] == [2, 4]
-    assert all(row["prose"]["low"] <= row["prose"]["mean"] <= row["prose"]["high"] and row["prose"]["n"] == 8 for row in record["rows"])  # fmt: skip
+    assert all(row["prose"]["low"] <= row["prose"]["mean"] <= row["prose"]["high"] and row["prose"]["n"] == 24 for row in record["rows"])  # fmt: skip
     collapse.main(common.parse(collapse.Collapse, [*quick, "--edits", "2", "--every", "1", "--rows", *collapse.COLOURS]))  # fmt: skip
     rows = read(tmp_path, "collapse")["rows"]
     assert list(rows) == list(collapse.COLOURS)
@@ -540,6 +542,7 @@ def test_figure_23_has_a_distribution_a_method_and_their_differences(to_edit, tm
     assert next(tmp_path.rglob("figure23_attention.png")).stat().st_size > 5000
 
 
+@pytest.mark.anywhere
 def test_the_table_of_zsre_has_every_row(to_edit, tmp_path, monkeypatch):
     asked = [Question(fact, "The city of Rome is?", "Paris") for fact in TO_EDIT]
     monkeypatch.setattr(table1_zsre, "questions", lambda model, begin, n: asked[begin : begin + n])
@@ -586,6 +589,7 @@ def test_the_table_of_zsre_has_every_row(to_edit, tmp_path, monkeypatch):
         table1_zsre.main(table1_zsre.Table1(rows=("text",)))
 
 
+@pytest.mark.anywhere
 def test_figure_5_edits_at_layers_and_tokens_beside_the_traces(to_edit, tmp_path, monkeypatch):
     for name, value in (("FIGURES", tmp_path), ("benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])):
         monkeypatch.setattr(figure5_sweep, name, value)
@@ -691,6 +695,7 @@ def test_the_values_benchmark_finds_both_ways_equal_and_times_another_version(tm
     assert record["single edit"]["of the old"] == {"new": pytest.approx(1.75 / 1.5), "quick": pytest.approx(2.0 / 1.5)}
 
 
+@pytest.mark.anywhere
 def test_the_engines_benchmark_finds_both_engines_equal(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "FIGURES", tmp_path)
     benchmark_engines.main(common.parse(benchmark_engines.BenchmarkEngines, ["--records", "2", "--threads", "1"]))

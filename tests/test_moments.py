@@ -419,6 +419,7 @@ def test_progress_counts_through_all_batches(model, small_batches):
     assert len(sampled) > 2 * SMALL.context, "more than one batch"
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_job_that_is_stopped_goes_on_and_ends_with_the_same_bits(sampled, model, text, monkeypatch, small_batches):
     texts = None if sampled else [text]

@@ -181,6 +181,7 @@ def test_scores_are_those_of_whole_logits_one_prompt_at_a_time(learnt):
     assert max(together[0]["rewrite_acc"], together[0]["rephrase_acc"]) < 1
 
 
+@pytest.mark.anywhere
 def test_edits_succeed_where_the_trace_says_and_the_sweep_shows_it(learnt, tmp_path):
     model, chosen = learnt
     wanted = SweepSettings(layers=(0, 4), tokens=("subject_last", "last"), draws=2)
@@ -191,6 +192,7 @@ def test_edits_succeed_where_the_trace_says_and_the_sweep_shows_it(learnt, tmp_p
     assert S[0, 0] > 0.9
 
 
+@pytest.mark.anywhere
 def test_tuning_proposes_the_layer_where_facts_are_looked_up(learnt, tmp_path):
     model, chosen = learnt
     settings = TuneSettings(traced=10, edited=4, grid=(("clamp", (1.0,)),), draws=2)

@@ -104,6 +104,7 @@ def test_it_is_swept_and_tuned(run, monkeypatch):
     assert ([row["tried"]["length"] for row in tuned["rows"]], tuned["editor"]) == ([1.0, 4.0], "push"), err
 
 
+@pytest.mark.anywhere
 def test_workers_of_a_cluster_find_it_in_the_folder_where_the_run_began(run, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

@@ -215,7 +215,7 @@ class SequentialSettings(MemitSettings):
     )
     b: float = knob(1.0, "weight of each key that an earlier edit of the sequence wrote")
     fisher: float = knob(
-        16.0,
+        4.0,
         "weight, in the loss, of the KL that the change d of the value costs where it is added to ordinary text (mechedit.moments.curvature), in that of "
         "a random d as long as what W_out gives there: v* keeps clear of what such text depends on; 0: off",
     )
