@@ -200,16 +200,16 @@ class _Search:
             self.losses[fact].append(tuple(terms[fact].tolist()))
             done[fact] = _done(self.losses[fact], self.settings, bool(is_top[fact]))
         self.done = done
-        self._leave()
+        self._leave(is_better)
         self.descent.go(done)
         return not bool(done.all())
 
-    def _leave(self) -> None:
-        """Rows of facts that are done are run no more; nor, where that is wanted, rows that are learnt."""
+    def _leave(self, is_better: Bool[Tensor, " facts"]) -> None:
+        """Rows of facts that are done are run no more; nor, where that is wanted, rows that are learnt by a step that is not taken back."""
         gone = self.gone | self.done[self.fact]
         if self.settings.leave_learnt:
             is_learnt = self.learnt * self.rows_of[self.fact] < self.settings.stop_at
-            gone |= is_learnt & ~self.is_essence
+            gone |= is_learnt & is_better[self.fact] & ~self.is_essence
         if not torch.equal(gone, self.gone):
             self.gone = gone
             self.groups = [left for each in self.groups if (left := each.without(gone)) is not None]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechedit import above, keys, models, prompts, values
+from mechedit import above, keys, models, optimisers, prompts, values
 from mechedit.facts import Fact
 from mechedit.models import ModelError
 from mechedit.settings import RomeSettings
@@ -248,6 +248,26 @@ def test_a_prompt_that_is_learnt_is_left_out_and_its_last_loss_counts(double, mo
     )  # the first step is all rows'
     expected = (sum(losses(left, now.value)) + sum(at[0][index] for index in range(4) if index not in left)) / 4
     assert found.losses[1][0] == pytest.approx(expected)
+
+
+def test_no_prompt_leaves_by_a_step_that_is_taken_back_and_such_a_step_is_no_row_of_the_losses(double, monkeypatch):
+    settings = replace(BOS, steps=3, clamp=0.3, leave_learnt=True, stop_at=0.0, fisher=1.0)
+    each, G = sought(double, FACT, "Paris", ("",)), 1e-6 * torch.eye(32)
+    first, second, _ = values.optimise_all(double, [each], 1, settings, G=G)[0].losses
+    assert second[0] < first[0]
+    settings = replace(settings, stop_at=(first[0] + second[0]) / 2)
+    monkeypatch.setattr(values, "_done", lambda *given: False)
+    ran, plain = [], above.Group.run
+    monkeypatch.setattr(above.Group, "run", lambda group, *given: ran.append(len(group.rows)) or plain(group, *given))
+    kept = values.optimise_all(double, [each], 1, settings, G=G)[0]
+    assert ran == [2, 2, 1]
+    assert len(kept.losses) >= 2
+    ran.clear()
+    monkeypatch.setattr(optimisers, "ENOUGH", 1e9)  # of what is promised: no step is good enough
+    back = values.optimise_all(double, [each], 1, settings, G=G)[0]
+    assert ran == [2, 2, 2]
+    assert len(back.losses) == 1
+    torch.testing.assert_close(back.value, each.initial)
 
 
 def test_of_no_facts_nothing_is_sought(model):
