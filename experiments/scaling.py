@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,12 +99,10 @@ def alone(model: HookedModel, facts: Sequence[Fact], editor: Any, settings: Any,
 def informed(model: HookedModel, edit: Any, facts: Sequence[Fact], prepared: Any, times: int) -> Any:
     """The same with a C that is also of prose and of what is true of subjects that no prompt of these facts names, and a G that is also of prose."""
     texts = [data(PROSE), statements(model, facts, benchmark_facts(str(model.cfg.model_name), OTHERS, STATEMENTS))]
-    found = many.prepare(model, edit, [also_of(model, edit, texts, times=times)], prepared.prefixes)
-    if found.fisher is None:
-        return found
-    return replace(
-        found, fisher=found.fisher.merged(moments.fisher(model, edit.layer, texts[:1], found.fisher.settings))
+    G = prepared.fisher and prepared.fisher.merged(
+        moments.fisher(model, edit.layer, texts[:1], prepared.fisher.settings)
     )
+    return many.prepare(model, edit, [also_of(model, edit, texts, times=times)], prepared.prefixes, fisher=G)
 
 
 def prose(model: HookedModel, n: int) -> np.ndarray:

@@ -81,9 +81,11 @@ def test_an_edit_takes_c_from_text(run, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{number} {PROMPT} Seattle." for number in range(300)))
     path = tmp_path / "edit.safetensors"
-    status, _, _ = run(*EDIT, "--text", str(text), "--out", str(path))
+    status, _, _ = run(*EDIT, "--text", str(text), "--fisher", "1", "--out", str(path))
     assert status == 0
-    assert edits.load(path).details["moment"]["source"].startswith("texts ")
+    made = edits.load(path).details
+    assert made["moment"]["source"].startswith("texts ")
+    assert made["fisher"]["source"] == made["moment"]["source"]
 
 
 def test_an_edit_for_other_weights_is_refused_unless_forced(run, folder, tmp_path, capsys):

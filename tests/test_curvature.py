@@ -263,6 +263,11 @@ def test_G_that_does_not_belong_is_refused(load, tmp_path):
     for other, found in ((None, "there is none"), (moments.fisher(model, 0), "this one is of layer 0")):
         with pytest.raises(EditError, match=rf"fisher = 1 weighs G of layer 1 .*{found}"):
             editing.edit(model, FACT, editors.named("rome"), settings, prepared=replace(ready, fisher=other))
+    given = moments.fisher(model, 1, settings=FEW)
+    assert rome.prepare(model, settings, fisher=given).fisher is given
+    assert rome.prepare(model, replace(settings, fisher=0.0), fisher=given).fisher is None
+    with pytest.raises(EditError, match="this one is of layer 0"):
+        rome.prepare(model, settings, fisher=moments.fisher(model, 0))
     long = SequentialSettings(layer=1, steps=2, prefixes=(), prepend_bos=True)
     with pytest.raises(
         EditError, match=r"fisher = 4 weighs G of layer 1 .*there is none"
@@ -286,5 +291,7 @@ def test_several_blocks_have_G_of_the_last_alone(load):
     assert [each.fisher for each in ready.below] == [None]
     assert len(editing.edit(model, FACT, editor, settings, prepared=ready).changes) == 2
     assert ready.key != many.prepare(model, replace(settings, fisher=0.0)).key
+    given = moments.fisher(model, 1, settings=FEW)
+    assert many.prepare(model, settings, fisher=given).fisher is given
     with pytest.raises(EditError, match=r"fisher = 1 weighs G of layer 1 .*there is none"):
         editing.edit(model, FACT, editor, settings, prepared=replace(ready, fisher=None))

@@ -234,20 +234,23 @@ def _given_moment(arguments: argparse.Namespace) -> Moment | None:
 def _prepared(
     arguments: argparse.Namespace, model: HookedModel, settings: Any, moment: Moment | None, progress: Progress
 ) -> Prepared | None:
-    """What the editor needs with C from a file or from text, as the options say; None for what it makes itself."""
+    """What the editor needs with C from a file, or C and G from text, as the options say; None for what it makes itself."""
     from mechedit import moments
     from mechedit.editors import rome
 
+    fisher = None
     if arguments.moment and moment is None:
         moment = moments.read_published(arguments.moment, model, settings.layer)
     if arguments.text:
         windows = MomentSettings(prepend_bos=settings.prepend_bos)
         moment = moments.estimate(model, settings.layer, arguments.text, windows, progress=progress)
+        if settings.fisher:
+            fisher = moments.fisher(model, settings.layer, arguments.text, windows, progress=progress)
     if moment is None:
         return None
     for note in moment.notes:
         console_of(arguments).print(f"note on C: {note}.")
-    return rome.prepare(model, settings, moment, progress=progress)
+    return rome.prepare(model, settings, moment, fisher=fisher, progress=progress)
 
 
 def _edit_facts(

@@ -42,7 +42,7 @@ from mechedit.edits import EditError
 from mechedit.facts import Fact
 from mechedit.guards import Band
 from mechedit.models import HookedModel
-from mechedit.moments import Moment
+from mechedit.moments import Fisher, Moment
 from mechedit.progress import Progress, silent
 from mechedit.settings import (
     AlphaEditSettings,
@@ -80,12 +80,13 @@ def prepare(
     given: Sequence[Moment] = (),
     prefixes: Sequence[str] | None = None,
     *,
+    fisher: Fisher | None = None,
     progress: Progress = silent,
 ) -> Prepared:
-    """`rome.prepare` of one block, or of several: C of each, from the lowest, from one pass over the text where they are not given.
+    """`rome.prepare` of one block, or of several: C of each, from the lowest, from one pass over the text where they are not given; G of the last.
 
     Raises:
-        EditError: C does not belong to the model, block or settings, or the prefixes lack the bare prompt's.
+        EditError: C or G does not belong to the model, block or settings, or the prefixes lack the bare prompt's.
     """
     layers = settings.blocks
     if not given:
@@ -96,7 +97,14 @@ def prepare(
         raise EditError(f"C is needed of each of the blocks {layers}, from the lowest; found {len(given)}.")
     prefixes = keys.prefixes(model, settings) if prefixes is None else prefixes
     own = [
-        rome.prepare(model, alone(settings, layer), moment, prefixes, progress=progress)
+        rome.prepare(
+            model,
+            alone(settings, layer),
+            moment,
+            prefixes,
+            fisher=fisher if layer == settings.layer else None,
+            progress=progress,
+        )  # fmt: skip
         for layer, moment in zip(layers, given, strict=True)
     ]
     last = own[-1]

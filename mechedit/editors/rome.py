@@ -92,19 +92,22 @@ def prepare(
     moment: Moment | None = None,
     prefixes: Sequence[str] | None = None,
     *,
+    fisher: Fisher | None = None,
     progress: Progress = silent,
 ) -> Prepared:
     """What all edits share, for settings as `resolve` gives them.
 
-    Without `moment`, C is estimated from text sampled from the model, once, and kept in the cache. `prefixes`, "" among them, stand
-    before the prompt in place of those that the settings sample.
+    Without `moment`, C is estimated from text sampled from the model, once, and kept in the cache; so is G without `fisher`, where the
+    settings weigh it. `prefixes`, "" among them, stand before the prompt in place of those that the settings sample.
 
     Raises:
-        EditError: C does not belong to the model, layer or settings, or the prefixes lack the bare prompt's.
+        EditError: C or G does not belong to the model, layer or settings, or the prefixes lack the bare prompt's.
     """
     check_list("prefixes", prefixes)
     if moment is not None:
         check_moment(model, moment, settings)
+    if fisher is not None:
+        check_fisher(model, fisher, settings)
     windows = MomentSettings(prepend_bos=settings.prepend_bos)
     found = (
         moment if moment is not None else moments.estimate(model, settings.layer, settings=windows, progress=progress)
@@ -113,7 +116,8 @@ def prepare(
     C = rank_one.regularised(found.C, settings.ridge)
     ready = replace(found, C=C, cond=moments.condition(C)) if settings.ridge else found
     before = tuple(sorted(before, key=bool))  # the bare prompt first, the others in their order
-    return Prepared(ready, before, found, fisher_of(model, settings, progress=progress))
+    weighed = fisher if fisher is not None and settings.fisher else fisher_of(model, settings, progress=progress)
+    return Prepared(ready, before, found, weighed)
 
 
 def fisher_of(model: HookedModel, settings: RomeSettings, *, progress: Progress = silent) -> Fisher | None:
@@ -273,7 +277,7 @@ def details(aims: Sequence[Aim], prepared: Prepared) -> dict[str, Any]:
     """What an edit was made from; of several subjects, lists of lists."""
     losses, shares = ([list(map(list, aim.losses)) for aim in aims], [list(aim.shares) for aim in aims])
     moment, fisher = prepared.estimated, prepared.fisher
-    return ({"fisher": {"hash": fisher.hash, "tokens": fisher.tokens}} if fisher else {}) | {
+    return ({"fisher": {"source": fisher.source, "tokens": fisher.tokens, "hash": fisher.hash}} if fisher else {}) | {
         "prefixes": list(prepared.prefixes),
         "losses": losses[0] if len(aims) == 1 else losses,
         "shares": shares[0] if len(aims) == 1 else shares,

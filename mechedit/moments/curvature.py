@@ -9,7 +9,8 @@ change of W_out adds to an ordinary token with key k the share (k u) / (k* u) of
 Grosse 2015 (arXiv 1503.05671). C decides where an edit is read, G what it may write.
 
 J^T F J is g g^T on average, where g = J^T (sqrt(p) * e - p (sqrt(p) . e)) and e has normal numbers: one pass back gives a g for every token of a
-window. The text is that of C, in its windows, as much as gives ten times d_model tokens; what lies behind a window's end is not seen.
+window. The text is given, or sampled from the model as that of C is, in the windows of C, as much as gives ten times d_model tokens; what lies
+behind a window's end is not seen.
 """
 
 from __future__ import annotations
