@@ -97,15 +97,8 @@ def prepare(
         raise EditError(f"C is needed of each of the blocks {layers}, from the lowest; found {len(given)}.")
     prefixes = keys.prefixes(model, settings) if prefixes is None else prefixes
     own = [
-        rome.prepare(
-            model,
-            alone(settings, layer),
-            moment,
-            prefixes,
-            fisher=fisher if layer == settings.layer else None,
-            progress=progress,
-        )  # fmt: skip
-        for layer, moment in zip(layers, given, strict=True)
+        rome.prepare(model, alone(settings, layer), moment, prefixes, fisher=G, progress=progress)
+        for layer, moment, G in zip(layers, given, (*(None for _ in layers[1:]), fisher), strict=True)
     ]
     last = own[-1]
     return Stack(last.moment, last.prefixes, last.estimated, last.fisher, tuple(own[:-1])) if own[1:] else last
