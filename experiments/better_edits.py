@@ -98,6 +98,7 @@ class BetterEdits:
     further: float = 1.0  # the clamp; the default's is 0.75
     fisher: float = 4.0  # the weight of what v* costs ordinary text
     rows: tuple[str, ...] = ROWS
+    name: str = "better_edits"  # of the figure, which has the rows that were run
     seed: int = 0
     threads: int = 2
 
@@ -250,8 +251,8 @@ def main(settings: BetterEdits) -> None:
         }
     )  # fmt: skip
     result = {"rows": {row: each.to_json() for row, each in rows.items()}, "paired": differences}
-    say(f"wrote {write('better_edits', model, settings, result)}")
-    say(f"wrote {write_table(model, 'better_edits', COLUMNS, rows, differences, (), {})}")
+    say(f"wrote {write(settings.name, model, settings, result)}")
+    say(f"wrote {write_table(model, settings.name, COLUMNS, rows, differences, (), {})}")
 
 
 if __name__ == "__main__":

@@ -738,7 +738,21 @@ def test_ways_to_edit_better_are_compared_with_the_default(to_edit, tmp_path, mo
     record = {"roles": ["last", "subject_last"], "indirect_effect": {"mlp": [[9.0, 0.1], [9.0, 0.4], [9.0, 0.2], [9.0, 0.0]]}}  # fmt: skip
     monkeypatch.setattr(better_edits, "benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])
     monkeypatch.setattr(better_edits, "FIGURES", tmp_path)
-    options = ["--model", to_edit, "--facts", "2", "--layers", "1", "2", "--others", "2", "--sentences", "2"]
+    options = [
+        "--model",
+        to_edit,
+        "--facts",
+        "2",
+        "--layers",
+        "1",
+        "2",
+        "--others",
+        "2",
+        "--sentences",
+        "2",
+        "--name",
+        "ways",
+    ]
     settings = common.parse(better_edits.BetterEdits, options)
     with pytest.raises(SystemExit, match="needs .*figure2_average_effects"):
         better_edits.main(settings)
@@ -752,11 +766,11 @@ def test_ways_to_edit_better_are_compared_with_the_default(to_edit, tmp_path, mo
     monkeypatch.setattr(better_edits, "data", lambda name: prose)
     monkeypatch.setattr(better_edits, "statements", lambda model, edited, others: statements)
     better_edits.main(settings)
-    found = read(tmp_path, "better_edits")
+    found = read(tmp_path, "ways")
     assert list(found["rows"]) == list(better_edits.ROWS)
     assert set(found["paired"]["less the default"]) == set(better_edits.ROWS[1:])
     assert found["rows"]["default"]["scores"] != found["rows"]["spread"]["scores"]
-    assert "spread by effect" in next(tmp_path.rglob("better_edits.md")).read_text()
+    assert "spread by effect" in next(tmp_path.rglob("ways.md")).read_text()
     assert better_edits.effects(model, (1, 2, 3)) == (0.4, 0.2, 1e-3)
     told = better_edits.paraphrases(model, TO_EDIT[1], prepend_bos=False)
     assert [fact.prompt for fact in told] == ["London is found in"]
