@@ -34,6 +34,7 @@ from mechedit.interventions import mlp_outputs
 from mechedit.models import Blocks, HookedModel, W_out, check_layer, device_of, frozen, hooked, identity
 from mechedit.moments.corpus import Text, batches, described, source_of
 from mechedit.moments.estimation import resolved
+from mechedit.moments.merging import joined, text_of
 from mechedit.moments.moment import MomentError
 from mechedit.parsing import check, number
 from mechedit.progress import Progress, silent
@@ -44,7 +45,6 @@ __all__ = ["Fisher", "fisher", "seeded", "slopes_of"]
 TIMES = 10  # d_model tokens, at least
 NUMBERS = 2**25  # of logits that are held at once, or those of one window
 RULE = "what is said from a token to its window's end"  # whose KL it is; part of the cache's key
-AND = " and "  # between the sources of what is merged
 PURPOSE = "seeds of slopes"  # of normal numbers, a part of their seed
 _FORM = {
     "layer": int,
@@ -96,13 +96,12 @@ class Fisher:
         ):
             if mine != theirs:
                 raise MomentError(f"both G must be of one {what}; found {mine} and {theirs}.")
-        if set(self.source.split(AND)) & set(other.source.split(AND)):
-            raise MomentError(f"the same text would count twice: {self.source}; {other.source}.")
+        source = joined([text_of(each.source, each.settings) for each in (self, other)])
         tokens = self.tokens + other.tokens
         share = other.tokens / tokens
         G = (1 - share) * self.G + share * other.G
         square = (1 - share) * self.square + share * other.square
-        return replace(self, G=G, square=square, tokens=tokens, source=f"{self.source}{AND}{other.source}")
+        return replace(self, G=G, square=square, tokens=tokens, source=source)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but G itself."""

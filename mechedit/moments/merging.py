@@ -9,8 +9,11 @@ import torch
 
 from mechedit import cache, provenance
 from mechedit.moments.moment import SAMPLED, Moment, MomentError, condition
+from mechedit.settings import MomentSettings
 
-__all__ = ["merge"]
+__all__ = ["joined", "merge", "text_of"]
+
+MERGED = "merged: "  # of several texts
 
 
 def merge(moments: Sequence[Moment]) -> Moment:
@@ -34,7 +37,7 @@ def merge(moments: Sequence[Moment]) -> Moment:
                 raise MomentError(f"moments that are merged must have one {what}; found {mine} and {theirs}.")
     texts: dict[str, list[Moment]] = {}
     for each in moments:
-        texts.setdefault(_text(each), []).append(each)
+        texts.setdefault(text_of(each.source, each.settings), []).append(each)
     for text, same in texts.items():
         if len({cache.content_key(replace(each.settings, part=0)) for each in same}) > 1:
             raise MomentError(f"the same text would count twice, in different numbers of keys or parts: {text}.")
@@ -43,14 +46,25 @@ def merge(moments: Sequence[Moment]) -> Moment:
             raise MomentError(
                 f"each of the {same[0].settings.parts} parts of a text must be there exactly once; found {parts} (counted from 0)."
             )
-    names = [name for text in texts for name in _names(text)]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise MomentError(f"the same text would count twice, as a part of several: {', '.join(twice)}.")
+    every = joined([*texts])
     keys = sum(each.keys for each in moments)
     C = sum((each.C * each.keys for each in moments), torch.zeros_like(first.C)) / keys
-    source = first.source if len(texts) == 1 else "merged: " + "; ".join(sorted(texts))
+    source = first.source if len(texts) == 1 else every
     settings = replace(first.settings, part=0, parts=1, tokens=keys)
     return Moment(first.layer, C, keys, condition(C), source, settings, first.origin, provenance.versions())
+
+
+def joined(texts: Sequence[str]) -> str:
+    """The source of what is merged of these (`text_of`).
+
+    Raises:
+        MomentError: a text would count twice.
+    """
+    parts = [part for text in texts for part in text.removeprefix(MERGED).split("; ")]
+    names = [name for part in parts for name in (part.split()[1:] if part.startswith("texts ") else [part])]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise MomentError(f"the same text would count twice, as a part of several: {', '.join(twice)}.")
+    return MERGED + "; ".join(sorted(parts))
 
 
 def _model(moment: Moment) -> str:
@@ -58,12 +72,6 @@ def _model(moment: Moment) -> str:
     return str(moment.origin.get("keys") or moment.origin.get("weight_hash"))
 
 
-def _text(moment: Moment) -> str:
-    """Which text a moment is of: its source, with the seed where that makes the text."""
-    return f"{moment.source} with seed {moment.settings.seed}" if moment.source == SAMPLED else moment.source
-
-
-def _names(text: str) -> list[str]:
-    """The single files, datasets or samples of which a text consists."""
-    whole = text.removeprefix("merged: ").split("; ")
-    return [name for part in whole for name in (part.split()[1:] if part.startswith("texts ") else [part])]
+def text_of(source: str, settings: MomentSettings) -> str:
+    """Which text C or G is of: its source, with the seed where that makes the text."""
+    return f"{source} with seed {settings.seed}" if source == SAMPLED else source
