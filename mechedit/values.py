@@ -51,10 +51,11 @@ Losses = tuple[tuple[float, float, float], ...]
 @dataclass(frozen=True, eq=False)
 class Value:
     """v* in float32, one for each part where `initial` had several, and a row for each step of the optimisation that was not taken back: the terms of
-    the loss, of the target, of the essence's KL, and of what d itself costs (decay and G)."""
+    the loss, of the target, of the essence's KL, and of what d itself costs (decay and G). `is_learnt` says whether it ended before its steps did."""
 
     value: Float[Tensor, "*parts d_model"]
     losses: Losses
+    is_learnt: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +269,8 @@ class _Search:
     def found(self) -> list[Value]:
         """As far as they are found."""
         values = (self.initial + self.descent.best).cpu()
-        return [Value(value.view(shape), tuple(own)) for value, shape, own in zip(values, self.given, self.losses, strict=True)]  # fmt: skip
+        done = self.done.tolist()
+        return [Value(value.view(shape), tuple(own), ended) for value, shape, own, ended in zip(values, self.given, self.losses, done, strict=True)]  # fmt: skip
 
 
 def _done(losses: Sequence[tuple[float, float, float]], settings: RomeSettings, is_top: bool = False) -> bool:

@@ -17,7 +17,7 @@ from mechedit.settings import AlphaEditSettings, MomentSettings, SequenceSetting
 from tests.conftest import widen_bands
 
 LAYER = 1
-QUICK = {"layer": LAYER, "steps": 2, "prefixes": (), "prepend_bos": False}
+QUICK = {"layer": LAYER, "steps": 2, "fisher": 0.01, "weight_decay": 0.0, "prefixes": (), "prepend_bos": False}
 NAMES = ("The Space Needle", "Rome", "The Eiffel Tower", "Steve Jobs", "Megan Rapinoe", "London")
 FACTS = [Fact(name, "{} is located in the city of", "Seattle", "Paris" if index % 2 else "Berlin") for index, name in enumerate(NAMES)]  # fmt: skip
 

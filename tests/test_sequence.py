@@ -48,7 +48,8 @@ from tests.conftest import widen_bands
 from tests.killing import killed_after
 
 LAYER = 1
-QUICK = {"layer": LAYER, "steps": 2, "prefixes": (), "prepend_bos": False}
+QUICK = {"layer": LAYER, "steps": 2, "fisher": 0.01, "weight_decay": 0.0, "prefixes": (), "prepend_bos": False}
+BY_ADAM = QUICK | {"fisher": 0.0, "weight_decay": 0.5}  # which goes far in two steps
 CITY, SPORT = "{} is located in the city of", "{} plays the sport of"
 NAMES = ("The Space Needle", "Rome", "The Eiffel Tower", "Steve Jobs", "Megan Rapinoe", "London")
 FACTS = [Fact(name, CITY, "Seattle", "Paris" if index % 2 else "Berlin", neighbours=("Apple is located in the city of",)) for index, name in enumerate(NAMES)]  # fmt: skip
@@ -178,7 +179,7 @@ def test_what_the_model_does_not_say_is_learnt_again_after_each_batch(model, pre
 
     monkeypatch.setattr(rehearsing, "says", says)
     monkeypatch.setattr(extending._Writer, "unsaid", lambda writer, plan: plan)
-    settings = SequentialSettings(**QUICK, loose=1e-9, a=500.0)
+    settings = SequentialSettings(**BY_ADAM, loose=1e-9, a=500.0)
     how = {"settings": settings, "rehearsed": 4, "again": 1, "rounds": 2, "gentle": 1e-12}
     before = run(model, prepared, tmp_path, FACTS[:3], **how)
     assert asked == [[NAMES[0]], [NAMES[1], NAMES[0]], [NAMES[2], *NAMES[:2]]], "the new one, and as many as there are"
@@ -222,7 +223,7 @@ def refusing(monkeypatch, refuses):
 def test_what_cannot_be_learnt_again_is_left_out_and_the_others_are_learnt(model, prepared, tmp_path, monkeypatch):
     one, two, three = NAMES[:3]
     monkeypatch.setattr(extending._Writer, "unsaid", lambda writer, plan: plan)
-    settings = SequentialSettings(**QUICK, loose=1e-9, a=500.0)
+    settings = SequentialSettings(**BY_ADAM, loose=1e-9, a=500.0)
     how = {"settings": settings, "rehearsed": 4, "gentle": 1e-12}
     plain = run(model, prepared, tmp_path / "plain", FACTS[:3], together=3, rounds=0, **how)
     monkeypatch.setattr(rehearsing, "says", lambda model, facts, settings: [False] * len(facts))

@@ -267,6 +267,7 @@ def test_no_prompt_leaves_by_a_step_that_is_taken_back_and_such_a_step_is_no_row
     back = values.optimise_all(double, [each], 1, settings, G=G)[0]
     assert ran == [2, 2, 2]
     assert len(back.losses) == 1
+    assert not back.is_learnt
     torch.testing.assert_close(back.value, each.initial)
 
 

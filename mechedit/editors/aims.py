@@ -111,7 +111,11 @@ def chosen_of(rows: int, prefixes: Sequence[str], settings: RomeSettings) -> lis
 
 def check_learnt(facts: Sequence[Fact], found: Sequence[values.Value], settings: RomeSettings) -> None:
     """Raise where facts were to be strengthened and of none of them anything was learnt."""
-    if settings.strengthen and settings.steps > 1 and all(len(value.losses) == 1 for value in found):
+    if (
+        settings.strengthen
+        and settings.steps > 1
+        and all(value.is_learnt and len(value.losses) == 1 for value in found)
+    ):
         raise EditError(
             f"the model already says {facts[0].target_new!r} after {facts[0].prompt!r} with a loss of {found[0].losses[0][0]:.2g}, "
             f"and v* is sought until it is below stop_at = {settings.stop_at:g}. Lower stop_at to strengthen it further."
