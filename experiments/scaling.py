@@ -165,7 +165,12 @@ def main(settings: Scaling) -> None:
         prepared = informed(model, edit, facts[: max(settings.sizes)], prepared, settings.informed)
     before = prose(model, settings.prose)
     folder = runs(model, f"scaling-{cache.content_key(f'{edit}{how}{prepared.key}')}")
-    once = alone(model, sample(facts[: settings.mixed], settings.scored), editor, edit, prepared)
+    single = folder / f"alone-{settings.scored}-{settings.mixed}.json"
+    if not single.is_file():
+        found_alone = alone(model, sample(facts[: settings.mixed], settings.scored), editor, edit, prepared)
+        folder.mkdir(parents=True, exist_ok=True)
+        single.write_text(json.dumps(found_alone))
+    once = json.loads(single.read_text())
     say(f"alone: {once}")
     kept = folder / f"scored-{settings.scored}-{settings.mixed}.json"
     rows, stand = json.loads(kept.read_text()) if kept.is_file() else ([], [])
