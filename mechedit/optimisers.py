@@ -81,7 +81,7 @@ class Adam(Descent):
 
 
 class Lbfgs(Descent):
-    """In the coordinates z, in float64; `curvature` is what the loss is known to have, of the last part."""
+    """In the coordinates z, in float64 on the CPU, as not every device has it; `curvature` is what the loss is known to have, of the last part."""
 
     def __init__(
         self,
@@ -90,9 +90,10 @@ class Lbfgs(Descent):
         curvature: Float[Tensor, "d_model d_model"],
     ) -> None:
         super().__init__(initial, settings)
-        known = curvature.double()
+        self.longest = self.longest.cpu()
+        known = curvature.cpu().double()
         self.L = torch.linalg.cholesky(known + ROUND * known.diagonal().mean() * torch.eye(len(known)).to(known))
-        zero = torch.zeros_like(initial, dtype=torch.float64)
+        zero = torch.zeros(initial.shape, dtype=torch.float64)
         self.tried, self.at, self.slope, self.way = zero, zero, zero, zero  # z
         self.loss = zero.new_full((len(zero),), torch.inf)  # there
         self.share = torch.ones_like(self.loss)  # of the way that is tried
@@ -101,12 +102,12 @@ class Lbfgs(Descent):
 
     @property
     def best(self) -> Float[Tensor, "facts parts d_model"]:
-        return self._of(self.at).to(self.delta)
+        return self._as_given(self._of(self.at))
 
     def judge(
         self, loss: Float[Tensor, " facts"], slope: Float[Tensor, "facts parts d_model"]
     ) -> Bool[Tensor, " facts"]:
-        loss, slope, step = loss.double(), self._slope_of(slope.double()), self.tried - self.at
+        loss, slope, step = loss.cpu().double(), self._slope_of(slope.cpu().double()), self.tried - self.at
         promised, bend = _product(self.slope, step), slope - self.slope
         is_better = loss <= self.loss + ENOUGH * promised
         better, curved = is_better[:, None, None], _product(step, bend)
@@ -120,13 +121,17 @@ class Lbfgs(Descent):
         self.loss = torch.where(is_better, loss, self.loss)
         self.at, self.slope = torch.where(better, self.tried, self.at), torch.where(better, slope, self.slope)
         self.way = torch.where(better, self._way(), self.way)
-        return is_better
+        return is_better.to(self.delta.device)
 
     def go(self, done: Bool[Tensor, " facts"]) -> None:
-        z = torch.where(done[:, None, None], self.at, self.at + self.share[:, None, None] * self.way)
+        z = torch.where(done.cpu()[:, None, None], self.at, self.at + self.share[:, None, None] * self.way)
         delta = self._of(z)
         within = self.within(delta)
-        self.tried, self.delta = z * within, (delta * within).to(self.delta)
+        self.tried, self.delta = z * within, self._as_given(delta * within)
+
+    def _as_given(self, delta: Float[Tensor, "facts parts d_model"]) -> Float[Tensor, "facts parts d_model"]:
+        """In the number format and on the device of the values."""
+        return delta.to(self.delta.dtype).to(self.delta.device)
 
     def _way(self) -> Float[Tensor, "facts parts d_model"]:
         """Down, by what the pairs say of the curvature; without any, a step of length 1."""
