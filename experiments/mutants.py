@@ -36,6 +36,7 @@ TESTS = {
     "rank_one": ("rank_one", "rome"),
     "keys": ("keys", "rome"),
     "values": ("values", "rome"),
+    "losses": ("values", "rome"),
     "moments/moment": ("moments",),
     "moments/estimation": ("moments", "packaged_text"),
     "moments/corpus": ("moments", "packaged_text"),

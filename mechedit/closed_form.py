@@ -215,6 +215,13 @@ class Metric:
             return rank_one.whitened(own, self.factor)
         return along + rank_one.whitened(off, self.factor)
 
+    def reach(self, keys: Float[Tensor, "n d_mlp"]) -> Float[Tensor, "n d_mlp"]:
+        """K M^-1, in the null space where there is one: by how much what a target of each key asks for changes `W_out`, row by row."""
+        own = keys.detach().cpu().double()
+        if self.basis is None:
+            return self.inverse(own)
+        return self.inverse(own @ self.basis) @ self.basis.T
+
     def _times(self, along: Float[Tensor, "n rank"]) -> Float[Tensor, "n rank"]:
         """The rows times M, without M."""
         whole = along if self.basis is None else along @ self.basis.T

@@ -22,30 +22,26 @@ in its place or with it, each by a d of its own that is kept within `clamp` leng
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechedit import above
-from mechedit.above import HOOKS, Row
+from mechedit.above import HOOKS
 from mechedit.keys import Context
-from mechedit.models import Blocks, HookedModel, check_layer, check_plain, device_of, frozen
+from mechedit.losses import Losses, Sought, batches
+from mechedit.models import HookedModel, check_layer, check_plain, device_of, frozen
 from mechedit.optimisers import descent
 from mechedit.progress import Progress, silent
 from mechedit.settings import RomeSettings, SettingsError
 
 __all__ = ["HOOKS", "Sought", "Value", "optimise", "optimise_all"]
 
-MEMORY = 2**29  # bytes of what is kept of the rows of facts whose values are sought at once
-TIE = 1e-4  # of logits: of two that are closer, rounding decides which is first
 # PMET's stop, once the target is first everywhere: its loss's weight, and the KL term to reach.
 TOP_WEIGHT, TOP_KL = 0.1, 0.01
-
-Losses = tuple[tuple[float, float, float], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,36 +50,8 @@ class Value:
     the loss, of the target, of the essence's KL, and of what d itself costs (decay and G). `is_learnt` says whether it ended before its steps did."""
 
     value: Float[Tensor, "*parts d_model"]
-    losses: Losses
+    losses: tuple[tuple[float, float, float], ...]
     is_learnt: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Sought:
-    """A value near `initial` (v above) with which the model answers each context of `rows` by its ids in `targets`. Of several parts
-    `initial` has a row for each."""
-
-    rows: Sequence[Context]
-    essence: Context
-    targets: Sequence[Sequence[int]]
-    initial: Float[Tensor, "*parts d_model"]
-    shares: Float[Tensor, " rows_and_essence"]
-
-    @property
-    def as_rows(self) -> list[Row]:
-        """The contexts with their targets, then the essence."""
-        found = [
-            Row((*row.ids, *target[:-1]), row.lookup, tuple(range(row.last, row.last + len(target))))
-            for row, target in zip(self.rows, self.targets, strict=True)
-        ]
-        at = self.essence.lookup  # what follows it is not read
-        return [*found, Row(tuple(self.essence.ids[: at + 1]), at, (at,))]
-
-    @property
-    def wanted(self) -> list[tuple[int, float]]:
-        """The token wanted at each read, and its weight, rows counting alike; of the essence -1 and 0."""
-        found = [(token, 1 / (len(self.rows) * len(target))) for target in self.targets for token in target]
-        return [*found, (-1, 0.0)]
 
 
 def optimise(
@@ -128,7 +96,7 @@ def optimise_all(
     found: list[Value] = []
     of = len(sought) * settings.steps
     with frozen(model):
-        for batch in _batches(model, sought, layer):
+        for batch in batches(model, sought, layer):
             done, search = len(found) * settings.steps, _Search(model, batch, layer, settings, parts, G)
             for step in range(settings.steps):
                 progress("finding v*", done + step * len(batch), of)
@@ -139,23 +107,8 @@ def optimise_all(
     return found
 
 
-def _batches(model: HookedModel, sought: Sequence[Sought], layer: int) -> Iterator[list[Sought]]:
-    """Facts in their order, as many at once as the memory lets."""
-    batch: list[Sought] = []
-    size = 0
-    for each in sought:
-        own = above.kept_bytes(model, each.as_rows, layer)
-        if batch and size + own > MEMORY:
-            yield batch
-            batch, size = [], 0
-        batch.append(each)
-        size += own
-    if batch:
-        yield batch
-
-
 class _Search:
-    """The values of some facts, as far as they are found: d, and the losses so far, of each."""
+    """The values of some facts, as far as they are found: d, and the terms of the loss so far, of each."""
 
     def __init__(
         self,
@@ -166,40 +119,29 @@ class _Search:
         parts: Sequence[str],
         G: Float[Tensor, "d_model d_model"] | None,
     ) -> None:
-        self.model, self.layer, self.settings, self.parts = model, layer, settings, parts
-        self.blocks, device = Blocks(model), device_of(model)
+        self.settings = settings
         self.given = [each.initial.shape for each in sought]
-        initial = torch.stack([each.initial.view(len(parts), -1) for each in sought]).to(device)
+        initial = torch.stack([each.initial.view(len(parts), -1) for each in sought]).to(device_of(model))
         self.initial = initial.to(torch.promote_types(initial.dtype, torch.float32))
         self.size = self.initial.norm(dim=2, keepdim=True)
         self.G = G.to(self.initial) if G is not None and settings.fisher else None
         self.descent = descent(self.initial, settings, None if self.G is None else settings.fisher * self.G)
-        self.losses: list[list[tuple[float, float, float]]] = [[] for _ in sought]
+        self.history: list[list[tuple[float, float, float]]] = [[] for _ in sought]
+        self.losses = Losses(model, sought, layer, parts, settings.kl, self.initial.dtype)
+        self.fact, device = self.losses.fact, self.initial.device  # the fact of each row
         self.done = torch.zeros(len(sought), dtype=torch.bool, device=device)
         self.rows_of = torch.tensor([len(each.rows) for each in sought], device=device)
-        self.steps = 0
-        rows = [(fact, row) for fact, each in enumerate(sought) for row in each.as_rows]
-        self.fact = torch.tensor([fact for fact, _ in rows], device=device)  # of each row
         self.share = torch.cat([each.shares for each in sought]).to(self.initial)
-        self.row = torch.tensor([index for index, (_, row) in enumerate(rows) for _ in row.reads], device=device)
-        self.learnt = torch.zeros(len(rows)).to(self.initial)  # the latest share of each row in the target's loss
-        self.gone = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        tokens, weights = zip(*(wanted for each in sought for wanted in each.wanted), strict=True)
-        self.token, self.weight = torch.tensor(tokens, device=device), torch.tensor(weights).to(self.initial)
-        self.is_essence = torch.zeros_like(self.gone).index_fill(0, self.row[self.token < 0], True)
-        self.groups = above.prepare(model, self.blocks, [row for _, row in rows], layer)
-        self.run_at_once = above.at_once(model, self.groups)
-        self.before: dict[int, Tensor] = {}  # of each fact, what the essence says without d, as log probabilities
+        self.learnt = torch.zeros(len(self.fact)).to(self.initial)  # the latest share of each row in the target's loss
 
     def step(self) -> bool:
         """Take the loss of each fact that is not done, and a step where it is not good enough; False where all are done."""
         terms, is_top, slope = self._terms()
-        self.steps += 1
         is_better = self.descent.judge(terms.sum(1), slope)
         done = self.done.clone()
         for fact in (~self.done & is_better).nonzero()[:, 0].tolist():
-            self.losses[fact].append(tuple(terms[fact].tolist()))
-            done[fact] = _done(self.losses[fact], self.settings, bool(is_top[fact]))
+            self.history[fact].append(tuple(terms[fact].tolist()))
+            done[fact] = _done(self.history[fact], self.settings, bool(is_top[fact]))
         self.done = done
         self._leave(is_better)
         self.descent.go(done)
@@ -207,43 +149,25 @@ class _Search:
 
     def _leave(self, is_better: Bool[Tensor, " facts"]) -> None:
         """Rows of facts that are done are run no more; nor, where that is wanted, rows that are learnt by a step that is not taken back."""
-        gone = self.gone | self.done[self.fact]
+        gone = self.losses.gone | self.done[self.fact]
         if self.settings.leave_learnt:
             is_learnt = self.learnt * self.rows_of[self.fact] < self.settings.stop_at
-            gone |= is_learnt & is_better[self.fact] & ~self.is_essence
-        if not torch.equal(gone, self.gone):
-            self.gone = gone
-            self.groups = [left for each in self.groups if (left := each.without(gone)) is not None]
-            self.run_at_once = above.at_once(self.model, self.groups)
+            gone |= is_learnt & is_better[self.fact] & ~self.losses.is_essence
+        self.losses.leave(gone)
 
     def _terms(
         self,
     ) -> tuple[Float[Tensor, "facts 3"], Bool[Tensor, " facts"], Float[Tensor, "facts parts d_model"]]:
         """Terms of each fact's loss (`Value.losses`); whether its target is first everywhere; and the slope of the loss. Of a fact that is
         done they say nothing; of a row that has left its last loss counts, and no slope."""
-        delta = self.descent.delta
-        target, kl, missed = (torch.zeros(len(self.initial)).to(self.initial) for _ in range(3))
-        of_target, of_kl = (torch.zeros_like(self.initial) for _ in range(2))
-        for parts in self.run_at_once:
-            rows, reads = (torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "reads"))
-            token, row = self.token[reads], self.row[reads]
-            fact, essence = self.fact[row], (token < 0).nonzero()[:, 0]
-            share = self.share[rows, None, None]
-            changes = [(self.share[part.rows, None, None] * delta[self.fact[part.rows]]).requires_grad_() for part in parts]  # fmt: skip
-            with torch.enable_grad():
-                final = torch.cat([part.run(self.model, self.blocks, self.layer, self.parts, own) for part, own in zip(parts, changes, strict=True)])  # fmt: skip
-                before = self._before(fact[essence], final[essence].detach())
-                log_p, drift, below = self.blocks.said(final, token.clamp(min=0), essence, before)
-                nll, drift = -log_p * self.weight[reads], self.settings.kl * drift
-                slopes = torch.cat(torch.autograd.grad(nll.sum() + drift.sum(), changes))
-            for into, kind in ((of_target, ~self.is_essence[rows]), (of_kl, self.is_essence[rows])):
-                into.index_add_(0, self.fact[rows[kind]], (share * slopes)[kind])
-            self.learnt[rows] = 0.0
-            self.learnt.index_add_(0, row, nll.detach())
-            kl.index_add_(0, fact[essence], drift.detach())
-            missed.index_add_(0, fact, ((below > TIE) & (token >= 0)).to(missed))
+        delta, share = self.descent.delta, self.share[:, None, None]
+        terms = self.losses.at(share * delta[self.fact])
+        target, of_target, of_kl = (torch.zeros_like(each) for each in (terms.kl, self.initial, self.initial))
+        for into, kind in ((of_target, ~self.losses.is_essence), (of_kl, self.losses.is_essence)):
+            into.index_add_(0, self.fact[kind], (share * terms.slope)[kind])
+        self.learnt = torch.where(self.losses.gone, self.learnt, terms.target)
         target.index_add_(0, self.fact, self.learnt)
-        is_top = (missed == 0) & (self.settings.stop == "top")
+        is_top = (terms.missed == 0) & (self.settings.stop == "top")
         weigh = torch.where(is_top, TOP_WEIGHT, 1.0).to(target)
         decay = self.settings.weight_decay / self.size**2
         slope = weigh[:, None, None] * of_target + of_kl + decay * F.normalize(delta, dim=2)
@@ -253,24 +177,13 @@ class _Search:
             felt = self.settings.fisher * own @ self.G
             slope[:, -1] += felt
             costs = costs + (own * felt).sum(1) / 2
-        return torch.stack([weigh * target, kl, costs], 1), is_top, slope
-
-    @torch.no_grad()
-    def _before(
-        self, facts: Int[Tensor, " compared"], final: Float[Tensor, "compared d_model"]
-    ) -> Float[Tensor, "compared d_vocab"]:
-        """What the essences of these facts say without d, which is 0 at first."""
-        if not self.steps:
-            log_p = self.blocks.logits(final).to(self.initial.dtype).log_softmax(-1)
-            self.before |= dict(zip(facts.tolist(), log_p, strict=True))
-        of_facts = [self.before[fact] for fact in facts.tolist()]
-        return torch.stack(of_facts) if of_facts else self.initial.new_empty(0, int(self.model.cfg.d_vocab))
+        return torch.stack([weigh * target, terms.kl, costs], 1), is_top, slope
 
     def found(self) -> list[Value]:
         """As far as they are found."""
         values = (self.initial + self.descent.best).cpu()
         done = self.done.tolist()
-        return [Value(value.view(shape), tuple(own), ended) for value, shape, own, ended in zip(values, self.given, self.losses, done, strict=True)]  # fmt: skip
+        return [Value(value.view(shape), tuple(own), ended) for value, shape, own, ended in zip(values, self.given, self.history, done, strict=True)]  # fmt: skip
 
 
 def _done(losses: Sequence[tuple[float, float, float]], settings: RomeSettings, is_top: bool = False) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from mechedit.optimisers import Lbfgs, descent
+from mechedit.optimisers import ByRow, Lbfgs, descent
 from mechedit.settings import RomeSettings
 
 pytestmark = pytest.mark.anywhere
@@ -53,6 +53,20 @@ def followed(found: Lbfgs, loss: Learning, steps: int) -> list[torch.Tensor]:
     return losses
 
 
+def test_in_rows_coordinates_a_kronecker_product_is_round():
+    A, L, z = (
+        torch.randn(n, m, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        for n, m in ((4, 4), (3, 3), (4, 3))
+    )
+    rows, G = A @ A.T + torch.eye(4), L @ L.T + torch.eye(3)
+    by = ByRow(torch.linalg.cholesky(rows), torch.linalg.cholesky(G))
+    d = by.of(z[None])[0].requires_grad_()
+    cost = torch.trace(G @ d.T @ rows @ d) / 2
+    torch.testing.assert_close(cost, z.square().sum() / 2)
+    (slope,) = torch.autograd.grad(cost, d)
+    torch.testing.assert_close(by.slope_of(slope[None])[0], z)
+
+
 def test_it_finds_the_minimum_that_another_optimiser_finds():
     G = curvature(12)
     loss = Learning(5, 12, G)
@@ -86,7 +100,7 @@ def test_with_the_known_curvature_few_steps_do_what_many_of_adam_do():
 def test_its_way_is_that_of_the_whole_inverse_by_the_bfgs_formula():
     G = torch.eye(6, dtype=torch.float64)
     loss = Learning(1, 6, G)
-    found = Lbfgs(torch.ones(1, 1, 6, dtype=torch.float64), WIDE, 100 * G)
+    found = descent(torch.ones(1, 1, 6, dtype=torch.float64), WIDE, 100 * G)
     scale, at, slope = 110**-0.5, None, None  # z is d in these units
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     for _ in range(6):

@@ -275,6 +275,7 @@ ORDER = [
     "edits",
     "moments",
     "above",
+    "losses",
     "optimisers",
     "values",
     "benchmarks",

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechedit import above, keys, models, optimisers, prompts, values
+from mechedit import above, keys, losses, models, optimisers, prompts, values
 from mechedit.facts import Fact
 from mechedit.models import ModelError
 from mechedit.settings import RomeSettings
@@ -203,7 +203,7 @@ def test_what_the_model_says_already_is_first_whatever_rounding_does(load, shape
     assert [len(each.losses) for each in found] == [1] * len(facts)
 
 
-@pytest.mark.parametrize("module", [above, values])
+@pytest.mark.parametrize("module", [above, losses])
 def test_with_little_memory_few_rows_run_at_once_and_find_the_same(double, module, monkeypatch):
     settings = replace(BOS, steps=3, stop_at=0.0)
     every = [sought(double, fact, target) for fact, target in SEVERAL]

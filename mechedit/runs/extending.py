@@ -33,7 +33,7 @@ from mechedit.edits import Edit, EditError
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
-from mechedit.runs import rehearsing
+from mechedit.runs import rehearsing, settling
 from mechedit.runs.editing import attempt
 from mechedit.runs.planning import SAID, Plan, noted, parts, planned
 from mechedit.runs.sequence import (  # fmt: skip
@@ -145,6 +145,8 @@ def extend(
         for part in parts(sequence, facts[first : first + how.together], how):
             sequence = writer.batch(sequence, part)
         n = len(sequence.entries)
+        if settling.is_due(before, n, how.settle):
+            sequence = writer.settled(sequence, progress)
         due = bool(how.every) and n // how.every > before // how.every
         if last or due:
             seen = look(model, sequence, healthy, how, bos=bos) | ({} if due else {ENDED: True})
@@ -336,6 +338,12 @@ class _Writer:
                 continue
             sequence = rehearsing.raised(sequence, list(lost), rehearsing.forces(edit) / self.settings.b, self.metric)
         return sequence
+
+    def settled(self, sequence: Sequence, progress: Progress) -> Sequence:
+        """The sequence with all values found anew together, and what the model does not say then learnt again."""
+        if sequence.sums is None:
+            return sequence
+        return self.mended(settling.settled(self.model, sequence, self.editor, self.settings, self.how, self.prepared, self.metric, progress=progress))  # fmt: skip
 
     def learnt(self, sequence: Sequence, lost: Mapping[int, list[Fact]]) -> Edit:
         """The edit of the facts of rows that stand, sought from where the model is."""

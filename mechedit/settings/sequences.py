@@ -10,7 +10,7 @@ from mechedit.settings.base import Settings, check_each, knob, require
 __all__ = ["ON_COLLAPSE", "WRITTEN", "SequenceSettings"]
 
 ON_COLLAPSE = ("go on", "stop", "roll back")
-WRITTEN = ("together", "shared", "sought", "rehearsed", "again", "rounds", "gentle", "conflicts")
+WRITTEN = ("together", "shared", "sought", "rehearsed", "again", "rounds", "gentle", "settle", "conflicts")
 """Settings that decide what is written, and stay as they are for as long as a sequence goes on; the others only watch."""
 
 
@@ -40,6 +40,11 @@ class SequenceSettings(Settings):
         "slack with which batches are written, in means of k M^-1 k, where as many keys stand as the layer is wide, and in proportion less where fewer "
         "do; the editor's own (loose) where that is more. Small steps that add up change less of all else than large ones",
     )
+    settle: float = knob(
+        0.5,
+        "growth, as a share, after which the values of all facts are found anew together, by one loss in which the whole change is weighed; 0: never. "
+        "For editors that weigh G (fisher)",
+    )
     conflicts: str = knob(
         "later",
         "of facts with one subject and relation but two targets, the later wins (later), or is refused (refuse)",
@@ -66,6 +71,7 @@ class SequenceSettings(Settings):
             require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}.")
         for name in ("every", "rehearsed", "rounds"):
             require(getattr(self, name) >= 0, f"{name} must be 0 or more edits; found {getattr(self, name)}.")
+        require(0 <= self.settle < float("inf"), f"settle must be 0 (never) or more; found {self.settle}.")
         for name in ("least_success", "least_others"):
             require(0 <= getattr(self, name) <= 1, f"{name} must be from 0 to 1; found {getattr(self, name)}.")
         for name in ("gentle", "most_perplexity", "most_kl", "most_spectrum"):
