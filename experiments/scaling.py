@@ -66,6 +66,7 @@ class Scaling:
     search: str = "whole"  # of the values; quick: with fewer prompts, each left out when it is learnt
     rounds: int = 4  # of learning again after a batch
     again: int = 2  # facts for each of a batch, at most, that are learnt again at once
+    settle: float = 0.5  # growth after which all values are found anew together; 0: never
     name: str = "scaling"
     threads: int = 2
 
@@ -159,7 +160,7 @@ def main(settings: Scaling) -> None:
     facts = apart(model, benchmark_facts(settings.model, 0, MANY))
     rank = {subject: index for index, subject in enumerate(dict.fromkeys(fact.subject for fact in facts))}
     facts = facts[: settings.mixed] + sorted(facts[settings.mixed :], key=lambda fact: rank[fact.subject])
-    how = SequenceSettings(together=settings.together, every=settings.every, keep=settings.together, rounds=settings.rounds, again=settings.again)  # fmt: skip
+    how = SequenceSettings(together=settings.together, every=settings.every, keep=settings.together, rounds=settings.rounds, again=settings.again, settle=settings.settle)  # fmt: skip
     prepared: Any = make_ready(model, editor, edit)
     if settings.informed:
         prepared = informed(model, edit, facts[: max(settings.sizes)], prepared, settings.informed)
