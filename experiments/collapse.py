@@ -2,8 +2,8 @@
 
     figures/MODEL/collapse.json, .png
 
-Published ROME and published MEMIT, which know nothing of the edits before, published AlphaEdit, which does, and the default for long runs, one
-edit at a time on the same facts; none of them is said in the held-out text. The published ones have their policies and constants, at the model's
+Published ROME and published MEMIT, which know nothing of the edits before, published AlphaEdit, which does, and ROME's default, one edit at a time;
+and `sequential`, the default for long runs, `together` at a time. All write the same facts; none of them is said in the held-out text. The published ones have their policies and constants, at the model's
 layer, with its clamp, and MEMIT with the weight of C that it has on GPT-2 XL for each unit of the MLP's width. Every `every` edits a look (`mechedit.runs.watching`); a run ends where a measure
 leaves its band, by the defaults of SequenceSettings, and the edit and the measure are told. Runs are kept in out/MODEL/collapse.
 """
@@ -43,6 +43,7 @@ class Collapse:
     edits: int = 1000
     every: int = 20
     sampled: int = 64
+    together: int = 50  # of sequential, facts that are written at once
     rows: tuple[str, ...] = tuple(COLOURS)
     layer: int = -1
     threads: int = 2
@@ -102,11 +103,12 @@ def main(settings: Collapse) -> None:
             continue
         editor = named(name)
         prepared = make_ready(model, editor, edit)
-        place = runs(model, "collapse") / f"{row.replace(', ', '-')}-{cache.content_key(str(edit), asdict(how))}"
-        done = run_sequence(model, facts, place, how, editor, edit, prepared, progress=progress(20))
+        own = replace(how, together=settings.together if name == "sequential" else 1)
+        place = runs(model, "collapse") / f"{row.replace(', ', '-')}-{cache.content_key(str(edit), asdict(own))}"
+        done = run_sequence(model, facts, place, own, editor, edit, prepared, progress=progress(20))
         looks = [{key: value for key, value in look.items() if key not in ("row", "singular")} for look in done.looks]
         broke = {"edit": done.collapse["edits"], "by": done.collapse["out"]} if done.collapse else None
-        found[row] = {"looks": looks, "broke": broke, "edits": len(done.entries), "standing": len(done.standing), "edit": vars(edit)}  # fmt: skip
+        found[row] = {"looks": looks, "broke": broke, "edits": len(done.entries), "standing": len(done.standing), "together": own.together, "edit": vars(edit)}  # fmt: skip
         told = f"broke by edit {broke['edit']}: {broke['by']}" if broke else f"whole after {len(done.entries)} edits"
         say(f"{row}: {told}")
         for path in [*figures.write(picture(found), FIGURES / short_name(model) / "collapse"), write("collapse", model, settings, cache.plain({"rows": found}))]:  # fmt: skip
