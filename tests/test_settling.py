@@ -94,9 +94,10 @@ def test_the_loss_of_all_is_that_of_whole_passes(model, prepared, tmp_path):
             torch.testing.assert_close(slope, b * keys @ torch.linalg.solve(M, by_change), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.anywhere
 def test_one_loss_of_all_gets_least_and_the_change_is_the_one_solve_for_the_new_targets(model, prepared, tmp_path, monkeypatch):  # fmt: skip
     """Against another optimiser with the slope by whole passes."""
-    found = begun(model, prepared, tmp_path)
+    found = begun(model, prepared, tmp_path, FACTS[:3])
     made = again(model, found, prepared)
     keys = torch.stack([row.key for row in found.rows.values()]).double()
     reach = torch.linalg.solve(GENTLE.a * prepared.moment.C.double() + keys.T @ keys, keys.T)
@@ -124,6 +125,7 @@ def test_one_loss_of_all_gets_least_and_the_change_is_the_one_solve_for_the_new_
     torch.testing.assert_close(made.totals[WEIGHT].double(), solve, rtol=0, atol=1e-5 * float(solve.abs().max()))
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("name", ["MEMORY", "KEPT"])
 def test_with_little_memory_it_finds_the_same(model, prepared, tmp_path, name, monkeypatch):
     found = begun(model, prepared, tmp_path)
@@ -135,6 +137,7 @@ def test_with_little_memory_it_finds_the_same(model, prepared, tmp_path, name, m
     torch.testing.assert_close(made.totals[WEIGHT], whole.totals[WEIGHT], rtol=0, atol=1e-3 * float(whole.totals[WEIGHT].abs().max()))  # fmt: skip
 
 
+@pytest.mark.anywhere
 def test_an_edit_is_taken_out_of_a_settled_sequence_as_of_any_other(model, prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(extending.editing, "make_ready", lambda *_, **__: prepared)
     found = begun(model, prepared, tmp_path, settle=0.5, rounds=0)
@@ -145,6 +148,7 @@ def test_an_edit_is_taken_out_of_a_settled_sequence_as_of_any_other(model, prepa
     torch.testing.assert_close(left.totals[WEIGHT], least_squares(metric, sums), rtol=0, atol=1e-6)
 
 
+@pytest.mark.anywhere
 def test_a_run_settles_as_it_grows_and_goes_on_with_the_same_bits(model, prepared, tmp_path, monkeypatch):
     at = []
 
@@ -163,6 +167,7 @@ def test_a_run_settles_as_it_grows_and_goes_on_with_the_same_bits(model, prepare
     assert not torch.equal(never.totals[WEIGHT], whole.totals[WEIGHT])
 
 
+@pytest.mark.anywhere
 def test_what_settles_is_told_to_whoever_waits(model, prepared, tmp_path):
     found, told = begun(model, prepared, tmp_path), []
     editor = named("sequential")
@@ -172,6 +177,7 @@ def test_what_settles_is_told_to_whoever_waits(model, prepared, tmp_path):
     assert told[-1] == ("settling", settling.STEPS, settling.STEPS)
 
 
+@pytest.mark.anywhere
 def test_it_is_due_at_powers_of_the_growth_wherever_batches_end():
     for growth in (0.25, 0.5, 1.0):
         due = [n for n in range(1, 2000) if is_due(n - 1, n, growth)]
@@ -183,6 +189,25 @@ def test_it_is_due_at_powers_of_the_growth_wherever_batches_end():
     assert not is_due(0, 1, 0.5)
 
 
+@pytest.mark.anywhere
+def test_it_asks_some_of_a_facts_prompts_the_bare_one_among_them(model, prepared, tmp_path, monkeypatch):
+    found, asked = begun(model, prepared, tmp_path), []
+
+    def made(self, *given, once=losses.Losses.__init__):
+        asked.extend(given[1])
+        once(self, *given)
+
+    monkeypatch.setattr(losses.Losses, "__init__", made)
+    for most, sought_with, n in ((6, 0, 2), (1, 0, 1), (6, 1, 1)):
+        monkeypatch.setattr(settling, "PROMPTS", most)
+        asked.clear()
+        again(model, found, prepared, replace(GENTLE, sought_with=sought_with))
+        assert [len(each.rows) for each in asked] == [n] * len(FACTS)
+        bare = [contexts(model, fact, ("",), "subject_last", prepend_bos=False)[0].ids for fact in FACTS]
+        assert [each.rows[0].ids for each in asked] == bare
+
+
+@pytest.mark.anywhere
 @pytest.mark.parametrize("what", ["one fact", "no G", "no slack"])
 def test_it_leaves_alone_what_it_is_not_for(model, prepared, tmp_path, what):
     found = begun(model, prepared, tmp_path, FACTS[:1] if what == "one fact" else FACTS)
@@ -190,6 +215,7 @@ def test_it_leaves_alone_what_it_is_not_for(model, prepared, tmp_path, what):
     assert again(model, found, prepared, settings) is found
 
 
+@pytest.mark.anywhere
 def test_a_growth_below_zero_is_refused():
     with pytest.raises(SettingsError, match=r"settle must be 0 \(never\) or more; found -0.5"):
         SequenceSettings(settle=-0.5)

@@ -8,8 +8,8 @@ D is the whole change of W_out, and the last term what it costs ordinary text (`
 the mean of k C^-1 k over the keys, so that of one fact, whose D is C^-1 k d^T / (k C^-1 k), it is the fisher * d G d / 2 of `mechedit.values`.
 Penalties of that form keep a network at what it was trained for before (Ritter et al. 2018, arXiv 1805.07810).
 
-D stays what one solve for all keys gives (`mechedit.recursive`): what is found anew is their targets, by L-BFGS from where they are, and each edit can be
-taken out as before. Prompts feel D at their subject's last token, as where single values are sought; elsewhere they have what stood.
+D stays what one solve for all keys gives (`mechedit.recursive`): what is found anew is their targets, by L-BFGS from where they are, with
+some of the prompts of each fact, and each edit can be taken out as before. Prompts feel D at their subject's last token, as where single values are sought; elsewhere they have what stood.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from mechedit.weights import Weight
 
 __all__ = ["is_due", "settled"]
 
+PROMPTS = 6  # of each fact, at most, the bare one among them
 STEPS = 16  # evaluations, at most
 LEAST = 0.02  # of all that was gained: a step that gains less is the last
 KEPT = 4  # batches of facts (`losses.batches`) of which what no change reaches is kept; of others it is made again for each evaluation
@@ -102,7 +103,8 @@ class _Loss:
         self.coordinates = ByRow(root(self.curvature), root(self.G))
         self.shape = self.standing.shape
         facts = [entry.as_fact for entry in sequence.standing.values()]
-        begun = editor.begun(model, facts, settings, prepared)
+        few = replace(settings, sought_with=min(settings.sought_with or PROMPTS, PROMPTS))
+        begun = editor.begun(model, facts, few, prepared)
         self.batches = [*batches(model, [replace(each.sought, essence=None) for each in begun], settings.layer)]
         self.made: dict[int, tuple[Losses, Tensor]] = {}
 
