@@ -3,7 +3,7 @@
 In one run, with one number of threads: v* of each fact, by the model's own settings of ROME, one after another and all together, in turns;
 of each way the fastest of `repeats`. C, prefixes and keys are there beforehand. Seconds are the process's own where it has one thread, so that
 other work on the machine does not count, else those of the clock. With `--old CHECKOUT` also one edit after another by that version, by this
-one, and by this one with `--search quick`, in processes of their own that take turns.
+one, and by this one with `--search quick` and `--search few`, in processes of their own that take turns.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from experiments.editing import benchmark_facts
 from mechedit import editing, models, values
 from mechedit.editors import named, rome
 from mechedit.settings import RomeSettings
+from mechedit.settings.rome import SEARCHES
 from mechedit.values import Sought, Value
 
 HERE = Path(__file__).parents[1]
@@ -73,7 +74,8 @@ def furthest(some: Sequence[Value], others: Sequence[Value]) -> float:
 
 def edits(settings: BenchmarkValues) -> dict[str, Any]:
     """Of single edits by both versions: the fastest turn of each fact, and what of the old one's seconds the new one takes."""
-    versions = {"old": (settings.old.resolve(), []), "new": (HERE, []), "quick": (HERE, ["quick"])}
+    searches = [name for name in SEARCHES if name != "whole"]
+    versions = {"old": (settings.old.resolve(), []), "new": (HERE, [])} | {name: (HERE, [name]) for name in searches}
     turns: dict[str, list[list[dict[str, float]]]] = {name: [] for name in versions}
     for _ in range(settings.repeats):
         for name, (version, search) in versions.items():
@@ -83,7 +85,7 @@ def edits(settings: BenchmarkValues) -> dict[str, Any]:
             say(f"{name}: {[round(each['seconds'], 1) for each in turns[name][-1]]}")
     best = {name: [min(own, key=lambda each: each["seconds"]) for own in zip(*of, strict=True)] for name, of in turns.items()}  # fmt: skip
     seconds = {name: sum(each["seconds"] for each in own) / len(own) for name, own in best.items()}
-    return {"commit": commit_of(settings.old), "edits": best, "seconds": seconds, "of the old": {name: seconds[name] / seconds["old"] for name in ("new", "quick")}}  # fmt: skip
+    return {"commit": commit_of(settings.old), "edits": best, "seconds": seconds, "of the old": {name: seconds[name] / seconds["old"] for name in ("new", *searches)}}  # fmt: skip
 
 
 def main(settings: BenchmarkValues) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Each row is a way to edit, of the same facts, each alone; all are compared with 
 - paraphrases: what the model itself writes in the prompt's place, where that leads to the true answer, is edited with the prompt;
 - bound: the change is no longer than `bound` times the weight;
 - quick: v* is sought with fewer prompts, each of which is left out when it is learnt (`--search quick`); for less time, not for more success;
-- few: the same with `few` prompts in all;
+- few: the same with fewer still (`--search few`);
 - prose: C is also of prose (WikiText-2), of as many keys as of text sampled from the model;
 - statements: C is also of prose and of true statements about subjects that the edited records do not name, of as many keys each;
 - statements, further: so, and v* may go as far as `further` lengths of the value;
@@ -94,7 +94,6 @@ class BetterEdits:
     statements: int = 5000  # of them for C
     bound: float = 0.035  # times the weight's norm; the default's changes are of about 0.048
     null: float = 0.9  # share of C's directions, those of its smallest eigenvalues
-    few: int = 5  # prompts, of which the bare one is one
     further: float = 1.0  # the clamp; the default's is 0.75
     fisher: float = 4.0  # the weight of what v* costs ordinary text
     rows: tuple[str, ...] = ROWS
@@ -215,7 +214,7 @@ def ways(settings: BetterEdits, model: HookedModel) -> dict[str, Callable[[], tu
         "bound": lambda: (Bounded(settings.bound), default),
         "null space": null,
         "quick": lambda: (named("rome"), replace(default, **SEARCHES["quick"])),
-        "few": lambda: (named("rome"), replace(default, leave_learnt=True, sought_with=settings.few)),
+        "few": lambda: (named("rome"), replace(default, **SEARCHES["few"])),
         "prose": lambda: (Informed([prose]), default),
         "statements": lambda: (informed(), default),
         "statements, further": lambda: (informed(), replace(default, clamp=settings.further)),

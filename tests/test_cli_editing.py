@@ -449,7 +449,7 @@ def test_a_policy_stands_for_fields_and_a_field_goes_before_it(run, tmp_path):
     assert settings() == ("averaged", "averaged", "own", "target")
 
 
-@pytest.mark.parametrize(("search", "prompts", "leave"), [("quick", 11, True), ("whole", 0, False)])
+@pytest.mark.parametrize(("search", "prompts", "leave"), [("quick", 11, True), ("few", 5, True), ("whole", 0, False)])
 def test_a_search_goes_by_name(run, tmp_path, search, prompts, leave):
     path = tmp_path / "edit.safetensors"
     assert run(*EDIT, "--guard", "warn", "--search", search, "--out", str(path))[0] == 0

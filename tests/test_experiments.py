@@ -686,13 +686,18 @@ def test_the_values_benchmark_finds_both_ways_equal_and_times_another_version(tm
         record["seconds"]["one after another"] / record["seconds"]["together"]
     )
     this = Path(benchmark_values.__file__).parents[1].name
-    assert ran[:3] == [("old", ["2", "1"]), (this, ["2", "1"]), (this, ["1", "quick"])]
+    assert ran[:4] == [("old", ["2", "1"]), (this, ["2", "1"]), (this, ["1", "quick"]), (this, ["1", "few"])]
     assert record["single edit"]["seconds"] == {
-        "old": (1.0 + 2.0) / 2,
-        "new": (2.0 + 1.5) / 2,
-        "quick": (3.0 + 1.0) / 2,
+        "old": (1.0 + 1.5) / 2,
+        "new": (2.0 + 1.0) / 2,
+        "quick": (3.0 + 0.5) / 2,
+        "few": (4.0 + 0.0) / 2,
     }
-    assert record["single edit"]["of the old"] == {"new": pytest.approx(1.75 / 1.5), "quick": pytest.approx(2.0 / 1.5)}
+    assert record["single edit"]["of the old"] == {
+        "new": pytest.approx(1.5 / 1.25),
+        "quick": pytest.approx(1.75 / 1.25),
+        "few": pytest.approx(2.0 / 1.25),
+    }
 
 
 @pytest.mark.anywhere

@@ -153,7 +153,7 @@ def found_edits(monkeypatch):
 def test_with_little_slack_each_batch_is_met_and_the_end_is_one_solve_for_raised_targets(slack, model, prepared, tmp_path, monkeypatch):  # fmt: skip
     """Against the plain solve of each batch, D += M^-1 K^T (K M^-1 K^T + s I)^-1 R with M = a C + the keys before."""
     made, settings = found_edits(monkeypatch), SequentialSettings(**QUICK, **({"loose": 0.0} | slack), a=500.0)
-    found = run(model, prepared, tmp_path, settings=settings, together=2, rounds=0)
+    found = run(model, prepared, tmp_path, settings=settings, together=2, rounds=0, settle=0.0)
     W, b = models.W_out(model, LAYER).detach().double(), models.b_out(model, LAYER).detach().double()
     D, M = torch.zeros_like(W), 500.0 * prepared.moment.C.double()
     for edit in made:
@@ -792,7 +792,7 @@ def test_a_measure_that_is_not_finite_is_out_of_its_band_when_it_is_read_again_t
     assert run(model, prepared, tmp_path, **how).looks == first.looks
 
 
-OTHERS = {"together": 2, "shared": False, "sought": "unedited", "rehearsed": 3, "again": 1, "rounds": 2, "gentle": 2.0, "conflicts": "refuse"}  # fmt: skip
+OTHERS = {"together": 2, "shared": False, "sought": "unedited", "rehearsed": 3, "again": 1, "rounds": 2, "gentle": 2.0, "settle": 2.0, "conflicts": "refuse"}  # fmt: skip
 
 
 def test_a_state_goes_on_only_with_the_settings_that_decide_what_is_written(model, prepared, tmp_path, take_out):

@@ -163,6 +163,10 @@ def test_a_run_settles_as_it_grows_and_goes_on_with_the_same_bits(model, prepare
     begun(model, prepared, tmp_path / "parts", FACTS[:3], **how)
     parts = begun(model, prepared, tmp_path / "parts", FACTS[:4], **how)
     assert torch.equal(parts.totals[WEIGHT], whole.totals[WEIGHT])
+    asked, says = [], extending.rehearsing.says
+    monkeypatch.setattr(extending.rehearsing, "says", lambda *given: asked.append(1) or says(*given))
+    begun(model, prepared, tmp_path / "asked", FACTS[:2], **how | {"rounds": 1})
+    assert len(asked) == 3, "after each of two facts, and after settling"
     never = begun(model, prepared, tmp_path / "never", FACTS[:4], **how | {"settle": 0.0})
     assert not torch.equal(never.totals[WEIGHT], whole.totals[WEIGHT])
 

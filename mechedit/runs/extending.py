@@ -343,7 +343,8 @@ class _Writer:
         """The sequence with all values found anew together, and what the model does not say then learnt again."""
         if sequence.sums is None:
             return sequence
-        return self.mended(settling.settled(self.model, sequence, self.editor, self.settings, self.how, self.prepared, self.metric, progress=progress))  # fmt: skip
+        found = settling.settled(self.model, sequence, self.editor, self.settings, self.how, self.prepared, self.metric, progress=progress)  # fmt: skip
+        return sequence if found is sequence else self.mended(found)
 
     def learnt(self, sequence: Sequence, lost: Mapping[int, list[Fact]]) -> Edit:
         """The edit of the facts of rows that stand, sought from where the model is."""

@@ -29,6 +29,7 @@ CONSTANTS: dict[str, dict[str, float]] = {  # of v*: what the published code has
 SEARCHES: dict[str, dict[str, Any]] = {  # of v*: with which prompts
     "whole": {"sought_with": 0, "leave_learnt": False},
     "quick": {"sought_with": 11, "leave_learnt": True},
+    "few": {"sought_with": 5, "leave_learnt": True},
 }
 
 
