@@ -276,6 +276,17 @@ def test_an_updated_factor_goes_on_only_where_it_is_given(layer, counted):
     assert counted["cholesky_ex"] == 1
 
 
+@pytest.mark.parametrize("null", [None, 0.5])
+def test_what_a_target_reaches_is_its_key_by_the_inverse_of_m_in_the_null_space(layer, null):
+    terms = Terms(a=3.0, b=2.0, c=0.5, null=null)
+    M = 3.0 * layer.C + 2.0 * layer.earlier + 0.5 * torch.eye(D_MLP, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(layer.C)
+    B = vectors if null is None else vectors[:, values < null]
+    assert null is None or 0 < B.shape[1] < D_MLP
+    expected = layer.keys @ B @ torch.linalg.inv(B.T @ M @ B) @ B.T
+    close(Metric(terms, layer.C, layer.earlier).reach(layer.keys), expected)
+
+
 def test_keys_may_be_single_precision_and_the_solve_is_not(layer):
     found = Metric(Terms(), layer.C.float()).solve(0, layer.keys.float(), layer.residuals.float())
     assert found.left.dtype == found.right.dtype == torch.float64

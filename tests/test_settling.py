@@ -220,6 +220,7 @@ def test_it_leaves_alone_what_it_is_not_for(model, prepared, tmp_path, what):
 
 
 @pytest.mark.anywhere
-def test_a_growth_below_zero_is_refused():
-    with pytest.raises(SettingsError, match=r"settle must be 0 \(never\) or more; found -0.5"):
-        SequenceSettings(settle=-0.5)
+@pytest.mark.parametrize("growth", [-0.5, 0.001, float("inf"), float("nan")])
+def test_a_growth_that_cannot_be_is_refused(growth):
+    with pytest.raises(SettingsError, match=r"settle must be 0 \(never\), or a growth of at least 0.01; found"):
+        SequenceSettings(settle=growth)

@@ -3,7 +3,8 @@
 Facts about one subject share one value (MEMIT-Merge, arXiv 2502.07322): when another comes, the row of the earlier ones is taken out, and one value
 is found that answers them all. Of facts that contradict each other (`runs.planning`) the later wins, and the earlier one's key goes out first;
 or it is refused. What cannot be edited is left out, and says why. All of it holds for exact editors; with the others
-the later fact is written over the earlier. With `sequential` what the model does not say after a batch is learnt again (`runs.rehearsing`).
+the later fact is written over the earlier. With `sequential` what the model does not say after a batch is learnt again (`runs.rehearsing`), and all
+values are found anew together as the run grows (`runs.settling`).
 
 The folder has `state.safetensors`, `good.safetensors` (as it was at the last due look without a measure out of its band) and `looks.json`. A
 run that was killed goes on from the state, and ends bit for bit as one that was not. So does one that ended with fewer facts, where `together`

@@ -71,7 +71,10 @@ class SequenceSettings(Settings):
             require(getattr(self, name) >= 1, f"{name} must be at least 1; found {getattr(self, name)}.")
         for name in ("every", "rehearsed", "rounds"):
             require(getattr(self, name) >= 0, f"{name} must be 0 or more edits; found {getattr(self, name)}.")
-        require(0 <= self.settle < float("inf"), f"settle must be 0 (never) or more; found {self.settle}.")
+        require(
+            self.settle == 0 or 0.01 <= self.settle < float("inf"),
+            f"settle must be 0 (never), or a growth of at least 0.01; found {self.settle}.",
+        )
         for name in ("least_success", "least_others"):
             require(0 <= getattr(self, name) <= 1, f"{name} must be from 0 to 1; found {getattr(self, name)}.")
         for name in ("gentle", "most_perplexity", "most_kl", "most_spectrum"):
