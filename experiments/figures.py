@@ -94,6 +94,7 @@ ROWS = (
     Row("when sequences break", "collapse", {"organism": Run(20, "--edits 1000 --every 50 --threads 1 --rows 'ROME, published' 'MEMIT, published' 'AlphaEdit, published' 'ROME, default'")}),
     Row("weights of editors of many facts", "tuned_many", {"organism": Run(12)}),
     Row("better single edits", "better_edits", {"gemma-3-270m": Run(40, "--rows default quick statements 'statements, further'")}, COUNTERFACT),
+    Row("single edits with fewer prompts", "better_edits", {"gemma-3-270m": Run(30, "--rows default quick few --name fewer_prompts")}, COUNTERFACT),
     Row("what makes facts localise", "localisation", {"organism": Run(8, "--models organism out/plain organism-gptj organism-llama")}, {"organism": "out/plain"}),
     Row("how often intervals hold", "coverage", {"organism": Run(10)}),
     Row("records of fine-tuning", "mechedit evaluate", {"organism": Run(None, "--facts organism --limit 120 --editor ft --out out/organism/ft")}),

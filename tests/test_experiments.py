@@ -350,12 +350,14 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
     assert all(0 <= row[name] <= 1 for row in [record["alone"], *record["rows"]] for name in ("S", "answer", "NS"))
     assert [look["edits"] for look in record["forgetting"]] == [2, 4]
     assert all(row["prose"]["low"] <= row["prose"]["mean"] <= row["prose"]["high"] and row["prose"]["n"] == 24 for row in record["rows"])  # fmt: skip
-    collapse.main(common.parse(collapse.Collapse, [*quick, "--edits", "2", "--every", "1", "--rows", *collapse.COLOURS]))  # fmt: skip
+    collapse.main(common.parse(collapse.Collapse, [*quick, "--edits", "2", "--every", "1", "--together", "2", "--rows", *collapse.COLOURS]))  # fmt: skip
     rows = read(tmp_path, "collapse")["rows"]
     assert list(rows) == list(collapse.COLOURS)
-    for row in rows.values():
+    for name, row in rows.items():
         assert row["broke"] is None or row["looks"][-1]["out"] == row["broke"]["by"]
-        assert [look["edits"] for look in row["looks"]] == list(range(1, row["edits"] + 1))
+        at_once = 2 if name == "sequential" else 1
+        assert row["together"] == at_once
+        assert [look["edits"] for look in row["looks"]] == list(range(at_once, row["edits"] + 1, at_once))
     assert next(tmp_path.rglob("collapse.png")).stat().st_size > 5000
 
 
