@@ -142,6 +142,8 @@ def picture(rows: Sequence[dict[str, Any]], once: dict[str, float]) -> Figure:
         if name in once:
             axes.axhline(scale * once[name], color="0.6", linestyle="--", label="edited alone")
         axes.set_xscale("log")
+        axes.set_xticks([row["edits"] for row in rows], [f"{row['edits']:,}" for row in rows], fontsize=7, rotation=45)
+        axes.minorticks_off()
         axes.set_xlabel("edits", fontsize=9)
         axes.set_title(title, fontsize=9)
         if scale > 1:
