@@ -207,10 +207,10 @@ def test_slopes_that_are_nan_say_so(own):
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "gemma3"])
-def test_a_value_that_weighs_G_is_where_many_small_steps_lead(shape, load):
+def test_a_value_that_weighs_G_is_as_low_as_many_small_steps_lead(shape, load):
     model = load(shape)
     settings = RomeSettings(
-        layer=1, steps=40, prefixes=(), clamp=4.0, stop_at=0.0, weight_decay=1e-3, prepend_bos=True, fisher=0.2
+        layer=1, steps=40, prefixes=(), clamp=4.0, stop_at=0.0, weight_decay=1e-3, prepend_bos=True, fisher=0.01
     )
     rows = keys.contexts(model, FACT, ("",), prepend_bos=True)
     (essence,) = keys.contexts(model, Fact(FACT.subject, "{} is a"), ("",), prepend_bos=True)
@@ -220,18 +220,20 @@ def test_a_value_that_weighs_G_is_where_many_small_steps_lead(shape, load):
     G = G @ G.T / 32
     fast = values.optimise(model, rows, essence, [target], initial, torch.ones(2), 1, settings, G=G)
 
-    small = replace(settings, steps=300, learning_rate=0.01)
-    slow = slow_value(
-        model, rows, essence, target, initial, torch.ones(2), 1, small, cost=lambda d: 0.1 * d @ G.float() @ d
+    small, told = replace(settings, steps=300, learning_rate=0.01), []
+    slow_value(
+        model, rows, essence, target, initial, torch.ones(2), 1, small, lambda d: 0.005 * d @ G.float() @ d, told
     )
-    assert float((slow - initial).norm()) > 0.1
-    torch.testing.assert_close(fast.value, slow, atol=5e-3, rtol=0)
     sums = [sum(each) for each in fast.losses]
+    # by losses: where they are flat, which of the values comes out is a matter of rounding
+    assert sums[-1] - told[-1] < 0.02 * (told[0] - told[-1])
+    assert told[0] == pytest.approx(sums[0], abs=1e-4)
+    assert told[0] - told[-1] > 4e-3
     assert all(after < before + 1e-6 for before, after in itertools.pairwise(sums))
     d = (fast.value - initial).double()
     decay = 1e-3 * float(d.norm()) / float(initial.norm()) ** 2
-    assert fast.losses[-1][2] == pytest.approx(decay + 0.1 * float(d @ G @ d), rel=1e-4)
-    with pytest.raises(SettingsError, match=r"fisher = 0.2 weighs G .*none was given"):
+    assert fast.losses[-1][2] == pytest.approx(decay + 0.005 * float(d @ G @ d), rel=1e-4)
+    with pytest.raises(SettingsError, match=r"fisher = 0.01 weighs G .*none was given"):
         values.optimise(model, rows, essence, [target], initial, torch.ones(2), 1, settings)
 
 

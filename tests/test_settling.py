@@ -129,7 +129,9 @@ def test_one_loss_of_all_gets_least_and_the_change_is_the_one_solve_for_the_new_
 @pytest.mark.parametrize("name", ["MEMORY", "KEPT"])
 def test_with_little_memory_it_finds_the_same(model, prepared, tmp_path, name, monkeypatch):
     found = begun(model, prepared, tmp_path)
+    monkeypatch.setattr(settling, "STEPS", 3)  # more of them make more of rounding
     whole = again(model, found, prepared)
+    assert float((whole.totals[WEIGHT] - found.totals[WEIGHT]).norm()) > 0.01 * float(found.totals[WEIGHT].norm())
     monkeypatch.setattr(losses, "MEMORY", 1)
     if name == "KEPT":
         monkeypatch.setattr(settling, "KEPT", 1)

@@ -16,8 +16,9 @@ QUICK = RomeSettings(layer=1, steps=8, prefixes=((3, 2), (5, 1)))
 BOS = replace(QUICK, prepend_bos=True)
 
 
-def slow_value(model, rows, essence, target, initial, shares, layer, settings, cost=lambda delta: 0.0):
-    """The same optimisation written plainly: whole forward passes with all logits, one prompt at a time."""
+def slow_value(model, rows, essence, target, initial, shares, layer, settings, cost=lambda delta: 0.0, told=None):
+    """The same optimisation written plainly: whole forward passes with all logits, one prompt at a time. Losses are told to a list."""
+    told = [] if told is None else told
     delta = torch.zeros_like(initial, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=settings.learning_rate)
 
@@ -43,6 +44,7 @@ def slow_value(model, rows, essence, target, initial, shares, layer, settings, c
         nll, kl = torch.stack(losses).mean(), (new.exp() * (new - original)).sum()
         loss = nll + settings.kl * kl + settings.weight_decay * delta.norm() / initial.norm() ** 2
         loss = loss + cost(delta)
+        told.append(float(loss))
         (delta.grad,) = torch.autograd.grad(loss, [delta])
         adam.step()
         with torch.no_grad():
