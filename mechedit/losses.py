@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,22 +21,19 @@ from mechedit.above import Row
 from mechedit.keys import Context
 from mechedit.models import Blocks, HookedModel, device_of
 
-__all__ = ["Losses", "Sought", "Terms", "batches"]
+__all__ = ["Losses", "Sought", "Terms", "Wanted", "batches"]
 
 MEMORY = 2**29  # bytes of what is kept of the rows of facts that are run at once
 TIE = 1e-4  # of logits: of two that are closer, rounding decides which is first
 
 
 @dataclass(frozen=True, eq=False)
-class Sought:
-    """A value near `initial`, what the key returns now, with which the model answers each context of `rows` by its ids in `targets`, and says
-    what it says after `essence` where there is one. Of several parts `initial` has a row for each."""
+class Wanted:
+    """Each context of `rows` is to be answered by its ids in `targets`, and after `essence`, where there is one, all is to be as it is."""
 
     rows: Sequence[Context]
     essence: Context | None
     targets: Sequence[Sequence[int]]
-    initial: Float[Tensor, "*parts d_model"]
-    shares: Float[Tensor, " rows_and_essence"]
 
     @property
     def as_rows(self) -> list[Row]:
@@ -57,6 +55,14 @@ class Sought:
 
 
 @dataclass(frozen=True, eq=False)
+class Sought(Wanted):
+    """A value near `initial`, what the key returns now, with which that is so. Of several parts `initial` has a row for each."""
+
+    initial: Float[Tensor, "*parts d_model"]
+    shares: Float[Tensor, " rows_and_essence"]
+
+
+@dataclass(frozen=True, eq=False)
 class Terms:
     """Of each row its share in its fact's loss of the target; of each fact the KL of its essence, weighed, and how many tokens are not first;
     and of each row the slope of what it costs. Of rows that have left all is 0."""
@@ -67,13 +73,16 @@ class Terms:
     slope: Float[Tensor, "rows parts d_model"]
 
 
+Kind = TypeVar("Kind", bound=Wanted)
+
+
 class Losses:
     """Of some facts, whose rows are numbered through, those of a fact together, its essence last."""
 
     def __init__(
         self,
         model: HookedModel,
-        sought: Sequence[Sought],
+        sought: Sequence[Wanted],
         layer: int,
         parts: Sequence[str],
         kl: float,
@@ -134,9 +143,9 @@ class Losses:
         return torch.stack(of_facts) if of_facts else self.weight.new_empty(0, int(self.model.cfg.d_vocab))
 
 
-def batches(model: HookedModel, sought: Sequence[Sought], layer: int) -> Iterator[list[Sought]]:
+def batches(model: HookedModel, sought: Sequence[Kind], layer: int) -> Iterator[list[Kind]]:
     """Facts in their order, as many at once as the memory lets."""
-    batch: list[Sought] = []
+    batch: list[Kind] = []
     size = 0
     for each in sought:
         own = above.kept_bytes(model, each.as_rows, layer)

@@ -211,7 +211,8 @@ def _product(a: Tensor, b: Tensor) -> Float[Tensor, " facts"]:
 def root(curvature: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """L with L L^T the curvature and a little of the identity, in float64 on the CPU."""
     known = curvature.cpu().double()
-    return torch.linalg.cholesky(known + ROUND * known.diagonal().mean() * torch.eye(len(known)).to(known))
+    little = ROUND * float(known.diagonal().mean()) or 1.0
+    return torch.linalg.cholesky(known + little * torch.eye(len(known)).to(known))
 
 
 def descent(

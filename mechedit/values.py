@@ -83,7 +83,7 @@ def optimise_all(
     G: Float[Tensor, "d_model d_model"] | None = None,
     progress: Progress = silent,
 ) -> list[Value]:
-    """Find v* of each fact, together: as many at once as `MEMORY` lets. G is of the last part, in
+    """Find v* of each fact, together: as many at once as `losses.MEMORY` lets. G is of the last part, in
     whatever units the settings weigh it (`Fisher.relative`).
 
     Raises:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from mechedit.optimisers import ByRow, Lbfgs, descent
+from mechedit.optimisers import ByRow, Lbfgs, descent, root
 from mechedit.settings import RomeSettings
 
 pytestmark = pytest.mark.anywhere
@@ -65,6 +65,10 @@ def test_in_rows_coordinates_a_kronecker_product_is_round():
     torch.testing.assert_close(cost, z.square().sum() / 2)
     (slope,) = torch.autograd.grad(cost, d)
     torch.testing.assert_close(by.slope_of(slope[None])[0], z)
+
+
+def test_a_curvature_that_is_nothing_has_a_root_too():
+    torch.testing.assert_close(root(torch.zeros(3, 3)), torch.eye(3, dtype=torch.float64))
 
 
 def test_it_finds_the_minimum_that_another_optimiser_finds():

@@ -155,7 +155,7 @@ def _preset_line(preset: Any) -> str:
 def _fetch(arguments: argparse.Namespace) -> None:
     from mechedit.benchmarks.fetch import fetch
 
-    with keeping("what came is kept, and the same command goes on from there"), progress_bars() as progress:
+    with keeping("what came is kept"), progress_bars() as progress:
         paths = [fetch(name, arguments.out, progress=progress) for name in arguments.names]
     show_files(console_of(arguments), paths)
 

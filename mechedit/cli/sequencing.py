@@ -71,7 +71,7 @@ def edit_in_sequence(
     from mechedit.runs.sequence import as_edit
 
     how = SequenceSettings(**given_settings(arguments, SequenceSettings))
-    with keeping(f"the sequence so far is kept in {arguments.out}, and the same command goes on from there"):
+    with keeping(f"the sequence so far is kept in {arguments.out}"):
         found = run_sequence(model, chosen, arguments.out, how, editor, settings, progress=progress)
     if arguments.take_out:
         found = take_out(model, arguments.take_out, arguments.out, how)

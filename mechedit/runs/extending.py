@@ -341,10 +341,10 @@ class _Writer:
         return sequence
 
     def settled(self, sequence: Sequence, progress: Progress) -> Sequence:
-        """The sequence with all values found anew together, and what the model does not say then learnt again."""
+        """The sequence with all values found anew together, and then what the model does not say learnt again, as after a batch."""
         if sequence.sums is None:
             return sequence
-        found = settling.settled(self.model, sequence, self.editor, self.settings, self.how, self.prepared, self.metric, progress=progress)  # fmt: skip
+        found = settling.settled(self.model, sequence, self.settings, self.how, self.prepared, self.metric, progress=progress)  # fmt: skip
         return sequence if found is sequence else self.mended(found)
 
     def learnt(self, sequence: Sequence, lost: Mapping[int, list[Fact]]) -> Edit:

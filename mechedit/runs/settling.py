@@ -14,6 +14,7 @@ some of the prompts of each fact, and each edit can be taken out as before. Prom
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Several
 from dataclasses import replace
 from math import floor, log
 from typing import Any
@@ -24,8 +25,10 @@ from torch import Tensor
 
 from mechedit import keys, models
 from mechedit.closed_form import Metric
-from mechedit.editors.rome import Prepared, Rome
-from mechedit.losses import Losses, Sought, batches
+from mechedit.editors.aims import asked_of, by_subject, chosen_of
+from mechedit.editors.rome import Prepared
+from mechedit.facts import Fact
+from mechedit.losses import Losses, Wanted, batches
 from mechedit.models import HookedModel
 from mechedit.optimisers import ByRow, Lbfgs, root
 from mechedit.progress import Progress, silent
@@ -54,7 +57,6 @@ def is_due(before: int, after: int, growth: float) -> bool:
 def settled(
     model: HookedModel,
     sequence: Sequence,
-    editor: Any,
     settings: Any,
     how: SequenceSettings,
     prepared: Prepared,
@@ -62,23 +64,23 @@ def settled(
     *,
     progress: Progress = silent,
 ) -> Sequence:
-    """The sequence with the targets of all its rows found anew together, the model without edits given; as it is where there are fewer than two, or where
-    values do not keep clear of ordinary text (fisher = 0)."""
+    """The sequence with the targets of all its rows found anew together, the model without edits given; as it is where there are fewer than two, where
+    values do not keep clear of ordinary text (fisher = 0), and where facts are not learnt again either (`rehearsing.is_gentle`)."""
     if len(sequence.rows) < 2 or not settings.fisher or not rehearsing.is_gentle(settings, how):
         return sequence
     with written(model, sequence), models.frozen(model):
-        loss = _Loss(model, sequence, editor, settings, prepared, metric)
+        loss = _Loss(model, sequence, settings, prepared, metric)
         descent = Lbfgs(torch.zeros(1, *loss.shape, dtype=torch.float64), loss.coordinates)
         kept: list[float] = []  # losses
         for step in range(STEPS):
-            progress("settling", step, STEPS)
+            progress("finding all values anew", step, STEPS)
             now, slope = loss.at(descent.delta[0])
             if bool(descent.judge(now[None], slope[None])):
                 kept.append(float(now))
                 if len(kept) > 1 and kept[-2] - kept[-1] < LEAST * (kept[0] - kept[-1]):
                     break
             descent.go(torch.zeros(1, dtype=torch.bool))
-        progress("settling", STEPS, STEPS)
+        progress("finding all values anew", STEPS, STEPS)
     return rehearsing.raised(sequence, list(sequence.rows), descent.best[0], metric)
 
 
@@ -86,9 +88,8 @@ class _Loss:
     """The loss by how much more the targets are [rows, d_model], in float64; on the model with what the sequence has written."""
 
     def __init__(
-        self, model: HookedModel, sequence: Sequence, editor: Any, settings: Any, prepared: Prepared, metric: Metric
+        self, model: HookedModel, sequence: Sequence, settings: Any, prepared: Prepared, metric: Metric
     ) -> None:
-        assert isinstance(editor, Rome)
         assert prepared.fisher is not None
         assert sequence.sums is not None
         self.model, self.settings = model, settings
@@ -103,9 +104,8 @@ class _Loss:
         self.coordinates = ByRow(root(self.curvature), root(self.G))
         self.shape = self.standing.shape
         facts = [entry.as_fact for entry in sequence.standing.values()]
-        few = replace(settings, sought_with=min(settings.sought_with or PROMPTS, PROMPTS))
-        begun = editor.begun(model, facts, few, prepared)
-        self.batches = [*batches(model, [replace(each.sought, essence=None) for each in begun], settings.layer)]
+        wanted = [_wanted(model, own, settings, prepared) for own in by_subject(facts)]
+        self.batches = [*batches(model, wanted, settings.layer)]
         self.made: dict[int, tuple[Losses, Tensor]] = {}
 
     def at(self, more: Float[Tensor, "rows d_model"]) -> tuple[Float[Tensor, ""], Float[Tensor, "rows d_model"]]:
@@ -116,11 +116,11 @@ class _Loss:
         for index, batch in enumerate(self.batches):
             losses, rows = self.made.get(index) or self._made(index, batch)
             terms = losses.at((rows @ change.to(rows))[:, None])
-            loss = loss + terms.target.double().sum().cpu()
+            loss = loss + terms.target.cpu().double().sum()
             slope = slope + self.reach @ (rows.T @ terms.slope[:, 0]).cpu().double()
         return loss, slope
 
-    def _made(self, index: int, batch: list[Sought]) -> tuple[Losses, Float[Tensor, "rows d_mlp"]]:
+    def _made(self, index: int, batch: list[Wanted]) -> tuple[Losses, Float[Tensor, "rows d_mlp"]]:
         """What does not change of a batch, and the keys of its prompts."""
         layer = self.settings.layer
         losses = Losses(self.model, batch, layer, ("mlp",), 0.0, self.dtype)
@@ -131,3 +131,11 @@ class _Loss:
         if len(self.made) < KEPT:
             self.made[index] = found
         return found
+
+
+def _wanted(model: HookedModel, facts: Several[Fact], settings: Any, prepared: Prepared) -> Wanted:
+    """Some of the prompts of facts about one subject, and their answers."""
+    few = replace(settings, sought_with=min(settings.sought_with or PROMPTS, PROMPTS))
+    asked = asked_of(model, facts, few, prepared.prefixes)
+    chosen = chosen_of(len(asked.rows), prepared.prefixes, few)
+    return Wanted([asked.rows[index] for index in chosen], None, [asked.wanted[index] for index in chosen])

@@ -42,7 +42,9 @@ def status(folder: str | Path) -> list[Status]:
         raise RunError(f"{folder} is no folder; give one that a run was kept in.")
     found = [each for path in sorted(Path(folder).rglob(PLAN)) if (each := _status(path, Path(folder))) is not None]
     if not found:
-        raise RunError(f"{folder} holds no run; a folder that a run was kept in has a {PLAN}, in it or below.")
+        raise RunError(
+            f"{folder} holds no run; a folder that a run was kept in has a {PLAN}, in it or below. What stands of a sequence of edits `mechedit show` says."
+        )
     return found
 
 

@@ -43,7 +43,7 @@ class SequenceSettings(Settings):
     settle: float = knob(
         0.5,
         "growth, as a share, after which the values of all facts are found anew together, by one loss in which the whole change is weighed; 0: never. "
-        "For editors that weigh G (fisher)",
+        "Where facts are learnt again (rehearsed), for editors that weigh G (fisher)",
     )
     conflicts: str = knob(
         "later",
