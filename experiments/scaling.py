@@ -63,7 +63,7 @@ class Scaling:
     fisher: float = -1.0
     informed: int = 0  # times as many keys of prose, and of what is true of others than the edited, as of sampled text, in C; and G of prose too
     prose: int = 0  # stretches of prose, which neither C nor G has, on which perplexity is measured as well
-    search: str = "whole"  # of the values; quick: with fewer prompts, each left out when it is learnt
+    search: str = "whole"  # of the values; quick, few: with fewer prompts, each left out when it is learnt
     rounds: int = 4  # of learning again after a batch
     again: int = 2  # facts for each of a batch, at most, that are learnt again at once
     settle: float = 0.5  # growth after which all values are found anew together; 0: never
