@@ -26,6 +26,7 @@ from mechedit.editors import named
 from mechedit.edits import EditError
 from mechedit.facts import Fact
 from mechedit.models import HookedModel
+from mechedit.settings.rome import SEARCHES
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class TunedMany:
     c: tuple[float, ...] = (10.0, 1.0, 0.1)
     null: tuple[float, ...] = (0.02,)
     blocks: tuple[int, ...] = (1, 2)  # how many
+    search: str = "whole"  # of the values; quick, few: with fewer prompts, each left out when it is learnt
+    stop_at: float = 1e-4  # of pmet, where the target's own loss ends the search
+    steps: int = 100  # of that search, at most
     threads: int = 1
 
 
@@ -49,17 +53,17 @@ def combinations(settings: TunedMany, name: str, layer: int, blocks: int) -> lis
     weighed = [{"a": a} for a in settings.a]
     own: dict[str, list[dict[str, Any]]] = {
         "emmet": [{}],
-        "pmet": [one | end for one in weighed for end in ({"stop": "top"}, {"stop": "target", "stop_at": 1e-4, "steps": 100})],
+        "pmet": [one | end for one in weighed for end in ({"stop": "top"}, {"stop": "target", "stop_at": settings.stop_at, "steps": settings.steps})],
         "alphaedit": [{"null": null, "c": c} for null, c in product(settings.null, settings.c)],
     }  # fmt: skip
     return [where | each for each in own.get(name, weighed)]
 
 
-def scored(model: HookedModel, facts: list[Fact], name: str, tried: dict[str, Any]) -> dict[str, Any]:
+def scored(model: HookedModel, facts: list[Fact], name: str, tried: dict[str, Any], search: str) -> dict[str, Any]:
     """Means over facts, in percent, of one combination."""
     editor = named(name)
     rome = named("rome").resolve(model)
-    fields = {"clamp": rome.clamp, "prefixes": rome.prefixes, "guard": "warn"} | tried
+    fields = {"clamp": rome.clamp, "prefixes": rome.prefixes, "guard": "warn", **SEARCHES[search]} | tried
     settings = editor.resolve(model, editor.settings(**fields))
     ready, rows, began = make_ready(model, editor, settings), [], time.process_time()
     for fact in facts:
@@ -89,7 +93,7 @@ def main(settings: TunedMany) -> None:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in settings.editors}
     for blocks, name in product(settings.blocks, settings.editors):
         for tried in combinations(settings, name, layer, blocks):
-            row = scored(model, facts, name, tried)
+            row = scored(model, facts, name, tried, settings.search)
             found[name].append(row)
             say(f"{name} {tried}: " + ", ".join(f"{key} {row[key]:.3g}" for key in ("S", "ES", "PS", "NS", "p_new", "met", "relative_norm")))  # fmt: skip
             place = write("tuned_many", model, settings, plain({"rome": rome, "editors": found}))

@@ -14,7 +14,7 @@ from mechedit.cli.applying import model_of
 from mechedit.cli.terminal import UsageError
 from mechedit.editors import rome
 from mechedit.generation import complete
-from mechedit.runs import sequence, units
+from mechedit.runs import extending, sequence, units
 from tests import hand_made
 from tests.command_line import EDIT, PROMPT, command_line
 
@@ -77,9 +77,14 @@ def test_knowledge_neurons_are_shown_and_written(run, tmp_path):
     assert f"and {many - 10} neurons more" in out
 
 
-def test_an_edit_takes_c_from_text(run, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"{number} {PROMPT} Seattle." for number in range(300)))
+@pytest.fixture
+def text(tmp_path):
+    place = tmp_path / "text.txt"
+    place.write_text("\n".join(f"{number} {PROMPT} Seattle." for number in range(300)))
+    return place
+
+
+def test_an_edit_takes_c_from_text(run, text, tmp_path):
     path = tmp_path / "edit.safetensors"
     status, _, _ = run(*EDIT, "--text", str(text), "--fisher", "1", "--out", str(path))
     assert status == 0
@@ -238,6 +243,51 @@ def test_a_sequence_is_kept_resumed_shown_and_written_as_one_edit(run, counterfa
     back = ("--on-collapse", "roll back", "--most-spectrum", "0.001", "--every", "1", "--out", str(tmp_path / "back"))
     status, _, err = run("edit", "--facts", str(counterfact), *quick, *back)
     assert (status, "none of the 2 facts stands: the run went back to its start" in err) == (2, True), err
+
+
+def test_a_sequence_takes_c_and_g_from_text_for_as_long_as_it_goes_on(run, counterfact, text, tmp_path):
+    folder = ("--facts", str(counterfact), "--out", str(tmp_path / "run"))
+    quick = ("--layer", "1", "--steps", "2", "--prefixes", "none", "--editor", "sequential", "--sequence")
+    assert run("edit", *folder, *quick, "--text", str(text), "--limit", "1")[0] == 0
+    status, _, err = run("edit", *folder, *quick)
+    assert (status, "begun with another C or other prefixes" in err) == (2, True), err
+    status, out, _ = run("edit", *folder, *quick, "--text", str(text), "--take-out", "0")
+    assert (status, "1 of 2 facts stand" in out) == (0, True)
+
+
+def test_c_of_text_is_of_every_block_that_is_written(run, text, tmp_path):
+    path = tmp_path / "edit.safetensors"
+    spread = ("--editor", "memit", "--layers", "0,1", "--guard", "warn", "--steps", "2", "--a", "10")
+    assert run(*FACT_OPTIONS, *spread, "--text", str(text), "--out", str(path))[0] == 0
+    made = edits.load(path).details
+    assert [each["layer"] for each in made["moments"]] == [0, 1]
+    assert made["moment"]["source"].startswith("texts ")
+    (published := tmp_path / "C.npz").touch()
+    status, _, err = run(*FACT_OPTIONS, *spread, "--moment", str(published))
+    assert (status, "--moment gives C of one block, and the change is spread over 2" in err) == (2, True), err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--editor", "memit", "--rounds", "2"), "--rounds does nothing here"),
+        (("--editor", "sequential", "--no-shared", "--settle", "1"), "--settle does nothing here"),
+        (("--editor", "sequential", "--loose", "0", "--again", "1"), "--again does nothing here"),
+        (("--editor", "sequential", "--fisher", "0", "--settle", "1"), "--settle does nothing with fisher = 0"),
+    ],
+)
+def test_options_of_learning_again_where_nothing_is_learnt_again_are_errors(options, message, run, counterfact, tmp_path, monkeypatch):  # fmt: skip
+    monkeypatch.setattr(extending, "run_sequence", lambda *args, **kwargs: pytest.fail("facts were edited"))
+    status, _, err = run(
+        "edit", "--facts", str(counterfact), "--sequence", "--layer", "1", "--out", str(tmp_path / "run"), *options
+    )
+    assert (status, message in err, len(err.splitlines())) == (2, True, 1), err
+
+
+def test_learning_again_may_be_turned_off_for_any_editor(run, counterfact, tmp_path):
+    quick = ("--editor", "memit", "--layer", "1", "--steps", "1", "--prefixes", "none", "--sequence", "--limit", "1")
+    status, _, err = run("edit", "--facts", str(counterfact), *quick, "--settle", "0", "--rounds", "0", "--out", str(tmp_path / "run"))  # fmt: skip
+    assert (status, "does nothing" in err) == (0, False), err
 
 
 @pytest.mark.parametrize(
@@ -457,12 +507,15 @@ def test_a_search_goes_by_name(run, tmp_path, search, prompts, leave):
     assert (own["sought_with"], own["leave_learnt"]) == (prompts, leave)
 
 
-def test_c_is_of_rome_alone(run, tmp_path, monkeypatch):
+def test_c_is_of_editors_that_solve_with_it(run, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     for editor in ("ft", "rome-identity"):
         status, _, err = run(*FACT_OPTIONS, "--editor", editor, "--moment", "C.safetensors")
         assert status == 2
-        assert f"--text and --moment give ROME its C; the editor {editor} takes none" in err
+        assert (
+            f"--text and --moment give ROME and the editors of many facts their C; the editor {editor} takes none"
+            in err
+        )
 
 
 def test_a_whole_matrix_is_exported_as_an_adapter_of_a_lower_rank_with_the_error_that_is_left(run, tmp_path):

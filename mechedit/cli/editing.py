@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechedit.cli.choosing import add_editor, chosen_editor, given_edit_settings, resolved
 from mechedit.cli.options import PRESET, a_path, add_command, add_json, add_prompt, add_text, an_integer
-from mechedit.cli.sequencing import add_sequencing, check_sequencing, edit_in_sequence
+from mechedit.cli.sequencing import add_sequencing, check_learning, check_sequencing, edit_in_sequence
 from mechedit.cli.terminal import (
     UsageError,
     check_files,
@@ -21,7 +21,7 @@ from mechedit.cli.terminal import (
     show_table,
     write_json,
 )
-from mechedit.settings import MomentSettings
+from mechedit.settings import MemitSettings, MomentSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +62,10 @@ def add_editing(commands: Any, editor: str) -> None:
     add_sequencing(edit)
     add_text(edit)
     edit.add_argument(
-        "--moment", type=a_path, metavar="FILE", help="of ROME: C from a file of mechedit, or a published .npz"
+        "--moment",
+        type=a_path,
+        metavar="FILE",
+        help="of ROME, and of editors of many facts in one block: C from a file of mechedit, or a published .npz",
     )
     edit.add_argument(
         "--out", type=a_path, metavar="FILE", help="write the edit there (.safetensors); with --facts a folder"
@@ -94,8 +97,10 @@ def _edit(arguments: argparse.Namespace) -> None:
     with progress_bars() as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", EditWarning)  # `show_edit` has the reasons
         if arguments.sequence:
-            return edit_in_sequence(arguments, model, chosen, editor, settings, progress)
+            check_learning(arguments, editor, settings)
         prepared = _prepared(arguments, model, settings, moment, progress)
+        if arguments.sequence:
+            return edit_in_sequence(arguments, model, chosen, editor, settings, prepared, progress)
         if arguments.facts:
             return _edit_facts(arguments, model, chosen, editor, settings, prepared, progress)
         made = edit(model, chosen[0], editor, settings, prepared=prepared, progress=progress)
@@ -178,12 +183,15 @@ def _show_neurons(console: Console, neurons: list[dict[str, Any]]) -> None:
 
 
 def _check_moment_options(arguments: argparse.Namespace, editor: Editor) -> None:
+    from mechedit.editors.many import Memit
     from mechedit.editors.rome import Rome
 
     if arguments.text and arguments.moment:
         raise UsageError("C comes from --text or from --moment, not from both.")
-    if (arguments.text or arguments.moment) and type(editor) is not Rome:
-        raise UsageError(f"--text and --moment give ROME its C; the editor {editor.name} takes none.")
+    if (arguments.text or arguments.moment) and not (type(editor) is Rome or isinstance(editor, Memit)):
+        raise UsageError(
+            f"--text and --moment give ROME and the editors of many facts their C; the editor {editor.name} takes none."
+        )
     check_files(*arguments.text, arguments.moment)
 
 
@@ -236,21 +244,25 @@ def _prepared(
 ) -> Prepared | None:
     """What the editor needs with C from a file, or C and G from text, as the options say; None for what it makes itself."""
     from mechedit import moments
-    from mechedit.editors import rome
+    from mechedit.editors import many, rome
 
-    fisher = None
-    if arguments.moment and moment is None:
-        moment = moments.read_published(arguments.moment, model, settings.layer)
+    if moment is None and not (arguments.text or arguments.moment):
+        return None
+    fisher, layers = None, getattr(settings, "blocks", (settings.layer,))
     if arguments.text:
         windows = MomentSettings(prepend_bos=settings.prepend_bos)
-        moment = moments.estimate(model, settings.layer, arguments.text, windows, progress=progress)
+        found = moments.estimate_layers(model, layers, arguments.text, windows, progress=progress)
         if settings.fisher:
             fisher = moments.fisher(model, settings.layer, arguments.text, windows, progress=progress)
-    if moment is None:
-        return None
-    for note in moment.notes:
+    elif len(layers) > 1:
+        raise UsageError(f"--moment gives C of one block, and the change is spread over {len(layers)}; give --text.")
+    else:
+        found = {settings.layer: moment or moments.read_published(arguments.moment, model, settings.layer)}
+    for note in dict.fromkeys(note for each in found.values() for note in each.notes):
         console_of(arguments).print(f"note on C: {note}.")
-    return rome.prepare(model, settings, moment, fisher=fisher, progress=progress)
+    if isinstance(settings, MemitSettings):
+        return many.prepare(model, settings, [found[layer] for layer in layers], fisher=fisher, progress=progress)
+    return rome.prepare(model, settings, found[settings.layer], fisher=fisher, progress=progress)
 
 
 def _edit_facts(

@@ -181,7 +181,8 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, without: Seque
             parser.add_argument(
                 flag,
                 type=_PARTS.get(str(each.type), _names),
-                metavar=_shown(default) or ("FILE" if each.name == "bands" else "NAME,…"),
+                metavar=_shown(default)
+                or ("FILE" if each.name == "bands" else "NAME,…" if each.type == "tuple[str, ...]" else "N,…"),
                 help=text + (f"; of {', '.join(choices)}" if choices else "") + (shown if default else ""),
             )
         else:

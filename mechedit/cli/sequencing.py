@@ -13,14 +13,21 @@ from mechedit.settings import SequenceSettings
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mechedit.editing import Editor
+    from mechedit.editing import Editor, Prepared
     from mechedit.facts import Fact
     from mechedit.models import HookedModel
     from mechedit.progress import Progress
     from mechedit.runs.sequence import Sequence
 
-__all__ = ["add_sequencing", "check_sequencing", "edit_in_sequence", "show_sequence"]
+__all__ = ["add_sequencing", "check_learning", "check_sequencing", "edit_in_sequence", "show_sequence"]
 
+LEARNING = (
+    "rehearsed",
+    "again",
+    "rounds",
+    "gentle",
+    "settle",
+)  # of facts that are learnt again, which not all editors do
 LOOKS = ("success", "others", "perplexity_ratio", "next_token_kl", "change", "spectrum")
 
 
@@ -53,8 +60,21 @@ def check_sequencing(arguments: argparse.Namespace) -> None:
         raise UsageError("--sequence is of many facts: give --facts FILE and --out DIR.")
     if given and not arguments.sequence:
         raise UsageError(f"--{next(iter(given)).replace('_', '-')} is of --sequence; give it too.")
-    if arguments.sequence and (arguments.text or arguments.moment):
-        raise UsageError("--text and --moment are of single edits; a sequence estimates its C.")
+
+
+def check_learning(arguments: argparse.Namespace, editor: Editor, settings: Any) -> None:
+    """Raise for options of learning again where nothing is learnt again; 0, which asks for none, may be said of any editor."""
+    from mechedit.runs.rehearsing import is_gentle
+
+    given = given_settings(arguments, SequenceSettings)
+    idle = [name for name in LEARNING if given.get(name)]
+    if idle and not is_gentle(settings, SequenceSettings(**given)):
+        raise UsageError(
+            f"--{idle[0]} does nothing here: facts are learnt again by editors with loose above 0 (sequential), with shared values that are sought on "
+            f"the current model; found {editor.name}. Leave it out, or choose sequential."
+        )
+    if given.get("settle") and not settings.fisher:
+        raise UsageError("--settle does nothing with fisher = 0, as it weighs G. Leave it out, or give --fisher.")
 
 
 def edit_in_sequence(
@@ -63,6 +83,7 @@ def edit_in_sequence(
     chosen: Several[Fact],
     editor: Editor,
     settings: Any,
+    prepared: Prepared | None,
     progress: Progress,
 ) -> None:
     """All facts, and one edit of what stands."""
@@ -72,9 +93,9 @@ def edit_in_sequence(
 
     how = SequenceSettings(**given_settings(arguments, SequenceSettings))
     with keeping(f"the sequence so far is kept in {arguments.out}"):
-        found = run_sequence(model, chosen, arguments.out, how, editor, settings, progress=progress)
+        found = run_sequence(model, chosen, arguments.out, how, editor, settings, prepared, progress=progress)
     if arguments.take_out:
-        found = take_out(model, arguments.take_out, arguments.out, how)
+        found = take_out(model, arguments.take_out, arguments.out, how, prepared)
     written = [arguments.out / name for name in ("state.safetensors", "looks.json")]
     whole = arguments.out / "edit.safetensors"
     if found.standing:

@@ -183,11 +183,15 @@ def _good(model: HookedModel, sequence: Sequence, folder: Path, most: int) -> Se
 
 
 def take_out(
-    model: HookedModel, numbers: Several[int], folder: str | Path, how: SequenceSettings | None = None
+    model: HookedModel,
+    numbers: Several[int],
+    folder: str | Path,
+    how: SequenceSettings | None = None,
+    prepared: Prepared | None = None,
 ) -> Sequence:
     """The sequence kept in `folder` without these edits (a fact's number, from 0), with a look at it, kept in its place. The model, as it was
     before any edit, is left so. Facts that shared a value with them are written again. They go out of what a run rolls back to as well. An edit
-    for which nothing stands any more is passed over.
+    for which nothing stands any more is passed over. `prepared` is what the run was given.
 
     Raises:
         SequenceError: no such edit, edits of another model, of other settings, or of an editor that can take none out.
@@ -199,7 +203,8 @@ def take_out(
     how = how or from_json(SequenceSettings, sequence.how)
     editor = editor_of(sequence)
     settings = from_json(editor.settings, sequence.settings)
-    prepared = editing.make_ready(model, editor, settings)
+    if prepared is None:
+        prepared = editing.make_ready(model, editor, settings)
     check_of(model, sequence, begin(model, editor, settings, prepared, how))
     writer, good = (
         _Writer(model, editor, settings, prepared, how),
