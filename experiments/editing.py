@@ -132,13 +132,13 @@ def compared(first: Evaluation, second: Evaluation, names: Sequence[str]) -> dic
     """Second less first after their edits, over the facts that both have."""
     own = {fact["id"]: row for fact, row in zip(first.facts, first.rows["after"], strict=True)}
     pairs = [(own[fact["id"]], row) for fact, row in zip(second.facts, second.rows["after"], strict=True) if fact["id"] in own]  # fmt: skip
-    return _of(names, metrics.differences(*zip(*pairs, strict=True)))
+    return among(names, metrics.differences(*zip(*pairs, strict=True)))
 
 
 def gained(found: Evaluation, names: Sequence[str]) -> dict[str, Paired]:
     """What edits change: each record after its edit less the same record before it."""
     before = [row | {name: 0.0 for name in DRIFTS if name in after} for row, after in zip(found.rows["before"], found.rows["after"], strict=True)]  # fmt: skip
-    return _of(names, metrics.differences(before, found.rows["after"]))
+    return among(names, metrics.differences(before, found.rows["after"]))
 
 
 def less_default(found: Mapping[str, Evaluation], names: Sequence[str]) -> dict[str, dict[str, Paired]]:
@@ -147,7 +147,8 @@ def less_default(found: Mapping[str, Evaluation], names: Sequence[str]) -> dict[
     return {name: compared(found["default"], each, names) for name, each in others.items()}
 
 
-def _of(names: Sequence[str], found: dict[str, Paired]) -> dict[str, Paired]:
+def among(names: Sequence[str], found: dict[str, Paired]) -> dict[str, Paired]:
+    """Those of these names that any record has."""
     return {name: found[name] for name in names if name in found and found[name].difference.n}
 
 

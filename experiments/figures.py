@@ -91,7 +91,7 @@ ROWS = (
     Row("trained editors", "trained_editors", {"organism": Run(None)}),
     Row("many edits in sequence", "scaling", {"gemma-3-270m": Run(120, "--informed 3 --prose 64 --fisher 80 --settle 0 --sizes 50 100 200 300 --together 50 --scored 40 --every 50 --search quick --rounds 2 --again 1 --name scaling_informed --threads 1"), "organism": Run(15, "--sizes 1 10 100 300 1000 --together 50 --threads 1")}, COUNTERFACT),
     Row("ten thousand edits", "scaling", {"organism": Run(25, "--sizes 100 1000 2000 5000 10000 --together 100 --every 1000 --search quick --rounds 0 --fisher 0 --name scaling_10000 --threads 1")}),
-    Row("when sequences break", "collapse", {"organism": Run(20, "--edits 1000 --every 50 --threads 1 --rows 'ROME, published' 'MEMIT, published' 'AlphaEdit, published' 'ROME, default'")}),
+    Row("when sequences break", "collapse", {"organism": Run(26, "--edits 1000 --every 50 --together 50 --threads 1")}),
     Row("weights of editors of many facts", "tuned_many", {"organism": Run(12)}),
     Row("better single edits", "better_edits", {"gemma-3-270m": Run(40, "--rows default quick statements 'statements, further'")}, COUNTERFACT),
     Row("single edits with fewer prompts", "better_edits", {"gemma-3-270m": Run(30, "--rows default quick few --name fewer_prompts")}, COUNTERFACT),

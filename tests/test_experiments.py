@@ -36,6 +36,7 @@ from experiments import (
     figure23_attention,
     key_policies,
     localisation,
+    many_editors,
     moments_convergence,
     mutants,
     scaling,
@@ -45,6 +46,7 @@ from experiments import (
     tuned_many,
 )
 from mechedit import models, moments, provenance, scoring, sources
+from mechedit.benchmarks import counterfact
 from mechedit.benchmarks.zsre import Question
 from mechedit.editors import rome
 from mechedit.facts import Fact
@@ -359,6 +361,55 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
         assert row["together"] == at_once
         assert [look["edits"] for look in row["looks"]] == list(range(at_once, row["edits"] + 1, at_once))
     assert next(tmp_path.rglob("collapse.png")).stat().st_size > 5000
+
+
+@pytest.mark.anywhere
+def test_editors_of_many_facts_are_compared_on_the_same_facts(to_edit, tmp_path, monkeypatch):
+    for module in (many_editors, scaling):
+        monkeypatch.setattr(module, "benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])
+    for module in (many_editors, editing):
+        monkeypatch.setattr(module, "FIGURES", tmp_path)
+    text = counted(tmp_path / "prose", 1000)
+    monkeypatch.setattr(scaling, "data", lambda name: text)
+    quick = [
+        "--model",
+        to_edit,
+        "--layer",
+        "1",
+        "--sizes",
+        "1",
+        "3",
+        "--scored",
+        "2",
+        "--prose",
+        "24",
+        "--editors",
+        "memit",
+    ]
+    many_editors.main(common.parse(many_editors.ManyEditors, [*quick, "sequential"]))
+    record = read(tmp_path, "many_editors")
+    assert list(record["editors"]) == ["memit", "sequential"]
+    model = models.load(to_edit)
+    unedited = [own["ES"] for own in counterfact.scores(model, scaling.sample(TO_EDIT[:3], 2))]
+    assert record["unedited"]["ES"]["mean"] == pytest.approx(np.mean(unedited))
+    assert record["unedited"]["drift"]["mean"] == 0
+    for name, rows in record["editors"].items():
+        assert [(row["edits"], row["standing"], row["scores"]["ES"]["n"]) for row in rows] == [(1, 1, 1), (3, 3, 2)]
+        gained, difference = (
+            rows[-1]["scores"][each]["mean"] - record["unedited"][each]["mean"] for each in ("ES", "drift")
+        )
+        paired = record["paired"]["less the unedited model"][name]
+        assert (paired["ES"]["difference"]["mean"], paired["drift"]["difference"]["mean"]) == pytest.approx(
+            (gained, difference)
+        )
+    base = record["editors"]["sequential"][-1]["scores"]["PS"]["mean"]
+    assert record["paired"]["less the default"]["memit"]["PS"]["difference"]["mean"] == pytest.approx(
+        record["editors"]["memit"][-1]["scores"]["PS"]["mean"] - base
+    )
+    monkeypatch.setattr(many_editors, "run_sequence", lambda *args, **kwargs: pytest.fail("it is kept"))
+    many_editors.main(common.parse(many_editors.ManyEditors, quick))
+    assert read(tmp_path, "many_editors")["editors"]["memit"] == record["editors"]["memit"]
+    assert next(tmp_path.rglob("many_editors.png")).stat().st_size > 5000
 
 
 def test_prose_is_read_from_its_end_and_the_ratio_is_of_perplexities(to_edit, tmp_path, monkeypatch):
