@@ -175,14 +175,15 @@ def test_the_layer_and_constants_are_those_of_the_models_preset_for_the_editor_o
 
 
 @pytest.mark.anywhere
-def test_the_presets_weights_are_the_best_of_what_was_tried():
-    place = Path(__file__).parents[1] / "figures" / "organism" / "tuned_many.json"
+@pytest.mark.parametrize(("model", "facts"), [("organism", 15), ("gemma-3-270m", 8)])
+def test_the_presets_weights_are_the_best_of_what_was_tried(model, facts):
+    place = Path(__file__).parents[1] / "figures" / model / "tuned_many.json"
     for name, rows in json.loads(place.read_text())["editors"].items():
-        best, own = max(rows, key=lambda row: (round(row["S"], 6), -row["relative_norm"])), PRESETS["organism"].settings[name]  # fmt: skip
+        best, own = max(rows, key=lambda row: (round(row["S"], 6), -row["relative_norm"])), PRESETS[model].settings[name]  # fmt: skip
         tried = dict(best["tried"])
         assert tried.pop("layers") == [own.layer]
         assert {field: getattr(own, field) for field in tried} == tried
-        assert best["n"] >= 15
+        assert best["n"] >= facts
 
 
 @pytest.mark.parametrize("name", ["memit", "pmet", "emmet", "alphaedit"])

@@ -52,6 +52,7 @@ class Preset:
 _PAPER = "published code of Meng et al. 2022, hparams/ROME"
 _PAPER_FT = "published code of Meng et al. 2022, hparams/FT"
 _TUNED = "tuned here"
+_TRIED = "tried here, experiments/tuned_many"
 
 
 def _preset(rome: RomeSettings, source: str, shape: tuple[int, int, int]) -> Preset:
@@ -99,15 +100,24 @@ _PAPER_PMET = "published code of Li et al. 2024 (PMET), hparams/PMET"
 _GPT2 = 50257
 PRESETS: dict[str, Preset] = {
     "gemma-3-270m": _with(
-        _tuned(
-            *(RomeSettings(layer=3, clamp=0.75), (18, 640, 262144), 10),
-            *(-0.1274, 0.8815, -1.897, -0.177, -0.06466, 0.5111, 0.4969, -0.8539),
+        _with(
+            _tuned(
+                *(RomeSettings(layer=3, clamp=0.75), (18, 640, 262144), 10),
+                *(-0.1274, 0.8815, -1.897, -0.177, -0.06466, 0.5111, 0.4969, -0.8539),
+            ),
+            _TUNED,
+            ft=FineTuningSettings(layer=5, learning_rate=5e-5),
+            ft_l=BoundedSettings(layer=6, learning_rate=1e-3, norm_bound=3e-4),
+            attention_edit=AttentionEditSettings(layer=8, learning_rate=1e-3, norm_bound=2e-3),
+            kn=KnowledgeNeuronsSettings(
+                l2=8.0, prefixes=((5, 1), (10, 1))
+            ),  # three prompts for nine: a third of the time
         ),
-        _TUNED,
-        ft=FineTuningSettings(layer=5, learning_rate=5e-5),
-        ft_l=BoundedSettings(layer=6, learning_rate=1e-3, norm_bound=3e-4),
-        attention_edit=AttentionEditSettings(layer=8, learning_rate=1e-3, norm_bound=2e-3),
-        kn=KnowledgeNeuronsSettings(l2=8.0, prefixes=((5, 1), (10, 1))),  # three prompts for nine: a third of the time
+        _TRIED,
+        memit=MemitSettings(layer=3, clamp=0.75, a=400.0),
+        emmet=EmmetSettings(layer=3, clamp=0.75),
+        alphaedit=AlphaEditSettings(layer=3, clamp=0.75, c=1.0),
+        pmet=PmetSettings(layer=3, clamp=0.75, a=400.0, stop="target"),  # by its own end p_new is 0.09 on average
     ),
     "organism": _with(
         _with(
@@ -118,7 +128,7 @@ PRESETS: dict[str, Preset] = {
             attention_edit=AttentionEditSettings(layer=6, learning_rate=5e-3, norm_bound=3e-3),
             kn=KnowledgeNeuronsSettings(l2=2.0),
         ),
-        "tried here, experiments/tuned_many",
+        _TRIED,
         memit=MemitSettings(layer=0, clamp=1.0, prefixes=((5, 5),), a=150.0),
         pmet=PmetSettings(
             layer=0, clamp=1.0, prefixes=((5, 5),), a=150.0, stop="target", stop_at=1e-4, steps=100
