@@ -20,6 +20,7 @@ from mechedit.settings.many import (
     EmmetSettings,
     MemitSettings,
     PmetSettings,
+    SequentialSettings,
 )
 from mechedit.settings.rome import RomeSettings
 
@@ -52,7 +53,6 @@ class Preset:
 _PAPER = "published code of Meng et al. 2022, hparams/ROME"
 _PAPER_FT = "published code of Meng et al. 2022, hparams/FT"
 _TUNED = "tuned here"
-_TRIED = "tried here, experiments/tuned_many"
 
 
 def _preset(rome: RomeSettings, source: str, shape: tuple[int, int, int]) -> Preset:
@@ -113,11 +113,12 @@ PRESETS: dict[str, Preset] = {
                 l2=8.0, prefixes=((5, 1), (10, 1))
             ),  # three prompts for nine: a third of the time
         ),
-        _TRIED,
+        "tried here, experiments/tuned_many and, of sequential, scaling",
         memit=MemitSettings(layer=3, clamp=0.75, a=400.0),
         emmet=EmmetSettings(layer=3, clamp=0.75),
         alphaedit=AlphaEditSettings(layer=3, clamp=0.75, c=1.0),
         pmet=PmetSettings(layer=3, clamp=0.75, a=400.0, stop="target"),  # by its own end p_new is 0.09 on average
+        sequential=SequentialSettings(layer=3, clamp=0.75, fisher=40.0),  # for long runs: a single edit says little
     ),
     "organism": _with(
         _with(
@@ -128,7 +129,7 @@ PRESETS: dict[str, Preset] = {
             attention_edit=AttentionEditSettings(layer=6, learning_rate=5e-3, norm_bound=3e-3),
             kn=KnowledgeNeuronsSettings(l2=2.0),
         ),
-        _TRIED,
+        "tried here, experiments/tuned_many",
         memit=MemitSettings(layer=0, clamp=1.0, prefixes=((5, 5),), a=150.0),
         pmet=PmetSettings(
             layer=0, clamp=1.0, prefixes=((5, 5),), a=150.0, stop="target", stop_at=1e-4, steps=100
