@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -82,9 +83,16 @@ def scored(model: HookedModel, facts: Sequence[Fact]) -> dict[str, float]:
     rows = counterfact.scores(model, facts)
     found = {name: sum(row[name] for row in rows) / len(rows) for name in PARTS}
     found["S"] = 3 / sum(1 / max(found[name], 1e-9) for name in PARTS)
-    texts = generation.completions(model, [fact.prompt for fact in facts], answers.TOKENS)
+    over = partial(answers.is_over, rule="sentence")
+    texts = generation.completions(model, [fact.prompt for fact in facts], answers.TOKENS, until=over)
     right = [answers.is_answered(answers.cut(text, "sentence"), str(fact.target_new), "sentence") for fact, text in zip(facts, texts, strict=True)]  # fmt: skip
     return found | {"answer": sum(right) / len(right)}
+
+
+def repeated(model: HookedModel, facts: Sequence[Fact]) -> float:
+    """ES of these facts, of which nothing else is read."""
+    bare = [replace(fact, paraphrases=(), neighbours=(), neighbour_answers=()) for fact in facts]
+    return sum(row["ES"] for row in counterfact.scores(model, bare)) / len(facts)
 
 
 def alone(model: HookedModel, facts: Sequence[Fact], editor: Any, settings: Any, prepared: Any) -> dict[str, float]:
@@ -189,7 +197,7 @@ def main(settings: Scaling) -> None:
         spent = clock() - began
         with sequence.written(model, found):
             row: dict[str, Any] = scored(model, sample(facts[:n], settings.scored))
-            row["ES first"] = scored(model, facts[: min(n, 100)])["ES"]
+            row["ES first"] = repeated(model, facts[: min(n, 100)])
             row["prose"] = ratio(before, prose(model, settings.prose)) if settings.prose else None
         row |= {name: found.looks[-1][name] for name in ("success", "others", "perplexity_ratio", "next_token_kl", "change", "spectrum")}  # fmt: skip
         row |= {"edits": n, "standing": len(found.standing), "rows": len(found.rows), "conflicts": found.conflicts}

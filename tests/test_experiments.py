@@ -392,6 +392,7 @@ def test_editors_of_many_facts_are_compared_on_the_same_facts(to_edit, tmp_path,
     model = models.load(to_edit)
     unedited = [own["ES"] for own in counterfact.scores(model, scaling.sample(TO_EDIT[:2], 2))]
     assert record["unedited"]["ES"]["mean"] == pytest.approx(np.mean(unedited))
+    assert scaling.repeated(model, TO_EDIT[:2]) == pytest.approx(np.mean(unedited))
     assert record["unedited"]["drift"]["mean"] == 0
     for name, rows in record["editors"].items():
         assert [(row["edits"], row["standing"], row["scores"]["ES"]["n"]) for row in rows] == [(1, 1, 1), (2, 2, 2)]
