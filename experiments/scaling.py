@@ -63,6 +63,7 @@ class Scaling:
     clamp: float = 0.0
     fisher: float = -1.0
     informed: int = 0  # times as many keys of prose, and of what is true of others than the edited, as of sampled text, in C; and G of prose too
+    spared: int = 0  # facts that statements in C do not name, from the first on, so that a run can go on to as many; 0: those that are edited
     prose: int = 0  # stretches of prose, which neither C nor G has, on which perplexity is measured as well
     search: str = "whole"  # of the values; quick, few: with fewer prompts, each left out when it is learnt
     rounds: int = 4  # of learning again after a batch
@@ -173,7 +174,7 @@ def main(settings: Scaling) -> None:
     how = SequenceSettings(together=settings.together, every=settings.every, keep=settings.together, rounds=settings.rounds, again=settings.again, settle=settings.settle)  # fmt: skip
     prepared: Any = make_ready(model, editor, edit)
     if settings.informed:
-        prepared = informed(model, edit, facts[: max(settings.sizes)], prepared, settings.informed)
+        prepared = informed(model, edit, facts[: settings.spared or max(settings.sizes)], prepared, settings.informed)
     before = prose(model, settings.prose)
     folder = runs(model, f"scaling-{cache.content_key(f'{edit}{how}{prepared.key}')}")
     single = folder / f"alone-{settings.scored}-{settings.mixed}.json"
