@@ -40,6 +40,7 @@ from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
 from mechedit.runs.editing import attempt, making
 from mechedit.runs.engines import Local
+from mechedit.runs.results import check_kept, who
 from mechedit.runs.scored import Scored, score_store
 from mechedit.runs.tracing import unit
 from mechedit.settings import NO_EDGE, Bands, CalibrateSettings
@@ -89,6 +90,7 @@ class Calibration:
     origin: dict[str, Any]
     settings: dict[str, Any]
     versions: dict[str, str]
+    facts: tuple[dict[str, Any], ...] = ()
 
     @property
     def bands(self) -> Bands:
@@ -118,6 +120,7 @@ class Calibration:
                 "origin": self.origin,
                 "settings": self.settings,
                 "versions": self.versions,
+                "facts": self.facts,
             }
         )
         return found
@@ -129,9 +132,7 @@ class Calibration:
             WriteError: the path cannot be written.
         """
         with cache.atomic_write(Path(path)) as temporary:
-            temporary.write_text(
-                json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-            )
+            temporary.write_text(json.dumps(self.to_json(), allow_nan=False) + "\n")
         return Path(path)
 
 
@@ -150,11 +151,12 @@ def calibrate(
     Raises:
         FactError: too few facts have both targets, paraphrases and neighbours, and can be edited.
         CalibrationError: hardly any edit was sound.
-        RunError: the folder holds a run of other settings.
+        RunError: the folder holds a run of other settings, or a `bands.json` of facts that are not among these.
     """
     settings, way = settings or CalibrateSettings(), named(editor)
     own = replace(way.resolve(model, edit_settings), guard="warn")
     chosen = _chosen(model, facts, settings.facts, way, own)
+    check_kept(Path(folder) / "bands.json", chosen)
     probes = [_Probing(model, way, each, chosen, settings) for each in _ways(model, way, own, settings)]
     rows: list[dict[str, Any]] = []
     for done, probe in enumerate(probes):
@@ -163,7 +165,7 @@ def calibrate(
     progress("ways to edit", len(probes), len(probes))
     origin, versions = provenance.origin(model), provenance.versions()
     record = {"calibrate": asdict(settings), "edit": asdict(own)}
-    return _set(way.name, way.bands, rows, settings.seed, origin, record, versions)
+    return replace(_set(way.name, way.bands, rows, settings.seed, origin, record, versions), facts=tuple(who(chosen)))
 
 
 def _chosen(model: HookedModel, facts: Sequence[Fact], n: int, editor: Editor, settings: Any) -> list[Fact]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mechedit import applying, prompts, provenance, sites
+from mechedit import applying, cache, parsing, prompts, provenance, sites
 from mechedit.benchmarks import counterfact
 from mechedit.benchmarks.metrics import harmonic
 from mechedit.editing import Editor
@@ -31,6 +31,7 @@ from mechedit.progress import Progress, silent
 from mechedit.runs import tracing as runs
 from mechedit.runs.editing import edit_facts
 from mechedit.runs.results import check_kept, who
+from mechedit.runs.store import RunError
 from mechedit.settings import SettingsError, TraceSettings, TuneSettings
 from mechedit.sites import Site
 from mechedit.tracing.averages import average
@@ -104,7 +105,8 @@ def tune(
     Raises:
         FactError: too few facts are known, or can be edited and scored.
         SettingsError: an option to try that the editor does not have.
-        RunError: the folder holds a run of other settings, or a `tuned.json` of facts that are not among those chosen here.
+        RunError: the folder holds a run of other settings, or a `tuned.json` of another editor, or of facts or combinations that are not
+            among those here.
     """
     settings, folder, way = settings or TuneSettings(), Path(folder), named(editor)
     given = base if base is not None else way.settings()
@@ -116,6 +118,7 @@ def tune(
     wanted = TraceSettings(kinds=(kind,), roles=(role,), draws=settings.draws, seed=settings.seed, prepend_bos=bos)
     site = best_of(average(runs.trace_facts(model, known, folder / "traces", wanted, progress=progress)))
     around = range(max(0, site.layer - settings.around), min(int(model.cfg.n_layers), site.layer + settings.around + 1))
+    _check_tried(folder / "tuned.json", way.name, around, tries)
     has_layer = hasattr(given, "layer") and not getattr(
         given, "layers", ()
     )  # of several, those that are given are kept
@@ -161,6 +164,21 @@ def _combinations(editor: Editor, given: Any, settings: TuneSettings) -> list[di
     for tried in found:
         replace(given, **tried)  # raises what cannot be meant
     return found
+
+
+def _check_tried(path: Path, editor: str, layers: Sequence[int], tries: Sequence[dict[str, Any]]) -> None:
+    """Raise where the table of these would take the place of one that has more."""
+    if not path.is_file():
+        return
+    found = parsing.from_file(path)
+    now = [{"layer": layer, "tried": cache.plain(tried)} for layer in (-1, *layers) for tried in tries]
+    left = [row for row in found.get("rows", []) if {name: row[name] for name in ("layer", "tried")} not in now]
+    if (of := found.get("editor", editor)) != editor or left:
+        what = f"the editor {of}" if of != editor else f"layer {left[0]['layer']}, {left[0]['tried']}"
+        raise RunError(
+            f"{path.parent} has results of {what}, which is not tried here, and they would be replaced. Try that too, choose another folder, or "
+            "delete that one."
+        )
 
 
 def _chosen(

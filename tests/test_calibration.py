@@ -192,6 +192,11 @@ def test_the_command_writes_bands_that_edits_take(tmp_path, capsys):
         "times": [20.0],
         "seed": 3,
     }
+    assert len(record["facts"]) == 4
+    other = [*command, "--begin", "100", "--strengths", "1,2", "--times", "20", "--layers", "0", "--seed", "3"]
+    assert cli.main(other) == 2
+    assert "has results that are not of these 4 records" in capsys.readouterr().err
+    assert json.loads((tmp_path / "bands.json").read_text()) == record
     fact = sources.named("organism")[7000]
     edit = ["edit", fact.prompt, "--subject", fact.subject, "--target", fact.target_new, "--model", "organism"]
     assert cli.main([*edit, "--bands", str(tmp_path / "bands.json"), "--out", str(tmp_path / "edit.safetensors")]) == 0

@@ -249,6 +249,10 @@ def test_tuning_proposes_settings_and_keeps_its_runs(run, tmp_path, monkeypatch)
     assert [row["tried"]["clamp"] for row in record["rows"]] == [1.0, 3.0]
     kept = [Trace.load(unit) for unit in units.read_all(tmp_path / "tune" / "traces")]
     assert len(kept) == 2, "the first of four is left out, and one is edited"
+    for options, what in ((("--try", "clamp=3"), "layer .*, {'clamp': 1.0}"), (("--editor", "ft", "--try", "learning_rate=1e-3"), "the editor rome")):  # fmt: skip
+        status, _, err = run(*command, *options, "--draws", "1", "--out", str(tmp_path / "tune"))
+        assert (status, err.count("\n")) == (2, 1)
+        assert re.search(rf"has results of {what}, which is not tried here, and they would be replaced", err), err
     other = rows[0] | {
         "requested_rewrite": rows[0]["requested_rewrite"] | {"target_new": {"str": "Bonn"}},
         "case_id": 4,
