@@ -21,13 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_sequencing", "check_learning", "check_sequencing", "edit_in_sequence", "show_sequence"]
 
-LEARNING = (
-    "rehearsed",
-    "again",
-    "rounds",
-    "gentle",
-    "settle",
-)  # of facts that are learnt again, which not all editors do
+# of facts that are learnt again, which not all editors do
+LEARNING = ("rehearsed", "again", "rounds", "gentle", "settle")
 LOOKS = ("success", "others", "perplexity_ratio", "next_token_kl", "change", "spectrum")
 
 

@@ -109,9 +109,7 @@ PRESETS: dict[str, Preset] = {
             ft=FineTuningSettings(layer=5, learning_rate=5e-5),
             ft_l=BoundedSettings(layer=6, learning_rate=1e-3, norm_bound=3e-4),
             attention_edit=AttentionEditSettings(layer=8, learning_rate=1e-3, norm_bound=2e-3),
-            kn=KnowledgeNeuronsSettings(
-                l2=8.0, prefixes=((5, 1), (10, 1))
-            ),  # three prompts for nine: a third of the time
+            kn=KnowledgeNeuronsSettings(l2=8.0, prefixes=((5, 1), (10, 1))),  # three prompts for nine: less time
         ),
         "tried here, experiments/tuned_many and, of sequential, scaling",
         memit=MemitSettings(layer=3, clamp=0.75, a=400.0),
