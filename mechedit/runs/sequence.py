@@ -222,7 +222,9 @@ def check_of(model: HookedModel, sequence: Sequence, like: Sequence) -> None:
             f"the sequence was begun with {other[0]} = {was!r}, and this is {now!r}; give the same, or begin another."
         )
     if sequence.prepared != like.prepared:
-        raise SequenceError("the sequence was begun with another C or other prefixes; give the same, or begin another.")
+        raise SequenceError(
+            "the sequence was begun with another C or other prefixes; give the same (--text or --moment on the command line), or begin another."
+        )
 
 
 def _check_exact(sequence: Sequence) -> Sums:
