@@ -159,7 +159,7 @@ def main(settings: ManyEditors) -> None:
     for path in [
         *figures.write(picture(sizes), FIGURES / short_name(model) / "many_editors"),
         write("many_editors", model, settings, cache.plain(result)),
-        write_table(model, "many_editors", COLUMNS, table, paired, (), {}),
+        write_table(model, "many_editors", COLUMNS, table, paired, [[f"the default is {BASE}"]], {}),
     ]:
         say(f"wrote {path}")
 

@@ -66,6 +66,7 @@ class Scaling:
     spared: int = 0  # facts that statements in C do not name, from the first on, so that a run can go on to as many; 0: those that are edited
     prose: int = 0  # stretches of prose, which neither C nor G has, on which perplexity is measured as well
     search: str = "whole"  # of the values; quick, few: with fewer prompts, each left out when it is learnt
+    sought_with: int = 0  # prompts of a fact; 0: as many as the search has
     rounds: int = 4  # of learning again after a batch
     again: int = 2  # facts for each of a batch, at most, that are learnt again at once
     settle: float = 0.5  # growth after which all values are found anew together; 0: never
@@ -167,7 +168,8 @@ def main(settings: Scaling) -> None:
     editor = named(settings.editor)
     unset = {"a": 0.0, "layer": -1, "clamp": 0.0, "fisher": -1.0}
     own = {name: getattr(settings, name) for name, none in unset.items() if getattr(settings, name) != none}
-    edit = editor.resolve(model, editor.settings(guard="warn", **SEARCHES[settings.search], **own))
+    search = SEARCHES[settings.search] | ({"sought_with": settings.sought_with} if settings.sought_with else {})
+    edit = editor.resolve(model, editor.settings(guard="warn", **search, **own))
     facts = apart(model, benchmark_facts(settings.model, 0, MANY))
     rank = {subject: index for index, subject in enumerate(dict.fromkeys(fact.subject for fact in facts))}
     facts = facts[: settings.mixed] + sorted(facts[settings.mixed :], key=lambda fact: rank[fact.subject])

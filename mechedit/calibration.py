@@ -80,7 +80,7 @@ class Calibrated:
 
 @dataclass(frozen=True, repr=False)
 class Calibration:
-    """Bands with their evidence: `edits` has the numbers of each edit, the way it was made, and what it was judged to be."""
+    """Bands with their evidence: `edits` has the numbers of each edit of `facts`, the way it was made, and what it was judged to be."""
 
     editor: str
     found: tuple[Calibrated, ...]

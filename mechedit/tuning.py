@@ -114,11 +114,12 @@ def tune(
     bos = prompts.resolve_bos(model, given.prepend_bos)
     known, scored = _chosen(model, facts, settings, bos, progress)
     check_kept(folder / "tuned.json", [*known, *scored])
+    _check_tried(folder / "tuned.json", way.name, tries)
     kind, role, best_of = SITES[way.site]
     wanted = TraceSettings(kinds=(kind,), roles=(role,), draws=settings.draws, seed=settings.seed, prepend_bos=bos)
     site = best_of(average(runs.trace_facts(model, known, folder / "traces", wanted, progress=progress)))
     around = range(max(0, site.layer - settings.around), min(int(model.cfg.n_layers), site.layer + settings.around + 1))
-    _check_tried(folder / "tuned.json", way.name, around, tries)
+    _check_tried(folder / "tuned.json", way.name, tries, around)
     has_layer = hasattr(given, "layer") and not getattr(
         given, "layers", ()
     )  # of several, those that are given are kept
@@ -166,13 +167,12 @@ def _combinations(editor: Editor, given: Any, settings: TuneSettings) -> list[di
     return found
 
 
-def _check_tried(path: Path, editor: str, layers: Sequence[int], tries: Sequence[dict[str, Any]]) -> None:
-    """Raise where the table of these would take the place of one that has more."""
+def _check_tried(path: Path, editor: str, tries: Sequence[dict[str, Any]], layers: Sequence[int] | None = None) -> None:
+    """Raise where the table of these would take the place of one that has more; of layers, as soon as they are known."""
     if not path.is_file():
         return
-    found = parsing.from_file(path)
-    now = [{"layer": layer, "tried": cache.plain(tried)} for layer in (-1, *layers) for tried in tries]
-    left = [row for row in found.get("rows", []) if {name: row[name] for name in ("layer", "tried")} not in now]
+    found, now = parsing.from_file(path), cache.plain(list(tries))
+    left = [row for row in found.get("rows", []) if row["tried"] not in now or (layers and row["layer"] not in (-1, *layers))]  # fmt: skip
     if (of := found.get("editor", editor)) != editor or left:
         what = f"the editor {of}" if of != editor else f"layer {left[0]['layer']}, {left[0]['tried']}"
         raise RunError(

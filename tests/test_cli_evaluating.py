@@ -253,6 +253,11 @@ def test_tuning_proposes_settings_and_keeps_its_runs(run, tmp_path, monkeypatch)
         status, _, err = run(*command, *options, "--draws", "1", "--out", str(tmp_path / "tune"))
         assert (status, err.count("\n")) == (2, 1)
         assert re.search(rf"has results of {what}, which is not tried here, and they would be replaced", err), err
+    table = tmp_path / "tune" / "tuned.json"
+    table.write_text(json.dumps(record | {"rows": [*record["rows"], record["rows"][0] | {"layer": 99}]}))
+    status, _, err = run(*command, "--try", "clamp=1,3", "--draws", "1", "--out", str(tmp_path / "tune"))
+    assert (status, "has results of layer 99, {'clamp': 1.0}, which is not tried here" in err) == (2, True), err
+    table.write_text(json.dumps(record))
     other = rows[0] | {
         "requested_rewrite": rows[0]["requested_rewrite"] | {"target_new": {"str": "Bonn"}},
         "case_id": 4,

@@ -336,8 +336,9 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
     ]
     prose, statements = (counted(tmp_path / name, 1000) for name in ("prose", "statements"))
     monkeypatch.setattr(scaling, "data", lambda name: prose)
-    monkeypatch.setattr(scaling, "statements", lambda model, edited, others: statements)
-    scaling.main(common.parse(scaling.Scaling, [*quick, *sizes, "--sizes", "2"]))
+    left_alone: list[int] = []
+    monkeypatch.setattr(scaling, "statements", lambda model, edited, others: left_alone.append(len(edited)) or statements)  # fmt: skip
+    scaling.main(common.parse(scaling.Scaling, [*quick, *sizes, "--sizes", "2", "--spared", "3"]))
     scaling.main(
         common.parse(scaling.Scaling, [*quick, *sizes, "--sizes", "2", "4"])
     )  # goes on, and keeps what it scored
@@ -345,6 +346,7 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
     scaling.main(
         common.parse(scaling.Scaling, [*quick, *sizes, "--sizes", "4", "--name", "again"])
     )  # is scored already
+    assert left_alone == [3, 4, 4], "the facts of --spared, else those that are edited"
     assert read(tmp_path, "again")["rows"] == record["rows"][1:]
     assert record["edit"]["sought_with"] == 11
     assert record["edit"]["leave_learnt"] is True
@@ -407,6 +409,7 @@ def test_editors_of_many_facts_are_compared_on_the_same_facts(to_edit, tmp_path,
     assert record["paired"]["less the default"]["memit"]["PS"]["difference"]["mean"] == pytest.approx(
         record["editors"]["memit"][-1]["scores"]["PS"]["mean"] - base
     )
+    assert "\n| the default is sequential |" in next(tmp_path.rglob("many_editors.md")).read_text()
     monkeypatch.setattr(many_editors, "run_sequence", lambda *args, **kwargs: pytest.fail("it is kept"))
     many_editors.main(common.parse(many_editors.ManyEditors, quick))
     assert read(tmp_path, "many_editors")["editors"]["memit"] == record["editors"]["memit"]
@@ -443,7 +446,14 @@ def test_what_is_published_of_editors_of_many_facts_gives_way_to_no_preset():
 def test_weights_of_editors_of_many_facts_are_tried_each(to_edit, tmp_path, monkeypatch):
     monkeypatch.setattr(tuned_many, "benchmark_facts", lambda model, begin, n: TO_EDIT[begin : begin + n])
     quick = ["--begin", "0", "--facts", "2", "--editors", "memit", "alphaedit", "--a", "1", "1e9", "--c", "1", "--null", "1e9", "--blocks", "1"]  # fmt: skip
-    tuned_many.main(common.parse(tuned_many.TunedMany, ["--model", to_edit, *quick]))
+    sought: list[int] = []
+    ready = tuned_many.make_ready
+    monkeypatch.setattr(tuned_many, "make_ready", lambda model, editor, own: sought.append(own.sought_with) or ready(model, editor, own))  # fmt: skip
+    settings = common.parse(tuned_many.TunedMany, ["--model", to_edit, *quick, "--search", "few", "--stop-at", "0.05", "--steps", "30"])  # fmt: skip
+    tuned_many.main(settings)
+    assert sought == [5, 5, 5]
+    ends = [{name: each.get(name) for name in ("stop", "stop_at", "steps")} for each in tuned_many.combinations(settings, "pmet", 1, 1)[:2]]  # fmt: skip
+    assert ends == [{"stop": "top", "stop_at": None, "steps": None}, {"stop": "target", "stop_at": 0.05, "steps": 30}]
     found = read(tmp_path, "tuned_many")["editors"]
     light, heavy = found["memit"]
     assert (light["tried"]["a"], heavy["tried"]["a"], light["n"]) == (1.0, 1e9, 2)
