@@ -40,7 +40,7 @@ from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
 from mechedit.runs.editing import attempt, making
 from mechedit.runs.engines import Local
-from mechedit.runs.results import check_kept, who
+from mechedit.runs.results import check_kept, check_made, who
 from mechedit.runs.scored import Scored, score_store
 from mechedit.runs.tracing import unit
 from mechedit.settings import NO_EDGE, Bands, CalibrateSettings
@@ -48,10 +48,7 @@ from mechedit.statistics import Mean
 
 __all__ = ["Calibrated", "Calibration", "CalibrationError", "calibrate", "edges", "judged"]
 
-KEPT, LOST = (
-    0.1,
-    0.5,
-)  # share of the neighbours that were right: lost at most, of a sound edit; at least, of a broken one
+KEPT, LOST = 0.1, 0.5  # share of the right neighbours: lost at most, of a sound edit; at least, of a broken one
 SOUND_TEXT, BROKEN_TEXT = 1.1, 1.5  # perplexity on a text that guards do not read, over the unedited model's
 PERCENTILE = 99.0  # of sound edits
 FOUND = 0.5  # share of the broken edits that a band must find to be one
@@ -151,13 +148,15 @@ def calibrate(
     Raises:
         FactError: too few facts have both targets, paraphrases and neighbours, and can be edited.
         CalibrationError: hardly any edit was sound.
-        RunError: the folder holds a run of other settings, or a `bands.json` of facts that are not among these.
+        RunError: the folder holds a run of other settings, or a `bands.json` of facts or ways that are not among these, or of another editor.
     """
     settings, way = settings or CalibrateSettings(), named(editor)
     own = replace(way.resolve(model, edit_settings), guard="warn")
     chosen = _chosen(model, facts, settings.facts, way, own)
     check_kept(Path(folder) / "bands.json", chosen)
     probes = [_Probing(model, way, each, chosen, settings) for each in _ways(model, way, own, settings)]
+    names = {f"{probe.way.name}{variant}" for probe in probes for variant in probe.way.variants}
+    check_made(Path(folder) / "bands.json", way.name, "edits", lambda row: "" if row["way"] in names else row["way"])
     rows: list[dict[str, Any]] = []
     for done, probe in enumerate(probes):
         progress("ways to edit", done, len(probes))
@@ -192,6 +191,12 @@ class _Ways:
     times: tuple[float, ...] = (1.0,)
     random: tuple[float, ...] = ()
     harmful: bool = False
+
+    @property
+    def variants(self) -> dict[str, tuple[float, bool]]:
+        """What follows the name, with the factor, and whether the direction is drawn."""
+        made = {"" if times == 1 else f", times {times:g}": (times, False) for times in self.times}
+        return made | {f", random of its norm times {times:g}": (times, True) for times in self.random}
 
 
 def _ways(model: HookedModel, editor: Editor, own: Any, settings: CalibrateSettings) -> list[_Ways]:
@@ -269,13 +274,11 @@ class _Probing:
     def _variants(
         self, found: Sequence[Change], report: Mapping[str, float], fact: Fact
     ) -> Iterable[tuple[str, Sequence[Change], dict[str, float]]]:
-        for times in self.way.times:
-            yield (
-                ("", found, dict(report)) if times == 1 else (f", times {times:g}", _scaled(found, times), dict(report))
-            )
-        for times in self.way.random:
-            stream = generator(self.seed, "random change", fact.prompt)
-            yield f", random of its norm times {times:g}", _randomised(found, times, stream), {}
+        for name, (times, is_random) in self.way.variants.items():
+            if is_random:
+                yield name, _randomised(found, times, generator(self.seed, "random change", fact.prompt)), {}
+            else:
+                yield name, found if times == 1 else _scaled(found, times), dict(report)
 
     def _effects(
         self, model: HookedModel, fact: Fact, made: Sequence[Change], before: Mapping[str, float], healthy: Health
@@ -335,14 +338,11 @@ def _set(
     versions: dict[str, str],
 ) -> Calibration:
     verdicts = [row["verdict"] for row in rows]
-    if (few := min(verdicts.count("sound"), verdicts.count("broken"))) < FEWEST:
+    sound, broken = verdicts.count("sound"), verdicts.count("broken")
+    if min(sound, broken) < FEWEST:
+        more = "Use other layers, or more facts." if sound <= broken else "Multiply edits by more (times)."
         raise CalibrationError(
-            f"bands need {FEWEST} sound and {FEWEST} broken edits; found {verdicts.count('sound')} and {verdicts.count('broken')} of {len(rows)}. "
-            + (
-                "Use other layers, or more facts."
-                if few == verdicts.count("sound")
-                else "Multiply edits by more (times)."
-            )
+            f"bands need {FEWEST} sound and {FEWEST} broken edits; found {sound} and {broken} of {len(rows)}. {more}"
         )
     bands = {name: band for name, band in bands.items() if _tells(name, band, rows)}
     halves = [{name: edges(name, band, [row for row in rows if row["fact"] % 2 == half])[:2] for name, band in bands.items()} for half in (0, 1)]  # fmt: skip

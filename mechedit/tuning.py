@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mechedit import applying, cache, parsing, prompts, provenance, sites
+from mechedit import applying, cache, prompts, provenance, sites
 from mechedit.benchmarks import counterfact
 from mechedit.benchmarks.metrics import harmonic
 from mechedit.editing import Editor
@@ -30,8 +30,7 @@ from mechedit.models import HookedModel
 from mechedit.progress import Progress, silent
 from mechedit.runs import tracing as runs
 from mechedit.runs.editing import edit_facts
-from mechedit.runs.results import check_kept, who
-from mechedit.runs.store import RunError
+from mechedit.runs.results import check_kept, check_made, who
 from mechedit.settings import SettingsError, TraceSettings, TuneSettings
 from mechedit.sites import Site
 from mechedit.tracing.averages import average
@@ -169,16 +168,13 @@ def _combinations(editor: Editor, given: Any, settings: TuneSettings) -> list[di
 
 def _check_tried(path: Path, editor: str, tries: Sequence[dict[str, Any]], layers: Sequence[int] | None = None) -> None:
     """Raise where the table of these would take the place of one that has more; of layers, as soon as they are known."""
-    if not path.is_file():
-        return
-    found, now = parsing.from_file(path), cache.plain(list(tries))
-    left = [row for row in found.get("rows", []) if row["tried"] not in now or (layers and row["layer"] not in (-1, *layers))]  # fmt: skip
-    if (of := found.get("editor", editor)) != editor or left:
-        what = f"the editor {of}" if of != editor else f"layer {left[0]['layer']}, {left[0]['tried']}"
-        raise RunError(
-            f"{path.parent} has results of {what}, which is not tried here, and they would be replaced. Try that too, choose another folder, or "
-            "delete that one."
-        )
+    now = cache.plain(list(tries))
+
+    def unmade(row: Mapping[str, Any]) -> str:
+        is_made = row["tried"] in now and (not layers or row["layer"] in (-1, *layers))
+        return "" if is_made else f"layer {row['layer']}, {row['tried']}"
+
+    check_made(path, editor, "rows", unmade)
 
 
 def _chosen(

@@ -196,6 +196,16 @@ def test_the_command_writes_bands_that_edits_take(tmp_path, capsys):
     other = [*command, "--begin", "100", "--strengths", "1,2", "--times", "20", "--layers", "0", "--seed", "3"]
     assert cli.main(other) == 2
     assert "has results that are not of these 4 records" in capsys.readouterr().err
+    same = ["--strengths", "1,2", "--times", "20", "--layers", "0", "--seed", "3"]
+    for others, what in [
+        (["--strengths", "1", "--times", "20", "--layers", "0"], "layer 0, clamp times 2"),
+        (["--strengths", "1,2", "--times", "10", "--layers", "0"], "layer 0, clamp times 1, times 20"),
+        (["--strengths", "1,2", "--times", "20", "--layers", "1"], "layer 0, clamp times 1"),
+        ([*same, "--editor", "ft"], "the editor rome"),
+    ]:
+        assert cli.main([*command, *others]) == 2
+        assert f"has results of {what}, which is not tried here, and they would be replaced" in capsys.readouterr().err
+    assert cli.main([*command, *same]) == 0, "the same again"
     assert json.loads((tmp_path / "bands.json").read_text()) == record
     fact = sources.named("organism")[7000]
     edit = ["edit", fact.prompt, "--subject", fact.subject, "--target", fact.target_new, "--model", "organism"]

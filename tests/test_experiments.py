@@ -327,6 +327,8 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
         "2",
         "--search",
         "quick",
+        "--sought-with",
+        "4",
         "--informed",
         "2",
         "--prose",
@@ -348,7 +350,7 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
     )  # is scored already
     assert left_alone == [3, 4, 4], "the facts of --spared, else those that are edited"
     assert read(tmp_path, "again")["rows"] == record["rows"][1:]
-    assert record["edit"]["sought_with"] == 11
+    assert record["edit"]["sought_with"] == 4
     assert record["edit"]["leave_learnt"] is True
     assert [row["edits"] for row in record["rows"]] == [2, 4]
     assert all(0 <= row[name] <= 1 for row in [record["alone"], *record["rows"]] for name in ("S", "answer", "NS"))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from mechedit.runs.parquet import Details, read_details, read_results, write_det
 from mechedit.runs.store import RunError
 from mechedit.statistics import Mean
 
-__all__ = ["Evaluation", "check_kept", "who"]
+__all__ = ["Evaluation", "check_kept", "check_made", "who"]
 
 WHO = ("subject", "prompt", "target_new")  # what facts of a table are told by
 
@@ -194,6 +194,24 @@ def check_kept(path: Path, facts: Sequence[Fact]) -> None:
         raise RunError(
             f"{path.parent} has results that are not of these {len(facts)} records ({len(others)} of them; {one} for one), and they would be "
             "replaced. Take those too, choose another folder, or delete that one."
+        )
+
+
+def check_made(path: Path, editor: str, rows: str, unmade: Callable[[Mapping[str, Any]], str]) -> None:
+    """Raise where the table of what one editor made would take the place of one that has more. `unmade` says of each of its `rows` what this
+    run does not make, or nothing.
+
+    Raises:
+        RunError: the table there has such a row, or is of another editor.
+    """
+    if not path.is_file():
+        return
+    found = parsing.from_file(path)
+    of = found.get("editor", editor)
+    if left := [f"the editor {of}"] if of != editor else [what for row in found.get(rows, []) if (what := unmade(row))]:
+        raise RunError(
+            f"{path.parent} has results of {left[0]}, which is not tried here, and they would be replaced. Try that too, choose another folder, or "
+            "delete that one."
         )
 
 
