@@ -10,8 +10,9 @@ The part is `mlp`, W_out's own output, before any norm that follows it; `attn`, 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -21,10 +22,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechedit.interventions import Activation, Change, intervened, mlp_outputs
-from mechedit.models import Blocks, HookedModel, KeyValues
+from mechedit.models import Blocks, HookedModel, KeyValues, device_of
 from mechedit.prompts import pad
 
-__all__ = ["HOOKS", "Group", "Row", "at_once", "kept_bytes", "prepare", "together"]
+__all__ = ["HOOKS", "Changing", "Group", "Row", "at_once", "changing", "kept_bytes", "prepare", "together", "workers"]
 
 HOOKS = {"attn": "blocks.{}.hook_attn_out", "stream": "blocks.{}.hook_resid_post"}
 """Where parts of a block are changed, `mlp` aside, which is `interventions.mlp_outputs`."""
@@ -35,6 +36,11 @@ MEMORY = (
 )  # bytes for gradients, of the rows that run at once: some hundred positions, and more at once are hardly faster
 
 
+MOST = 4  # threads that run groups side by side, each by itself
+PIECES = 2  # for each of them, of FEWEST positions or more: products of fewer are slower
+FEWEST = 128
+
+
 @dataclass(frozen=True)
 class Row:
     """Token ids; the position that is changed; and those whose final states are read."""
@@ -42,6 +48,32 @@ class Row:
     ids: tuple[int, ...]
     lookup: int
     reads: tuple[int, ...]
+
+
+class Changing(threading.local):
+    """What a thread adds now, and where: nothing but while it runs a group."""
+
+    lookup: Int[Tensor, " rows"]
+    changes: Float[Tensor, "rows parts d_model"] | None = None
+
+    @contextmanager
+    def by(self, lookup: Int[Tensor, " rows"], changes: Float[Tensor, "rows parts d_model"]) -> Iterator[None]:
+        """Within it these changes are added, each row's at its lookup."""
+        self.lookup, self.changes = lookup, changes
+        try:
+            yield
+        finally:
+            self.changes = None
+
+
+@contextmanager
+def changing(model: HookedModel, layer: int, parts: Sequence[str]) -> Iterator[Changing]:
+    """Within it what these parts of a block give can be changed by `Group.run`."""
+    now = Changing()
+    with ExitStack() as stack:
+        for index, part in enumerate(parts):
+            stack.enter_context(_changed(model, layer, part, partial(_added, now, index)))
+        yield now
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,18 +92,11 @@ class Group:
     reads: Int[Tensor, " reads"]  # the number of each among the reads of all rows
 
     def run(
-        self,
-        model: HookedModel,
-        blocks: Blocks,
-        layer: int,
-        parts: Sequence[str],
-        changes: Float[Tensor, "rows parts d_model"],
+        self, blocks: Blocks, layer: int, changing: Changing, changes: Float[Tensor, "rows parts d_model"]
     ) -> Float[Tensor, "reads d_model"]:
-        """The final residual state at each read, with each row's changes added to the parts."""
+        """The final residual state at each read, with each row's changes added to the parts; within `changing` of these."""
         resid = self.entering
-        with ExitStack() as stack:
-            for part, own in zip(parts, changes.unbind(1), strict=True):
-                stack.enter_context(_changed(model, layer, part, partial(_added, own, self.lookup)))
+        with changing.by(self.lookup, changes):
             for block, past in enumerate(self.past, layer):
                 resid = blocks.run_on(block, resid, past)
         return resid[self.read_rows, self.read_positions]
@@ -100,25 +125,35 @@ class Group:
         cfg = model.cfg
         return 4 * len(self.past) * (10 * int(cfg.d_model) + 6 * int(cfg.d_mlp)) * self.entering.shape[1]
 
-    def parts(self, model: HookedModel) -> Iterator[Group]:
-        """As many rows at once as `MEMORY` lets, at least one."""
-        n, most = len(self.rows), max(1, MEMORY // self.row_bytes(model))
+    def parts(self, model: HookedModel, memory: int) -> Iterator[Group]:
+        """As many rows at once as the memory lets, at least one."""
+        n, most = len(self.rows), max(1, memory // self.row_bytes(model))
         yield from [self] if n <= most else (self.some(slice(begin, begin + most)) for begin in range(0, n, most))
 
 
-def at_once(model: HookedModel, groups: Sequence[Group]) -> list[list[Group]]:
-    """Groups, or parts of them, whose runs' gradients are kept together, as many as `MEMORY` lets: what comes after the blocks is then done
-    once for all of them."""
+def at_once(model: HookedModel, groups: Sequence[Group], workers: int = 1) -> list[list[Group]]:
+    """Groups, or parts of them, whose runs' gradients are kept together, as many as `MEMORY` lets so many workers at a time: what comes after
+    the blocks is then done once for all of them. Several workers have some pieces each, so that none waits long for another."""
     found: list[list[Group]] = []
-    room = 0
-    for part in (part for group in groups for part in group.parts(model)):
+    room, memory = 0, MEMORY // workers
+    if workers > 1 and groups:
+        whole = sum(len(group.rows) * group.row_bytes(model) for group in groups)
+        least = FEWEST * groups[0].row_bytes(model) // groups[0].entering.shape[1]
+        memory = min(memory, max(whole // (PIECES * workers), least))
+    for part in (part for group in groups for part in group.parts(model, memory)):
         size = len(part.rows) * part.row_bytes(model)
         if size > room:
             found.append([])
-            room = MEMORY
+            room = memory
         found[-1].append(part)
         room -= size
     return found
+
+
+def workers(model: HookedModel, blocks: Blocks, layer: int) -> int:
+    """How many threads may run groups at a time: `MOST` on a CPU, where the blocks are run by their parts, which nothing but `changing` hooks."""
+    is_apart = device_of(model).type == "cpu" and all(blocks.by_parts[layer:])
+    return min(MOST, torch.get_num_threads()) if is_apart else 1
 
 
 @torch.no_grad()
@@ -237,6 +272,8 @@ def _changed(
     return intervened(model, Change(HOOKS[part].format(layer), apply))
 
 
-def _added(change: Float[Tensor, "rows d_model"], lookup: Int[Tensor, " rows"], output: Tensor) -> Tensor:
+def _added(now: Changing, part: int, output: Tensor) -> Tensor | None:
+    if now.changes is None:
+        return None
     rows = torch.arange(len(output), device=output.device)
-    return output.index_put((rows, lookup), change.to(output.dtype), accumulate=True)
+    return output.index_put((rows, now.lookup), now.changes[:, part].to(output.dtype), accumulate=True)

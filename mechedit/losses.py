@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from mechedit import above
 from mechedit.above import Row
 from mechedit.keys import Context
 from mechedit.models import Blocks, HookedModel, device_of
+from mechedit.threads import side_by_side
 
 __all__ = ["Losses", "Sought", "Terms", "Wanted", "batches"]
 
@@ -99,7 +101,8 @@ class Losses:
         self.is_essence = torch.zeros_like(self.fact, dtype=torch.bool).index_fill(0, self.row[self.token < 0], True)
         self.gone = torch.zeros_like(self.is_essence)
         self.groups = above.prepare(model, self.blocks, [row for _, row in rows], layer)
-        self.run_at_once = above.at_once(model, self.groups)
+        self.workers = above.workers(model, self.blocks, layer)
+        self.run_at_once = above.at_once(model, self.groups, self.workers)
         self.before: dict[int, Tensor] = {}  # of each fact, what the essence says at first, as log probabilities
 
     def leave(self, gone: Bool[Tensor, " rows"]) -> None:
@@ -107,29 +110,43 @@ class Losses:
         if not torch.equal(gone, self.gone):
             self.gone = gone
             self.groups = [left for each in self.groups if (left := each.without(gone)) is not None]
-            self.run_at_once = above.at_once(self.model, self.groups)
+            self.run_at_once = above.at_once(self.model, self.groups, self.workers)
 
     def at(self, changes: Float[Tensor, "rows parts d_model"]) -> Terms:
         """With so much added at each row. What an essence says the first time is what its KL is to."""
         target = torch.zeros(len(self.fact), dtype=self.dtype, device=changes.device)
         kl, missed = (target.new_zeros(self.facts) for _ in range(2))
         slope = torch.zeros_like(changes)
-        for parts in self.run_at_once:
-            rows, reads = (torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "reads"))
-            token, row = self.token[reads], self.row[reads]
-            fact, essence = self.fact[row], (token < 0).nonzero()[:, 0]
-            added = [changes[part.rows].requires_grad_() for part in parts]
-            with torch.enable_grad():
-                final = torch.cat([part.run(self.model, self.blocks, self.layer, self.parts, own) for part, own in zip(parts, added, strict=True)])  # fmt: skip
-                before = self._before(fact[essence], final[essence].detach())
-                log_p, drift, below = self.blocks.said(final, token.clamp(min=0), essence, before)
-                nll, drift = -log_p * self.weight[reads], self.kl * drift
-                slope[rows] = torch.cat(torch.autograd.grad(nll.sum() + drift.sum(), added))
-            target.index_add_(0, row, nll.detach())
-            kl.index_add_(0, fact[essence], drift.detach())
-            missed.index_add_(0, fact, ((below > TIE) & (token >= 0)).to(missed))
+        if not self.run_at_once:
+            return Terms(target, kl, missed, slope)
+        with above.changing(self.model, self.layer, self.parts) as changing:
+            of_parts = partial(self._of_parts, changes, changing)
+            for rows, row, of_rows, nll, essences, drift, is_missed in side_by_side(of_parts, self.run_at_once, self.workers):  # fmt: skip
+                slope[rows] = of_rows
+                target.index_add_(0, row, nll)
+                kl.index_add_(0, essences, drift)
+                missed.index_add_(0, self.fact[row], is_missed)
         self.is_begun = True
         return Terms(target, kl, missed, slope)
+
+    def _of_parts(
+        self, changes: Float[Tensor, "rows parts d_model"], changing: above.Changing, parts: Sequence[above.Group]
+    ) -> tuple[Tensor, ...]:
+        """Of some groups: their rows, the row of each read, the slopes of rows, the loss of each read, the facts of essences, their KL, and
+        which reads' tokens are not first."""
+        rows, reads = (torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "reads"))
+        token, row = self.token[reads], self.row[reads]
+        essence = (token < 0).nonzero()[:, 0]
+        essences = self.fact[row[essence]]
+        added = [changes[part.rows].requires_grad_() for part in parts]
+        with torch.enable_grad():
+            final = torch.cat([part.run(self.blocks, self.layer, changing, own) for part, own in zip(parts, added, strict=True)])  # fmt: skip
+            before = self._before(essences, final[essence].detach())
+            log_p, drift, below = self.blocks.said(final, token.clamp(min=0), essence, before)
+            nll, drift = -log_p * self.weight[reads], self.kl * drift
+            slope = torch.cat(torch.autograd.grad(nll.sum() + drift.sum(), added))
+        is_missed = ((below > TIE) & (token >= 0)).to(self.dtype)
+        return rows, row, slope, nll.detach(), essences, drift.detach(), is_missed
 
     @torch.no_grad()
     def _before(

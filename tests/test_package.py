@@ -274,6 +274,7 @@ ORDER = [
     "sources",
     "edits",
     "moments",
+    "threads",
     "above",
     "losses",
     "optimisers",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from dataclasses import replace
 
 import pytest
@@ -215,6 +216,45 @@ def test_with_little_memory_few_rows_run_at_once_and_find_the_same(double, modul
     for one, other in zip(plain, found, strict=True):
         torch.testing.assert_close(other.value, one.value, rtol=0, atol=near(double, 1e-9))
     assert bars == [(done, 12) for done in ([0, 4, 8, 12] if module is above else range(13))]
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(above, "FEWEST", 1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_threads_that_run_pieces_side_by_side_find_the_same(double, two_threads, monkeypatch):
+    settings = replace(BOS, steps=4, stop_at=0.0, kl=0.5)
+    every = [sought(double, fact, target) for fact, target in SEVERAL]
+    plain, ran = above.Group.run, set()
+    monkeypatch.setattr(above.Group, "run", lambda group, *given: ran.add((threading.get_ident(), torch.get_num_threads())) or plain(group, *given))  # fmt: skip
+    several = values.optimise_all(double, every, 1, settings)
+    assert {threads for _, threads in ran} == ({2} if models.is_bridge(double) else {1})
+    assert len(ran) == 1 if models.is_bridge(double) else len(ran) > 1
+    assert torch.get_num_threads() == 2
+    monkeypatch.setattr(above, "MOST", 1)
+    for one, other in zip(values.optimise_all(double, every, 1, settings), several, strict=True):
+        torch.testing.assert_close(other.value, one.value, rtol=0, atol=near(double, 1e-9))
+        torch.testing.assert_close(torch.tensor(other.losses), torch.tensor(one.losses), rtol=near(double, 1e-6), atol=near(double, 1e-9))  # fmt: skip
+
+
+def test_an_error_in_a_thread_leaves_the_model_and_the_threads_as_they_were(double, two_threads, monkeypatch):
+    before, plain = state(double), above.Group.run
+
+    def broken(group, *given):
+        plain(group, *given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(above.Group, "run", broken)
+    every = [sought(double, fact, target) for fact, target in SEVERAL]
+    with pytest.raises(KeyboardInterrupt):
+        values.optimise_all(double, every, 1, BOS)
+    assert_same_state(double, before)
+    assert torch.get_num_threads() == 2
 
 
 def test_a_prompt_that_is_learnt_is_left_out_and_its_last_loss_counts(double, monkeypatch):
