@@ -83,16 +83,21 @@ def followed(
     edit = editor.resolve(model, editor.settings(guard="warn", **SEARCHES[settings.search], **own))
     how = SequenceSettings(together=max(settings.sizes), every=0, keep=max(settings.sizes))
     prepared: Any = make_ready(model, editor, edit)
-    what = cache.content_key(f"{edit}{how}{prepared.key}{[fact.prompt for fact in facts]}")
+    what = cache.content_key(f"{edit}{how}{prepared.key}{[fact.prompt for fact in facts]}{settings.sizes}")
     folder = runs(model, "many-editors") / f"{name}-{what}"
     clock = time.process_time if settings.threads == 1 else time.perf_counter
-    found: list[dict[str, Any]] = []
+    state, found = folder / "state.safetensors", []
     for n, had in zip(settings.sizes, (0, *settings.sizes), strict=False):
         kept = folder / f"scored-{settings.scored}-{settings.prose}-{n}.json"
         if not kept.is_file():
+            there = len(sequence.load(state).entries) if state.exists() else 0
+            if there > n:
+                raise SystemExit(
+                    f"the run in {folder} has {there} edits, and was not scored so at {n}; delete the folder."
+                )
             began = clock()
             done = run_sequence(model, facts[:n], folder, how, editor, edit, prepared, progress=progress(4))
-            spent = (clock() - began) / (n - had)
+            spent = (clock() - began) / (n - had) if there == had else None
             with sequence.written(model, done):
                 rows = measured(model, sample(facts[:n], settings.scored), unedited)
                 said = ratio(unedited.prose, prose(model, settings.prose))
@@ -105,8 +110,9 @@ def followed(
                 "seconds_an_edit": spent,
                 **look,
             }
-            kept.write_text(json.dumps(cache.plain(row | {"edit": vars(edit)})))
-            say(f"{name}, {n}: S {metrics.table(rows)['S'].mean:.3f}, prose {said['mean']:.4f}, {spent:.1f} s an edit")
+            with cache.atomic_write(kept) as temporary:
+                temporary.write_text(json.dumps(cache.plain(row | {"edit": vars(edit)})))
+            say(f"{name}, {n}: S {metrics.table(rows)['S'].mean:.3f}, prose {said['mean']:.4f}")
         found.append(json.loads(kept.read_text()))
     return found
 

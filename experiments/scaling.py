@@ -4,7 +4,7 @@
 
 The facts that are edited are not said in the held-out text, so that its perplexity speaks of what has nothing to do with them. The first
 `mixed` come in the world's order, which mixes subjects; behind them those of one subject stand together, so that few are written again. At each size: S and its parts and the generated
-answer, of edits sampled over the run and of its first hundred, beside the same facts edited alone; perplexity; seconds an edit, and the process's
+answer, of edits sampled over the run, beside facts of its first `mixed`, sampled too, each edited alone; ES of its first hundred; perplexity; seconds an edit, and the process's
 peak memory. The run is kept in out/MODEL, with what was scored, and goes on where it was stopped; seconds are of the parts that were not there: of the
 process where it has one thread, so that other work on the machine counts less, else of the clock.
 """
@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -142,7 +143,7 @@ def sample(facts: Sequence[Fact], n: int) -> list[Fact]:
 
 
 def picture(rows: Sequence[dict[str, Any]], once: dict[str, float]) -> Figure:
-    """A panel a number, over the number of edits; dashed, the same facts edited alone."""
+    """A panel a number, over the number of edits; dashed, facts edited alone."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 2.9), dpi=150, layout="constrained")
@@ -183,18 +184,23 @@ def main(settings: Scaling) -> None:
     if not single.is_file():
         found_alone = alone(model, sample(facts[: settings.mixed], settings.scored), editor, edit, prepared)
         folder.mkdir(parents=True, exist_ok=True)
-        single.write_text(json.dumps(found_alone))
+        _keep(single, found_alone)
     once = json.loads(single.read_text())
     say(f"alone: {once}")
-    kept = folder / f"scored-{settings.scored}-{settings.mixed}.json"
+    kept = folder / f"scored-{settings.scored}-{settings.mixed}-{settings.prose}.json"
     rows, stand = json.loads(kept.read_text()) if kept.is_file() else ([], [])
     at = {each["edits"]: each for each in stand}  # a run that goes on forgets the look that it ended with
     clock = time.process_time if settings.threads == 1 else time.perf_counter
+    state = folder / "state.safetensors"
+    had = len(sequence.load(state).entries) if state.exists() else 0
+    if gone := [n for n in settings.sizes if n < had and n not in (row["edits"] for row in rows)]:
+        raise SystemExit(
+            f"the run in {folder} has {had} edits, and was not scored so at {gone}: leave those sizes out, or delete the folder."
+        )
     for n in settings.sizes:
-        state = folder / "state.safetensors"
-        had = len(sequence.load(state).entries) if state.exists() else 0
-        if had > n or n in (row["edits"] for row in rows):
+        if n in (row["edits"] for row in rows):
             continue
+        had = len(sequence.load(state).entries) if state.exists() else 0
         began = clock()
         found = run_sequence(model, facts[:n], folder, how, editor, edit, prepared, progress=progress(20))
         spent = clock() - began
@@ -208,11 +214,16 @@ def main(settings: Scaling) -> None:
         say(str(row))
         rows.append(cache.plain(row))
         at |= {each["edits"]: each for each in _stand(found.looks)}
-        kept.write_text(json.dumps([rows, [*at.values()]]))
+        _keep(kept, [rows, [*at.values()]])
     rows = [row for row in rows if row["edits"] in settings.sizes]
     result = {"alone": once, "rows": rows, "forgetting": [*at.values()], "edit": vars(edit), "facts": len(facts)}
     for path in [*figures.write(picture(rows, once), FIGURES / short_name(model) / settings.name), write(settings.name, model, settings, cache.plain(result))]:  # fmt: skip
         say(f"wrote {path}")
+
+
+def _keep(path: Path, found: Any) -> None:
+    with cache.atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(found))
 
 
 def _stand(looks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

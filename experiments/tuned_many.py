@@ -65,8 +65,9 @@ def scored(model: HookedModel, facts: list[Fact], name: str, tried: dict[str, An
     rome = named("rome").resolve(model)
     fields = {"clamp": rome.clamp, "prefixes": rome.prefixes, "guard": "warn", **SEARCHES[search]} | tried
     settings = editor.resolve(model, editor.settings(**fields))
-    ready, rows, began = make_ready(model, editor, settings), [], time.process_time()
+    ready, rows, spent = make_ready(model, editor, settings), [], 0.0
     for fact in facts:
+        began = time.process_time()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", EditWarning)
@@ -74,6 +75,7 @@ def scored(model: HookedModel, facts: list[Fact], name: str, tried: dict[str, An
         except EditError as error:
             say(f"  {fact.prompt!r}: {error}")
             continue
+        spent += time.process_time() - began
         with applying.edited(model, found):
             (own,) = scores(model, [fact], prepend_bos=settings.prepend_bos)
         report = {key: found.report[key] for key in ("met", "survives", "relative_norm", "perplexity_ratio")}
@@ -81,7 +83,7 @@ def scored(model: HookedModel, facts: list[Fact], name: str, tried: dict[str, An
     means = {key: mean(row[key] for row in rows) for key in ("ES", "PS", "NS", "p_new", "met", "survives", "relative_norm", "perplexity_ratio")}  # fmt: skip
     S = harmonic_mean([means[key] for key in ("ES", "PS", "NS")])
     percent = {key: 100 * value for key, value in {**means, "S": S}.items() if key in ("ES", "PS", "NS", "S")}
-    return {"tried": tried, **means, **percent, "n": len(rows), "seconds_an_edit": (time.process_time() - began) / max(1, len(rows))}  # fmt: skip
+    return {"tried": tried, **means, **percent, "n": len(rows), "seconds_an_edit": spent / max(1, len(rows))}  # fmt: skip
 
 
 def main(settings: TunedMany) -> None:

@@ -4,7 +4,7 @@ Facts are edited in ways that may be sound (the settings, at several layers and 
 (edits multiplied, random changes of their norm, what the editor itself names as harmful). What each does is judged by what no guard
 looks at: the fact's prompt, its neighbours, and a text that guards do not read.
 
-    sound    the prompt takes, of the neighbours that were right at most a tenth is lost, and the text's perplexity is at most 1.1 times
+    sound    the prompt takes, of the neighbours that were right at most a tenth is lost (less those that become right), and the text's perplexity is at most 1.1 times
     broken   half of those neighbours or more are lost, or the text's perplexity is 1.5 times or more
 
 What is between the two, does nothing, or was made to harm and did not, is no evidence. The edge of a band is halfway, in
@@ -168,17 +168,17 @@ def calibrate(
 
 
 def _chosen(model: HookedModel, facts: Sequence[Fact], n: int, editor: Editor, settings: Any) -> list[Fact]:
-    found: list[Fact] = []
+    found: dict[str, Fact] = {}
     for fact in facts:
         whole = fact.target_new and fact.target_true and fact.paraphrases and fact.neighbours
-        if whole and len(found) < n and not editing.refusal(model, fact, editor, settings):
-            found.append(fact)
+        if whole and len(found) < n and unit(fact) not in found and not editing.refusal(model, fact, editor, settings):
+            found[unit(fact)] = fact
     if len(found) < n:
         raise FactError(
             f"calibration edits {n} facts with both targets, paraphrases and neighbours whose new target the model does not say yet; of "
             f"these {len(facts)} there are {len(found)}."
         )
-    return found
+    return [*found.values()]
 
 
 @dataclass(frozen=True)

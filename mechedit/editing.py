@@ -106,6 +106,16 @@ class Editor:
         """The editor whose presets it has: its own name, unless it is a variant of another."""
         return self.name
 
+    @property
+    def key(self) -> dict[str, Any]:
+        """What results of the editor depend on beside its settings, as JSON values: its name and, of one that is not mechedit's own, its class and the
+        plain values that it was made with. Tensors and other objects are not in it: `Prepared.key` is the place for what they stand for."""
+        place = f"{type(self).__module__}:{type(self).__qualname__}"
+        with_ = {name: plain(value) for name, value in vars(self).items() if _is_plain(value)}
+        return {"editor": self.name} | (
+            {} if place.startswith("mechedit.") and not with_ else {"place": place, "with": with_}
+        )
+
     def defaults(self, model: HookedModel) -> Any:
         """The model's preset for this editor, else the settings as they are."""
         preset = models.preset(model)
@@ -250,8 +260,16 @@ def make_ready(
     settings = editor.resolve(model, settings)
     with models.alone(model), torch.inference_mode(False), applying.underneath(model):
         of = f"{type(editor).__module__}.{type(editor).__qualname__}"
-        key = ("prepared", of, models.identity(model).whole, content_key(settings))
+        key = ("prepared", of, models.identity(model).whole, content_key(settings, editor.key))
         return models.remembered(model, key, lambda: editor.prepare(model, settings, progress=progress), most=1)
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        all(map(_is_plain, value))
+        if isinstance(value, (tuple, list))
+        else isinstance(value, (str, int, float, type(None)))
+    )
 
 
 def refusal(model: HookedModel, fact: Fact, editor: Editor, settings: Any) -> str:

@@ -106,6 +106,28 @@ def test_too_few_facts_and_too_few_sound_edits_are_an_error(organism, world, tmp
         calibration._set("rome", {"n": UPPER}, rows("n", [1.0] * 4, [2.0] * 9), 0, origin, {}, {})
 
 
+def test_rates_are_of_bands_that_were_set_on_the_other_half_of_the_facts():
+    """Even facts are sound at 1 and broken at 2.5, so that their edge is 1.6; odd ones at 2 and 9, and 4.2."""
+    found = [
+        {"fact": fact, "n": value, "verdict": verdict}
+        for fact in range(12)
+        for verdict, value in zip(("sound", "broken"), (2.0, 9.0) if fact % 2 else (1.0, 2.5), strict=True)
+    ]
+    made = calibration._set("rome", {"n": UPPER}, found, 0, {"name": "a model"}, {}, {})
+    assert made.false_alarms.mean == 0.5, "of odd ones all"
+    assert made.misses.mean == 0.5, "of even ones all"
+
+
+def test_the_share_of_neighbours_that_is_lost_is_of_those_that_were_right(organism, world, monkeypatch):
+    (fact, *_), settings = world[6000:], CalibrateSettings()
+    probe = calibration._Probing(organism, named("rome"), calibration._Ways("", named("rome"), RomeSettings(layer=0)), [fact], settings)  # fmt: skip
+    monkeypatch.setattr(calibration.counterfact, "scores", lambda *_, **__: [{"ES": 1.0, "NS": 0.4}])
+    healthy = guards.of_unedited(organism, [fact.subject], prepend_bos=False)
+    for before, lost in ((0.5, 0.2), (0.4, 0.0), (0.3, 0.0)):
+        numbers = probe._effects(organism, fact, [], {"NS": before}, healthy)
+        assert numbers["neighbours_lost"] == pytest.approx(lost)
+
+
 # --- bands as settings ------------------------------------------------------------------------------------------------
 
 

@@ -231,7 +231,7 @@ def test_a_sequence_is_kept_resumed_shown_and_written_as_one_edit(run, counterfa
     status, _, err = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder), "--take-out", "1")
     assert (status, "none of the 2 facts stands" in err, (folder / "edit.safetensors").exists()) == (2, True, False)
     status, _, err = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder), "--take-out", "2")
-    assert (status, "has edits 0 to 1; found 2" in err) == (2, True)
+    assert (status, "--take-out names facts by their numbers, here 0 to 1; found 2" in err) == (2, True)
     status, _, err = run("edit", "--facts", str(counterfact), *quick, "--steps", "3", "--out", str(folder))
     assert (status, "begun with steps = 2, and this is 3" in err) == (2, True)
     status, _, err = run("edit", "--facts", str(counterfact), *quick, "--together", "2", "--out", str(folder))
@@ -274,10 +274,20 @@ def test_c_of_text_is_of_every_block_that_is_written(run, text, tmp_path):
         (("--editor", "sequential", "--no-shared", "--settle", "1"), "--settle does nothing here"),
         (("--editor", "sequential", "--loose", "0", "--again", "1"), "--again does nothing here"),
         (("--editor", "sequential", "--fisher", "0", "--settle", "1"), "--settle does nothing with fisher = 0"),
+        (("--editor", "sequential", "--layers", "0,1", "--rounds", "3"), "--rounds does nothing here"),
+        (("--editor", "sequential", "--entries", "0.5", "--rehearsed", "7"), "--rehearsed does nothing here"),
+        (("--editor", "sequential", "--rounds", "0", "--again", "1"), "--again does nothing with rounds = 0"),
+        (("--editor", "memit", "--take-out", "1"), "--take-out is of editors whose change is one solve for all"),
+        (
+            ("--editor", "sequential", "--take-out", "1", "9"),
+            "--take-out names facts by their numbers, here 0 to 1; found 9",
+        ),
+        (("--editor", "memit", "--no-shared"), "are of editors whose change is one solve for all"),
+        (("--editor", "rome", "--sought", "unedited"), "are of editors whose change is one solve for all"),
     ],
 )
-def test_options_of_learning_again_where_nothing_is_learnt_again_are_errors(options, message, run, counterfact, tmp_path, monkeypatch):  # fmt: skip
-    monkeypatch.setattr(extending, "run_sequence", lambda *args, **kwargs: pytest.fail("facts were edited"))
+def test_options_of_sequences_that_the_editor_does_nothing_with_are_errors(options, message, run, counterfact, tmp_path, monkeypatch):  # fmt: skip
+    monkeypatch.setattr(extending, "attempt", lambda *args, **kwargs: pytest.fail("facts were edited"))
     status, _, err = run(
         "edit", "--facts", str(counterfact), "--sequence", "--layer", "1", "--out", str(tmp_path / "run"), *options
     )

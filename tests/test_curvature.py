@@ -188,9 +188,23 @@ def test_G_of_a_text_reads_that_text_and_is_merged_with_another(load, tmp_path, 
         one.merged(moments.fisher(model, 0, settings=FEW))
     with pytest.raises(MomentError, match="must be of one model"):
         one.merged(moments.fisher(load("llama"), 1, settings=FEW))
+    for other in (replace(FEW, context=FEW.context + 1), replace(FEW, prepend_bos=False)):
+        with pytest.raises(MomentError, match="must be of one (window|BOS rule); found"):
+            one.merged(moments.fisher(model, 1, settings=other))
     texts[0].write_text("The Space Needle")
     with pytest.raises(MomentError, match=r"G of a block needs 32 tokens, and better 320; the text of .*one.txt has"):
         moments.fisher(model, 1, texts[:1], FEW)
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["inference", "autocast"])  # fmt: skip
+def test_what_stands_around_bears_neither_on_G_nor_on_C(around, load, tmp_path, monkeypatch):
+    model = load("gpt2")
+    G, C = moments.fisher(model, 1, settings=FEW).G, moments.estimate(model, 1, settings=FEW).C
+    monkeypatch.setenv("MECHEDIT_CACHE", str(tmp_path))  # where neither is kept
+    with around():
+        again = moments.fisher(model, 1, settings=FEW).G, moments.estimate(model, 1, settings=FEW).C
+    assert torch.equal(again[0], G)
+    assert torch.equal(again[1], C)
 
 
 def test_slopes_that_are_nan_say_so(own):
@@ -270,6 +284,15 @@ def test_G_that_does_not_belong_is_refused(load, tmp_path):
     assert rome.prepare(model, replace(settings, fisher=0.0), fisher=given).fisher is None
     with pytest.raises(EditError, match="this one is of layer 0"):
         rome.prepare(model, settings, fisher=moments.fisher(model, 0))
+    for other, message in (
+        (
+            replace(given.settings, prepend_bos=False),
+            "G was estimated without BOS, and the edit reads its prompts with it: slopes of the two differ",
+        ),
+        (replace(given.settings, parts=4, part=1), "G is part 1 of 4 of a text"),
+    ):
+        with pytest.raises(EditError, match=message):
+            rome.prepare(model, settings, fisher=replace(given, settings=other))
     long = SequentialSettings(layer=1, steps=2, prefixes=(), prepend_bos=True)
     with pytest.raises(
         EditError, match=r"fisher = 4 weighs G of layer 1 .*there is none"

@@ -529,6 +529,7 @@ def killed(monkeypatch, after, *given, **how):
 
     def attempt(*arguments, once=extending.attempt):
         if next(left, None) is None:
+            patched.setattr(extending, "_kept", lambda sequence, *_: sequence)  # who is killed keeps nothing more
             raise Stop
         return once(*arguments)
 
@@ -536,6 +537,31 @@ def killed(monkeypatch, after, *given, **how):
         patched.setattr(extending, "attempt", attempt)
         with pytest.raises(Stop):
             run(*given, **how)
+
+
+@pytest.mark.parametrize("where", ["a batch", "settling", "a look"])
+def test_what_is_finished_is_kept_where_a_run_ends_by_an_error_or_ctrl_c(where, model, prepared, tmp_path, monkeypatch):
+    how = {"together": 2, "rounds": 0, "settle": 1.0, "every": 2, "settings": SequentialSettings(**QUICK, loose=0.2)}
+    whole = run(model, prepared, tmp_path / "whole", **how)
+    module, name, after = {"a batch": (extending, "attempt", 2), "settling": (extending.settling, "settled", 1), "a look": (extending, "look", 2)}[where]  # fmt: skip
+    left, once = iter(range(after)), getattr(module, name)
+
+    def interrupted(*given, **more):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return once(*given, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, prepared, tmp_path / "stopped", **how)
+    with torch.inference_mode():
+        inside = run(model, prepared, tmp_path / "inside", **how)
+    assert torch.equal(change(inside), change(whole)), "inference mode around it bears on nothing"
+    state = tmp_path / "stopped" / "state.safetensors"
+    assert len(sequence.load(state).entries) == (2 if where == "settling" else 4)
+    assert torch.equal(change(run(model, prepared, tmp_path / "stopped", **how)), change(whole))
+    assert state.read_bytes() == (tmp_path / "whole" / "state.safetensors").read_bytes()
 
 
 @pytest.fixture
@@ -642,6 +668,30 @@ class Own(Sequential):
     """An editor from outside, which no list of names has."""
 
     name = "own"
+
+
+class Strong(Sequential):
+    """One that is made with something."""
+
+    name = "strong"
+
+    def __init__(self, times=1.0):
+        self.times = times
+
+
+def test_an_editor_that_its_class_alone_does_not_make_is_refused_before_anything_is_edited(model, prepared, tmp_path):
+    with pytest.raises(SequenceError, match="made without arguments; strong was made with times"):
+        run(model, prepared, tmp_path, editor=Strong(2.0))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("how", "what"), [({"sought": "unedited"}, "sought = unedited"), ({"shared": False}, "no-shared")]
+)
+def test_options_of_one_solve_for_all_are_refused_where_changes_are_added_up(how, what, model, tmp_path):
+    settings = FineTuningSettings(layer=LAYER, steps=2, prepend_bos=False, guard="warn")
+    with pytest.raises(SequenceError, match=rf"{what}\) are of editors whose change is one solve for all .*found ft"):
+        run(model, None, tmp_path, FACTS[:2], settings, "ft", **how)
 
 
 class Namesake(Sequential):

@@ -45,6 +45,17 @@ def test_every_combination_around_the_traced_layer_is_tried_and_the_best_is_prop
     json.dumps(found.to_json())
 
 
+def test_what_is_out_of_its_bands_more_than_now_and_then_is_not_proposed_however_well_it_scores(model, known, tmp_path, monkeypatch):  # fmt: skip
+    plain = tuning._row
+
+    def row(model, facts, found, bos, tried):
+        numbers = {1.0: {"S": 60.0, "within": 0.9}, 6.0: {"S": 90.0, "within": 0.8}}
+        return replace(plain(model, facts, found, bos, tried), **numbers.get(tried.get("clamp"), {}))
+
+    monkeypatch.setattr(tuning, "_row", row)
+    assert tuning.tune(model, known, tmp_path, SMALL, "rome", BASE).settings.clamp == 1.0
+
+
 def test_the_facts_that_are_edited_are_not_those_that_are_traced_and_rates_are_tried_too(model, known, tmp_path):
     rates = replace(SMALL, grid=(("clamp", (1.0,)), ("learning_rate", (0.1, 0.5))), around=0)
     found = tuning.tune(model, known, tmp_path, rates, "rome", BASE)

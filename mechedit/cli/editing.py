@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechedit.cli.choosing import add_editor, chosen_editor, given_edit_settings, resolved
 from mechedit.cli.options import PRESET, a_path, add_command, add_json, add_prompt, add_text, an_integer
-from mechedit.cli.sequencing import add_sequencing, check_learning, check_sequencing, edit_in_sequence
+from mechedit.cli.sequencing import add_sequencing, check_learning, check_sequencing, check_taking_out, edit_in_sequence
 from mechedit.cli.terminal import (
     UsageError,
     check_files,
@@ -98,6 +98,7 @@ def _edit(arguments: argparse.Namespace) -> None:
         warnings.simplefilter("ignore", EditWarning)  # `show_edit` has the reasons
         if arguments.sequence:
             check_learning(arguments, editor, settings)
+            check_taking_out(arguments, editor, settings, len(chosen))
         prepared = _prepared(arguments, model, settings, moment, progress)
         if arguments.sequence:
             return edit_in_sequence(arguments, model, chosen, editor, settings, prepared, progress)

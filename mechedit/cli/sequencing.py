@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from mechedit.progress import Progress
     from mechedit.runs.sequence import Sequence
 
-__all__ = ["add_sequencing", "check_learning", "check_sequencing", "edit_in_sequence", "show_sequence"]
+__all__ = [
+    "add_sequencing",
+    "check_learning",
+    "check_sequencing",
+    "check_taking_out",
+    "edit_in_sequence",
+    "show_sequence",
+]
 
 # of facts that are learnt again, which not all editors do
 LEARNING = ("rehearsed", "again", "rounds", "gentle", "settle")
@@ -60,16 +67,35 @@ def check_sequencing(arguments: argparse.Namespace) -> None:
 def check_learning(arguments: argparse.Namespace, editor: Editor, settings: Any) -> None:
     """Raise for options of learning again where nothing is learnt again; 0, which asks for none, may be said of any editor."""
     from mechedit.runs.rehearsing import is_gentle
+    from mechedit.runs.sequence import is_exact
 
     given = given_settings(arguments, SequenceSettings)
+    how = SequenceSettings(**given)
     idle = [name for name in LEARNING if given.get(name)]
-    if idle and not is_gentle(settings, SequenceSettings(**given)):
+    if idle and not (is_exact(editor, settings) and is_gentle(settings, how)):
         raise UsageError(
-            f"--{idle[0]} does nothing here: facts are learnt again by editors with loose above 0 (sequential), with shared values that are sought on "
-            f"the current model; found {editor.name}. Leave it out, or choose sequential."
+            f"--{idle[0]} does nothing here: facts are learnt again by editors with loose above 0 (sequential), by one solve at one layer, with shared "
+            f"values that are sought on the current model; found {editor.name}. Leave it out, or choose sequential with no more than that."
+        )
+    if not how.rounds and (idle := [name for name in ("rehearsed", "again") if given.get(name)]):
+        raise UsageError(
+            f"--{idle[0]} does nothing with rounds = 0, as nothing is learnt again. Leave one of them out."
         )
     if given.get("settle") and not settings.fisher:
         raise UsageError("--settle does nothing with fisher = 0, as it weighs G. Leave it out, or give --fisher.")
+
+
+def check_taking_out(arguments: argparse.Namespace, editor: Editor, settings: Any, n: int) -> None:
+    """Raise for edits to take out that a run of so many facts will not have, or of an editor that can take none out."""
+    from mechedit.runs.sequence import is_exact
+
+    if arguments.take_out and not is_exact(editor, settings):
+        raise UsageError(
+            f"--take-out is of editors whose change is one solve for all (sequential; alphaedit; memit with b = 1); {editor.name} with these settings "
+            "adds changes up. Leave it out."
+        )
+    if wrong := [number for number in arguments.take_out if not 0 <= number < n]:
+        raise UsageError(f"--take-out names facts by their numbers, here 0 to {n - 1}; found {wrong[0]}.")
 
 
 def edit_in_sequence(

@@ -328,6 +328,11 @@ def check_fisher(model: HookedModel, fisher: Fisher | None, settings: RomeSettin
         raise EditError(
             f"fisher = {settings.fisher:g} weighs G of layer {settings.layer} of the model as it is; {found}. Prepare anew (editors.rome.prepare)."
         )
+    if fisher.settings.parts != 1:
+        raise EditError(
+            f"G is part {fisher.settings.part} of {fisher.settings.parts} of a text; estimate it of the whole."
+        )
+    _check_bos("G", "slopes", fisher.settings.prepend_bos, settings.prepend_bos)
 
 
 def check_moment(model: HookedModel, moment: Moment, settings: RomeSettings) -> None:
@@ -343,7 +348,6 @@ def check_moment(model: HookedModel, moment: Moment, settings: RomeSettings) -> 
         raise EditError(
             f"C is given as a Moment (moments.estimate, Moment.load, moments.read_published); found a {type(moment).__name__}."
         )
-    bos, own_bos = settings.prepend_bos, moment.settings.prepend_bos
     for holds, message in (
         (moment.layer == layer, f"C must be of the edited layer {layer}; this one is of layer {moment.layer}. Estimate it for layer {layer}."),
         (moment.C.shape == (d_mlp, d_mlp), f"C must be [d_mlp, d_mlp] with d_mlp = {d_mlp}; it is {list(moment.C.shape)}, of another model."),
@@ -351,7 +355,15 @@ def check_moment(model: HookedModel, moment: Moment, settings: RomeSettings) -> 
         (moment.settings.parts == 1, f"C is part {moment.settings.part} of {moment.settings.parts} of a text; put all together with moments.merge (`mechedit merge`)."),
         (moment.keys > d_mlp, f"C must come from more keys than d_mlp = {d_mlp}; this one has {moment.keys}. Ten times d_mlp is a good number."),
         (moment.is_of(model), f"C was estimated on other weights ({moment.origin['name']}). Estimate it on this model."),
-        (own_bos in (None, bos), f"C was estimated {'with' if own_bos else 'without'} BOS, and the edit reads its prompts {'with' if bos else 'without'} it: keys of the two differ. Give both the same prepend_bos."),
     ):  # fmt: skip
         if not holds:
             raise EditError(message)
+    _check_bos("C", "keys", moment.settings.prepend_bos, settings.prepend_bos)
+
+
+def _check_bos(of: str, what: str, its: bool | None, own: bool | None) -> None:
+    if its not in (None, own):
+        raise EditError(
+            f"{of} was estimated {'with' if its else 'without'} BOS, and the edit reads its prompts {'with' if own else 'without'} it: {what} of the two "
+            "differ. Give both the same prepend_bos."
+        )

@@ -43,6 +43,7 @@ from mechedit.models.surface import (
     is_bridge,
     mlp_module,
     norm_after_mlp,
+    plainly,
     rotated,
 )
 
@@ -86,6 +87,7 @@ __all__ = [
     "mlp_module",
     "norm_after_mlp",
     "parity",
+    "plainly",
     "preset",
     "remembered",
     "rotated",

@@ -162,6 +162,13 @@ def frozen(model: HookedModel) -> Iterator[None]:
 
 
 @contextmanager
+def plainly(model: HookedModel) -> Iterator[None]:
+    """Within the block nothing of what stands around it bears on numbers or slopes: neither autocast nor inference mode."""
+    with torch.inference_mode(False), torch.autocast(device_of(model).type, enabled=False):
+        yield
+
+
+@contextmanager
 def cast(model: HookedModel, dtype: torch.dtype) -> Iterator[None]:
     """Within the block the model computes in `dtype`; afterwards it has its own weights and tables again, bit for bit.
 

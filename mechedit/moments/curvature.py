@@ -31,7 +31,7 @@ from mechedit import cache, files, provenance
 from mechedit.corruption import generator
 from mechedit.errors import check_list
 from mechedit.interventions import mlp_outputs
-from mechedit.models import Blocks, HookedModel, W_out, check_layer, device_of, frozen, hooked, identity
+from mechedit.models import Blocks, HookedModel, W_out, check_layer, device_of, frozen, hooked, identity, plainly
 from mechedit.moments.corpus import Text, batches, described, source_of
 from mechedit.moments.estimation import resolved
 from mechedit.moments.merging import joined, text_of
@@ -88,11 +88,13 @@ class Fisher:
         """G of the text of both, each as much as it has tokens.
 
         Raises:
-            MomentError: the other is of another block or model, or of the same text.
+            MomentError: the other is of another block, model or window, or of the same text.
         """
         for what, mine, theirs in (
             ("block", self.layer, other.layer),
             ("model", self.origin["around"], other.origin["around"]),
+            ("window", self.settings.context, other.settings.context),
+            ("BOS rule", self.settings.prepend_bos, other.settings.prepend_bos),
         ):
             if mine != theirs:
                 raise MomentError(f"both G must be of one {what}; found {mine} and {theirs}.")
@@ -156,9 +158,9 @@ def fisher(
     if keep and path.is_file():
         with suppress(files.FileError):
             return Fisher.load(path)
-    total, squares, tokens = torch.zeros(2 * W_out(model, layer).shape[1:], dtype=torch.float64), 0.0, 0
-    enough = TIMES * len(total)
-    with frozen(model):
+    with frozen(model), plainly(model):
+        total, squares, tokens = torch.zeros(2 * W_out(model, layer).shape[1:], dtype=torch.float64), 0.0, 0
+        enough = TIMES * len(total)
         for outputs, slopes in _slopes(model, layer, texts or (), settings, progress):
             total += (slopes.T @ slopes).double().cpu()
             squares += float(outputs.square().sum())

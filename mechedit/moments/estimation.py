@@ -16,7 +16,7 @@ from torch import Tensor
 from mechedit import cache, files, rank_one
 from mechedit.errors import check_list
 from mechedit.interventions import intervened, read
-from mechedit.models import HookedModel, W_out, check_layer, device_of, hooked, identity
+from mechedit.models import HookedModel, W_out, check_layer, device_of, hooked, identity, plainly
 from mechedit.moments.corpus import BATCH_TOKENS, Text, batches, described, source_of
 from mechedit.moments.moment import RULE, SAMPLED, Moment, MomentError
 from mechedit.progress import Progress, silent
@@ -101,7 +101,8 @@ def _made(
     """The moments of layers from one pass over the text, kept at their places."""
     found, source = {}, source_of(texts)
     whole = batches(model, texts, settings, progress)
-    sums = accumulate(model, list(places), whole, settings, checkpoint if keep else None, progress)
+    with plainly(model):
+        sums = accumulate(model, list(places), whole, settings, checkpoint if keep else None, progress)
     if not sums.keys:
         raise MomentError(
             f"{described(texts)} is shorter than one window of {settings.context} tokens; add text or lower the context."

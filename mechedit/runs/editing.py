@@ -109,7 +109,7 @@ class Made:
 
 def making(editor: Editor, settings: Any, prepared: Prepared | None) -> dict[str, Any]:
     """What edits depend on, beside the model."""
-    return {"editor": editor.name, "edit": asdict(settings), "prepared": prepared.key if prepared is not None else ""}
+    return editor.key | {"edit": asdict(settings), "prepared": prepared.key if prepared is not None else ""}
 
 
 @dataclass(frozen=True)

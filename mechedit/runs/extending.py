@@ -37,7 +37,7 @@ from mechedit.progress import Progress, silent
 from mechedit.runs import rehearsing, settling
 from mechedit.runs.editing import attempt
 from mechedit.runs.planning import SAID, Plan, noted, parts, planned
-from mechedit.runs.sequence import (  # fmt: skip
+from mechedit.runs.sequence import (
     TAKEN_OUT,
     Row,
     Sequence,
@@ -53,7 +53,7 @@ from mechedit.runs.sequence import (  # fmt: skip
     solved,
     without,
     written,
-)
+)  # fmt: skip
 from mechedit.runs.store import check_plain
 from mechedit.runs.watching import look, out_of_bands
 from mechedit.settings import SequenceSettings, from_json
@@ -140,29 +140,36 @@ def extend(
     if facts:
         looks = tuple(each for each in sequence.looks if not each.get(ENDED) and each["edits"] <= saved)
         sequence = replace(sequence, looks=looks)
-    for first in range(0, len(facts), how.together):
-        progress("editing in sequence", first, len(facts))
-        before, last = len(sequence.entries), first + how.together >= len(facts)
-        for part in parts(sequence, facts[first : first + how.together], how):
-            sequence = writer.batch(sequence, part)
-        n = len(sequence.entries)
-        if settling.is_due(before, n, how.settle):
-            sequence = writer.settled(sequence, progress)
-        due = bool(how.every) and n // how.every > before // how.every
-        if last or due:
-            seen = look(model, sequence, healthy, how, bos=bos) | ({} if due else {ENDED: True})
-            sequence = replace(sequence, looks=(*sequence.looks, seen))
-            if seen["out"] and how.on_collapse == "roll back":
-                back = good if folder is None else _good(model, sequence, folder, before)
-                sequence = replace(back, looks=sequence.looks)
-            elif due and not seen["out"]:
-                good = _kept(sequence, folder, GOOD)
-            last = last or bool(seen["out"] and how.on_collapse != "go on")
-        if last or n - saved >= how.keep:
-            _kept(sequence, folder, STATE)
-            saved = n
-        if last:
-            break
+    whole = sequence  # behind its last batch, settled and looked at where that was due
+    try:
+        for first in range(0, len(facts), how.together):
+            progress("editing in sequence", first, len(facts))
+            before, last = len(sequence.entries), first + how.together >= len(facts)
+            for part in parts(sequence, facts[first : first + how.together], how):
+                sequence = writer.batch(sequence, part)
+            n = len(sequence.entries)
+            if settling.is_due(before, n, how.settle):
+                sequence = writer.settled(sequence, progress)
+            due = bool(how.every) and n // how.every > before // how.every
+            if last or due:
+                seen = look(model, sequence, healthy, how, bos=bos) | ({} if due else {ENDED: True})
+                sequence = replace(sequence, looks=(*sequence.looks, seen))
+                if seen["out"] and how.on_collapse == "roll back":
+                    back = good if folder is None else _good(model, sequence, folder, before)
+                    sequence = replace(back, looks=sequence.looks)
+                elif due and not seen["out"]:
+                    good = _kept(sequence, folder, GOOD)
+                last = last or bool(seen["out"] and how.on_collapse != "go on")
+            if last or n - saved >= how.keep:
+                _kept(sequence, folder, STATE)
+                saved = n
+            whole = sequence
+            if last:
+                break
+    except BaseException:  # nothing that is finished is lost
+        if len(whole.entries) > saved:
+            _kept(whole, folder, STATE)
+        raise
     progress("editing in sequence", len(facts), len(facts))
     return sequence
 
@@ -206,10 +213,8 @@ def take_out(
     if prepared is None:
         prepared = editing.make_ready(model, editor, settings)
     check_of(model, sequence, begin(model, editor, settings, prepared, how))
-    writer, good = (
-        _Writer(model, editor, settings, prepared, how),
-        _good(model, sequence, folder, len(sequence.entries)),
-    )
+    writer = _Writer(model, editor, settings, prepared, how)
+    good = _good(model, sequence, folder, len(sequence.entries))
     sequence = writer.parted(sequence, numbers)
     bos = prompts.resolve_bos(model, settings.prepend_bos)
     seen = look(model, sequence, unedited(model, prepend_bos=bos), how, bos=bos)
@@ -248,12 +253,8 @@ class _Writer:
         return latest(self.prepared, self.settings)
 
     def batch(
-        self,
-        sequence: Sequence,
-        facts: Several[Fact],
-        said: Set[int] = frozenset(),
-        why: Mapping[Fact, str] = MappingProxyType({}),
-    ) -> Sequence:
+        self, sequence: Sequence, facts: Several[Fact], said: Set[int] = frozenset(), why: Mapping[Fact, str] = MappingProxyType({})
+    ) -> Sequence:  # fmt: skip
         """The sequence with a batch behind it; as it was, with the reason, where the batch cannot be written. `said` are places of repeats that
         were found to be said already, and `why` has facts that were found to be such as cannot be edited."""
         plan = planned(sequence, facts, self.how, lambda fact: why.get(fact) or self.unfit(fact), said)

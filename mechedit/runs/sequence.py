@@ -41,24 +41,9 @@ from mechedit.settings import SequenceSettings, from_json
 from mechedit.weights import Weight
 
 __all__ = [
-    "KIND",
-    "TAKEN_OUT",
-    "Entry",
-    "Row",
-    "Sequence",
-    "SequenceError",
-    "as_edit",
-    "begin",
-    "check_of",
-    "editor_of",
-    "load",
-    "parts_of",
-    "reverted",
-    "save",
-    "solved",
-    "without",
-    "written",
-]
+    "KIND", "TAKEN_OUT", "Entry", "Row", "Sequence", "SequenceError", "as_edit", "begin", "check_of", "editor_of", "is_exact", "load",
+    "parts_of", "reverted", "save", "solved", "without", "written",
+]  # fmt: skip
 
 KIND = "sequence"
 TAKEN_OUT = "taken out again"
@@ -182,20 +167,40 @@ def begin(
     """A sequence without edits, for settings as `resolve` gives them.
 
     Raises:
-        SequenceError: values are to be sought on the model without edits, and their slack is not that of one solve for all.
+        SequenceError: values are to be sought on the model without edits, and their slack is not that of one solve for all; or the editor cannot
+            be made anew by its class alone, as it is where the run goes on.
     """
-    exact = isinstance(editor, Memit) and settings.b > 0 and settings.parts == ("mlp",) and not settings.layers
-    exact = exact and not settings.is_shaped  # what is done to a change after its solve is no part of one solve for all
+    if with_ := editor.key.get("with"):
+        raise SequenceError(
+            f"a sequence keeps its editor as a class that is made without arguments; {editor.name} was made with {', '.join(with_)}. Make a class "
+            "that has them set, or knobs of its settings."
+        )
+    exact = is_exact(editor, settings)
     if exact and how.sought == "unedited" and (settings.loose or not isclose(settings.b * settings.slack, 1.0)):
         raise SequenceError(
             f"values that are sought on the model without edits (sought = unedited) are met up to a slack of 1/b; found slack = {settings.slack:g} and "
             f"loose = {settings.loose:g}. Give slack = {1 / settings.b:g} and loose = 0, or leave sought at current."
         )
+    if not exact and (how.sought != "current" or not how.shared):
+        what = (
+            "values that no other edit bears on (sought = unedited)"
+            if how.shared
+            else "values of each fact's own (no-shared)"
+        )
+        raise SequenceError(f"{what} are of editors whose change is one solve for all (sequential; alphaedit; memit with b = 1); found {editor.name}. Leave it out.")  # fmt: skip
     sums = Sums.none(*models.W_out(model, settings.layer).shape) if exact else None
     own, plain = cache.plain(how.writing), cache.plain(asdict(settings))
     key, place = prepared.key if prepared else "", f"{type(editor).__module__}:{type(editor).__qualname__}"
     versions = provenance.kept_under(model)["versions"]
     return Sequence(editor.name, plain, provenance.origin(model), key, own, place, versions, sums=sums)
+
+
+def is_exact(editor: Editor, settings: Any) -> bool:
+    """Whether the change of a sequence is the one solve for all its keys, so that edits can be taken out, learnt again and settled."""
+    if not isinstance(editor, Memit) or settings.layers:
+        return False
+    # what is done to a change after its solve is no part of one solve for all
+    return settings.b > 0 and settings.parts == ("mlp",) and not settings.is_shaped
 
 
 def check_of(model: HookedModel, sequence: Sequence, like: Sequence) -> None:

@@ -68,7 +68,7 @@ def settled(
     values do not keep clear of ordinary text (fisher = 0), and where facts are not learnt again either (`rehearsing.is_gentle`)."""
     if len(sequence.rows) < 2 or not settings.fisher or not rehearsing.is_gentle(settings, how):
         return sequence
-    with written(model, sequence), models.frozen(model):
+    with written(model, sequence), models.frozen(model), models.plainly(model):
         loss = _Loss(model, sequence, settings, prepared, metric)
         descent = Lbfgs(torch.zeros(1, *loss.shape, dtype=torch.float64), loss.coordinates)
         kept: list[float] = []  # losses

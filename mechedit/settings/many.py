@@ -211,7 +211,7 @@ class SequentialSettings(MemitSettings):
         GUARDS,
     )
     a: float = knob(
-        0.0, "weight of C: so many ordinary keys hold against the facts; 0: as the model's width has it, 5 d_mlp"
+        0.0, "weight of C: so many ordinary keys hold against the facts; 0: 5 d_mlp, or none where c is given"
     )
     b: float = knob(1.0, "weight of each key that an earlier edit of the sequence wrote")
     fisher: float = knob(
