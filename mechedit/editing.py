@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from inspect import signature
 from math import nan
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -108,10 +109,11 @@ class Editor:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What results of the editor depend on beside its settings, as JSON values: its name and, of one that is not mechedit's own, its class and the
-        plain values that it was made with. Tensors and other objects are not in it: `Prepared.key` is the place for what they stand for."""
+        """What results of the editor depend on beside its settings, as JSON values: its name and, of one that is not mechedit's own, its class and what
+        it was made with: plain values that `__init__` takes and the editor has by the same names. `Prepared.key` is the place for all else."""
         place = f"{type(self).__module__}:{type(self).__qualname__}"
-        with_ = {name: plain(value) for name, value in vars(self).items() if _is_plain(value)}
+        taken = signature(type(self)).parameters.keys() & vars(self).keys()
+        with_ = {name: plain(getattr(self, name)) for name in sorted(taken) if _is_plain(getattr(self, name))}
         return {"editor": self.name} | (
             {} if place.startswith("mechedit.") and not with_ else {"place": place, "with": with_}
         )
@@ -265,11 +267,9 @@ def make_ready(
 
 
 def _is_plain(value: Any) -> bool:
-    return (
-        all(map(_is_plain, value))
-        if isinstance(value, (tuple, list))
-        else isinstance(value, (str, int, float, type(None)))
-    )
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (str, int, float, type(None)))
 
 
 def refusal(model: HookedModel, fact: Fact, editor: Editor, settings: Any) -> str:

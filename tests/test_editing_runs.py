@@ -108,6 +108,34 @@ def test_a_run_makes_ready_itself_and_gives_what_the_harness_gives(model, monkey
     assert found.editor == "ft"
 
 
+class Scaled(rome.Rome):
+    """Of which one name has many."""
+
+    def __init__(self, times):
+        self.times, self.asked = times, 0
+
+    def find(self, *given, **more):
+        self.asked += 1
+        found = super().find(*given, **more)
+        return replace(found, changes=tuple(replace(each, step=self.times * each.step) for each in found.changes))
+
+
+class Else(Scaled):
+    pass
+
+
+def test_editors_of_one_name_are_told_apart_by_their_class_and_what_they_are_made_with(model, ready, tmp_path):
+    (once,) = edit_facts(model, FACTS[:1], tmp_path, Scaled(1.0), QUICK, ready)
+    for other in (Scaled(0.5), Else(1.0), "rome"):
+        with pytest.raises(RunError, match="holds a run of other settings"):
+            edit_facts(model, FACTS[:1], tmp_path, other, QUICK, ready)
+    same = Scaled(1.0)
+    assert edit_facts(model, FACTS[:1], tmp_path, same, QUICK, ready)[0].digest == once.digest
+    assert same.asked == 0, "it is kept"
+    (half,) = edit_facts(model, FACTS[:1], tmp_path / "half", Scaled(0.5), QUICK, ready)
+    assert half.report["update_norm"] == pytest.approx(once.report["update_norm"] / 2)
+
+
 def test_a_model_with_hooks_is_not_edited_in_a_run(model, ready, tmp_path):
     with (
         model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", lambda resid, hook: 2 * resid)]),

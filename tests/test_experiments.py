@@ -350,6 +350,9 @@ def test_scaling_and_collapse_follow_sequences_to_their_end(to_edit, tmp_path, m
     )  # is scored already
     assert left_alone == [3, 4, 4], "the facts of --spared, else those that are edited"
     assert read(tmp_path, "again")["rows"] == record["rows"][1:]
+    with pytest.raises(SystemExit, match=r"has 4 edits, and was not scored so at \[2\]: leave those sizes out"):
+        scaling.main(common.parse(scaling.Scaling, [*quick, *sizes, "--sizes", "2", "4", "--prose", "12", "--name", "again"]))  # fmt: skip
+    assert read(tmp_path, "again")["rows"] == record["rows"][1:], "and is left"
     assert record["edit"]["sought_with"] == 4
     assert record["edit"]["leave_learnt"] is True
     assert [row["edits"] for row in record["rows"]] == [2, 4]
@@ -415,6 +418,8 @@ def test_editors_of_many_facts_are_compared_on_the_same_facts(to_edit, tmp_path,
     monkeypatch.setattr(many_editors, "run_sequence", lambda *args, **kwargs: pytest.fail("it is kept"))
     many_editors.main(common.parse(many_editors.ManyEditors, quick))
     assert read(tmp_path, "many_editors")["editors"]["memit"] == record["editors"]["memit"]
+    with pytest.raises(pytest.fail.Exception, match="it is kept"):  # both facts at once are another run
+        many_editors.main(common.parse(many_editors.ManyEditors, [*quick, "--sizes", "2"]))
     assert next(tmp_path.rglob("many_editors.png")).stat().st_size > 5000
 
 
