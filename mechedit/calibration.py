@@ -340,7 +340,7 @@ def _set(
     verdicts = [row["verdict"] for row in rows]
     sound, broken = verdicts.count("sound"), verdicts.count("broken")
     if min(sound, broken) < FEWEST:
-        more = "Use other layers, or more facts." if sound <= broken else "Multiply edits by more (times)."
+        more = "Use more facts, or other layers." if sound < FEWEST else "Multiply edits by more (times)."
         raise CalibrationError(
             f"bands need {FEWEST} sound and {FEWEST} broken edits; found {sound} and {broken} of {len(rows)}. {more}"
         )

@@ -184,7 +184,8 @@ def _chosen(
     known = _first_known(model, facts, settings.traced, bos, progress)
     if len(known) < 2:
         raise FactError(
-            f"tuning averages traces of known facts; {model.cfg.model_name} knows {len(known)} of these {len(facts)}."
+            f"tuning averages traces of facts that the model knows, two at least; {model.cfg.model_name} knows {len(known)} of these {len(facts)}. "
+            "Give more facts, or others; a fact can be known only where it has a target_true."
         )
     complete = [fact for fact in facts if fact.target_new and fact.target_true and fact.paraphrases and fact.neighbours]
     scored = [fact for fact in complete if fact not in known][: settings.edited]

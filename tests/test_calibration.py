@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -227,7 +228,16 @@ def test_the_command_writes_bands_that_edits_take(tmp_path, capsys):
     ]:
         assert cli.main([*command, *others]) == 2
         assert f"has results of {what}, which is not tried here, and they would be replaced" in capsys.readouterr().err
+    capsys.readouterr()
     assert cli.main([*command, *same]) == 0, "the same again"
+    made = capsys.readouterr().out
+    assert cli.main(["show", str(tmp_path), "--json", str(tmp_path / "shown.json")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[:-1] == made.splitlines()[: len(shown.splitlines()) - 1], "the same tables"
+    way = [edit["verdict"] for edit in record["edits"] if edit["way"] == "layer 0, clamp times 1, times 20"]
+    n = r"\W+".join(str(way.count(verdict)) for verdict in ("sound", "broken", "neither"))
+    assert re.search(rf"layer 0, clamp times 1, times 20\W+{n}\W", shown)
+    assert json.loads((tmp_path / "shown.json").read_text()) == record
     assert json.loads((tmp_path / "bands.json").read_text()) == record
     fact = sources.named("organism")[7000]
     edit = ["edit", fact.prompt, "--subject", fact.subject, "--target", fact.target_new, "--model", "organism"]

@@ -210,26 +210,45 @@ def test_a_sequence_is_kept_resumed_shown_and_written_as_one_edit(run, counterfa
     quick = ("--layer", "1", "--steps", "2", "--prefixes", "none", "--editor", "sequential", "--sequence")
     folder = tmp_path / "run"
     status, out, _ = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder), "--limit", "1")
-    assert (status, "1 of 1 facts stand" in out) == (0, True)
+    assert (status, "1 of 1 facts are written" in out) == (0, True)
     record = tmp_path / "sequence.json"
     status, out, _ = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder), "--json", str(record))
-    assert (status, "2 of 2 facts stand, by 2 rows in 2 batches; 0 conflicts" in out) == (0, True)
+    assert (status, "2 of 2 facts are written, by 2 keys in 2 batches; 0 conflicts" in out) == (0, True)
     assert [look["edits"] for look in json.loads(record.read_text())["looks"]] == [2], (
         "the look at the end of fewer is dropped"
     )
     assert run("apply", str(folder / "edit.safetensors"))[0] == 0
     status, out, _ = run("show", str(folder), model=False)
-    assert (status, "2 of 2 facts stand" in out, "perplexity ratio" in out) == (0, True, True)
+    assert (status, "2 of 2 facts are written" in out, "perplexity ratio" in out) == (0, True, True)
     status, out, _ = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder), "--take-out", "0")
-    assert (status, "1 of 2 facts stand, by 1 rows" in out, "1 not: taken out again" in out) == (0, True, True), out
+    assert (status, "1 of 2 facts are written, by 1 keys" in out, "1 not: taken out again" in out) == (0, True, True), (
+        out
+    )
     kept = sequence.load(folder / "state.safetensors")
     assert f"taken out: 0, {kept.entries[0].as_fact.prompt!r}" in out
     (key,) = (row.key.double() for row in kept.rows.values())
     assert torch.allclose(kept.sums.P, torch.outer(key, key)), "the other's key is left, and nothing of the first"
     assert [look["edits"] for look in kept.looks] == [2, 2]
+    prompt, other = (entry.as_fact.prompt for entry in kept.entries)
+    assert f"0: {prompt!r} -> " in out
+    assert f"{other!r}" not in out or "not said at the last look" in out
+    status, out, _ = run(
+        "edit", "--facts", str(counterfact), *quick, "--out", str(folder), "--take-out", "0", "0", "--json", str(record)
+    )
+    assert (status, out.count(f"is out already: 0, {prompt!r}")) == (0, 1)
+    made = json.loads(record.read_text())
+    assert [look["edits"] for look in made["looks"]] == [2, 2], "and nothing more is done"
+    assert [(each["number"], each["prompt"], each["why"]) for each in made["edits"]] == [
+        (0, prompt, "taken out again"),
+        (1, other, ""),
+    ]
+    assert (made["edits"][0]["said"], made["edits"][1]["said"]) == (
+        None,
+        kept.looks[-1]["row"].get("1", kept.looks[-1]["row"].get(1)),
+    )
     assert run("apply", str(folder / "edit.safetensors"))[0] == 0
     status, _, err = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder), "--take-out", "1")
-    assert (status, "none of the 2 facts stands" in err, (folder / "edit.safetensors").exists()) == (2, True, False)
+    assert (status, "none of the 2 facts is written" in err, (folder / "edit.safetensors").exists()) == (2, True, False)
     status, _, err = run("edit", "--facts", str(counterfact), *quick, "--out", str(folder), "--take-out", "2")
     assert (status, "--take-out names facts by their numbers, here 0 to 1; found 2" in err) == (2, True)
     status, _, err = run("edit", "--facts", str(counterfact), *quick, "--steps", "3", "--out", str(folder))
@@ -242,7 +261,7 @@ def test_a_sequence_is_kept_resumed_shown_and_written_as_one_edit(run, counterfa
     assert (status, len(err.splitlines())) == (2, 1)
     back = ("--on-collapse", "roll back", "--most-spectrum", "0.001", "--every", "1", "--out", str(tmp_path / "back"))
     status, _, err = run("edit", "--facts", str(counterfact), *quick, *back)
-    assert (status, "none of the 2 facts stands: the run went back to its start" in err) == (2, True), err
+    assert (status, "none of the 2 facts is written: the run went back to its start" in err) == (2, True), err
 
 
 def test_a_sequence_takes_c_and_g_from_text_for_as_long_as_it_goes_on(run, counterfact, text, tmp_path):
@@ -252,7 +271,7 @@ def test_a_sequence_takes_c_and_g_from_text_for_as_long_as_it_goes_on(run, count
     status, _, err = run("edit", *folder, *quick)
     assert (status, "begun with another C or other prefixes" in err) == (2, True), err
     status, out, _ = run("edit", *folder, *quick, "--text", str(text), "--take-out", "0")
-    assert (status, "1 of 2 facts stand" in out) == (0, True)
+    assert (status, "1 of 2 facts are written" in out) == (0, True)
 
 
 def test_c_of_text_is_of_every_block_that_is_written(run, text, tmp_path):

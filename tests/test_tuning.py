@@ -101,7 +101,7 @@ def test_facts_that_cannot_be_tuned_on_are_an_error(model, known, tmp_path, monk
     with pytest.raises(FactError, match="edits 2 facts .* apart from the 2 that are traced; there are 0"):
         tuning.tune(model, [replace(fact, neighbours=()) for fact in known], tmp_path, SMALL, "rome", BASE)
     monkeypatch.undo()
-    with pytest.raises(FactError, match="knows 0 of these 4"):
+    with pytest.raises(FactError, match="knows 0 of these 4. Give more facts, or others"):
         tuning.tune(model, [replace(fact, target_true="zebra") for fact in known], tmp_path, SMALL, "rome", BASE)
     for wrong in ({"grid": (("clamp", ()),)}, {"edited": 0}, {"traced": 1}, {"around": -1}):
         with pytest.raises(SettingsError, match=next(iter(wrong))):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Mapping
+from math import nan
+from typing import TYPE_CHECKING, Any
 
 from mechedit.cli.choosing import add_editor, chosen_editor, given_edit_settings, resolved
 from mechedit.cli.options import PRESET, a_path, add_command, add_json, add_settings, an_integer, given_settings
@@ -20,7 +22,10 @@ from mechedit.cli.terminal import (
 )
 from mechedit.settings import NO_EDGE, CalibrateSettings
 
-__all__ = ["add_calibrating"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["add_calibrating", "show_bands"]
 
 
 def add_calibrating(commands: Any, editor: str) -> None:
@@ -74,23 +79,32 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         )
     written = [found.save(arguments.out / "bands.json"), *write_json(arguments.json, found.to_json())]
     console = console_of(arguments)
-    rows = [
-        (
-            each.name,
-            _edge(each.low),
-            _edge(each.high),
-            f"{each.sound:.3g}",
-            f"{each.broken:.3g}",
-            str(each.false_alarms),
-            str(each.misses),
-        )
-        for each in found.found
-    ]
-    rows.append(("all together", "", "", "", "", str(found.false_alarms), str(found.misses)))
-    show_table(console, ("number", "from", "to", "sound, 99 %", "broken beyond, 10 %", "false alarms", "misses"), rows)
-    console.print(", ".join(f"{n} {verdict}" for verdict, n in found.judged.items()) + " edits")
+    show_bands(console, found.to_json())
     show_files(console, written)
 
 
-def _edge(value: float) -> str:
-    return "" if value >= NO_EDGE else f"{value:.3g}"
+def show_bands(console: Console, record: Mapping[str, Any]) -> None:
+    """Bands with their rates, from what `Calibration.to_json` has, and how edits were judged in each way."""
+    rows = [
+        (each["name"], *(_edge(each[name]) for name in ("low", "high", "sound", "broken")), *map(_rate, (each["false_alarms"], each["misses"])))
+        for each in record["bands"]
+    ]  # fmt: skip
+    rows.append(("all together", "", "", "", "", *(_rate(record["together"][name]) for name in ("false_alarms", "misses"))))  # fmt: skip
+    show_table(console, ("number", "from", "to", "sound, 99 %", "broken beyond, 10 %", "false alarms", "misses"), rows)
+    ways: dict[str, list[str]] = {}
+    for edit in record["edits"]:
+        ways.setdefault(edit["way"], []).append(edit["verdict"])
+    verdicts = list(record["judged"])
+    show_table(console, ("edits", *verdicts), [(way, *(str(found.count(each)) for each in verdicts)) for way, found in ways.items()])  # fmt: skip
+    console.print(", ".join(f"{n} {verdict}" for verdict, n in record["judged"].items()) + " edits")
+
+
+def _edge(value: float | None) -> str:
+    return "" if value is None or value >= NO_EDGE else f"{value:.3g}"
+
+
+def _rate(found: Mapping[str, Any]) -> str:
+    from mechedit.statistics import Mean
+
+    mean, low, high = (nan if found[name] is None else found[name] for name in ("mean", "low", "high"))
+    return str(Mean(mean, low, high, found["n"]))

@@ -78,7 +78,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
         trained.KIND: lambda path: trained.load(path).record,
     }
     if kind not in readers:
-        raise files.FileError(f"{arguments.file} is of kind {kind!r}; this version shows {', '.join(readers)}.")
+        raise files.FileError(
+            f"{arguments.file} is of kind {kind!r}, and inspect reads {', '.join(readers)}; `mechedit show` says what is in other results."
+        )
     record = {"kind": kind, **readers[kind](arguments.file)}
     show_table(
         console_of(arguments),

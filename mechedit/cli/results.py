@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mechedit.cli.calibrating import show_bands
 from mechedit.cli.editing import show_edit
 from mechedit.cli.options import a_path, add_command, add_json
 from mechedit.cli.sequencing import show_sequence
@@ -37,7 +38,7 @@ FEW = 100  # records, of which intervals are explained
 SHORT = 14  # characters of a result's name in the head of a column
 MANY_UNITS = 20  # of a run, that `show` names
 KINDS = ("edit", "trace", "severed", "moment")  # of files
-SHOWN = "an edit, sequence, trace, severed or moment file, or a folder of evaluate, sweep, tune, trace --facts or edit --facts (--sequence)"
+SHOWN = "an edit, sequence, trace, severed or moment file, or a folder of evaluate, sweep, tune, calibrate, trace --facts or edit --facts (--sequence)"
 
 
 def add_results(commands: Any) -> None:
@@ -91,7 +92,7 @@ def _of_folder(console: Console, folder: Path) -> dict[str, Any]:
         return found.to_json()
     if (folder / "state.safetensors").is_file():
         return _of_blob(console, folder / "state.safetensors")
-    for name in ("sweep.json", "tuned.json", "average.json"):
+    for name in ("sweep.json", "tuned.json", "bands.json", "average.json"):
         if (folder / name).is_file():
             return _of_json(console, folder / name)
     return _of_run(console, folder)
@@ -144,7 +145,7 @@ def _of_blob(console: Console, place: Path | Blob) -> dict[str, Any]:
 
 
 def _of_json(console: Console, path: Path) -> dict[str, Any]:
-    """A sweep, settings that were tuned, or any object with its names."""
+    """A sweep, settings that were tuned, bands with their evidence, or any object with its names."""
     from mechedit import parsing
     from mechedit.files import FileError
 
@@ -156,6 +157,8 @@ def _of_json(console: Console, path: Path) -> dict[str, Any]:
             _of_sweep(console, record)
         elif "rows" in record and "site" in record:
             _of_tuned(console, record)
+        elif "bands" in record and "judged" in record:
+            show_bands(console, record)
         else:
             _plain(console, path, record)
     except (parsing.ParseError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

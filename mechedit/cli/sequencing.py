@@ -30,6 +30,7 @@ __all__ = [
 
 # of facts that are learnt again, which not all editors do
 LEARNING = ("rehearsed", "again", "rounds", "gentle", "settle")
+NAMED = 20  # facts that are not written, or not said, that are named
 LOOKS = ("success", "others", "perplexity_ratio", "next_token_kl", "change", "spectrum")
 
 
@@ -110,24 +111,25 @@ def edit_in_sequence(
     """All facts, and one edit of what stands."""
     from mechedit import edits
     from mechedit.runs.extending import run_sequence, take_out
-    from mechedit.runs.sequence import as_edit
+    from mechedit.runs.sequence import TAKEN_OUT, as_edit
 
     how = SequenceSettings(**given_settings(arguments, SequenceSettings))
     with keeping(f"the sequence so far is kept in {arguments.out}"):
         found = run_sequence(model, chosen, arguments.out, how, editor, settings, prepared, progress=progress)
-    if arguments.take_out:
-        found = take_out(model, arguments.take_out, arguments.out, how, prepared)
+    there = [number for number in dict.fromkeys(arguments.take_out) if found.entries[number].why != TAKEN_OUT]
+    if there:
+        found = take_out(model, there, arguments.out, how, prepared)
     written = [arguments.out / name for name in ("state.safetensors", "looks.json")]
     whole = arguments.out / "edit.safetensors"
     if found.standing:
         written.append(edits.save(as_edit(found), whole))
     else:
         whole.unlink(missing_ok=True)  # of what stood before
-    written += write_json(arguments.json, found.to_json())
     console = console_of(arguments)
-    for number in arguments.take_out:
-        console.print(f"taken out: {number}, {found.entries[number].as_fact.prompt!r}")
-    show_sequence(console, found)
+    for number in dict.fromkeys(arguments.take_out):
+        said = "taken out" if number in there else "is out already"
+        console.print(f"{said}: {number}, {found.entries[number].as_fact.prompt!r}")
+    written += write_json(arguments.json, show_sequence(console, found))
     show_files(console, written)
     if not found.standing:
         why = (
@@ -135,18 +137,28 @@ def edit_in_sequence(
             if found.entries
             else "the run went back to its start, where no look had found all well"
         )
-        raise edits.EditError(f"none of the {len(chosen)} facts stands: {why}.")
+        raise edits.EditError(f"none of the {len(chosen)} facts is written: {why}.")
 
 
 def show_sequence(console: Console, found: Sequence) -> dict[str, Any]:
-    """How many stand, why the others do not, and each look; all of it as JSON values too."""
-    record = found.to_json()
+    """How many facts are written, which are not and why, which the last look found unsaid, and each look; all of it as JSON values too."""
+    record = found.to_json() | {"edits": _edits(found)}
+    keys = f"by {record['rows']} keys " if found.sums is not None else ""
     console.print(
-        f"{record['editor']} on {record['model']}: {record['standing']} of {record['facts']} facts stand, by {record['rows']} rows in "
+        f"{record['editor']} on {record['model']}: {record['standing']} of {record['facts']} facts are written, {keys}in "
         f"{record['batches']} batches; {record['conflicts']} conflicts"
     )
     for why, n in record["why"].items():
         console.print(f"{n} not: {why}")
+    missing = [
+        (each, each["why"] or "written, and not said at the last look")
+        for each in record["edits"]
+        if each["why"] or each["said"] is False
+    ]
+    for each, why in missing[:NAMED]:
+        console.print(f"  {each['number']}: {each['prompt']!r} -> {each['target_new']!r}: {why}")
+    if len(missing) > NAMED:
+        console.print(f"  and {len(missing) - NAMED} more (--json FILE has all)")
     rows = [
         (
             str(look["edits"]),
@@ -160,3 +172,13 @@ def show_sequence(console: Console, found: Sequence) -> dict[str, Any]:
     if collapse := found.collapse:
         console.print(f"it broke by edit {collapse['edits']}: {', '.join(collapse['out'])}")
     return record
+
+
+def _edits(found: Sequence) -> list[dict[str, Any]]:
+    """Each fact by its number: why it is not written, where it is not, and whether the last look found it said (None: not asked)."""
+    said = {str(number): held for number, held in found.looks[-1]["row"].items()} if found.looks else {}
+    return [
+        {"number": number, "prompt": (fact := entry.as_fact).prompt, "target_new": str(fact.target_new), "why": "" if entry.row >= 0 else entry.why,
+         "said": said.get(str(number)) if entry.row >= 0 else None}
+        for number, entry in enumerate(found.entries)
+    ]  # fmt: skip

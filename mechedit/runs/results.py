@@ -208,10 +208,12 @@ def check_made(path: Path, editor: str, rows: str, unmade: Callable[[Mapping[str
         return
     found = parsing.from_file(path)
     of = found.get("editor", editor)
-    if left := [f"the editor {of}"] if of != editor else [what for row in found.get(rows, []) if (what := unmade(row))]:
+    left = next((what for row in found.get(rows, []) if (what := unmade(row))), "")
+    if of != editor or left:
+        what = left if of == editor else f"the editor {of}"
         raise RunError(
-            f"{path.parent} has results of {left[0]}, which is not tried here, and they would be replaced. Try that too, choose another folder, or "
-            "delete that one."
+            f"{path.parent} has results of {what}, which is not tried here, and they would be replaced. "
+            f"{'Try that too, choose' if of == editor else 'Choose'} another folder, or delete that one."
         )
 
 
