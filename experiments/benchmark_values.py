@@ -1,7 +1,7 @@
 """How much faster are the values of many facts sought together?  python -m experiments.benchmark_values   -> figures/MODEL/benchmark_values.json
 
-In one run, with one number of threads: v* of each fact, by the model's own settings of ROME, one after another and all together, in turns;
-of each way the fastest of `repeats`. C, prefixes and keys are there beforehand. Seconds are the process's own where it has one thread, so that
+In one run, with one number of threads: v* of each fact, by the model's own settings of ROME, one after another, all together, and all together in pieces
+that one thread after another runs with all threads (as before pieces were run side by side), in turns; of each way the fastest of `repeats`. C, prefixes and keys are there beforehand. Seconds are the process's own where it has one thread, so that
 other work on the machine does not count, else those of the clock. With `--old CHECKOUT` also one edit after another by that version, by this
 one, and by this one with `--search quick` and `--search few`, in processes of their own that take turns.
 """
@@ -17,12 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from experiments.common import commit_of, parse, say, write
 from experiments.editing import benchmark_facts
-from mechedit import editing, models, values
+from mechedit import above, editing, models, values
 from mechedit.editors import named, rome
 from mechedit.settings import RomeSettings
 from mechedit.settings.rome import SEARCHES
@@ -41,6 +42,7 @@ class BenchmarkValues:
     threads: int = 2
     old: Path = Path()
     edits: int = 8  # of the old version and of this one
+    name: str = "benchmark_values"
 
 
 def sought(model: models.HookedModel, settings: RomeSettings, n: int) -> list[Sought]:
@@ -93,25 +95,30 @@ def main(settings: BenchmarkValues) -> dict[str, Any]:
     model = models.load(settings.model)
     edit = rome.resolve(model)
     every = sought(model, edit, settings.facts)
-    alone, together = list[tuple[float, list[Value]]](), list[tuple[float, list[Value]]]()
+    alone, together, in_turn = (list[tuple[float, list[Value]]]() for _ in range(3))
     for _ in range(settings.repeats):
-        together.append(timed(lambda: values.optimise_all(model, every, edit.layer, edit), settings.threads))
+        for way, most in ((together, above.MOST), (in_turn, 1)):
+            with mock.patch.object(above, "MOST", most):
+                way.append(timed(lambda: values.optimise_all(model, every, edit.layer, edit), settings.threads))
         alone.append(timed(lambda: [values.optimise_all(model, [each], edit.layer, edit)[0] for each in every], settings.threads))  # fmt: skip
-        say(f"one after another {alone[-1][0]:.1f} s, together {together[-1][0]:.1f} s")
-    one_by_one, at_once = (min(seconds for seconds, _ in each) for each in (alone, together))
+        say(
+            f"one after another {alone[-1][0]:.1f} s, together {together[-1][0]:.1f} s, not side by side {in_turn[-1][0]:.1f} s"
+        )
+    one_by_one, at_once, apart = (min(seconds for seconds, _ in each) for each in (alone, together, in_turn))
     found = together[0][1]
     result: dict[str, Any] = {
         "facts": len(every),
-        "seconds": {"one after another": one_by_one, "together": at_once},
+        "seconds": {"one after another": one_by_one, "together": at_once, "not side by side": apart},
         "times faster": one_by_one / at_once,
-        "largest difference": furthest(alone[0][1], found),
+        "by threads side by side": apart / at_once,
+        "largest difference": max(furthest(way[0][1], found) for way in (alone, in_turn)),
         "steps": {"mean": sum(len(each.losses) for each in found) / len(found), "most": max(len(each.losses) for each in found)},
     }  # fmt: skip
     say(f"{result['times faster']:.1f} times faster, {result['largest difference']:.1e} apart")
     if settings.old != Path():
         result["single edit"] = edits(settings)
         say(f"of the old version's time a single edit takes {result['single edit']['of the old']}")
-    say(f"wrote {write('benchmark_values', model, settings, result)}")
+    say(f"wrote {write(settings.name, model, settings, result)}")
     return result
 
 

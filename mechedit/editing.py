@@ -217,7 +217,7 @@ def edit(
         raise FactError(f"an edit needs a Fact, or several; found the text {facts!r}.")
     chosen = (facts,) if isinstance(facts, Fact) else tuple(facts)
     settings = editor.resolve(model, settings)
-    with models.alone(model), torch.inference_mode(False):  # values are sought by gradients
+    with models.alone(model), models.plainly(model):  # values are sought by gradients
         origin = provenance.origin(model)
         check_facts(model, chosen, settings)
         editor.check(model, chosen, settings, prepared)
@@ -260,7 +260,7 @@ def make_ready(
 ) -> Prepared | None:
     """What the editor prepares for all facts, on the model without the edits that stand in it; the latest is kept with the model."""
     settings = editor.resolve(model, settings)
-    with models.alone(model), torch.inference_mode(False), applying.underneath(model):
+    with models.alone(model), models.plainly(model), applying.underneath(model):
         of = f"{type(editor).__module__}.{type(editor).__qualname__}"
         key = ("prepared", of, models.identity(model).whole, content_key(settings, editor.key))
         return models.remembered(model, key, lambda: editor.prepare(model, settings, progress=progress), most=1)

@@ -234,7 +234,7 @@ def test_under_autocast_an_edited_model_is_measured_as_it_is(model, fact, moment
     with torch.autocast("cpu", torch.bfloat16):
         model(tokens)
         under = rome.edit(model, fact, QUICK, moment)
-    assert under.after["p_new"] == pytest.approx(edit.after["p_new"], abs=0.05)
+    assert (under.digest, under.after) == (edit.digest, edit.after), "an edit and its numbers do not depend on it"
 
 
 def test_many_edits_in_bfloat16_are_rounded_once_however_they_are_written(folder, fact, moment, model):
