@@ -21,7 +21,6 @@ from inspect import signature
 from math import nan
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 

@@ -107,6 +107,7 @@ def test_too_few_facts_and_too_few_sound_edits_are_an_error(organism, world, tmp
         calibration._set("rome", {"n": UPPER}, rows("n", [1.0] * 4, [2.0] * 9), 0, origin, {}, {})
 
 
+@pytest.mark.anywhere
 def test_rates_are_of_bands_that_were_set_on_the_other_half_of_the_facts():
     """Even facts are sound at 1 and broken at 2.5, so that their edge is 1.6; odd ones at 2 and 9, and 4.2."""
     found = [
@@ -119,6 +120,7 @@ def test_rates_are_of_bands_that_were_set_on_the_other_half_of_the_facts():
     assert made.misses.mean == 0.5, "of even ones all"
 
 
+@pytest.mark.anywhere
 def test_the_share_of_neighbours_that_is_lost_is_of_those_that_were_right(organism, world, monkeypatch):
     (fact, *_), settings = world[6000:], CalibrateSettings()
     probe = calibration._Probing(organism, named("rome"), calibration._Ways("", named("rome"), RomeSettings(layer=0)), [fact], settings)  # fmt: skip

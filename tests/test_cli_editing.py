@@ -305,6 +305,7 @@ def test_c_of_text_is_of_every_block_that_is_written(run, text, tmp_path):
         (("--editor", "rome", "--sought", "unedited"), "are of editors whose change is one solve for all"),
     ],
 )
+@pytest.mark.anywhere
 def test_options_of_sequences_that_the_editor_does_nothing_with_are_errors(options, message, run, counterfact, tmp_path, monkeypatch):  # fmt: skip
     monkeypatch.setattr(extending, "attempt", lambda *args, **kwargs: pytest.fail("facts were edited"))
     status, _, err = run(

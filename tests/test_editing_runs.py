@@ -124,6 +124,7 @@ class Else(Scaled):
     pass
 
 
+@pytest.mark.anywhere
 def test_editors_of_one_name_are_told_apart_by_their_class_and_what_they_are_made_with(model, ready, tmp_path):
     (once,) = edit_facts(model, FACTS[:1], tmp_path, Scaled(1.0), QUICK, ready)
     for other in (Scaled(0.5), Else(1.0), "rome"):

@@ -756,6 +756,7 @@ def test_the_values_benchmark_finds_both_ways_equal_and_times_another_version(tm
     assert record["times faster"] == pytest.approx(
         record["seconds"]["one after another"] / record["seconds"]["together"]
     )
+    assert record["by threads side by side"] == pytest.approx(record["seconds"]["not side by side"] / record["seconds"]["together"])  # fmt: skip
     this = Path(benchmark_values.__file__).parents[1].name
     assert ran[:4] == [("old", ["2", "1"]), (this, ["2", "1"]), (this, ["1", "quick"]), (this, ["1", "few"])]
     assert record["single edit"]["seconds"] == {

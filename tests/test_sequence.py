@@ -539,6 +539,7 @@ def killed(monkeypatch, after, *given, **how):
             run(*given, **how)
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("where", ["a batch", "settling", "a look"])
 def test_what_is_finished_is_kept_where_a_run_ends_by_an_error_or_ctrl_c(where, model, prepared, tmp_path, monkeypatch):
     how = {"together": 2, "rounds": 0, "settle": 1.0, "every": 2, "settings": SequentialSettings(**QUICK, loose=0.2)}
@@ -679,6 +680,7 @@ class Strong(Sequential):
         self.times = times
 
 
+@pytest.mark.anywhere
 def test_an_editor_that_its_class_alone_does_not_make_is_refused_before_anything_is_edited(model, prepared, tmp_path):
     with pytest.raises(SequenceError, match="made without arguments; strong was made with times"):
         run(model, prepared, tmp_path, editor=Strong(2.0))
@@ -688,6 +690,7 @@ def test_an_editor_that_its_class_alone_does_not_make_is_refused_before_anything
 @pytest.mark.parametrize(
     ("how", "what"), [({"sought": "unedited"}, "sought = unedited"), ({"shared": False}, "no-shared")]
 )
+@pytest.mark.anywhere
 def test_options_of_one_solve_for_all_are_refused_where_changes_are_added_up(how, what, model, tmp_path):
     settings = FineTuningSettings(layer=LAYER, steps=2, prepend_bos=False, guard="warn")
     with pytest.raises(SequenceError, match=rf"{what}\) are of editors whose change is one solve for all .*found ft"):

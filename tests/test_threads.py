@@ -10,6 +10,8 @@ import torch
 
 from mechedit.threads import side_by_side
 
+pytestmark = pytest.mark.anywhere
+
 
 @pytest.fixture
 def four_threads():

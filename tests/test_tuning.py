@@ -45,6 +45,7 @@ def test_every_combination_around_the_traced_layer_is_tried_and_the_best_is_prop
     json.dumps(found.to_json())
 
 
+@pytest.mark.anywhere
 def test_what_is_out_of_its_bands_more_than_now_and_then_is_not_proposed_however_well_it_scores(model, known, tmp_path, monkeypatch):  # fmt: skip
     plain = tuning._row
 
