@@ -89,7 +89,7 @@ ROWS = (
     Row("broken models", "key_policies", {"gemma-3-270m": Run(None, "--one-key 20")}, COUNTERFACT),
     Row("how many keys C needs", "moments_convergence", {"gemma-3-270m": Run(25, "--times-d-mlp 1.5 3 5 10 20 --edit-facts 10")}, COUNTERFACT),
     Row("trained editors", "trained_editors", {"organism": Run(None)}),
-    Row("many edits in sequence", "scaling", {"gemma-3-270m": Run(120, "--informed 3 --spared 1000 --prose 64 --fisher 40 --settle 1 --sizes 50 100 200 300 450 --together 50 --scored 40 --every 50 --search few --rounds 1 --again 1 --name scaling_settled --threads 1"), "organism": Run(15, "--sizes 1 10 100 300 1000 --together 50 --threads 1")}, COUNTERFACT),
+    Row("many edits in sequence", "scaling", {"gemma-3-270m": Run(90, "--informed 3 --spared 1000 --prose 64 --fisher 24 --settle 1 --sizes 100 200 300 500 --together 50 --scored 40 --every 50 --search few --sought-with 3 --rounds 1 --again 1 --threads 2"), "organism": Run(15, "--sizes 1 10 100 300 1000 --together 50 --threads 1")}, COUNTERFACT),
     Row("editors of many facts", "many_editors", {"gemma-3-270m": Run(90, "--threads 1")}, COUNTERFACT),
     Row("ten thousand edits", "scaling", {"organism": Run(25, "--sizes 100 1000 2000 5000 10000 --together 100 --every 1000 --search quick --rounds 0 --fisher 0 --name scaling_10000 --threads 1")}),
     Row("when sequences break", "collapse", {"organism": Run(26, "--edits 1000 --every 50 --together 50 --threads 1")}),
