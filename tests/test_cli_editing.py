@@ -231,7 +231,7 @@ def test_a_sequence_is_kept_resumed_shown_and_written_as_one_edit(run, counterfa
     assert [look["edits"] for look in kept.looks] == [2, 2]
     prompt, other = (entry.as_fact.prompt for entry in kept.entries)
     assert f"0: {prompt!r} -> " in out
-    assert f"{other!r}" not in out or "not said at the last look" in out
+    assert f"{other!r}" not in out or "not above its true target at the last look" in out
     status, out, _ = run(
         "edit", "--facts", str(counterfact), *quick, "--out", str(folder), "--take-out", "0", "0", "--json", str(record)
     )
@@ -242,7 +242,7 @@ def test_a_sequence_is_kept_resumed_shown_and_written_as_one_edit(run, counterfa
         (0, prompt, "taken out again"),
         (1, other, ""),
     ]
-    assert (made["edits"][0]["said"], made["edits"][1]["said"]) == (
+    assert (made["edits"][0]["stands"], made["edits"][1]["stands"]) == (
         None,
         kept.looks[-1]["row"].get("1", kept.looks[-1]["row"].get(1)),
     )

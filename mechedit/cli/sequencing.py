@@ -30,7 +30,7 @@ __all__ = [
 
 # of facts that are learnt again, which not all editors do
 LEARNING = ("rehearsed", "again", "rounds", "gentle", "settle")
-NAMED = 20  # facts that are not written, or not said, that are named
+NAMED = 20  # facts that are not written, or do not stand, that are named
 LOOKS = ("success", "others", "perplexity_ratio", "next_token_kl", "change", "spectrum")
 
 
@@ -116,7 +116,10 @@ def edit_in_sequence(
     how = SequenceSettings(**given_settings(arguments, SequenceSettings))
     with keeping(f"the sequence so far is kept in {arguments.out}"):
         found = run_sequence(model, chosen, arguments.out, how, editor, settings, prepared, progress=progress)
-    there = [number for number in dict.fromkeys(arguments.take_out) if found.entries[number].why != TAKEN_OUT]
+    out = {
+        number for number, entry in enumerate(found.entries) if entry.why == TAKEN_OUT
+    }  # a run that went back has fewer
+    there = [number for number in dict.fromkeys(arguments.take_out) if number not in out]
     if there:
         found = take_out(model, there, arguments.out, how, prepared)
     written = [arguments.out / name for name in ("state.safetensors", "looks.json")]
@@ -141,7 +144,7 @@ def edit_in_sequence(
 
 
 def show_sequence(console: Console, found: Sequence) -> dict[str, Any]:
-    """How many facts are written, which are not and why, which the last look found unsaid, and each look; all of it as JSON values too."""
+    """How many facts are written, which are not and why, which did not stand at the last look, and each look; all of it as JSON values too."""
     record = found.to_json() | {"edits": _edits(found)}
     keys = f"by {record['rows']} keys " if found.sums is not None else ""
     console.print(
@@ -151,9 +154,9 @@ def show_sequence(console: Console, found: Sequence) -> dict[str, Any]:
     for why, n in record["why"].items():
         console.print(f"{n} not: {why}")
     missing = [
-        (each, each["why"] or "written, and not said at the last look")
+        (each, each["why"] or "written, and not above its true target at the last look")
         for each in record["edits"]
-        if each["why"] or each["said"] is False
+        if each["why"] or each["stands"] is False
     ]
     for each, why in missing[:NAMED]:
         console.print(f"  {each['number']}: {each['prompt']!r} -> {each['target_new']!r}: {why}")
@@ -175,10 +178,10 @@ def show_sequence(console: Console, found: Sequence) -> dict[str, Any]:
 
 
 def _edits(found: Sequence) -> list[dict[str, Any]]:
-    """Each fact by its number: why it is not written, where it is not, and whether the last look found it said (None: not asked)."""
-    said = {str(number): held for number, held in found.looks[-1]["row"].items()} if found.looks else {}
+    """Each fact by its number: why it is not written, where it is not, and whether the last look found its new target above the true one (None: not asked)."""
+    stood = {str(number): held for number, held in found.looks[-1]["row"].items()} if found.looks else {}
     return [
         {"number": number, "prompt": (fact := entry.as_fact).prompt, "target_new": str(fact.target_new), "why": "" if entry.row >= 0 else entry.why,
-         "said": said.get(str(number)) if entry.row >= 0 else None}
+         "stands": stood.get(str(number)) if entry.row >= 0 else None}
         for number, entry in enumerate(found.entries)
     ]  # fmt: skip
