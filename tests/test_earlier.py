@@ -100,7 +100,7 @@ def test_a_run_that_goes_on_ends_in_the_same_bits_and_one_of_many_facts_at_once_
 
 def test_a_sequence_of_shaped_changes_adds_them_up_and_takes_none_out(model, prepared, tmp_path):
     settings = replace(settings_of("sequential", prepared), entries=0.3)
-    found = run(model, prepared, tmp_path, settings, facts=FACTS[:2])
+    found = run(model, prepared, tmp_path, settings, facts=FACTS[:2], shared=True)
     assert found.sums is None
     assert "earlier" in found.state
     (total,) = found.totals.values()

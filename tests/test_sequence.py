@@ -420,17 +420,11 @@ def test_facts_of_one_subject_that_share_no_value_are_written_each_by_itself_in_
     pairs = run(model, prepared, tmp_path / "pairs", facts, together=2, shared=False)
     assert torch.equal(change(pairs), change(found))
     assert sorted(take_out([1], tmp_path / "batch").standing) == [0, 2, 3], "and nothing waits"
-    added = run(
-        model,
-        prepared,
-        tmp_path / "memit",
-        facts,
-        MemitSettings(**QUICK, guard="warn"),
-        "memit",
-        together=4,
-        shared=False,
-    )
-    assert added.batches == 1
+    memit = MemitSettings(**QUICK, guard="warn")
+    with pytest.raises(SequenceError, match=r"\(no-shared\) are of editors whose change is one solve for all"):
+        run(model, prepared, tmp_path / "memit", facts, memit, "memit", together=4, shared=False)
+    added = run(model, prepared, tmp_path / "memit", facts, memit, "memit", together=4)
+    assert added.batches == 1, "what adds changes up has no shared values and no need of parts"
 
 
 def test_what_cannot_be_edited_is_left_out_and_says_why(model, prepared, tmp_path):

@@ -224,29 +224,33 @@ def test_a_page_of_a_large_trace_is_small(tmp_path):
     assert len(viewer.page(viewed.edit())) < 80_000, "a page has no script that another kind of page needs"
 
 
-def own_seconds(page):
-    """What the page's process has worked so far, whatever else the machine does: processor time, not that on a clock."""
-    session = page.context.new_cdp_session(page)
-    session.send("Performance.enable")
-    return {each["name"]: each["value"] for each in session.send("Performance.getMetrics")["metrics"]}["ProcessTime"]
+COUNTED = """() => {
+  window.worked = 0;
+  for (const name of ['fillRect', 'fillText', 'fill', 'stroke']) {
+    const plain = CanvasRenderingContext2D.prototype[name];
+    CanvasRenderingContext2D.prototype[name] = function (...given) { window.worked += 1; return plain.apply(this, given); };
+  }
+  new MutationObserver((changes) => { window.worked += changes.length; }).observe(document.body, {subtree: true, childList: true, attributes: true});
+}"""
 
 
-def test_ten_thousand_cells_scroll_and_hover_without_lag(view):
-    found = view(viewed.trace(layers=100, tokens=tuple(f"t{index}" for index in range(100)), draws=1))
-    page = found.page
+def test_a_move_over_ten_thousand_cells_draws_none_of_them_anew(view):
+    """Counted, not timed: what is drawn on a canvas or changed in the page."""
+    page = view(viewed.trace(layers=100, tokens=tuple(f"t{index}" for index in range(100)), draws=1)).page
     assert page.evaluate("!!document.querySelector('.stage canvas')")
+    page.evaluate(COUNTED)
     box = page.locator(".plot").first.bounding_box()
-    before = own_seconds(page)
     for step in range(40):
         page.mouse.move(box["x"] + 160 + 9 * step, box["y"] + 60 + 5 * step)
-    page.mouse.wheel(0, 600)
     page.wait_for_timeout(100)
-    assert own_seconds(page) - before < 41 * 0.016, "more than a frame's time for a move"
-    before = own_seconds(page)
+    worked = page.evaluate("window.worked")
+    assert 0 < worked < 40 * 100, "a move marks its row and its column at most"
     page.evaluate(
         "() => { const plot = document.querySelector('.plot'); for (let step = 0; step < 48; step++) plot.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'})); }"
     )
-    assert own_seconds(page) - before < 48 * 0.016, "and for a move by a key"
+    assert 0 < page.evaluate("window.worked") - worked < 48 * 100, "and so does a move by a key"
+    page.locator("label.theme select").select_option("dark")
+    assert page.evaluate("window.worked") > 10_000, "what draws every cell is counted"
 
 
 def test_a_page_of_more_cells_than_a_call_has_arguments_opens(view):
@@ -266,9 +270,8 @@ def test_a_thousand_records_of_counterfact_are_small_and_open_at_once(opened, tm
         at = len(result.facts) - 300
         found = opened(path, at=f"#record={at}")
         found.page.wait_for_selector("text=Neighbour (10)", timeout=60_000)
-        on_the_clock = found.page.evaluate("performance.now()") / 1000  # since it was asked for
-        assert 0.05 < own_seconds(found.page) < 2, "seconds of work until the record is drawn"
-        assert on_the_clock < 2, "and until it is seen"
+        since_asked_for = found.page.evaluate("performance.now()") / 1000
+        assert since_asked_for < 5, "seconds until it is seen; a machine may be slow, or busy"
         said = found.page.evaluate("document.querySelector('.details').textContent")
         assert all(line["text"][-200:] in said for line in result.details("texts") if line["record"] == at), (
             "letter by letter"

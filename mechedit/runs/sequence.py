@@ -187,7 +187,7 @@ def begin(
             if how.shared
             else "values of each fact's own (no-shared)"
         )
-        raise SequenceError(f"{what} are of editors whose change is one solve for all (sequential; alphaedit; memit with b = 1); found {editor.name}. Leave it out.")  # fmt: skip
+        raise SequenceError(f"{what} are of editors whose change is one solve for all (sequential, alphaedit, memit with b = 1, none of them shaped after the solve); found {editor.name}. Leave it out.")  # fmt: skip
     sums = Sums.none(*models.W_out(model, settings.layer).shape) if exact else None
     own, plain = cache.plain(how.writing), cache.plain(asdict(settings))
     key, place = prepared.key if prepared else "", f"{type(editor).__module__}:{type(editor).__qualname__}"
