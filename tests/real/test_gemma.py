@@ -17,7 +17,6 @@ from mechedit import applying, cache, corruption, facts, generation, models, mom
 from mechedit.benchmarks import counterfact, metrics, zsre
 from mechedit.editing import EditWarning
 from mechedit.editors import rome
-from mechedit.edits import EditError
 from mechedit.moments import corpus, packaged
 from mechedit.settings import KINDS, MomentSettings, RomeSettings, TraceSettings
 from mechedit.tracing import grid, prepare, trace
@@ -45,7 +44,7 @@ def gemma():
 
 @pytest.fixture(scope="module")
 def found(gemma):
-    return trace(gemma, FACT)
+    return trace(gemma, FACT, TraceSettings(draws=4))
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +62,8 @@ def moment(gemma, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def edit(gemma, moment):
-    """With the preset's constants; C is too poor for the preset's bands, and that is only a warning here."""
-    with pytest.warns(EditWarning):
+    """With the preset's constants. The preset's bands are of C from the shipped text; a change through so poor a C is out of them."""
+    with pytest.warns(EditWarning, match="relative_norm"):
         return rome.edit(gemma, FACT, RomeSettings(guard="warn"), moment=moment)
 
 
@@ -118,35 +117,13 @@ def test_bfloat16_says_what_it_costs(gemma):
 
 @pytest.mark.anywhere
 def test_the_same_seed_gives_the_same_numbers_in_another_process(gemma, tmp_path):
-    few = trace(gemma, FACT, TraceSettings(kinds=("resid",), draws=2))
+    few = trace(gemma, FACT, TraceSettings(kinds=("resid",), draws=1))
     path = tmp_path / "trace.json"
-    command = [
-        sys.executable,
-        "-m",
-        "mechedit.cli",
-        "trace",
-        FACT.prompt,
-        "--subject",
-        FACT.subject,
-        "--kinds",
-        "resid",
-        "--draws",
-        "2",
-        "--device",
-        "cpu",
-    ]
+    command = [sys.executable, "-m", "mechedit.cli", "trace", FACT.prompt, "--subject", FACT.subject, "--kinds", "resid", "--draws", "1", "--device", "cpu"]  # fmt: skip
     subprocess.run([*command, "--json", str(path)], check=True, capture_output=True)
     torch.testing.assert_close(
         torch.tensor(json.loads(path.read_text())["effects"]["resid"]), few.effects["resid"], atol=1e-6, rtol=0
     )
-
-
-def test_an_edit_through_so_poor_a_C_is_refused(gemma, moment):
-    """The shipped bands are of C from the shipped text; this one makes eight times as large a change."""
-    before = state(gemma)
-    with pytest.raises(EditError, match="relative_norm"):
-        rome.edit(gemma, FACT, moment=moment)
-    assert_same_state(gemma, before)
 
 
 def test_an_edit_holds_generalises_and_is_undone(gemma, edit):
