@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -19,8 +22,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from mechedit import guards, models
+from mechedit import guards, models, sources
 from mechedit.facts import Fact
+from mechedit.organism.world import World
 from mechedit.runs.shards import Shards
 from tests.browser import browser, opened  # noqa: F401 (fixtures)
 
@@ -186,12 +190,42 @@ def widen_bands(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(guards.BANDS, name, (0.0, 1e9, "nothing"))
 
 
-@pytest.fixture(scope="module")
-def as_users() -> Iterator[None]:
-    """A module's tests without the suite's checks of types, which users do not have, and which make long tests several times as long."""
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Without the suite's checks of types, which users do not have, and which make what is long several times as long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         yield
+
+
+@pytest.fixture(scope="module")
+def as_users() -> Iterator[None]:
+    """A module's tests without the suite's checks of types."""
+    with unchecked():
+        yield
+
+
+def _unchecked(make: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(make)
+    def made(*given: Any) -> Any:
+        with unchecked():
+            return make(*given)
+
+    return made
+
+
+# The organism's thousands of facts and questions are made once in a process.
+World.__dict__["facts"].func = _unchecked(World.__dict__["facts"].func)
+sources._of_the_world = _unchecked(sources._of_the_world)
+
+
+@pytest.fixture(autouse=True)
+def own_threads_and_seed() -> Iterator[None]:
+    """What a test draws does not depend on those before it, nor on how many threads it runs; experiments set their own."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

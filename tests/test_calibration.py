@@ -14,7 +14,7 @@ from mechedit.edits import EditError
 from mechedit.facts import FactError
 from mechedit.settings import NO_EDGE, CalibrateSettings, RomeSettings, SettingsError, read_bands, shipped_bands
 
-pytestmark = pytest.mark.usefixtures("as_users")
+pytestmark = [pytest.mark.anywhere, pytest.mark.usefixtures("as_users")]
 UPPER, LOWER = (0.0, 1.0, "less"), (0.05, math.inf, "more")
 FEW = CalibrateSettings(facts=4, strengths=(1.0, 2.0), times=(20.0,))
 
@@ -80,6 +80,7 @@ def test_an_edit_is_judged_by_what_no_guard_reads(takes, lost, text, verdict):
     assert judged(numbers, harmful=True) == ("neither" if verdict == "sound" else verdict)
 
 
+@pytest.mark.both
 def test_the_organisms_bands_let_sound_edits_through_and_hold_broken_ones(organism, world, tmp_path):
     found = calibrate(organism, world[6000:], tmp_path, FEW)
     assert found.judged["sound"] >= 8
@@ -107,7 +108,6 @@ def test_too_few_facts_and_too_few_sound_edits_are_an_error(organism, world, tmp
         calibration._set("rome", {"n": UPPER}, rows("n", [1.0] * 4, [2.0] * 9), 0, origin, {}, {})
 
 
-@pytest.mark.anywhere
 def test_rates_are_of_bands_that_were_set_on_the_other_half_of_the_facts():
     """Even facts are sound at 1 and broken at 2.5, so that their edge is 1.6; odd ones at 2 and 9, and 4.2."""
     found = [
@@ -120,7 +120,6 @@ def test_rates_are_of_bands_that_were_set_on_the_other_half_of_the_facts():
     assert made.misses.mean == 0.5, "of even ones all"
 
 
-@pytest.mark.anywhere
 def test_the_share_of_neighbours_that_is_lost_is_of_those_that_were_right(organism, world, monkeypatch):
     (fact, *_), settings = world[6000:], CalibrateSettings()
     probe = calibration._Probing(organism, named("rome"), calibration._Ways("", named("rome"), RomeSettings(layer=0)), [fact], settings)  # fmt: skip
@@ -190,7 +189,6 @@ def test_the_harness_asks_the_editors_bands_where_none_are_given(model, fact):
     assert editing.Editor().resolve(model).bands == ()
 
 
-@pytest.mark.anywhere
 def test_the_command_writes_bands_that_edits_take(tmp_path, capsys):
     command = [
         "calibrate",

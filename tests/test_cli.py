@@ -3,7 +3,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import fields, make_dataclass
@@ -34,18 +33,18 @@ from mechedit.tracing import trace
 from tests.command_line import EDIT, PROMPT, TRACE, command_line
 from tests.conftest import FACT
 
+pytestmark = pytest.mark.anywhere
+
 
 @pytest.fixture
 def run(folder, capsys, monkeypatch):
     return command_line(folder, capsys, monkeypatch)
 
 
-def test_help_answers_within_a_second_and_loads_nothing_heavy():
-    began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime  # of the processor: other work here does not count
+def test_help_loads_nothing_heavy():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "mechedit.cli", "--help"], capture_output=True, text=True, check=True
     )
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began < 1.0
     for command in ("trace", "edit", "apply", "inspect", "models", "moments", "doctor", "demo", "audit"):
         assert command in done.stdout
     assert not any(name in done.stderr for name in ("torch", "transformers", "numpy", "rich"))
@@ -178,6 +177,7 @@ def test_audit_shows_tokens(run):
     assert "new" in out
 
 
+@pytest.mark.both
 def test_models_lists_and_checks(run, folder, tmp_path):
     status, out, _ = run("models", "--json", str(tmp_path / "m.json"), model=False)
     assert status == 0
@@ -196,6 +196,7 @@ def test_a_failed_check_is_an_error(run, folder, monkeypatch):
     assert "not Hugging Face's" in err
 
 
+@pytest.mark.both
 def test_doctor_reports(run, tmp_path):
     status, out, _ = run("doctor", "--json", str(tmp_path / "d.json"), model=False)
     assert status == 0

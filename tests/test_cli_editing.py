@@ -18,12 +18,15 @@ from mechedit.runs import extending, sequence, units
 from tests import hand_made
 from tests.command_line import EDIT, PROMPT, command_line
 
+pytestmark = pytest.mark.anywhere
+
 
 @pytest.fixture
 def run(folder, capsys, monkeypatch):
     return command_line(folder, capsys, monkeypatch)
 
 
+@pytest.mark.both
 def test_edit_apply_and_inspect_go_together(run, tmp_path):
     path, record_path = tmp_path / "edit.safetensors", tmp_path / "edit.json"
     status, out, _ = run(*EDIT, "--out", str(path), "--json", str(record_path))
@@ -155,6 +158,7 @@ def counterfact(tmp_path):
     return path
 
 
+@pytest.mark.both
 def test_edits_of_many_facts_are_kept_and_can_be_composed_compared_and_exported(run, counterfact, tmp_path, monkeypatch):  # fmt: skip
     quick = ("--layer", "1", "--steps", "3", "--prefixes", "none")
     folder = tmp_path / "run"
@@ -206,6 +210,7 @@ def test_edits_of_many_facts_are_kept_and_can_be_composed_compared_and_exported(
     assert "is not empty; export into a new folder" in err
 
 
+@pytest.mark.both
 def test_a_sequence_is_kept_resumed_shown_and_written_as_one_edit(run, counterfact, tmp_path):
     quick = ("--layer", "1", "--steps", "2", "--prefixes", "none", "--editor", "sequential", "--sequence")
     folder = tmp_path / "run"
@@ -305,7 +310,6 @@ def test_c_of_text_is_of_every_block_that_is_written(run, text, tmp_path):
         (("--editor", "rome", "--sought", "unedited"), "are of editors whose change is one solve for all"),
     ],
 )
-@pytest.mark.anywhere
 def test_options_of_sequences_that_the_editor_does_nothing_with_are_errors(options, message, run, counterfact, tmp_path, monkeypatch):  # fmt: skip
     monkeypatch.setattr(extending, "attempt", lambda *args, **kwargs: pytest.fail("facts were edited"))
     status, _, err = run(
@@ -323,13 +327,14 @@ def test_learning_again_may_be_turned_off_for_any_editor(run, counterfact, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--sequence", "--prompt-less"), "--sequence"),
+        (("--sequence", "--prompt-less"), "--sequence is of many facts: give --facts FILE and --out DIR"),
         (("--together", "3"), "--together is of --sequence"),
         (("--take-out", "3"), "--take-out is of --sequence"),
         (("--sequence", "--together", "0"), "together must be at least 1"),
     ],
 )
-def test_options_of_sequences_that_cannot_be_are_errors_before_a_model_is_loaded(options, message, run, counterfact, tmp_path):  # fmt: skip
+def test_options_of_sequences_that_cannot_be_are_errors_before_a_model_is_loaded(options, message, run, counterfact, tmp_path, monkeypatch):  # fmt: skip
+    monkeypatch.setattr(models, "load", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     facts = () if "--prompt-less" in options else ("--facts", str(counterfact), "--out", str(tmp_path / "run"))
     given = [each for each in options if each != "--prompt-less"]
     status, _, err = run("edit", *facts, *given)

@@ -13,6 +13,8 @@ from mechedit.runs import units
 from mechedit.tracing import Trace
 from tests.command_line import QUICK, command_line
 
+pytestmark = pytest.mark.anywhere
+
 
 @pytest.fixture
 def run(folder, capsys, monkeypatch):
@@ -51,6 +53,7 @@ def test_a_record_without_what_is_scored_says_what_it_is_needed_for(run, tmp_pat
         assert (status, said + needed in err) == (2, True)
 
 
+@pytest.mark.both
 def test_evaluate_scores_a_file_of_ones_own_and_resumes(run, records, tmp_path, monkeypatch):
     out = str(tmp_path / "run")
     status, said, _ = run("evaluate", "--facts", records, "--out", out, *QUICK)
@@ -171,7 +174,6 @@ def test_evaluate_says_what_does_not_go_together_before_anything_is_loaded(run, 
     assert err.count("\n") == 1
 
 
-@pytest.mark.anywhere
 def test_sweep_draws_its_maps_and_says_how_far_traces_foretell_them(run, records, tmp_path, monkeypatch):
     status, said, _ = run("sweep", "--facts", records, "--out", str(tmp_path / "s"), "--layers", "0,2", "--tokens", "subject_last,last", "--draws", "2", "--steps", "2", "--prefixes", "none")  # fmt: skip
     assert status == 0
@@ -382,7 +384,6 @@ def test_an_unknown_benchmark_ends_in_one_line(name, message, run, records, coun
     assert message in err
 
 
-@pytest.mark.anywhere
 def test_an_editor_without_a_choice_of_token_is_swept_over_layers(run, records, tmp_path):
     own = ("--editor", "ft", "--steps", "2", "--learning-rate", "0.01", "--layers", "0,2", "--draws", "2")
     status, said, _ = run("sweep", "--facts", records, "--out", str(tmp_path), *own, "--tokens", "subject_last,last")

@@ -8,12 +8,15 @@ from mechedit import edits, moments
 from mechedit.moments import Moment, corpus
 from tests.command_line import EDIT, PROMPT, command_line
 
+pytestmark = pytest.mark.anywhere
+
 
 @pytest.fixture
 def run(folder, capsys, monkeypatch):
     return command_line(folder, capsys, monkeypatch)
 
 
+@pytest.mark.both
 def test_moments_are_estimated_written_and_inspected(run, tmp_path):
     path = tmp_path / "C.safetensors"
     status, _, _ = run("moments", "--layer", "1", "--tokens", "300", "--context", "16", "--out", str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -9,8 +10,10 @@ import shutil
 
 import pytest
 import torch
+from rich.console import Console
 
 from mechedit import applying, cli, edits, files, models
+from mechedit.cli.sequencing import LOOKS, show_sequence
 from mechedit.edits import Measured
 from mechedit.rank_one import RankOneEdit
 from mechedit.runs import units
@@ -19,6 +22,8 @@ from mechedit.weights import Weight
 from tests import viewed
 from tests.command_line import QUICK, TRACE, command_line
 from tests.test_cli_evaluating import RECORDS
+
+pytestmark = pytest.mark.anywhere
 
 
 @pytest.fixture
@@ -274,3 +279,21 @@ def test_the_facts_of_an_average_are_not_printed_one_by_one(capsys, tmp_path):
     status = cli.main(["show", str(tmp_path / "average.json")])
     out = capsys.readouterr().out
     assert (status, "Rome" in out, " 3" in out) == (0, False, True)
+
+
+def test_a_sequence_names_what_is_not_written_and_what_does_not_stand():
+    facts = [{"subject": f"Subject {number}", "template": "{} is in", "relation": "", "target_new": "Paris"} for number in range(30)]  # fmt: skip
+    entries = tuple(Entry(own, 0, *((-1, "taken out again") if number == 5 else (number,))) for number, own in enumerate(facts))  # fmt: skip
+    look = {"edits": 30, **dict.fromkeys(LOOKS), "success": 0.25, "row": {str(number): number < 7 for number in range(30)}, "out": ["success"]}  # fmt: skip
+    console = Console(file=io.StringIO(), width=200)
+    record = show_sequence(console, Sequence("sequential", {}, viewed.ORIGIN, "", entries=entries, looks=(look,)))
+    said = console.file.getvalue()
+    assert "29 of 30 facts are written" in said
+    assert "1 not: taken out again" in said
+    assert "  5: 'Subject 5 is in' -> 'Paris': taken out again" in said
+    assert said.count("written, and not above its true target at the last look") == 19
+    assert "  25: " in said
+    assert "  26: " not in said
+    assert "and 4 more (--json FILE has all)" in said
+    assert "it broke by edit 30: success" in said
+    assert [each["stands"] for each in record["edits"]][4:8] == [True, None, True, False]

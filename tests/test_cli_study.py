@@ -10,6 +10,8 @@ from mechedit import study
 from tests.command_line import command_line
 from tests.participants import send, shown
 
+pytestmark = pytest.mark.anywhere
+
 RECORDS = [
     {
         "subject": name,

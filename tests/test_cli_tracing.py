@@ -13,12 +13,15 @@ from mechedit.tracing import Trace, trace
 from tests.command_line import EDIT, PROMPT, TRACE, command_line
 from tests.conftest import FACT, kept_units
 
+pytestmark = pytest.mark.anywhere
+
 
 @pytest.fixture
 def run(folder, capsys, monkeypatch):
     return command_line(folder, capsys, monkeypatch)
 
 
+@pytest.mark.both
 def test_trace_writes_what_python_returns(run, load, tmp_path):
     status, out, _ = run(
         *TRACE,
@@ -107,6 +110,7 @@ def known_file(tmp_path):
     return path
 
 
+@pytest.mark.both
 def test_a_run_over_facts_is_kept_resumed_and_averaged(run, known_file, tmp_path):
     folder = tmp_path / "run"
     small = ("--unknown", "--draws", "2", "--window", "2")
@@ -249,6 +253,7 @@ def test_tokens_and_sigma_from_a_file_reach_the_trace(run, tmp_path):
     assert std("--corruption", "tokens", "--other", "London") == 0.0
 
 
+@pytest.mark.both
 def test_sever_writes_three_curves(run, tmp_path):
     subject = (PROMPT, "--subject", "The Space Needle", "--draws", "2")
     status, out, _ = run("sever", *subject, "--out", str(tmp_path), "--json", str(tmp_path / "s.json"))
@@ -270,6 +275,7 @@ def test_inspect_shows_a_trace(run, load, tmp_path):
     assert "p_clean" in out
 
 
+@pytest.mark.both
 def test_the_demo_runs_on_any_model_with_a_preset(run, folder, tmp_path, monkeypatch):
     preset = replace(PRESETS["gemma-3-270m"], settings={"rome": RomeSettings(layer=1, steps=3, prefixes=((3, 1),))})
     for place in (models, loading):

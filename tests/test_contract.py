@@ -6,6 +6,7 @@ ROME (rank-one), solves over one block and over several, gradient steps on one w
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -79,16 +80,18 @@ def settings_of(model, editor, folder):
 PLAIN = EvaluateSettings(health=False, answers=False, beside=False)
 
 
-@pytest.fixture(params=EDITORS)
-def way(request, model, monkeypatch, tmp_path_factory):
+@pytest.fixture(scope="module", params=EDITORS)
+def way(request, load, tmp_path_factory):
     """An editor with its settings and what it prepared."""
-    widen_bands(monkeypatch)
+    model, editor = load("gpt2"), named(request.param)
     real, few = moments.estimate_layers, MomentSettings(tokens=600, context=32)
-    monkeypatch.setattr(moments, "estimate", lambda model, layer, **named: real(model, [layer], settings=few)[layer])
-    monkeypatch.setattr(moments, "estimate_layers", lambda model, layers, **named: real(model, layers, settings=few))
-    editor = named(request.param)
-    settings = editor.resolve(model, settings_of(model, request.param, tmp_path_factory.mktemp("trained")))
-    return editor, settings, editing.make_ready(model, editor, settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MECHEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        widen_bands(patch)
+        patch.setattr(moments, "estimate", lambda model, layer, **named: real(model, [layer], settings=few)[layer])
+        patch.setattr(moments, "estimate_layers", lambda model, layers, **named: real(model, layers, settings=few))
+        settings = editor.resolve(model, settings_of(model, request.param, tmp_path_factory.mktemp("trained")))
+        yield editor, settings, editing.make_ready(model, editor, settings)
 
 
 def one(model, way, fact=FACT):
@@ -129,6 +132,7 @@ def test_what_is_applied_is_written_once_and_undone_bit_for_bit(model, way):
         assert torch.equal(written[weight], (first.double() + total(own)).to(first))
 
 
+@pytest.mark.anywhere
 def test_an_edit_survives_its_file(model, way, tmp_path):
     edit = one(model, way)
     loaded = edits.load(edits.save(edit, tmp_path / "edit.safetensors"))
@@ -146,6 +150,7 @@ def test_an_edit_survives_its_file(model, way, tmp_path):
         assert all(torch.equal(expected[name], now) for name, now in weights_of(model).items())
 
 
+@pytest.mark.anywhere
 def test_edits_found_one_after_another_compose_apply_in_order_and_revert(model, way, tmp_path):
     editor, settings, prepared = way
     before, found, standing = state(model), [], applying.apply(model)
@@ -185,7 +190,14 @@ def test_an_exported_checkpoint_is_the_edited_model(model, way, folder, tmp_path
         torch.testing.assert_close(model(tokens), plain(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["independent", "batch", "sequential"])
+IN_SEQUENCE = [(name, "sequential") for name in EDITORS]
+OTHERWISE = itertools.product(
+    ("rome", "ft", "kn", "told", "mend"), ("independent", "batch")
+)  # one for each kind of change
+
+
+@pytest.mark.anywhere
+@pytest.mark.parametrize(("way", "mode"), [*IN_SEQUENCE, *OTHERWISE], indirect=["way"], scope="module")
 def test_it_is_evaluated_in_every_mode_and_a_stopped_run_ends_in_the_same_bytes(model, way, mode, tmp_path):
     editor, settings, prepared = way
     before, wanted = state(model), replace(PLAIN, mode=mode)
@@ -282,6 +294,7 @@ def test_killed_and_run_again_it_ends_in_the_same_bytes(name, folder, tmp_path):
         assert (tmp_path / "war" / file).read_bytes() == (tmp_path / "peace" / file).read_bytes()
 
 
+@pytest.mark.anywhere
 def test_the_origin_of_an_edit_says_on_what_it_was_found(model, way):
     first = one(model, way)
     with applying.edited(model, first):

@@ -15,6 +15,8 @@ from mechedit.runs.store import RunError
 from mechedit.settings import POLICIES, FineTuningSettings, MomentSettings, RomeSettings
 from tests.conftest import FACT, assert_same_state, kept_units, state, widen_bands
 
+pytestmark = pytest.mark.anywhere
+
 QUICK = RomeSettings(layer=1, steps=4, prefixes=((3, 1),))
 FACTS = [
     FACT,
@@ -34,6 +36,7 @@ def ready(model, moment):
     return rome.prepare(model, rome.resolve(model, QUICK), moment)
 
 
+@pytest.mark.both
 def test_each_fact_is_edited_alone_and_one_that_cannot_be_does_not_end_the_run(model, moment, ready, tmp_path):
     before = state(model)
     found = edit_facts(model, FACTS, tmp_path / "run", "rome", QUICK, ready)
@@ -99,6 +102,7 @@ def test_a_C_that_does_not_belong_ends_the_run_before_it_begins(model, moment, r
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.both
 def test_a_run_makes_ready_itself_and_gives_what_the_harness_gives(model, monkeypatch, tmp_path):
     widen_bands(monkeypatch)
     settings = FineTuningSettings(layer=2, steps=3)
@@ -124,7 +128,6 @@ class Else(Scaled):
     pass
 
 
-@pytest.mark.anywhere
 def test_editors_of_one_name_are_told_apart_by_their_class_and_what_they_are_made_with(model, ready, tmp_path):
     (once,) = edit_facts(model, FACTS[:1], tmp_path, Scaled(1.0), QUICK, ready)
     for other in (Scaled(0.5), Else(1.0), "rome"):
@@ -137,6 +140,7 @@ def test_editors_of_one_name_are_told_apart_by_their_class_and_what_they_are_mad
     assert half.report["update_norm"] == pytest.approx(once.report["update_norm"] / 2)
 
 
+@pytest.mark.both
 def test_a_model_with_hooks_is_not_edited_in_a_run(model, ready, tmp_path):
     with (
         model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", lambda resid, hook: 2 * resid)]),

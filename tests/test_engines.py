@@ -50,7 +50,7 @@ def plain(model, unit):
 
 
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+pytestmark = [pytest.mark.anywhere, pytest.mark.filterwarnings("ignore")]  # Ray's own
 
 QUICK = RomeSettings(layer=1, steps=3, prefixes=(), guard="warn")
 
@@ -85,6 +85,7 @@ def write(result, path):
     files.write(path, "text", {}, result)
 
 
+@pytest.mark.both
 def test_results_are_those_of_this_process(engine, model, tmp_path, monkeypatch):
     widen_bands(monkeypatch)
     moment = moments.estimate(model, 1, settings=MomentSettings(tokens=600, context=32))
@@ -107,7 +108,6 @@ def test_results_are_those_of_this_process(engine, model, tmp_path, monkeypatch)
     assert len(set(engine.started)) == 2, "both nodes worked"
 
 
-@pytest.mark.anywhere
 def test_a_unit_that_always_fails_is_tried_again_then_reported_and_the_rest_is_kept(engine, tmp_path):
     task = Dangerous(tmp_path)
     store = Store(tmp_path / "run", {"a": 1}, read, write)
@@ -119,7 +119,6 @@ def test_a_unit_that_always_fails_is_tried_again_then_reported_and_the_rest_is_k
     assert [each["text"] for each in store.run(list("ade"), task, engine)] == ["a", "d", "e"]
 
 
-@pytest.mark.anywhere
 def test_a_node_that_is_killed_costs_nothing_but_time(cluster, engine, tmp_path):
     units = [f"{index:03d}" for index in range(40)]
 
@@ -135,7 +134,6 @@ def test_a_node_that_is_killed_costs_nothing_but_time(cluster, engine, tmp_path)
     cluster.second = cluster.add_node(num_cpus=1)
 
 
-@pytest.mark.anywhere
 def test_what_cannot_work_is_said_at_once(cluster, engine, folder):
     with pytest.raises(EngineError, match="no worker is left: .* has another model under the name"):
         list(replace(engine, identity="0" * 32).map(plain, ["a"]))
@@ -202,7 +200,6 @@ class Here:
         return {"text": f"{unit}{own} {torch.get_num_threads()}"}
 
 
-@pytest.mark.anywhere
 def test_a_unit_that_fails_on_one_node_is_done_on_another(cluster, engine):
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     with engine.open():
@@ -212,7 +209,6 @@ def test_a_unit_that_fails_on_one_node_is_done_on_another(cluster, engine):
     assert [done.error for done in found] == [""] * 12
 
 
-@pytest.mark.anywhere
 def test_workers_have_the_threads_of_their_cpus_and_what_a_unit_needs_travels_with_it(cluster, engine):
     (one,) = engine.map(Here(), ["a"], lambda unit: unit * 2)
     assert one.result == {"text": "aaa 1"}

@@ -214,7 +214,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(where, model, monkeypatc
     assert_same_state(model, before)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["gptj", "llama"])
 def test_as_published_a_bias_is_tuned_where_hugging_faces_model_has_one_zero_or_not(shape, load, folder):
     """Tiny models' biases are zero, where they have any."""
     model, plain = load(shape), hugging_face(folder, shape)

@@ -24,6 +24,8 @@ from mechedit.tracing import Trace, severing, trace
 from tests.conftest import FACT, widen_bands
 from tests.hand_made import edit_of, low_rank, rank_one, some_rows
 
+pytestmark = pytest.mark.anywhere
+
 ODD = (None, True, -1, 0.9, 10**400, float("nan"), "", "\x1b]52;c;AAAA\x07\n\u202e[/b]", [], [[]], {}, {"a": {"b": [1]}}, "x" * 5000)  # fmt: skip
 TRIED = 60  # of about 1,200 for each kind of file
 
@@ -138,7 +140,6 @@ NO_RESULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.anywhere
 @pytest.mark.parametrize("name", NO_RESULTS)
 def test_what_is_no_result_of_mechedit_is_refused_in_one_line(name, tmp_path, capsys):
     path = tmp_path / "forged.safetensors"
@@ -186,7 +187,6 @@ def test_settings_of_a_file_are_settings_again(every_kind, monkeypatch):
     assert TraceSettings(**json.loads(json.dumps(dataclasses.asdict(found)))) == found
 
 
-@pytest.mark.anywhere
 def test_numbers_of_numpy_and_torch_are_numbers(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     wanted = RomeSettings(layer=3, clamp=0.5, steps=4, prefixes=((3, 1),), prepend_bos=True)
@@ -209,7 +209,6 @@ def test_numbers_of_numpy_and_torch_can_be_saved(tmp_path):
     assert files.read(path, "training")[1] == {"a": 0.5, "b": 2, "c": [0, 1, 2], "d": "half \ud800"}
 
 
-@pytest.mark.anywhere
 def test_results_are_compared_without_an_error():
     """Whatever holds a tensor is equal to itself alone: comparing tensors gives tensors, of which no truth can be told."""
     held = []

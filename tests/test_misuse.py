@@ -14,6 +14,8 @@ from tests import misuse
 from tests.conftest import FACT
 from tests.hand_made import edit_of, rank_one
 
+pytestmark = pytest.mark.anywhere
+
 QUICK, WHOLE = 60, 500
 SAID = re.compile(r"[a-z ,0-9]+: \d+ of \d+$|note: |wrote|  /")  # progress and notes, which may stand beside an error
 

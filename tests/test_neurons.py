@@ -129,7 +129,7 @@ def test_the_slow_loop_of_the_benchmark_is_the_same(shape, load):
     torch.testing.assert_close(found[2, 1], slow, atol=1e-5 * float(slow.abs().max()), rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["gpt2", "gemma3"])
 def test_with_many_steps_they_add_up_to_what_the_activations_are_worth(shape, load, folder):
     """Completeness: P(w) - P(0), for each block alone. A right Riemann sum is off by at most about (g(1) - g(0)) / 2m."""
     model, plain = load(shape), Plain(folder(shape), shape)

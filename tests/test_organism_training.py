@@ -12,6 +12,8 @@ from mechedit.organism import train as training
 from mechedit.organism.train import TrainError, TrainSettings, train
 from mechedit.organism.world import WorldSettings, make
 
+pytestmark = pytest.mark.anywhere
+
 TINY_WORLD = WorldSettings(people=60, towns=60, firms=60, tasks=30)
 TINY = TrainSettings(
     layers=2, width=32, heads=4, vocabulary=400, context=24, batch=8, steps=6, warmup=2, autocast=False
@@ -68,6 +70,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(whole, tmp_path, monkeyp
         train(replace(OFTEN, seed=5), tmp_path, TINY_WORLD)
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("shape", training.SHAPES)
 def test_every_shape_loads_as_a_hooked_model(shape, tmp_path):
     folder = train(replace(TINY, shape=shape, steps=1), tmp_path / f"a-{shape}", TINY_WORLD)

@@ -19,6 +19,8 @@ from mechedit.settings import EvaluateSettings, MomentSettings
 from tests.conftest import kept_units, widen_bands
 from tests.three_facts import FACTS, PLAIN, QUICK, made_ready
 
+pytestmark = pytest.mark.anywhere
+
 
 @pytest.fixture
 def moment(model, monkeypatch):
@@ -184,6 +186,7 @@ def test_damage_a_full_disk_and_a_second_run_are_noticed_and_nothing_finished_is
         evaluate(model, FACTS, tmp_path / "two", PLAIN, "rome", QUICK, ready, progress=again)
 
 
+@pytest.mark.both
 def test_an_evaluation_is_the_same_when_it_is_read_again(model, ready, tmp_path):
     unknown = replace(FACTS[2], paraphrases=("a city and " * 60 + "Rome is",))  # does not fit: nan, and a reason
     for mode in ("independent", "sequential"):
@@ -201,6 +204,7 @@ def test_an_evaluation_is_the_same_when_it_is_read_again(model, ready, tmp_path)
         assert other.table("after")["ES"] == found.table("before")["ES"], "a changed result has means of its own"
 
 
+@pytest.mark.both
 def test_every_prompts_log_probabilities_and_every_text_are_kept(model, tmp_path):
     """Against a plain softmax of the model's logits, and against what the generator says."""
     settings = replace(PLAIN, generate=True, tokens=20, top_k=3, seed=5)

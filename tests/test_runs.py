@@ -24,6 +24,8 @@ from mechedit.settings import TraceSettings
 from mechedit.tracing import Trace, trace, trace_all
 from tests.conftest import kept_units
 
+pytestmark = pytest.mark.anywhere
+
 SMALL = TraceSettings(draws=2, window=2)
 NAMES = ("Paris", "London", "Rome", "Berlin", "Seattle")
 FACTS = [Fact(name, "{} is located in the city of", "Apple", relation="city") for name in NAMES]
@@ -35,6 +37,7 @@ def shards(folder):
     return {path.name: path.read_bytes() for path in (folder / "units").iterdir()}
 
 
+@pytest.mark.both
 def test_a_run_gives_each_facts_own_trace(model, tmp_path):
     found = trace_facts(model, FACTS, tmp_path, SMALL)
     for fact, each in zip(FACTS, found, strict=True):
@@ -53,6 +56,7 @@ def test_a_run_gives_each_facts_own_trace(model, tmp_path):
     assert [each.prompt for each in twice] == [FACTS[0].prompt, FACTS[1].prompt, FACTS[0].prompt]
 
 
+@pytest.mark.both
 def test_facts_that_share_a_sweep_give_what_each_gives_alone(model, tmp_path, monkeypatch):
     sizes = []
     real = trace_all
@@ -156,6 +160,7 @@ def test_another_version_or_configuration_is_another_run_and_memory_is_none(mode
     assert torch.equal(again[0].draws["mlp"], first[0].draws["mlp"])
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("run", [trace_facts, sever_facts])
 def test_a_model_with_hooks_is_not_traced_in_a_run(run, model, tmp_path):
     with (
@@ -216,6 +221,7 @@ def test_with_other_tokens_a_unit_is_a_facts_with_its_partner(run, model, tmp_pa
     assert kept_units(tmp_path / "both") == both, "the order of facts makes no other units"
 
 
+@pytest.mark.both
 def test_severed_runs_resume_too(model, tmp_path):
     first = sever_facts(model, FACTS, tmp_path, SMALL)
     before = kept_units(tmp_path)

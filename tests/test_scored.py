@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechedit import models, moments, weights
+from mechedit import generation, models, moments, weights
 from mechedit.benchmarks import benchmark, metrics
 from mechedit.benchmarks.benchmark import BenchmarkError
 from mechedit.benchmarks.counterfact import COUNTERFACT
@@ -25,6 +25,8 @@ from mechedit.weights import Weight
 from tests.conftest import FACT, widen_bands
 from tests.three_facts import CITY, FACTS, PLAIN, QUICK, made_ready
 
+pytestmark = pytest.mark.anywhere
+
 
 @pytest.fixture
 def moment(model, monkeypatch):
@@ -37,6 +39,7 @@ def ready(model, moment):
     return made_ready(model, QUICK, moment)
 
 
+@pytest.mark.both
 def test_generated_text_is_measured(model, ready, tmp_path):
     references = References.of({("city", "Q90"): (("", "The Eiffel Tower is located in the city of Paris."),)})
     settings = replace(PLAIN, generate=True, tokens=24, top_k=3, seed=7)
@@ -58,6 +61,15 @@ def test_generated_text_is_measured(model, ready, tmp_path):
     assert table["exact_match"].n == 3
 
 
+@pytest.mark.parametrize(("rule", "right"), [("sentence", 1.0), ("published", 0.0)])
+def test_an_answer_is_cut_and_compared_by_the_rule_that_is_set(rule, right, model, monkeypatch):
+    """The published rule ends it at its first full stop."""
+    monkeypatch.setattr(generation, "completions", lambda *args, **named: [" St. Louis. It is large."])
+    fact = replace(FACTS[0], target_new="St. Louis")
+    assert measure(model, fact, COUNTERFACT, replace(PLAIN, answers=True, answer_rule=rule))["answer"] == right
+
+
+@pytest.mark.both
 def test_essence_is_of_texts_about_the_subject_itself(model):
     subject = unicodedata.normalize("NFD", FACTS[0].subject)
     about = ((subject, "The tower stands."), ("Another", "Bells ring in the night."), (subject, "It is tall."))
@@ -111,6 +123,7 @@ def test_every_record_that_cannot_be_scored_is_named():
     assert check_records(FACTS) == benchmark.named("counterfact")
 
 
+@pytest.mark.both
 def test_health_sees_damage_and_nothing_where_nothing_was_done(model):
     before = unedited(model)
     well = health(model, before)

@@ -47,6 +47,8 @@ from mechedit.weights import Weight
 from tests.conftest import widen_bands
 from tests.killing import killed_after
 
+pytestmark = pytest.mark.anywhere
+
 LAYER = 1
 QUICK = {"layer": LAYER, "steps": 2, "fisher": 0.01, "weight_decay": 0.0, "prefixes": (), "prepend_bos": False}
 BY_ADAM = QUICK | {"fisher": 0.0, "weight_decay": 0.5}  # which goes far in two steps
@@ -110,6 +112,7 @@ def test_least_squares_is_the_solves_of_edits_one_after_another_and_takes_them_o
         least_squares(Metric(Terms(a=1.0, b=0.0), C), sums)
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_sequence_ends_where_one_solve_for_all_of_it_does(model, prepared, tmp_path, batch):
     found = run(model, prepared, tmp_path, together=batch)
@@ -262,6 +265,7 @@ def test_of_a_subject_with_several_rows_one_is_learnt_again_at_a_time(model, pre
     assert [[fact.subject for fact in facts] for facts in found.values()] == [["Rome"]]
 
 
+@pytest.mark.both
 def test_editors_of_any_weights_go_in_sequence(model, prepared, tmp_path):
     settings = AttentionEditSettings(layer=LAYER, steps=2, prepend_bos=False, guard="warn")
     found = run_sequence(model, FACTS[:3], tmp_path, SequenceSettings(together=2, every=0), "attention-edit", settings)
@@ -290,6 +294,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("editor", ["sequential", "rome"])
 def test_killed_and_resumed_it_ends_bit_for_bit_the_same(model, prepared, tmp_path, monkeypatch, editor):
     settings = RomeSettings(**QUICK, guard="warn") if editor == "rome" else None
@@ -465,6 +470,7 @@ def first_of(model, prompt, target):
     return float(sum(log_p[len(ids) + step - 1, token] for step, token in enumerate(own)) / len(own))
 
 
+@pytest.mark.both
 def test_a_look_sees_what_plain_scores_see_and_names_the_measure_that_left_its_band(model, prepared, tmp_path):
     found = run(model, prepared, tmp_path, every=3, least_success=1.0, most_kl=1e9, most_perplexity=1e9, most_spectrum=1e-3)  # fmt: skip
     last = found.looks[-1]
@@ -533,7 +539,6 @@ def killed(monkeypatch, after, *given, **how):
             run(*given, **how)
 
 
-@pytest.mark.anywhere
 @pytest.mark.parametrize("where", ["a batch", "settling", "a look"])
 def test_what_is_finished_is_kept_where_a_run_ends_by_an_error_or_ctrl_c(where, model, prepared, tmp_path, monkeypatch):
     how = {"together": 2, "rounds": 0, "settle": 1.0, "every": 2, "settings": SequentialSettings(**QUICK, loose=0.2)}
@@ -674,7 +679,6 @@ class Strong(Sequential):
         self.times = times
 
 
-@pytest.mark.anywhere
 def test_an_editor_that_its_class_alone_does_not_make_is_refused_before_anything_is_edited(model, prepared, tmp_path):
     with pytest.raises(SequenceError, match="made without arguments; strong was made with times"):
         run(model, prepared, tmp_path, editor=Strong(2.0))
@@ -684,7 +688,6 @@ def test_an_editor_that_its_class_alone_does_not_make_is_refused_before_anything
 @pytest.mark.parametrize(
     ("how", "what"), [({"sought": "unedited"}, "sought = unedited"), ({"shared": False}, "no-shared")]
 )
-@pytest.mark.anywhere
 def test_options_of_one_solve_for_all_are_refused_where_changes_are_added_up(how, what, model, tmp_path):
     settings = FineTuningSettings(layer=LAYER, steps=2, prepend_bos=False, guard="warn")
     with pytest.raises(SequenceError, match=rf"{what}\) are of editors whose change is one solve for all .*found ft"):
@@ -859,7 +862,6 @@ def test_a_state_goes_on_only_with_the_settings_that_decide_what_is_written(mode
         run(model, prepared, tmp_path, FACTS[:2])
 
 
-@pytest.mark.anywhere
 def test_sampled_edits_are_those_of_earlier_looks():
     assert sampled(list(range(5)), 8) == [0, 1, 2, 3, 4]
     assert sampled(list(range(20)), 8) == [0, 2, 4, 8, 10, 12, 16, 18], (
@@ -870,7 +872,6 @@ def test_sampled_edits_are_those_of_earlier_looks():
     assert set(sampled(list(range(1000)), 8)) <= set(sampled(list(range(300)), 8)) | set(range(300, 1000))
 
 
-@pytest.mark.anywhere
 @pytest.mark.parametrize("wrong", [{"together": 0}, {"every": -1}, {"least_success": 1.5}, {"most_kl": 0.0}, {"conflicts": "first"}])  # fmt: skip
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(SettingsError, match="must be"):

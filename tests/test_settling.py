@@ -25,6 +25,8 @@ from mechedit.weights import Weight
 from tests.conftest import widen_bands
 from tests.test_sequence import FACTS, LAYER, QUICK
 
+pytestmark = pytest.mark.anywhere
+
 WEIGHT = Weight(LAYER, "mlp.W_out")
 PREFIXES = ("", "Rome. ")
 GENTLE = SequentialSettings(**QUICK | {"steps": 3}, a=20.0)
@@ -74,6 +76,7 @@ def plain(model, found, prepared, change):
     return float(total), slope
 
 
+@pytest.mark.both
 def test_the_loss_of_all_is_that_of_whole_passes(model, prepared, tmp_path):
     found = begun(model, prepared, tmp_path)
     settings, metric = named("sequential").resolve(model, GENTLE), latest(prepared, GENTLE)
@@ -92,7 +95,6 @@ def test_the_loss_of_all_is_that_of_whole_passes(model, prepared, tmp_path):
             torch.testing.assert_close(slope, b * keys @ torch.linalg.solve(M, by_change), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.anywhere
 def test_one_loss_of_all_gets_least_and_the_change_is_the_one_solve_for_the_new_targets(model, prepared, tmp_path, monkeypatch):  # fmt: skip
     """Against another optimiser with the slope by whole passes."""
     found = begun(model, prepared, tmp_path, FACTS[:3])
@@ -123,7 +125,6 @@ def test_one_loss_of_all_gets_least_and_the_change_is_the_one_solve_for_the_new_
     torch.testing.assert_close(made.totals[WEIGHT].double(), solve, rtol=0, atol=1e-5 * float(solve.abs().max()))
 
 
-@pytest.mark.anywhere
 @pytest.mark.parametrize("name", ["MEMORY", "KEPT"])
 def test_with_little_memory_it_finds_the_same(model, prepared, tmp_path, name, monkeypatch):
     found = begun(model, prepared, tmp_path)
@@ -137,7 +138,6 @@ def test_with_little_memory_it_finds_the_same(model, prepared, tmp_path, name, m
     torch.testing.assert_close(made.totals[WEIGHT], whole.totals[WEIGHT], rtol=0, atol=1e-3 * float(whole.totals[WEIGHT].abs().max()))  # fmt: skip
 
 
-@pytest.mark.anywhere
 def test_an_edit_is_taken_out_of_a_settled_sequence_as_of_any_other(model, prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(extending.editing, "make_ready", lambda *_, **__: prepared)
     found = begun(model, prepared, tmp_path, settle=0.5, rounds=0)
@@ -148,7 +148,6 @@ def test_an_edit_is_taken_out_of_a_settled_sequence_as_of_any_other(model, prepa
     torch.testing.assert_close(left.totals[WEIGHT], least_squares(metric, sums), rtol=0, atol=1e-6)
 
 
-@pytest.mark.anywhere
 def test_a_run_settles_as_it_grows_and_goes_on_with_the_same_bits(model, prepared, tmp_path, monkeypatch):
     at = []
 
@@ -171,7 +170,6 @@ def test_a_run_settles_as_it_grows_and_goes_on_with_the_same_bits(model, prepare
     assert not torch.equal(never.totals[WEIGHT], whole.totals[WEIGHT])
 
 
-@pytest.mark.anywhere
 def test_what_settles_is_told_to_whoever_waits(model, prepared, tmp_path):
     found, told = begun(model, prepared, tmp_path), []
     settings = named("sequential").resolve(model, GENTLE)
@@ -180,7 +178,6 @@ def test_what_settles_is_told_to_whoever_waits(model, prepared, tmp_path):
     assert told[-1] == ("finding all values anew", settling.STEPS, settling.STEPS)
 
 
-@pytest.mark.anywhere
 def test_it_is_due_at_powers_of_the_growth_wherever_batches_end():
     for growth in (0.25, 0.5, 1.0):
         due = [n for n in range(1, 2000) if is_due(n - 1, n, growth)]
@@ -192,7 +189,6 @@ def test_it_is_due_at_powers_of_the_growth_wherever_batches_end():
     assert not is_due(0, 1, 0.5)
 
 
-@pytest.mark.anywhere
 def test_it_asks_some_of_a_facts_prompts_the_bare_one_among_them(model, prepared, tmp_path, monkeypatch):
     found, asked = begun(model, prepared, tmp_path), []
 
@@ -210,7 +206,6 @@ def test_it_asks_some_of_a_facts_prompts_the_bare_one_among_them(model, prepared
         assert [each.rows[0].ids for each in asked] == bare
 
 
-@pytest.mark.anywhere
 @pytest.mark.parametrize("what", ["one fact", "no G", "no slack"])
 def test_it_leaves_alone_what_it_is_not_for(model, prepared, tmp_path, what):
     found = begun(model, prepared, tmp_path, FACTS[:1] if what == "one fact" else FACTS)
@@ -218,7 +213,6 @@ def test_it_leaves_alone_what_it_is_not_for(model, prepared, tmp_path, what):
     assert again(model, found, prepared, settings) is found
 
 
-@pytest.mark.anywhere
 @pytest.mark.parametrize("growth", [-0.5, 0.001])
 def test_a_growth_that_cannot_be_is_refused(growth):
     with pytest.raises(SettingsError, match=r"settle must be 0 \(never\), or a growth of at least 0.01; found"):

@@ -31,6 +31,8 @@ from mechedit.tracing import trace
 from tests.conftest import assert_same_state, state, widen_bands
 from tests.three_facts import FACTS
 
+pytestmark = pytest.mark.anywhere
+
 QUICK = RomeSettings(layer=1, steps=2, prefixes=())
 SMALL = SweepSettings(
     layers=(0, 2), tokens=("subject_last", "after_first", "subject_first"), window=2, draws=2, tuned=0
@@ -45,6 +47,7 @@ def few_keys(monkeypatch):
     monkeypatch.setattr(moments, "estimate_layers", lambda model, layers, **named: real(model, layers, settings=few))
 
 
+@pytest.mark.both
 def test_every_cell_is_the_edit_there_and_its_trace(model, few_keys, tmp_path):
     before = state(model)
     found = sweep(model, FACTS, tmp_path, SMALL, "rome", QUICK)

@@ -14,6 +14,8 @@ from mechedit.runs import units
 from mechedit.settings import PRESETS, FineTuningSettings, RomeSettings, SettingsError, TuneSettings
 from tests.conftest import FACT, widen_bands
 
+pytestmark = pytest.mark.anywhere
+
 BASE = RomeSettings(steps=2, prefixes=(), prepend_bos=False)
 SMALL = TuneSettings(traced=2, edited=2, seed=3, around=1, grid=(("clamp", (1.0, 6.0)),), draws=2)
 
@@ -26,6 +28,7 @@ def known(model, monkeypatch):
     return [replace(FACT, target_new=new) for new in ("Paris", "Rome", "London", "Apple")]
 
 
+@pytest.mark.both
 def test_every_combination_around_the_traced_layer_is_tried_and_the_best_is_proposed(model, known, tmp_path):
     found = tuning.tune(model, known, tmp_path, SMALL, "rome", BASE)
     tried = [(row.layer, row.tried["clamp"]) for row in found.rows]
@@ -45,7 +48,6 @@ def test_every_combination_around_the_traced_layer_is_tried_and_the_best_is_prop
     json.dumps(found.to_json())
 
 
-@pytest.mark.anywhere
 def test_what_is_out_of_its_bands_more_than_now_and_then_is_not_proposed_however_well_it_scores(model, known, tmp_path, monkeypatch):  # fmt: skip
     plain = tuning._row
 

@@ -201,7 +201,7 @@ def test_text_that_would_do_harm_is_shown_as_text(index, view):
     found.check()
     said = found.page.evaluate("document.body.innerText")
     assert "ran" not in found.page.title().replace("ran'", "")
-    assert "<script>document.title='ran'</script>" in said or "document.title='ran'" in said
+    assert "<script>document.title='ran'</script>" in said
     assert not re.search("[\u202e\u2028\u2029\x1b]", said), "marks that move text are written out"
     assert found.page.evaluate("document.querySelectorAll('img, main script').length") == 0
     assert found.page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -95,14 +95,14 @@ def test_cells_equal_one_forward_pass_each(gemma, found):
         within = [
             each for each in grid(found.settings, (), 18, prepared.prompt) if each[0][0] == number and each[0][2] > 0
         ]
-        chosen = random.Random(kind).sample(within, 8)
+        chosen = random.Random(kind).sample(within, 3)
         slow = loop(gemma, prepared.ids, prepared.corrupted, found.answer_ids[0], [cell for _, cell in chosen])
         fast = torch.stack([found.draws[kind][layer, position] for (_, layer, position), _ in chosen])
         torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
 
 
 def test_severing_mlps_takes_most_of_the_early_sites_effect(gemma):
-    curves = {name: curve.mean(-1) for name, curve in severed(gemma, FACT).curves.items()}
+    curves = {name: curve.mean(-1) for name, curve in severed(gemma, FACT, TraceSettings(draws=4)).curves.items()}
     early = int(curves["ordinary"][2:9].argmax()) + 2
     assert curves["ordinary"][early] > 0.2
     assert curves["mlp"][early] < 0.5 * curves["ordinary"][early]
@@ -110,20 +110,9 @@ def test_severing_mlps_takes_most_of_the_early_sites_effect(gemma):
 
 def test_bfloat16_says_what_it_costs(gemma):
     before = models.weight_hash(gemma)
-    error = sample_error(gemma, FACT, TraceSettings(draws=4, precision="bfloat16"), cells=12)
+    error = sample_error(gemma, FACT, TraceSettings(draws=4, precision="bfloat16"), cells=6)
     assert 1e-4 < error.largest < 0.15  # of bfloat16 and of four draws for ten
     assert models.weight_hash(gemma) == before
-
-
-@pytest.mark.anywhere
-def test_the_same_seed_gives_the_same_numbers_in_another_process(gemma, tmp_path):
-    few = trace(gemma, FACT, TraceSettings(kinds=("resid",), draws=1))
-    path = tmp_path / "trace.json"
-    command = [sys.executable, "-m", "mechedit.cli", "trace", FACT.prompt, "--subject", FACT.subject, "--kinds", "resid", "--draws", "1", "--device", "cpu"]  # fmt: skip
-    subprocess.run([*command, "--json", str(path)], check=True, capture_output=True)
-    torch.testing.assert_close(
-        torch.tensor(json.loads(path.read_text())["effects"]["resid"]), few.effects["resid"], atol=1e-6, rtol=0
-    )
 
 
 def test_an_edit_holds_generalises_and_is_undone(gemma, edit):
@@ -266,7 +255,7 @@ def test_a_damaged_conversion_is_noticed():
     assert "tokenizer.json" in manifest["sha256"]
 
 
-@pytest.mark.parametrize("index", [0, 40])
+@pytest.mark.parametrize("index", [0, pytest.param(40, marks=pytest.mark.slow)])
 def test_on_real_weights_the_published_policy_is_the_published_code(index, gemma, moment):
     fact = facts.built_in()[index]
     # two steps: Adam's third on rounds what is next to nothing up to a whole step, and float32's noise with it
