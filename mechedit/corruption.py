@@ -119,7 +119,7 @@ def student_t(noise: Noise) -> Float[Tensor, "draws tokens d_model"]:
     normal = multivariate(noise)
     gamma = torch.distributions.Gamma(noise.degrees / 2, 0.5)
     with torch.random.fork_rng(devices=[]):  # distributions take no generator
-        torch.manual_seed(int(torch.randint(2**62, (), generator=noise.stream)))
+        torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=noise.stream)))
         chi_squared = gamma.sample((noise.draws, noise.tokens, 1))
     return normal / (chi_squared / noise.degrees).sqrt()
 
@@ -170,7 +170,7 @@ def statistics(model: HookedModel, texts: Iterable[str] | None = None, source: s
     d_model = int(model.cfg.d_model)
     total, outer = torch.zeros(d_model, dtype=torch.float64), torch.zeros(d_model, d_model, dtype=torch.float64)
     for chunk in ids.to(device_of(model)).split(16384):
-        values = embed(model, chunk[None])[0].double().cpu()
+        values = embed(model, chunk[None])[0].cpu().double()
         total, outer = total + values.sum(0), outer + values.T @ values
     mean = total / len(ids)
     entries = len(ids) * d_model
@@ -283,7 +283,7 @@ def drawn_std(
     begin, end = span(prompt, settings)
     noise = corrupted[:, begin:end].double()
     if not settings.replace:
-        noise = noise - embed(model, torch.tensor([prompt.ids], device=device_of(model)))[0, begin:end].double().cpu()
+        noise = noise - embed(model, torch.tensor([prompt.ids], device=device_of(model)))[0, begin:end].cpu().double()
     if family is None and settings.corruption.endswith("_published") and statistics.mean is not None:
         noise = noise - statistics.mean.double()
     return float(noise.square().mean().sqrt())
@@ -333,8 +333,10 @@ def _about(fact: Fact, subject: str) -> Fact:
 def partner(model: HookedModel, fact: Fact, facts: Sequence[Fact], *, seed: int = 0) -> str | None:
     """A subject to put in this one's place: of a fact of the same relation with another answer, as many tokens long.
 
-    None where there is none. The choice depends on the seed and the fact.
+    None where there is none, as where the fact names no relation. The choice depends on the seed and the fact.
     """
+    if fact.relation is None:
+        return None
     own, others = prepare(model, fact), {each.subject for each in facts if each.relation == fact.relation and each.target_true != fact.target_true}  # fmt: skip
     fitting = sorted(each for each in others if _takes_its_place(model, fact, own, each))
     if not fitting:

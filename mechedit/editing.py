@@ -249,7 +249,7 @@ def edit(
         seconds=time.perf_counter() - began,
         details=dict(found.details) | ({"prepared": prepared.key} if prepared is not None else {}),
         vectors=dict(found.vectors),
-        state=dict(found.state),
+        state={} if rolled_back else dict(found.state),
         told="" if rolled_back else found.told,
     )
 
@@ -339,7 +339,7 @@ def _obey(editor: Editor, settings: Any, reasons: Sequence[str]) -> None:
 def _relative_norm(model: HookedModel, found: Sequence[Change]) -> float:
     """The norm of the changes over that of the weights that they change."""
     own = changes.by_weight(found)
-    size = sum(float(weights.value(model, weight).detach().double().square().sum()) for weight in own) ** 0.5
+    size = sum(float(weights.value(model, weight).detach().cpu().double().square().sum()) for weight in own) ** 0.5
     return changes.norm(found) / size if size else nan
 
 

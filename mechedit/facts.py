@@ -50,7 +50,7 @@ class Fact:
 
     `paraphrases`, `neighbours` and `generations` are whole prompts: other wordings of the same question, the same question about
     subjects that share `target_true` (or have answers of their own: `neighbour_answers`, one for each), and openings for free
-    text about the subject; `same_subject` are prompts of its other relations, with an answer each (`same_subject_answers`). Spaces around targets and at the end of prompts are removed. `join` says how a prompt meets a
+    text about the subject; `same_subject` are prompts of its other relations, with an answer each (`same_subject_answers`). Spaces around subject and targets and at the end of prompts are removed. `join` says how a prompt meets a
     target: "auto", as its writing has it (`writing.seam`: one space in English, none in Chinese or after an opening quotation
     mark); "space", always one; "none", the two exactly as they are.
 
@@ -82,6 +82,8 @@ class Fact:
             raise FactError("; ".join(wrong) + ".")
         end = (lambda prompt: prompt) if self.join == "none" else writing.ended
         object.__setattr__(self, "template", end(self.template))
+        if self.join != "none":
+            object.__setattr__(self, "subject", self.subject.strip())
         for name in PROMPTS:
             object.__setattr__(self, name, tuple(end(prompt) for prompt in getattr(self, name)))
         for name in ("target_true", "target_new"):

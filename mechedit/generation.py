@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mechedit.corruption import generator
 from mechedit.errors import check_list
-from mechedit.models import HookedModel, Stepper, device_of
+from mechedit.models import HookedModel, ModelError, Stepper, device_of
 from mechedit.progress import Progress, silent
 from mechedit.prompts import check_length, check_read, decoded, encode, resolve_bos, told_tokens
 from mechedit.settings import SettingsError
@@ -53,11 +53,16 @@ def sample(
 
     Raises:
         SettingsError: `top_k` tokens are more than there are.
+        ModelError: the tokenizer has no token to begin with.
     """
     check_top_k(model, top_k)
     stepper = Stepper(model)
     device = device_of(model)
     start = model.tokenizer.bos_token_id if model.tokenizer.bos_token_id is not None else model.tokenizer.eos_token_id
+    if start is None:
+        raise ModelError(
+            f"the tokenizer of {model.cfg.model_name} has neither a BOS nor an EOS token, with which sampled text begins. Set its bos_token."
+        )
     token = torch.full((rows, 1), start, device=device)
     text = []
     for done in range(length):

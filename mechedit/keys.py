@@ -22,7 +22,7 @@ from mechedit.corruption import generator
 from mechedit.facts import Fact, FactError
 from mechedit.generation import sample
 from mechedit.interventions import intervened, read
-from mechedit.models import HookedModel, hooked, identity
+from mechedit.models import HookedModel, hooked, identity, plainly
 from mechedit.parsing import ParseError, check, from_file
 from mechedit.prompts import behind, check_length, encode, pad, resolve_bos, subject_span
 from mechedit.settings import KnowledgeNeuronsSettings, RomeSettings, SettingsError
@@ -70,7 +70,8 @@ def prefixes(model: HookedModel, settings: RomeSettings | KnowledgeNeuronsSettin
             return tuple(found)
     found = [""]
     for length, count in settings.prefixes:
-        rows = sample(model, count, length, generator(settings.seed, "prefixes", str(length)), top_k=TOP_K)
+        with plainly(model):
+            rows = sample(model, count, length, generator(settings.seed, "prefixes", str(length)), top_k=TOP_K)
         found += [model.tokenizer.decode(row, skip_special_tokens=True) + ". " for row in rows.tolist()]
     if keep:
         cache.keep(path, json.dumps(found))

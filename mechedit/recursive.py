@@ -5,9 +5,9 @@ Keys k with targets t, written one after another by the solve of `mechedit.close
 
     D = (a C + c I + b P)^-1 b Q,    P = sum of k k^T,    Q = sum of k r^T,    r = t - (k W0 + b_out)
 
-With slack 1 the target is v*, which is then met as far as `a` lets. With less slack v* is met more nearly, and the target that has this as
+With slack 1/b the target is v*, which is then met as far as `a` lets. With less slack v* is met more nearly, and the target that has this as
 its least-squares solution lies beyond it, by the solve's right factor f = (K M^-1 K^T + slack I)^-1 R: t is what the key returns after the write,
-and f. A fact that was lost is met again in the same way, its target being raised by f (`Sums.raised`). So P and Q are all that an edit needs to know of those before it, and an edit is taken out by taking its k k^T and k r^T out of them.
+and f/b. A fact that was lost is met again in the same way, its target being raised by f/b (`Sums.raised`). So P and Q are all that an edit needs to know of those before it, and an edit is taken out by taking its k k^T and k r^T out of them.
 Everything is float64 on the CPU. A solve costs one factor of d_mlp by d_mlp and d_model right sides, however many edits there are.
 """
 

@@ -88,4 +88,4 @@ def _question(part: Part, index: int) -> Question | None:
         return None
     mark = "?" if fact.prompt.rstrip().endswith("?") else ""  # the unrelated one is asked as the fact is
     unrelated = unrelated if fact.join == "none" else writing.ended(unrelated)
-    return Question(fact, unrelated + mark, answer.strip())
+    return Question(fact, unrelated + mark * (not unrelated.rstrip().endswith("?")), answer.strip())

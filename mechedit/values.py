@@ -10,7 +10,8 @@ token, as the code does. The last term is ours, and off where nothing else is sa
 
 A rank-one write that gives the key k* the value v + d gives another key k the share (k @ u) / (k* @ u) of d. Each row is
 optimised with the share that its own key will get (`Sought.shares`), so that what is optimised is what will be written; the
-published code adds the whole of d to every row, and its averaged edit can then miss the very prompt it was made for.
+published code adds the whole of d to every row, and its averaged edit can then miss the very prompt it was made for. Editors of many
+facts are given ROME's shares, of u = C^-1 k*; where their solve weighs more than C they are an approximation.
 
 Values of many facts are sought together, each with its own d, steps, clamp and end: the sum of their losses has for each d the slope
 that its own loss has, so what is found is what one after another would find. Rows of a fact that is done are run no more. What no d

@@ -197,7 +197,7 @@ def _check_fits(
 ) -> None:
     """Raise where a number of the sum could be none of the weight's format: NaN, or too large."""
     sizes = [
-        float(torch.stack(tuple(each.detach().aminmax())).double().abs().max())
+        float(torch.stack(tuple(each.detach().aminmax())).cpu().double().abs().max())
         for each in (base, change)
         if each.numel()
     ]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechedit.settings import TraceSettings
+from mechedit.settings import SettingsError, TraceSettings
 from mechedit.tracing import trace
 from mechedit.tracing.accuracy import is_exact, sample_error
 from mechedit.tracing.attribution import attribution_patching
@@ -35,6 +35,12 @@ def test_the_error_of_fewer_draws_is_that_against_ten(model, fact):
     assert part.cells == 5
     assert 0 < part.largest <= found.largest + 1e-7
     assert "on 5 cells: largest error" in str(part)
+    behind = replace(fact, template=f"Today {fact.template}")
+    assert sample_error(model, behind, replace(SMALL, draws=2, roles=("before",))).cells > 0, (
+        "though nothing is there that noise reaches"
+    )
+    with pytest.raises(SettingsError, match="cells must be at least 1"):
+        sample_error(model, fact, SMALL, cells=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

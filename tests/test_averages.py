@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -83,6 +84,21 @@ def test_facts_whose_decisive_token_is_another_are_listed():
     elsewhere = made([[[0.1, 0.5, 0.2, 0.1], [0.1] * 4], [[0.1] * 4] * 2], subject=(0, 1), prompt="odd")
     usual = made([[[0.5, 0.1, 0.2, 0.9], [0.1] * 4], [[0.1] * 4] * 2], subject=(0, 1), prompt="usual")
     assert average([elsewhere, usual]).exceptions == (("odd", "after_first"),)
+    last = [[math.nan, math.nan, math.nan, 0.3]] * 2
+    untraced = [made([last, last], subject=(1, 2), prompt=str(index)) for index in range(2)]
+    assert average(untraced).exceptions == (), "nothing is known of it"
+
+
+def test_intervals_of_what_is_no_share_are_not_bounded_by_zero_and_one():
+    effects = [[[0.1, 0.2]], [[0.1, 0.1]]]
+    logits = replace(SETTINGS, measure="logit_difference")
+    share, other = (
+        average([made(effects, subject=(0, 1), prompt=str(index), settings=each) for index in range(5)])
+        for each in (SETTINGS, logits)
+    )
+    assert 0 <= share.clean.low < share.clean.high <= 1
+    assert math.isnan(other.clean.low)
+    assert math.isnan(other.corrupted.high)
 
 
 def test_a_paired_comparison_takes_differences_within_facts():

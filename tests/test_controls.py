@@ -77,6 +77,18 @@ def test_another_layer_is_drawn_for_each_fact_and_edited_there_as_rome_would(mod
     there = replace(QUICK, layer=drawn[0])
     alone = rome.edit(model, FACTS[0], there, moments.estimate(model, drawn[0]))
     torch.testing.assert_close(found[0].changes[0].dense(), alone.changes[0].dense())
+    assert [each.details["layer"] for each in found] == drawn
+    assert all(each.details["clamp"] > 0 for each in found)
+
+
+def test_the_ridge_of_the_settings_is_a_random_layers_too(model, moment):
+    settings = replace(QUICK, ridge=0.5)
+    layer = controls.random_layer(model, FACTS[0], 1, settings.seed)
+    found = edit(model, FACTS[0], "rome-random-layer", settings)
+    there = replace(settings, layer=layer, clamp=found.details["clamp"])
+    plain = rome.edit(model, FACTS[0], there, moments.estimate(model, layer))
+    torch.testing.assert_close(found.changes[0].dense(), plain.changes[0].dense())
+    assert found.report["cond_C"] == plain.report["cond_C"] < moments.estimate(model, layer).cond
 
 
 @pytest.mark.parametrize("name", ["rome-identity", "rome-random-key", "rome-random-layer"])

@@ -233,6 +233,8 @@ def test_partners_share_relation_and_length_but_not_the_answer(model):
     ]
     assert partner(model, fact, others) == "London"
     assert partner(model, fact, [fact]) is None
+    unknown = [replace(each, relation=None) for each in others]
+    assert partner(model, unknown[0], unknown) is None, "of no relation none is another's"
     long = Fact("Paris " * 80, "The city of {} is in", "Rome", relation="city")
     assert partner(model, fact, [long, *others]) == "London"
 

@@ -194,7 +194,8 @@ def test_a_stopped_evaluation_ends_in_the_same_bytes(model, ready, tmp_path, mod
         return {path.name: path.read_bytes() for path in evaluate(model, FACTS, folder, settings, "rome", QUICK, ready).save(folder)}  # fmt: skip
 
     before = state(model)
-    for noun, stop in [("records after", 1), ("edits", 0 if mode == "batch" else 1)]:  # a batch is one edit
+    stops = [("records after", 1), ("edits", 0 if mode == "batch" else 1)]  # a batch is one edit
+    for noun, stop in stops:
 
         def interrupt(what, done, of, noun=noun, stop=stop):
             if what == noun and done == stop:
@@ -529,3 +530,36 @@ def test_a_batch_whose_edit_failed_is_tried_again(model, ready, tmp_path, monkey
             ]
             assert all("MemoryError: no room" in each["reason"] for each in failed.facts)
     assert evaluate(model, FACTS, tmp_path / "run", batch, "rome", QUICK, ready) == whole
+
+
+def test_a_benchmark_of_ones_own_has_scores_of_its_own_though_its_name_is_another_s(model, ready, tmp_path):
+    def constant(value):
+        scores = lambda self, model, records, *, prepend_bos=None: [{"ES": value} for _ in records]  # noqa: E731
+        return type(f"Own{value:g}", (type(counterfact.COUNTERFACT),), {"scores": scores})()
+
+    tables = []
+    for number, benchmark in enumerate((counterfact.COUNTERFACT, constant(2), constant(3), constant(2))):
+        found = evaluate(model, FACTS, tmp_path / str(number), PLAIN, "rome", QUICK, ready, benchmark=benchmark)
+        tables.append([row["ES"] for row in found.rows["before"]])
+    assert tables[1:] == [[2.0] * 3, [3.0] * 3, [2.0] * 3]
+    assert set(tables[0]) <= {0.0, 1.0}
+
+
+def test_what_cannot_be_written_in_a_sequence_is_refused_and_those_after_it_are_found_without_it(
+    model, ready, tmp_path, monkeypatch
+):
+    before, real = state(model), applying.Applied.add
+
+    def add(self, edit):
+        if edit.fact["subject"] == FACTS[1].subject and edit.changes:
+            raise MemoryError("no room for the sum")
+        real(self, edit)
+
+    plain = replace(PLAIN, mode="sequential")
+    expected = evaluate(model, FACTS[::2], tmp_path / "two", plain, "rome", QUICK, ready).rows["after"]
+    monkeypatch.setattr(applying.Applied, "add", add)
+    found = evaluate(model, FACTS, tmp_path / "three", plain, "rome", QUICK, ready)
+    assert_same_state(model, before)
+    assert [row["edited"] for row in found.rows["after"]] == [1.0, 0.0, 1.0]
+    assert "no room for the sum" in found.facts[1]["reason"]
+    same(found.rows["after"][::2], expected)

@@ -299,7 +299,8 @@ def test_a_missing_file_is_an_error():
 
 
 def test_targets_and_templates_are_stripped_once():
-    fact = Fact("A", "{} is ", " x ", "  y")
+    fact = Fact(" A ", "{} is ", " x ", "  y")
+    assert Fact("A ", "{}is", "x", "y", join="none").prompt == "A is"
     assert (fact.prompt, fact.target_true, fact.target_new) == ("A is", "x", "y")
 
 
@@ -478,6 +479,8 @@ def test_spaces_around_a_subject_are_not_the_prompts(tmp_path):
 def test_zsre_asks_the_unrelated_question_as_the_fact_is_asked(tmp_path):
     path = tmp_path / "zsre.json"
     path.write_text(json.dumps([ZSRE | {"subject": "Guess Who?", "src": "Who made Guess Who?", "loc": "who sang"}]))
+    assert sources.questions(path)[0].unrelated == "who sang?"
+    path.write_text(json.dumps([ZSRE | {"loc": "who sang?"}]))
     assert sources.questions(path)[0].unrelated == "who sang?"
     blanks = [ZSRE | {"subject": " "}, ZSRE | {"alt": " "}, ZSRE | {"alt": "uniform "}, ZSRE | {"rephrase": " "}]
     path.write_text(json.dumps(blanks))

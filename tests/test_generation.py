@@ -6,7 +6,7 @@ import torch
 from mechedit import generation, scoring
 from mechedit.corruption import generator
 from mechedit.facts import FactError
-from mechedit.models import blocks
+from mechedit.models import ModelError, blocks
 from mechedit.settings import SettingsError
 
 
@@ -16,6 +16,13 @@ def test_sampling_is_fixed_by_its_generator(model):
     assert torch.equal(generation.sample(model, 3, 6, generator(0, "a")), first)
     assert not torch.equal(generation.sample(model, 3, 6, generator(1, "a")), first)
     assert first.shape == (3, 6)
+
+
+def test_sampling_needs_a_token_to_begin_with(model, monkeypatch):
+    for name in ("bos_token_id", "eos_token_id"):
+        monkeypatch.setattr(type(model.tokenizer), name, None, raising=False)
+    with pytest.raises(ModelError, match="neither a BOS nor an EOS token"):
+        generation.sample(model, 1, 2, torch.Generator())
 
 
 def test_tokens_are_drawn_with_their_probabilities():

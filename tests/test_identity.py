@@ -234,6 +234,21 @@ def test_with_hooks_on_the_model_nothing_is_kept_and_pieces_are_refused(model, t
     assert torch.equal(moments.estimate(model, 1, settings=FEW).C, plain.C)
 
 
+def test_with_dropout_at_work_nothing_is_kept_and_nothing_is_found(model):
+    own = torch.nn.Dropout(0.5)
+    model.blocks[0].add_module("own_dropout", own)
+    try:
+        for training in (True, False):
+            own.train(training)
+            assert models.hooked(model) == training
+            if training:
+                with pytest.raises(ModelError, match=r"its dropout blocks\.0\.own_dropout draws anew .* model\.eval"):
+                    trace(model, FACT, TraceSettings(draws=1))
+        trace(model, FACT, TraceSettings(draws=1))
+    finally:
+        del model.blocks[0].own_dropout
+
+
 def test_a_forward_that_was_replaced_is_kept_from_the_cache_and_pieces_are_refused(model):
     plain = moments.estimate(model, 1, settings=FEW)
     module = model.blocks[0].mlp

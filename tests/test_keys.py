@@ -89,6 +89,14 @@ def test_with_a_hook_on_the_model_prefixes_are_sampled_and_not_kept(model):
     assert keys.prefixes(model, QUICK) == found
 
 
+def test_autocast_around_them_does_not_bear_on_prefixes(model, monkeypatch, tmp_path):
+    settings = replace(QUICK, prefixes=((10, 5),))
+    found = keys.prefixes(model, settings)
+    monkeypatch.setenv("MECHEDIT_CACHE", str(tmp_path))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert keys.prefixes(model, settings) == found
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_prefix_that_is_longer_than_the_context_is_refused_wherever_it_stands(order, model):
     context = int(model.cfg.n_ctx)

@@ -14,6 +14,7 @@ from mechedit import applying, editing, models, moments, rank_one, sources
 from mechedit.changes import total
 from mechedit.editors import named
 from mechedit.editors.rome import Prepared
+from mechedit.edits import EditError
 from mechedit.runs.evaluating import evaluate
 from mechedit.settings import (  # fmt: skip
     PRESETS,
@@ -200,6 +201,34 @@ def test_every_editor_of_many_facts_edits_the_organism_at_its_preset(name):
 def test_terms_that_cannot_be_are_refused(wrong):
     with pytest.raises(SettingsError, match="must be"):
         MemitSettings(**wrong)
+
+
+@pytest.mark.anywhere
+@pytest.mark.parametrize(
+    "wrong", [{"direction": "prompt"}, {"direction": "prompt", "inserted": "prompt", "layers": (0, 1)}]
+)
+def test_a_key_that_the_solve_does_not_write_at_is_refused(wrong):
+    with pytest.raises(SettingsError, match="found (prompt and averaged|prompt)"):
+        MemitSettings(**wrong)
+
+
+def test_what_a_rolled_back_edit_would_have_written_is_not_known_to_the_next(model, prepared):
+    settings = AlphaEditSettings(**(MANY | {"guard": "rollback"}), bands=(("relative_norm", 0.0, 1e-12),), null=1e3)
+    rolled = edited(model, "alphaedit", settings, prepared, FACTS[:1])
+    assert (rolled.changes, rolled.state) == ((), {})
+    assert set(edited(model, "alphaedit", replace(settings, bands=()), prepared, FACTS[:1]).state) == {"keys"}
+
+
+def test_a_state_without_the_sum_of_earlier_keys_is_refused(model, prepared):
+    settings = AlphaEditSettings(**MANY, null=1e3)
+    first = edited(model, "alphaedit", settings, prepared, FACTS[:1])
+    with pytest.raises(EditError, match=r"no earlier; found keys\. .* editor\.joined"):
+        edited(model, "alphaedit", settings, prepared, FACTS[1:2], first.state)
+    joined = named("alphaedit").joined({}, first.state)
+    second = edited(model, "alphaedit", settings, prepared, FACTS[1:2], joined)
+    assert not torch.equal(
+        second.changes[0].dense(), edited(model, "alphaedit", settings, prepared, FACTS[1:2]).changes[0].dense()
+    )
 
 
 def test_keys_that_depend_on_each_other_are_named(model, prepared):

@@ -462,6 +462,8 @@ def test_magnitude_and_worth_by_hand():
     rows = [{"ES": 1.0, "PS": 0.5, "NS": 0.25}, {"ES": 0.0, "PS": 0.5, "NS": 0.75}]
     assert metrics.worth(rows) == (0.5, 0.5)
     assert metrics.worth([{"ES": 1.0, "PS": 0.0, "NS": 1.0}]) == (0.0, 1.0)
+    assert metrics.worth([{"ES": 0.5, "PS": 0.5, "NS": 0.5}, {}]) == (0.5, 0.5), "a fact that could not be scored"
+    assert metrics.worth([{}]) == (0.0, 0.0)
     thirds = metrics.worth([{"ES": 1 / 3, "PS": 2 / 3, "NS": 1.0}])
     assert thirds == (0.545455, 0.333333), "6 of 11, of six digits"
 

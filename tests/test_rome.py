@@ -374,3 +374,16 @@ def test_the_bare_prompts_key_is_its_own_wherever_it_stands_among_prefixes(model
             torch.testing.assert_close(made.vectors["k*"], expected)
     with pytest.raises(EditError, match="bare prompt's"):
         rome.Prepared(moment, ("A. ",), moment)
+
+
+def test_what_is_made_ready_with_an_edit_in_a_lower_block_belongs_to_the_model_as_it_is(model, fact, monkeypatch):
+    """C and prefixes are those of the model underneath, given or not."""
+    widen_bands(monkeypatch)
+    real, few = moments.estimate_layers, MomentSettings(tokens=600, context=32)
+    monkeypatch.setattr(moments, "estimate", lambda model, layer, **named: real(model, [layer], settings=few)[layer])
+    low = rome.edit(model, NEEDLE, replace(QUICK, layer=0), moments.estimate(model, 0))
+    with applying.edited(model, low):
+        ready = editing.make_ready(model, rome.Rome(), QUICK)
+        given = editing.edit(model, fact, rome.Rome(), QUICK, prepared=ready)
+        made = editing.edit(model, fact, rome.Rome(), QUICK)
+    assert torch.equal(given.changes[0].dense(), made.changes[0].dense())

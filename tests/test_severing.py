@@ -83,6 +83,8 @@ def test_any_role_can_be_restored_and_one_that_is_not_there_is_an_error(model, f
 def test_one_draw_has_no_other(model, fact):
     with pytest.raises(SettingsError, match="at least 2 draws"):
         severed(model, fact, replace(SMALL, draws=1), shared_draws=False)
+    with pytest.raises(SettingsError, match="at least 2 draws"):
+        severed(model, fact, replace(SMALL, corruption="tokens"), other="Rome", shared_draws=False)
 
 
 def test_another_subject_can_take_its_place(model):

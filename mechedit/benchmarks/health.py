@@ -86,10 +86,12 @@ def _read(
     that could follow; each layer's norm."""
     blocks = Blocks(model)
     resid = blocks.final(row)[0]
-    text = blocks.log_p(resid[told:-1], row[0, told + 1 :, None])[:, 0].double().cpu()
+    text = blocks.log_p(resid[told:-1], row[0, told + 1 :, None])[:, 0].cpu().double()
     places = told + torch.linspace(1, size - 1, min(POSITIONS, size - 1)).long().to(resid.device)
     log_p = blocks.logits(resid[places[places < len(resid)]]).float().log_softmax(-1).cpu()
-    norms = tuple(float(models.W_out(model, layer).double().norm()) for layer in range(int(model.cfg.n_layers)))
+    norms = tuple(
+        float(models.W_out(model, layer).detach().cpu().double().norm()) for layer in range(int(model.cfg.n_layers))
+    )
     return text, log_p, norms
 
 

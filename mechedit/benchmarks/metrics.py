@@ -174,8 +174,10 @@ def harmonic(*values: Any) -> Any:
 
 
 def worth(rows: Sequence[Mapping[str, float]]) -> tuple[float, float]:
-    """S of the means of some facts' scores, and their efficacy, which tells edits apart where S is 0: to choose the best by."""
-    means = {name: float(np.mean([row[name] for row in rows])) for name in SUCCESSES}
+    """S of the means of some facts' scores, and their efficacy, which tells edits apart where S is 0: to choose the best by. A fact without a
+    score counts in the means of those that it has; what no fact has is 0."""
+    scores = {name: [row[name] for row in rows if not np.isnan(row.get(name, np.nan))] for name in SUCCESSES}
+    means = {name: float(np.mean(each)) if each else 0.0 for name, each in scores.items()}
     return round(float(harmonic(*means.values())), 6), round(means["ES"], 6)
 
 

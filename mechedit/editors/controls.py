@@ -1,7 +1,7 @@
 """Controls: ROME with one of its parts taken out, to see what that part is worth. Each is an editor.
 
 rome-identity       C = 1, as if every direction of keys were as common
-rome-random-layer   another layer for each subject, drawn by the settings' seed, with the clamp that suits that layer
+rome-random-layer   another layer, drawn for the first fact of an edit by the settings' seed, with the clamp that suits that layer
 rome-random-key     v* written at a random key of the length of k*
 """
 
@@ -23,13 +23,13 @@ from mechedit.cache import content_key
 from mechedit.corruption import generator
 from mechedit.editing import Found, State
 from mechedit.editors.aims import Aim, by_subject
-from mechedit.editors.rome import Prepared, Rome, fisher_of
+from mechedit.editors.rome import Prepared, Rome, fisher_of, prepare
 from mechedit.edits import EditError
 from mechedit.facts import Fact, FactError
 from mechedit.models import HookedModel, hooked, identity
 from mechedit.moments import Moment
 from mechedit.progress import Progress, silent
-from mechedit.settings import FACT_TOKENS, MomentSettings, RomeSettings
+from mechedit.settings import FACT_TOKENS, MomentSettings, RomeSettings, SettingsError
 
 __all__ = ["Identity", "RandomKey", "RandomLayer", "random_layer"]
 
@@ -102,6 +102,10 @@ class RandomLayer(Rome):
 
     def prepare(self, model: HookedModel, settings: RomeSettings, *, progress: Progress = silent) -> EveryLayer:  # type: ignore[override]
         others = [layer for layer in range(int(model.cfg.n_layers)) if layer != settings.layer]
+        if not others:
+            raise SettingsError(
+                f"{self.name} edits a layer other than that of the settings; {model.cfg.model_name} has one."
+            )
         windows = MomentSettings(prepend_bos=settings.prepend_bos)
         Cs = moments.estimate_layers(model, others, settings=windows, progress=progress)
         before = keys.prefixes(model, settings)
@@ -110,7 +114,7 @@ class RandomLayer(Rome):
         for done, layer in enumerate(others):
             progress("clamps of layers", done, len(others))
             there = replace(trial, layer=layer)
-            ready = Prepared(Cs[layer], before, Cs[layer], fisher_of(model, there))
+            ready = prepare(model, there, Cs[layer], before)
             found.append((layer, _clamp(model, there, ready)))
             hashes.append((layer, ready.key))
         progress("clamps of layers", len(others), len(others))
@@ -136,9 +140,9 @@ class RandomLayer(Rome):
         there = replace(settings, layer=layer, clamp=dict(prepared.clamps)[layer])
         with applying.underneath(model):  # C and G are those of `prepare`, whatever edits stand in the model
             moment = moments.estimate(model, layer, settings=windows, progress=progress)
-            G = fisher_of(model, there, progress=progress)
-        ready = Prepared(moment, prepared.prefixes, moment, G)
-        return super().find(model, facts, there, ready, state, progress=progress)
+            ready = prepare(model, there, moment, prepared.prefixes, progress=progress)
+        found = super().find(model, facts, there, ready, state, progress=progress)
+        return replace(found, details={**found.details, "layer": layer, "clamp": there.clamp})
 
 
 def random_layer(model: HookedModel, fact: Fact, layer: int, seed: int) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from mechedit.closed_form import Metric, Terms
 from mechedit.editing import State
 from mechedit.editors.rome import Prepared
+from mechedit.edits import EditError
 from mechedit.settings import MemitSettings
 
 __all__ = ["EARLIER", "FACTOR", "KEYS", "grown", "latest", "metric_of", "names_of", "terms_of"]
@@ -39,7 +40,16 @@ def latest(own: Prepared, settings: MemitSettings) -> Metric:
 
 
 def metric_of(own: Prepared, settings: MemitSettings, state: State, name: str = "") -> Metric:
-    """M of a block, for a state."""
+    """M of a block, for a state.
+
+    Raises:
+        EditError: the state weighs earlier keys, and has no sum of this block's.
+    """
+    if state and settings.b and EARLIER + name not in state:
+        raise EditError(
+            f"the state of earlier edits has no {EARLIER + name}; found {', '.join(sorted(state))}. What an edit hands on is joined to what stood before: "
+            "state = editor.joined(state, edit.state, settings, prepared)."
+        )
     found = latest(own, settings).at(terms_of(settings), state.get(EARLIER + name), state.get(FACTOR + name))
     own.made["metric"] = found
     return found

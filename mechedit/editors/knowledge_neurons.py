@@ -111,7 +111,7 @@ def _rows(
     places = Counter((each.layer, each.index) for own in found for each in own.chosen)
     if settings.action == "erase":
         places = Counter(dict(places.most_common(ERASED)))
-    values = {place: models.W_out(model, place[0])[place[1]].detach().double().cpu() for place in places}
+    values = {place: models.W_out(model, place[0])[place[1]].detach().cpu().double() for place in places}
     if settings.action != "update":
         return {place: value if settings.action == "amplify" else -value for place, value in values.items()}
     added = {place: torch.zeros_like(value) for place, value in values.items()}
@@ -145,8 +145,8 @@ def _direction(model: HookedModel, tokens: list[int], settings: KnowledgeNeurons
     """The sum of the tokens' directions, in float64."""
     ids = torch.tensor(tokens, device=models.device_of(model))
     if settings.direction == "embedding":
-        return models.embed(model, ids[None])[0].detach().double().cpu().sum(0)
-    return model.unembed.W_U[:, ids].detach().double().cpu().sum(1)
+        return models.embed(model, ids[None])[0].detach().cpu().double().sum(0)
+    return model.unembed.W_U[:, ids].detach().cpu().double().sum(1)
 
 
 def _as_changes(model: HookedModel, rows: dict[Place, Float[Tensor, " d_model"]]) -> list[Rows]:

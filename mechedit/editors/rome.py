@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit import editing, guards, keys, models, moments, rank_one, values
+from mechedit import applying, editing, guards, keys, models, moments, rank_one, values
 from mechedit.cache import content_key
 from mechedit.editing import Editor, Found, State
 from mechedit.editors.aims import Aim, Begun, asked_of, by_subject, check_learnt, chosen_of, shares_of
@@ -267,7 +267,7 @@ class Rome(Editor):
 
 
 def _report(aims: Sequence[Aim], written: Sequence[rank_one.RankOneEdit], prepared: Prepared) -> dict[str, float]:
-    """The numbers of an edit; of several, the divisor share that is furthest from 1."""
+    """The numbers of an edit; of several, the smallest divisor share."""
     shares = [float(aim.u @ aim.key.double()) / float(aim.u @ aim.direction.double()) for aim in aims]
     report = {"divisor": written[0].divisor} if len(aims) == 1 else {}
     return report | {"divisor_share": min(shares), "cond_C": prepared.moment.cond}
@@ -316,14 +316,15 @@ def edit(
 
 
 def check_fisher(model: HookedModel, fisher: Fisher | None, settings: RomeSettings) -> None:
-    """Raise unless G is there where the settings weigh it, of the layer, and of the model as it is now, the layer's own W_out aside.
+    """Raise unless G is there where the settings weigh it, of the layer, and of the model as it is now, or without the edits that stand in it, the layer's
+    own W_out aside.
 
     Raises:
         EditError: it is not.
     """
     if not settings.fisher:
         return
-    if fisher is None or fisher.layer != settings.layer or not fisher.is_of(model):
+    if fisher is None or fisher.layer != settings.layer or not _belongs(model, fisher):
         found = "there is none" if fisher is None else f"this one is of layer {fisher.layer} of {fisher.origin['name']}"
         raise EditError(
             f"fisher = {settings.fisher:g} weighs G of layer {settings.layer} of the model as it is; {found}. Prepare anew (editors.rome.prepare)."
@@ -336,7 +337,8 @@ def check_fisher(model: HookedModel, fisher: Fisher | None, settings: RomeSettin
 
 
 def check_moment(model: HookedModel, moment: Moment, settings: RomeSettings) -> None:
-    """Raise unless C is of the layer, and of keys as the model has them now, for settings as `resolve` gives them.
+    """Raise unless C is of the layer, and of keys as the model has them now, or without the edits that stand in it, for settings as
+    `resolve` gives them.
 
     An edit of the layer's own `W_out` leaves its keys as they were, and C with them.
 
@@ -354,11 +356,19 @@ def check_moment(model: HookedModel, moment: Moment, settings: RomeSettings) -> 
         (bool(moment.C.isfinite().all()), "C must be finite, but it holds NaN or infinity. Estimate it again; in float16, load the model in float32."),
         (moment.settings.parts == 1, f"C is part {moment.settings.part} of {moment.settings.parts} of a text; put all together with moments.merge (`mechedit merge`)."),
         (moment.keys > d_mlp, f"C must come from more keys than d_mlp = {d_mlp}; this one has {moment.keys}. Ten times d_mlp is a good number."),
-        (moment.is_of(model), f"C was estimated on other weights ({moment.origin['name']}). Estimate it on this model."),
+        (_belongs(model, moment), f"C was estimated on other weights ({moment.origin['name']}). Estimate it on this model."),
     ):  # fmt: skip
         if not holds:
             raise EditError(message)
     _check_bos("C", "keys", moment.settings.prepend_bos, settings.prepend_bos)
+
+
+def _belongs(model: HookedModel, found: Moment | Fisher) -> bool:
+    """Whether C or G is of the model as it is now, or without the edits that stand in it, as `editing.make_ready` makes them."""
+    if found.is_of(model):
+        return True
+    with applying.underneath(model):
+        return found.is_of(model)
 
 
 def _check_bos(of: str, what: str, its: bool | None, own: bool | None) -> None:

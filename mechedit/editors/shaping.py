@@ -31,7 +31,7 @@ def unedited(model: HookedModel, settings: MemitSettings) -> dict[int, Float[Ten
     if not settings.spectrum_base:
         return {}
     with applying.underneath(model):
-        return {layer: models.W_out(model, layer).detach().double().cpu().clone() for layer in settings.blocks}
+        return {layer: models.W_out(model, layer).detach().cpu().double().clone() for layer in settings.blocks}
 
 
 def shaped(
@@ -42,7 +42,7 @@ def shaped(
 ) -> tuple[Change, dict[str, float]]:
     """The change that is written in place of the solve's, of a W_out that is `now` and was `first`, and what each step did: the share of the
     entries that is left, how many singular values were lowered, and the share of its length that is left."""
-    now, did = now.detach().double().cpu(), {}
+    now, did = now.detach().cpu().double(), {}
     found: Change = change
     if settings.entries < 1:
         found = Dense(change.weight, sparsest(change.dense(), now, settings.entries))

@@ -86,7 +86,7 @@ def read_at(
             model(tokens, stop_at_layer=last + 1)
         at = torch.tensor([row.lookup for row in part], device=tokens.device)
         for own, name in zip(found, names, strict=True):
-            own.append(kept[name][torch.arange(len(part), device=tokens.device), at].double().cpu())
+            own.append(kept[name][torch.arange(len(part), device=tokens.device), at].cpu().double())
     return [torch.cat(own) for own in found]
 
 
@@ -97,7 +97,7 @@ def weight_after(model: HookedModel, layer: int) -> Float[Tensor, " d_model"] | 
     if norm is None:
         return None
     like = models.W_out(model, layer)
-    return norm(torch.full((1, 1, like.shape[1]), LARGE).to(like))[0, 0].double().cpu()
+    return norm(torch.full((1, 1, like.shape[1]), LARGE).to(like))[0, 0].cpu().double()
 
 
 def normed(output: Float[Tensor, "n d_model"], weight: Float[Tensor, " d_model"] | None) -> Float[Tensor, "n d_model"]:
@@ -129,7 +129,7 @@ def through_norm(
 
 def outputs(model: HookedModel, layer: int, keys: Float[Tensor, "n d_mlp"]) -> Float[Tensor, "n d_model"]:
     """What a block's W_out returns for keys now, in float64."""
-    W_out, b_out = (each(model, layer).detach().double().cpu() for each in (models.W_out, models.b_out))
+    W_out, b_out = (each(model, layer).detach().cpu().double() for each in (models.W_out, models.b_out))
     return keys.double() @ W_out + b_out
 
 

@@ -23,7 +23,7 @@ from mechedit.models.blocks import Blocks, KeyValues, Sharing, Stepper
 from mechedit.models.checking import PARITY, check_finite
 from mechedit.models.gemma import GEMMA
 from mechedit.models.identities import Identity, digest_of, identity, weight_hash
-from mechedit.models.keeping import as_they_were, check_plain, forget, hooked, kept, remembered, told
+from mechedit.models.keeping import as_they_were, check_plain, dropping, forget, hooked, kept, remembered, told
 from mechedit.models.loading import hugging_face, load, parity
 from mechedit.models.locks import alone
 from mechedit.models.names import AS_MATRIX, NAMES, biases_of, find_weight, stored_axes
@@ -71,6 +71,7 @@ __all__ = [
     "check_plain",
     "device_of",
     "digest_of",
+    "dropping",
     "embed",
     "embedding_std",
     "find_weight",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mechedit.models.surface import HookedModel, ModelError
 
-__all__ = ["Kept", "Watch", "as_they_were", "check_plain", "forget", "hooked", "kept", "remembered", "told"]
+__all__ = ["Kept", "Watch", "as_they_were", "check_plain", "dropping", "forget", "hooked", "kept", "remembered", "told"]
 
 OWN = (
     "transformer_lens.model_bridge",
@@ -69,13 +69,17 @@ def forget(model: HookedModel) -> None:
 
 
 def hooked(model: HookedModel) -> bool:
-    """Whether there is any hook on the model, or a module whose `forward` somebody replaced. Then its numbers are not those of its
-    parameters alone, and are not kept."""
-    return replaced(model) != "" or any(
-        not str(getattr(hook, "__module__", "")).startswith(OWN)
-        for module in model.modules()
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        for hook in getattr(module, kind).values()
+    """Whether there is any hook on the model, a module whose `forward` somebody replaced, or dropout at work. Then its numbers are not
+    those of its parameters alone, and are not kept."""
+    return (
+        replaced(model) != ""
+        or dropping(model) != ""
+        or any(
+            not str(getattr(hook, "__module__", "")).startswith(OWN)
+            for module in model.modules()
+            for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+            for hook in getattr(module, kind).values()
+        )
     )
 
 
@@ -88,13 +92,25 @@ def replaced(model: HookedModel) -> str:
     return ""
 
 
+def dropping(model: HookedModel) -> str:
+    """The dropout that draws anew in every run, as it does in training; empty where there is none."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p:
+            return name
+    return ""
+
+
 def check_plain(model: HookedModel) -> None:
     """Raise where there are hooks on the model, before blocks are run on some of a prompt's positions: hooks would be handed these; so
-    would a `forward` that took a module's place.
+    would a `forward` that took a module's place. Raise too where dropout is at work, by which no number comes again.
 
     Raises:
         ModelError: there are.
     """
+    if name := dropping(model):
+        raise ModelError(
+            f"{model.cfg.model_name} is in training mode: its dropout {name} draws anew in every run, and so would all that is found. Call model.eval() first."
+        )
     if name := replaced(model):
         raise ModelError(
             f"the forward of {name} in {model.cfg.model_name} was replaced. Its blocks are to be run on some positions of a prompt at a "

@@ -142,7 +142,7 @@ def embedding_std(model: HookedModel) -> float:
     """The standard deviation of all entries of all the vocabulary's embeddings, as `hook_embed` sees them."""
     n, total, squares = 0, 0.0, 0.0
     for chunk in torch.arange(int(model.cfg.d_vocab), device=device_of(model)).split(16384):
-        values = embed(model, chunk[None]).double()
+        values = embed(model, chunk[None]).cpu().double()
         n, total, squares = n + values.numel(), total + float(values.sum()), squares + float(values.square().sum())
     return ((squares - total * total / n) / (n - 1)) ** 0.5
 

@@ -162,7 +162,7 @@ def fisher(
         total, squares, tokens = torch.zeros(2 * W_out(model, layer).shape[1:], dtype=torch.float64), 0.0, 0
         enough = TIMES * len(total)
         for outputs, slopes in _slopes(model, layer, texts or (), settings, progress):
-            total += (slopes.T @ slopes).double().cpu()
+            total += (slopes.T @ slopes).cpu().double()
             squares += float(outputs.square().sum())
             tokens += len(slopes)
             progress("slopes of text", min(tokens, enough), enough)

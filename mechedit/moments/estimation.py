@@ -110,7 +110,7 @@ def _made(
             else f"{described(texts)} has fewer than {settings.parts} batches of {BATCH_TOKENS} tokens; take fewer parts."
         )
     for layer, total in sums.totals.items():
-        C = total / sums.keys
+        C = (total / sums.keys).cpu()
         if not bool(C.isfinite().all()):
             raise MomentError(
                 f"keys of block {layer} hold NaN or infinity: in float16, load the model in float32; else its weights are damaged."

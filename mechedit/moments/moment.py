@@ -88,7 +88,7 @@ class Moment:
     @cached_property
     def hash(self) -> str:
         """SHA-256 of C, which says by which C an edit was made."""
-        return hashlib.sha256(self.C.double().cpu().contiguous().numpy().tobytes()).hexdigest()
+        return hashlib.sha256(self.C.cpu().double().contiguous().numpy().tobytes()).hexdigest()
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mechedit import cache, keys, prompts, provenance
 from mechedit.facts import Fact, FactError
 from mechedit.files import FileError
-from mechedit.models import HookedModel, check_plain
+from mechedit.models import HookedModel, check_plain, plainly
 from mechedit.neurons.attribution import attributions, layers_of
 from mechedit.neurons.result import Neuron, Neurons
 from mechedit.progress import Progress, silent
@@ -70,7 +70,8 @@ def find(
     path = cache.root() / "neurons" / f"{key}.json"
     with suppress(FileError):  # missing, or damaged
         return Neurons.load(path)
-    found = _found(model, fact, settings, before, rows, answer, progress)
+    with plainly(model):
+        found = _found(model, fact, settings, before, rows, answer, progress)
     cache.keep(path, found.to_json())
     return found
 

@@ -155,7 +155,7 @@ class _Run:
         self.measured = {
             name: getattr(settings, name) for name in ("generate", *of_text, "answers", "answer_rule", "beside")
         } | {
-            "benchmark": benchmark.name,
+            "benchmark": _which(benchmark),
             "prepend_bos": bos,
             "references": references.key if references else "",
             "judge": judge_key(judge) if judge else "",
@@ -294,7 +294,11 @@ class _Sequence:
         reasons = [_refusal(model, fact, self.way) for fact in facts] if len(facts) > 1 else [""]
         chosen = [fact for fact, reason in zip(facts, reasons, strict=True) if not reason]
         edit = self.found(model, chosen or facts)
-        self.write(edit)
+        try:
+            self.write(edit)
+        except Exception as error:  # those after it are found without it
+            edit = self.refused(facts, told(error)[0])
+            self.write(edit)
         scored = [asdict(self.scored(model, unit)) | {"refused": reason} for unit, reason in zip(self.groups[name], reasons, strict=True)]  # fmt: skip
         return replace(edit, details=edit.details | {"scored": scored})
 
@@ -337,8 +341,9 @@ class _Sequence:
     def write(self, edit: Edit | None) -> None:
         """Put the next edit of the sequence into the model; None where there is none."""
         if edit is not None:
+            state = self.way.editor.joined(self.state, edit.state, self.way.settings, self.way.prepared)
             self.standing.add(edit)
-            self.state = self.way.editor.joined(self.state, edit.state, self.way.settings, self.way.prepared)
+            self.state = state
         self.written += 1
 
     @contextmanager
@@ -353,6 +358,14 @@ def _groups(units: Sequence[str], together: int) -> dict[str, list[str]]:
     """Units in their order, `together` at a time, by names in that order."""
     groups = [list(units[first : first + together]) for first in range(0, len(units), together)]
     return {f"{index:07d}-{own[0] if together == 1 else cache.content_key(own)}": own for index, own in enumerate(groups)}  # fmt: skip
+
+
+def _which(benchmark: Benchmark) -> str | list[str]:
+    """What tells a benchmark's scores from another's: the name of one of ours, with its class and the key that it may have of one from outside."""
+    own = type(benchmark)
+    if own.__module__.startswith("mechedit."):
+        return benchmark.name
+    return [benchmark.name, f"{own.__module__}:{own.__qualname__}", str(getattr(benchmark, "key", ""))]
 
 
 def _unscored(done: Done[Any]) -> Scored:

@@ -264,7 +264,7 @@ def solved(sequence: Sequence, sums: Sums, metric: Metric, keys: Float[Tensor, "
 
 def parts_of(model: HookedModel, layer: int, rows: Several[Row]) -> tuple[Tensor, Tensor]:
     """Keys and residuals of rows, on the model without edits: the residual is what the value is more than the key returns there."""
-    W_out, b_out = (each(model, layer).detach().double().cpu() for each in (models.W_out, models.b_out))
+    W_out, b_out = (each(model, layer).detach().cpu().double() for each in (models.W_out, models.b_out))
     keys, values = (torch.stack([getattr(row, name) for row in rows]).double() for name in ("key", "value"))
     return keys, values - (keys @ W_out + b_out)
 
@@ -272,7 +272,7 @@ def parts_of(model: HookedModel, layer: int, rows: Several[Row]) -> tuple[Tensor
 def returned(model: HookedModel, sequence: Sequence, keys: Float[Tensor, "n d_mlp"]) -> Float[Tensor, "n d_model"]:
     """What keys return with all edits of the sequence, the model without edits given."""
     layer = int(sequence.settings["layer"])
-    W_out, b_out = (each(model, layer).detach().double().cpu() for each in (models.W_out, models.b_out))
+    W_out, b_out = (each(model, layer).detach().cpu().double() for each in (models.W_out, models.b_out))
     total = sequence.totals.get(Weight(layer, "mlp.W_out"))
     return keys.double() @ (W_out if total is None else W_out + total.double()) + b_out
 

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar, overload
 from mechedit.cache import WriteError, atomic_write
 from mechedit.errors import MecheditError
 from mechedit.files import Blob, FileError
-from mechedit.models import HookedModel, hooked
+from mechedit.models import HookedModel, dropping, hooked
 from mechedit.progress import Progress, silent
 from mechedit.runs.engines import Done, Engine, Own, Task
 from mechedit.runs.shards import Shards
@@ -283,8 +283,12 @@ def check_plain(model: HookedModel) -> None:
     """Raise where there are hooks on the model: what is kept is kept under its parameters, and hooks are none.
 
     Raises:
-        RunError: there are.
+        RunError: there are, or dropout is at work.
     """
+    if name := dropping(model):
+        raise RunError(
+            f"{model.cfg.model_name} is in training mode: its dropout {name} draws anew in every run, and nothing could be kept. Call model.eval() first."
+        )
     if hooked(model):
         raise RunError(
             f"there are hooks on {model.cfg.model_name}, and a run would keep what it says with them as if it said so without. "

@@ -178,7 +178,7 @@ def sweep(
                 columns = [settings.tokens.index(cell.token)] if cell.token else list(known.nonzero()[0])
                 strengths[index, cell.row, columns] = times * getattr(base, way.strength, 1.0)
                 for name in SUCCESSES:
-                    scores[name][index, cell.row, columns] = row[name]
+                    scores[name][index, cell.row, columns] = row.get(name, np.nan)
         progress("layers and tokens", len(cells), len(cells))
     record = {"sweep": asdict(settings), "editor": way.name, "edit": {name: each for name, each in asdict(base).items() if name not in ("layer", "fact_token")}}  # fmt: skip
     return Sweep(layers, settings.tokens, scores, effects, settings.seed, provenance.origin(model), record, strengths if place.suits else None)  # fmt: skip

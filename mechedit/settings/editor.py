@@ -47,7 +47,9 @@ class EditSettings(Settings):
     strengthen: bool = knob(
         False, "also edit a fact whose new target the model says already, so that it is surer of it"
     )
-    seed: int = knob(0, "seed of all that is drawn")
+    seed: int = knob(
+        0, "seed of what is drawn for edits; the text that C and G sample has a seed of its own (MomentSettings)"
+    )
     prepend_bos: bool | None = knob(
         None, "put the beginning-of-sequence token first; by default what the model was made for"
     )

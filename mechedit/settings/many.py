@@ -128,6 +128,14 @@ class MemitSettings(RomeSettings):
             or (len(self.portions) == len(self.layers) and min(self.portions) >= 0 < self.portions[-1]),
             f"portions must be a number of 0 or more for each of layers {self.layers}, the last above 0; found {self.portions}.",
         )
+        require(
+            self.direction == self.inserted,
+            f"one solve writes along the keys that return the values: direction and inserted must be the same; found {self.direction} and {self.inserted}.",
+        )
+        require(
+            self.inserted == "averaged" or not self.layers[1:],
+            f"over several layers keys are averages: inserted must be averaged; found {self.inserted}.",
+        )
         for name in ("a", "b", "c", "slack", "null", "loose", "longest"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), f"{name} must be 0 or more; found {value}.")

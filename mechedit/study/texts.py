@@ -60,15 +60,20 @@ Drawn = TypeVar("Drawn", Fact, Scenario)
 
 
 def sampled(facts: Sequence[Drawn], settings: StudySettings) -> list[Drawn]:
-    """The facts of the study, or scenarios that are written already: so many as it has, drawn at random; facts must have a new target.
+    """The facts of the study, or scenarios that are written already: so many as it has, drawn at random; facts must have a new target, and no
+    statement comes twice.
 
     Raises:
         StudyError: there are fewer.
     """
-    suited = [each for each in facts if isinstance(each, Scenario) or each.target_new is not None]
+    said: dict[str, Drawn] = {}
+    for each in facts:
+        if isinstance(each, Scenario) or each.target_new is not None:
+            said.setdefault(each.statement if isinstance(each, Scenario) else statement(each), each)
+    suited = [*said.values()]
     if len(suited) < settings.scenarios:
         raise StudyError(
-            f"the study needs {settings.scenarios} facts with a new target; found {len(suited)}. Give more, or ask for fewer (--scenarios)."
+            f"the study needs {settings.scenarios} facts with a new target and statements of their own; found {len(suited)}. Give more, or ask for fewer (--scenarios)."
         )
     return random.Random(f"study {settings.seed}").sample(suited, settings.scenarios)  # noqa: S311 (a sample)
 

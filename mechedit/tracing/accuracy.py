@@ -16,7 +16,7 @@ from mechedit.corruption import Statistics
 from mechedit.facts import Fact
 from mechedit.models import HookedModel
 from mechedit.prompts import Prompt
-from mechedit.settings import TraceSettings
+from mechedit.settings import TraceSettings, require
 from mechedit.tracing.attribution import attribution_patching
 from mechedit.tracing.cells import Cell, resolve
 from mechedit.tracing.tracer import grid, restore
@@ -58,6 +58,7 @@ def sample_error(
 
     Cells before the subject are left out: there is nothing to err about.
     """
+    require(cells >= 1, f"cells must be at least 1; found {cells}.")
     settings = resolve(model, settings)
     statistics = statistics or corruption.needed(model, settings)
     exact_settings = replace(settings, precision="model", draws=max(EXACT_DRAWS, settings.draws))
@@ -65,7 +66,7 @@ def sample_error(
 
     def sample(prompt: Prompt) -> Sequence[Cell]:
         whole = grid(settings, (), int(model.cfg.n_layers), prompt)
-        within = [each for each in whole if each[0][2] >= prompt.subject[0]]
+        within = [each for each in whole if each[0][2] >= prompt.subject[0]] or whole
         stream = corruption.generator(settings.seed, "sample", fact.prompt)
         chosen = [within[index] for index in torch.randperm(len(within), generator=stream)[:cells].tolist()]
         places[:] = [place for place, _ in chosen]

@@ -22,6 +22,7 @@ from mechedit.errors import MecheditError
 from mechedit.parsing import check, number
 from mechedit.settings import TraceSettings, from_json
 from mechedit.statistics import FEWEST, UNBOUNDED, Mean, interval, summary
+from mechedit.tracing import measures
 from mechedit.tracing.result import Trace
 from mechedit.tracing.roles import ROLES
 
@@ -141,6 +142,7 @@ def average(traces: Sequence[Trace], *, seed: int = 0) -> Average:
     by_fact = {kind: np.stack([_by_role(each, kind) for each in traces]) for kind in kinds}
     effects = {kind: values - corrupted[:, None, None] for kind, values in by_fact.items()}
     bounds = {kind: interval(values, seed, UNBOUNDED) for kind, values in effects.items()}
+    bounds_of_p = (0.0, 1.0) if measures.of(traces[0].settings).share else UNBOUNDED
     decided_by = "mlp" if "mlp" in kinds else kinds[0]
     decisive = [_decisive(each, decided_by) for each in traces]
 
@@ -151,8 +153,8 @@ def average(traces: Sequence[Trace], *, seed: int = 0) -> Average:
         settings=traces[0].settings,
         n=len(traces),
         n_role=tuple(int(each) for each in (~np.isnan(by_fact[kinds[0]][:, 0])).sum(0)),
-        clean=summary(clean, seed),
-        corrupted=summary(corrupted, seed),
+        clean=summary(clean, seed, bounds_of_p),
+        corrupted=summary(corrupted, seed, bounds_of_p),
         total=summary(clean - corrupted, seed, UNBOUNDED),
         restored=grids(by_fact),
         indirect=grids(effects),
@@ -212,9 +214,12 @@ def _behind(values: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _decisive(trace: Trace, kind: str) -> str:
-    """The role of the position, but for the prompt's last token, where the best layer restores most."""
+    """The role of the position, but for the prompt's last token, where the best layer restores most; the subject's last token where that was
+    not traced, as nothing is known of it then."""
     best = trace.effects[kind].nan_to_num(-torch.inf).amax(0)
     here = [index for index, role in enumerate(trace.roles) if role != "last"]
+    if not any(bool(best[index].isfinite()) for index in here if trace.roles[index] == "subject_last"):
+        return "subject_last"
     return trace.roles[here[int(best[here].argmax())]]
 
 

@@ -115,7 +115,8 @@ def severed(
 ) -> Severed:
     """The three curves of one fact, restoring the (first) position that has a token role. `kinds` and windows play no part."""
     settings = resolve(model, settings)
-    if not shared_draws and settings.draws < 2:
+    draws = 1 if settings.corruption == "tokens" else settings.draws
+    if not shared_draws and draws < 2:
         raise SettingsError("held values of another draw need at least 2 draws; there is 1.")
     statistics = statistics or corruption.needed(model, settings)
     prepared = prepare(model, fact, settings, statistics=statistics, other=other)
