@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from mechedit import cli, study
+from mechedit.facts import Fact
 from mechedit.runs.store import RunError
 from mechedit.settings import SettingsError, StudySettings
 from mechedit.study import Scenario, StudyError, agreement, clusters, design, forms
@@ -489,3 +490,11 @@ def test_the_simulation_of_coverage_runs(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "study_coverage.json").read_text())
     found = {each["statistic"]: each["coverage"] for each in record["rows"]}
     assert min(found[name] for name in ("odds", "best picks", "strengths")) > 0.85 > found["Wilson"]
+
+
+def test_no_statement_is_drawn_twice():
+    one, other = Fact("Rome", "{} is in", "Italy", "Spain"), Fact("Oslo", "{} is in", "Norway", "Peru")
+    drawn = study.sampled([one, replace(one, id="again"), other], StudySettings(scenarios=2, pages=1))
+    assert sorted(fact.subject for fact in drawn) == ["Oslo", "Rome"]
+    with pytest.raises(StudyError, match="needs 3 facts .* of their own; found 2"):
+        study.sampled([one, replace(one, id="again"), other], StudySettings(scenarios=3, pages=1))

@@ -49,7 +49,8 @@ class Measured(NamedTuple):
 
 @runtime_checkable
 class Benchmark(Protocol):
-    """A set of records, and how one is scored. Records are dataclasses of JSON values, by which results are kept."""
+    """A set of records, and how one is scored. Records are dataclasses of JSON values, by which results are kept; of a class from outside also by
+    the class's place and, where it has one, its `key`: change that when its scores change."""
 
     name: str
 
