@@ -102,7 +102,7 @@ def test_cells_equal_one_forward_pass_each(gemma, found):
 
 
 def test_severing_mlps_takes_most_of_the_early_sites_effect(gemma):
-    curves = {name: curve.mean(-1) for name, curve in severed(gemma, FACT, TraceSettings(draws=4)).curves.items()}
+    curves = {name: curve.mean(-1) for name, curve in severed(gemma, FACT).curves.items()}
     early = int(curves["ordinary"][2:9].argmax()) + 2
     assert curves["ordinary"][early] > 0.2
     assert curves["mlp"][early] < 0.5 * curves["ordinary"][early]
