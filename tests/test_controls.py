@@ -15,6 +15,8 @@ from mechedit.settings import POLICIES, MomentSettings
 from tests.conftest import widen_bands
 from tests.three_facts import FACTS, PLAIN, QUICK, made_ready
 
+pytestmark = pytest.mark.anywhere
+
 
 @pytest.fixture
 def moment(model, monkeypatch):
@@ -23,6 +25,7 @@ def moment(model, monkeypatch):
     real, few = moments.estimate_layers, MomentSettings(tokens=600, context=32)
     monkeypatch.setattr(moments, "estimate", lambda model, layer, **named: real(model, [layer], settings=few)[layer])
     monkeypatch.setattr(moments, "estimate_layers", lambda model, layers, **named: real(model, layers, settings=few))
+    monkeypatch.setattr(controls, "TRIALS", 1)
     return real(model, [1], settings=few)[1]
 
 
@@ -30,6 +33,7 @@ def cosine(a, b):
     return abs(float(torch.nn.functional.cosine_similarity(a.double(), b.double(), 0)))
 
 
+@pytest.mark.both
 def test_without_C_the_direction_of_an_edit_is_its_key(model, moment):
     plain = edit(model, FACTS[0], "rome", QUICK, prepared=made_ready(model, QUICK, moment))
     identity = edit(model, FACTS[0], "rome-identity", QUICK)

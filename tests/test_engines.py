@@ -170,7 +170,7 @@ def test_this_process_reports_a_failing_unit_and_goes_on(model):
     assert found[1].error == "ValueError: no"
 
 
-@pytest.mark.parametrize("name", ["rome", "ft", "tests.outside_editor:LogitEditor"])
+@pytest.mark.parametrize("name", ["rome", "tests.outside_editor:LogitEditor"])
 def test_every_kind_of_editor_travels_to_workers(name, engine, model, tmp_path, monkeypatch):
     """What was prepared here, and an editor from outside the package, give the same edits there."""
     widen_bands(monkeypatch)

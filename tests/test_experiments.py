@@ -102,6 +102,13 @@ def read(tmp_path, name):
     return record
 
 
+@pytest.fixture(autouse=True)
+def rate(monkeypatch):
+    """What a processor without bfloat16 takes a minute to find."""
+    for module in (benchmark_tracing, benchmark_scaling):
+        monkeypatch.setattr(module, "matmul_rate", lambda device, dtype=torch.float32: 1e11)
+
+
 @pytest.mark.both
 def test_the_tracing_benchmark_runs_and_its_sweep_equals_its_loops(tiny, tmp_path):
     few = ["--draws", "2", "--loop-cells", "6", "--plain-cells", "4", "--repeats", "1"]
@@ -490,7 +497,6 @@ def test_the_table_of_trained_editors_compares_the_tuned_with_the_generic(to_edi
     assert record["training"]["mend"]["trained_on"] == 0
 
 
-@pytest.mark.both
 def test_the_table_of_counterfact_has_every_row_and_is_resumed(to_edit, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{number} The Space Needle is located in the city of Seattle." for number in range(300)))
