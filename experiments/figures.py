@@ -76,7 +76,7 @@ ROWS = (
     Row("1: one fact's trace", "figure1_trace", {"gemma-3-270m": Run(1), "organism": Run(None, '--prompt "Fairma Glaibri is employed by" --subject "Fairma Glaibri"')}),
     Row("2: average effects", "figure2_average_effects", {"gemma-3-270m": Run(40, "--draws 3"), "organism": Run(3, "--facts 500")}),
     Row("3: severed paths", "figure3_severed", {"gemma-3-270m": Run(8, "--draws 3"), "organism": Run(None)}),
-    Row("5: edits by layer and token", "figure5_sweep", {"gemma-3-270m": Run(120, "--facts 5"), "organism": Run(25, "--facts 40 --every 1")}, COUNTERFACT),
+    Row("5: edits by layer and token", "figure5_sweep", {"gemma-3-270m": Run(None, "--facts 5"), "organism": Run(25, "--facts 40 --every 1")}, COUNTERFACT),
     Row("6: generated texts", "figure6_generations", {"gemma-3-270m": Run(None), "organism": Run(2, "--begin 400")}, COUNTERFACT),
     Row("7: average effects in lines", "figure7_lines", {"gemma-3-270m": Run(None), "organism": Run(None)}),
     Row("13 to 15: noise and windows", "figure13_noise", {"gemma-3-270m": Run(20, "--draws 2"), "organism": Run(None, "--draws 2")}),

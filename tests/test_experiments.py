@@ -45,6 +45,7 @@ from experiments import (
     trained_editors,
     tuned_many,
 )
+from experiments.benchmark_tracing import matmul_rate
 from mechedit import models, moments, provenance, scoring, sources
 from mechedit.benchmarks import counterfact
 from mechedit.benchmarks.zsre import Question
@@ -107,6 +108,14 @@ def rate(monkeypatch):
     """What a processor without bfloat16 takes a minute to find."""
     for module in (benchmark_tracing, benchmark_scaling):
         monkeypatch.setattr(module, "matmul_rate", lambda device, dtype=torch.float32: 1e11)
+
+
+@pytest.mark.parametrize(("each", "products"), [(0.25, 8), (0.1, 10), (60.0, 1)])
+def test_a_rate_is_the_best_of_ten_products_or_of_those_of_two_seconds(each, products, monkeypatch):
+    taken = []
+    monkeypatch.setattr(benchmark_tracing, "seconds", lambda work, device: (None, taken.append(each) or each))
+    assert matmul_rate("cpu") == pytest.approx(2 * 2048**3 / each)
+    assert len(taken) == products
 
 
 @pytest.mark.both

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from mechedit.models.surface import HookedModel, ModelError
 
@@ -95,7 +96,7 @@ def replaced(model: HookedModel) -> str:
 def dropping(model: HookedModel) -> str:
     """The dropout that draws anew in every run, as it does in training; empty where there is none."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p:
+        if isinstance(module, _DropoutNd) and module.training and module.p:
             return name
     return ""
 

@@ -293,12 +293,7 @@ class _Sequence:
         facts = self.facts(name)
         reasons = [_refusal(model, fact, self.way) for fact in facts] if len(facts) > 1 else [""]
         chosen = [fact for fact, reason in zip(facts, reasons, strict=True) if not reason]
-        edit = self.found(model, chosen or facts)
-        try:
-            self.write(edit)
-        except Exception as error:  # those after it are found without it
-            edit = self.refused(facts, told(error)[0])
-            self.write(edit)
+        edit = self.made(model, chosen or facts)
         scored = [asdict(self.scored(model, unit)) | {"refused": reason} for unit, reason in zip(self.groups[name], reasons, strict=True)]  # fmt: skip
         return replace(edit, details=edit.details | {"scored": scored})
 
@@ -306,14 +301,16 @@ class _Sequence:
         """Those of a group."""
         return [self.run.benchmark.fact(self.run.by_unit[unit]) for unit in self.groups[name]]
 
-    def found(self, model: HookedModel, facts: Sequence[Fact]) -> Edit:
-        """The edit, or why there is none, whatever that is: it is kept, because those after it are found without it."""
+    def made(self, model: HookedModel, facts: Sequence[Fact]) -> Edit:
+        """The edit, which is in the model, or why there is none, whatever that is: it is kept, because those after it are found without it."""
         try:
             edit = self.way.attempt(model, facts, self.state)
             edits.save(edit, Blob(""))  # what cannot be kept does not go into the model
+            self.write(edit)
         except Exception as error:
             line, trace = told(error)
-            return replace(self.refused(facts, line), details={"traceback": trace})
+            edit = replace(self.refused(facts, line), details={"traceback": trace})
+            self.write(edit)
         return edit
 
     def refused(self, facts: Sequence[Fact], reason: str) -> Edit:

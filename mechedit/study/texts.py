@@ -70,7 +70,7 @@ def sampled(facts: Sequence[Drawn], settings: StudySettings) -> list[Drawn]:
     for each in facts:
         if isinstance(each, Scenario) or each.target_new is not None:
             said.setdefault(each.statement if isinstance(each, Scenario) else statement(each), each)
-    suited = [*said.values()]
+    suited: list[Drawn] = list(said.values())
     if len(suited) < settings.scenarios:
         raise StudyError(
             f"the study needs {settings.scenarios} facts with a new target and statements of their own; found {len(suited)}. Give more, or ask for fewer (--scenarios)."
